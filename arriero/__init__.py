@@ -1,0 +1,3 @@
+"""Arriero raises Llama models."""
+
+__version__ = "0.1.0"

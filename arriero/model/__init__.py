@@ -1,0 +1,1 @@
+"""The Llama decoder: configuration, attention, cache, LoRA."""

@@ -1,0 +1,197 @@
+"""The shape of a Llama, and every size that Meta published.
+
+Sizes and parameter counts follow the papers (Llama 1: arXiv 2302.13971, Llama 2: 2307.09288, Llama 3: 2407.21783)
+and Meta's model cards. `LlamaConfig.n_params` is computed from the shape, not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from arriero.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's frequency scaling: long wavelengths are stretched by `factor`, short ones kept.
+
+    With wavelength w = 2*pi/f and L = original_context: w < L/high keeps f, w > L/low uses f/factor, and
+    between the two f is interpolated linearly in L/w.
+    """
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama decoder; enough to build it and to write its `config.json`.
+
+    dim: model width. ffn_dim: width of the SwiGLU. max_context: positions the model was made for.
+    head_dim is `dim // n_heads` unless given. n_kv_heads = n_heads is MHA, 1 is MQA, between is GQA.
+    Raises `ConfigError` on construction when the numbers do not fit each other.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    ffn_dim: int
+    vocab_size: int
+    max_context: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tied_embeddings: bool = False
+    head_dim: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "max_context"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.head_dim == 0:
+            if self.dim % self.n_heads:
+                raise ConfigError(
+                    f"model: dim {self.dim} is not divisible by n_heads {self.n_heads}; change one, or give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.head_dim % 2:
+            raise ConfigError(f"model: head_dim {self.head_dim} is odd; RoPE rotates pairs, so it must be even")
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(
+                f"model: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}; "
+                "each KV head serves the same number of query heads"
+            )
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters, tied embeddings counted once."""
+        attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
+        block = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
+        embeddings = self.vocab_size * self.dim * (1 if self.tied_embeddings else 2)
+        return self.n_layers * block + self.dim + embeddings
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
+        """Read a Hugging Face `config.json` of a Llama-architecture model.
+
+        Raises `CheckpointError` for what this decoder does not compute (other architectures, biases,
+        other activations, RoPE variants other than plain and "llama3").
+        """
+        kind = config.get("model_type")
+        if kind != "llama":
+            raise CheckpointError(
+                f"config.json: model_type is {kind!r}; Arriero's decoder computes 'llama' only. "
+                "Other architectures get their own file in arriero/model/"
+            )
+        for name in ("attention_bias", "mlp_bias"):
+            if config.get(name):
+                raise CheckpointError(f"config.json: {name} is true; Llama has no biases, this decoder none either")
+        if config.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"config.json: hidden_act is {config['hidden_act']!r}; Llama uses 'silu'")
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope_kind = rope.get("rope_type", rope.get("type", "default"))
+        if rope_kind not in ("default", "llama3"):
+            raise CheckpointError(f"config.json: RoPE type {rope_kind!r}; known here are 'default' and 'llama3'")
+        scaling = None
+        if rope_kind == "llama3":
+            scaling = RopeScaling(
+                factor=float(rope["factor"]),
+                low_freq_factor=float(rope["low_freq_factor"]),
+                high_freq_factor=float(rope["high_freq_factor"]),
+                original_context=int(rope["original_max_position_embeddings"]),
+            )
+        n_heads = int(config["num_attention_heads"])
+        return cls(
+            dim=int(config["hidden_size"]),
+            n_layers=int(config["num_hidden_layers"]),
+            n_heads=n_heads,
+            n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
+            ffn_dim=int(config["intermediate_size"]),
+            vocab_size=int(config["vocab_size"]),
+            max_context=int(config.get("max_position_embeddings", 2048)),
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+            rope_scaling=scaling,
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            head_dim=int(config.get("head_dim") or 0),
+        )
+
+    def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
+        """Return the `config.json` that transformers, vLLM and llama.cpp's converter read."""
+        out: dict[str, Any] = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.dim,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.ffn_dim,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_context,
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": None,
+            "tie_word_embeddings": self.tied_embeddings,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "torch_dtype": dtype,
+        }
+        if self.rope_scaling is not None:
+            s = self.rope_scaling
+            out["rope_scaling"] = {
+                "rope_type": "llama3",
+                "factor": s.factor,
+                "low_freq_factor": s.low_freq_factor,
+                "high_freq_factor": s.high_freq_factor,
+                "original_max_position_embeddings": s.original_context,
+            }
+        return out
+
+
+def _llama1(dim: int, n_layers: int, n_heads: int, ffn_dim: int, eps: float = 1e-5) -> LlamaConfig:
+    return LlamaConfig(dim, n_layers, n_heads, n_heads, ffn_dim, 32_000, 2048, norm_eps=eps)
+
+
+def _llama3(
+    dim: int, n_layers: int, n_heads: int, ffn_dim: int, factor: float | None, tied: bool = False
+) -> LlamaConfig:
+    scaling = None if factor is None else RopeScaling(factor)
+    context = 8192 if factor is None else 131_072
+    return LlamaConfig(
+        dim, n_layers, n_heads, 8, ffn_dim, 128_256, context,
+        rope_theta=500_000.0, rope_scaling=scaling, tied_embeddings=tied,
+    )  # fmt: skip
+
+
+def _smollm2(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int, theta: float) -> LlamaConfig:
+    return LlamaConfig(
+        dim, n_layers, n_heads, n_kv_heads, ffn_dim, 49_152, 8192, rope_theta=theta, tied_embeddings=True
+    )
+
+
+PUBLISHED: dict[str, LlamaConfig] = {
+    "llama1-7b": _llama1(4096, 32, 32, 11_008, eps=1e-6),
+    "llama1-13b": _llama1(5120, 40, 40, 13_824),
+    "llama1-33b": _llama1(6656, 60, 52, 17_920),
+    "llama1-65b": _llama1(8192, 80, 64, 22_016),
+    "llama2-7b": LlamaConfig(4096, 32, 32, 32, 11_008, 32_000, 4096, norm_eps=1e-6),
+    "llama2-13b": LlamaConfig(5120, 40, 40, 40, 13_824, 32_000, 4096),
+    "llama2-70b": LlamaConfig(8192, 80, 64, 8, 28_672, 32_000, 4096),
+    "llama3-8b": _llama3(4096, 32, 32, 14_336, None),
+    "llama3-70b": _llama3(8192, 80, 64, 28_672, None),
+    "llama3.1-8b": _llama3(4096, 32, 32, 14_336, 8.0),
+    "llama3.1-70b": _llama3(8192, 80, 64, 28_672, 8.0),
+    "llama3.1-405b": _llama3(16_384, 126, 128, 53_248, 8.0),
+    "llama3.2-1b": _llama3(2048, 16, 32, 8192, 32.0, tied=True),
+    "llama3.2-3b": _llama3(3072, 28, 24, 8192, 32.0, tied=True),
+    "smollm2-135m": _smollm2(576, 30, 9, 3, 1536, 100_000.0),
+    "smollm2-360m": _smollm2(960, 32, 15, 5, 2560, 100_000.0),
+    "smollm2-1.7b": _smollm2(2048, 24, 32, 32, 8192, 130_000.0),
+}

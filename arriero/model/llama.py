@@ -1,0 +1,176 @@
+"""The Llama decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU. One file, read at one sitting.
+
+Module and parameter names are those of the Hugging Face layout, so a state dict *is* a checkpoint and no
+name map exists. Weights may be stored in a wider type than is computed in: each linear casts its weight to
+the type of its input, and gradients come back in the stored type. Norm statistics and RoPE are fp32.
+The file knows nothing of data, losses, LoRA or parallelism: those wrap it from outside.
+
+Sources: Llama 1 (arXiv 2302.13971, section 2.2), Llama 2 (2307.09288, A.2.1 for GQA), Llama 3 (2407.21783, 3.2).
+Shapes: B batch, T tokens, D model width, H heads, K KV heads, h head width, F FFN width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arriero.model.attention import cached_attention, document_attention, document_positions
+from arriero.model.cache import KVCache
+from arriero.model.config import LlamaConfig
+from arriero.model.rope import apply_rope, rope_tables
+
+
+class Linear(nn.Linear):
+    """y = x W^T, without bias, computed in the type of x; W [out, in] may be stored in a wider one."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension; the statistics in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * normed.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention within documents: H query heads share K key-value heads."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.q_proj = Linear(config.dim, config.n_heads * config.head_dim)
+        self.k_proj = Linear(config.dim, config.n_kv_heads * config.head_dim)
+        self.v_proj = Linear(config.dim, config.n_kv_heads * config.head_dim)
+        self.o_proj = Linear(config.n_heads * config.head_dim, config.dim)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: KVCache | None) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = apply_rope(self.q_proj(x).view(heads), cos, sin)
+        k = apply_rope(self.k_proj(x).view(heads), cos, sin)
+        v = self.v_proj(x).view(heads)
+        if cache is None:
+            out = document_attention(q, k, v, cu_seqlens)
+        else:
+            out = cached_attention(q, k, v, cache, self.layer)
+        return self.o_proj(out.reshape(*x.shape[:2], -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.dim, config.ffn_dim)
+        self.up_proj = Linear(config.dim, config.ffn_dim)
+        self.down_proj = Linear(config.ffn_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids [B, T] -> final hidden states [B, T, D]. The trunk under every head (logits, reward, value)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None  # None: the type that the embeddings are stored in
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Run the decoder.
+
+        tokens: ids [B, T]. cu_seqlens: int32 [n_documents + 1], the document boundaries over the B*T tokens
+        laid end to end (row boundaries included); positions restart and attention stops at each. None: each
+        row is one document. cache: keys and values of earlier tokens, extended by these (inference only).
+        """
+        if cache is not None:
+            if cu_seqlens is not None:
+                raise ValueError("cu_seqlens and cache exclude each other: a cached row is one document")
+            positions = cache.positions(tokens.shape[1])
+        else:
+            positions = document_positions(tokens, cu_seqlens)
+        cos, sin = rope_tables(self.config, positions)
+        x = self.embed_tokens(tokens).to(self.compute_dtype)
+        for block in self.layers:
+            x = block(x, cos, sin, cu_seqlens, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The decoder with its language-model head: token ids [B, T] -> logits [B, T, V].
+
+    Training never calls `forward`: it takes `model(tokens)` from the decoder and lets the chunked loss apply
+    `lm_head.weight` at trained positions only (see losses/lm.py).
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.dim, config.vocab_size)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head share the embedding's storage where the config says so (again after `to_empty`)."""
+        if self.config.tied_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> Llama:
+        """Compute activations and matmuls in `dtype`, whatever type the weights are stored in."""
+        self.model.compute_dtype = dtype
+        return self
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits [B, T, V] in the compute type; arguments as in `Decoder.forward`."""
+        return self.lm_head(self.model(tokens, cu_seqlens, cache))
+
+    @torch.no_grad()
+    def init_weights(self, std: float = 0.02, seed: int | None = None) -> Llama:
+        """Draw all matrices from N(0, std^2), norms at one. The published initialisation is unknown; this is HF's."""
+        generator = None if seed is None else torch.Generator(self.lm_head.weight.device).manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(0.0, std, generator=generator)
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the embeddings lie on."""
+        return self.model.embed_tokens.weight.device
