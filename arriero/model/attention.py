@@ -11,6 +11,8 @@ Shapes: B batch, T tokens, N = B*T, S cached tokens, H heads, K KV heads, h head
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,13 +39,13 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | Non
     if cu_seqlens is None:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens
     if q.device.type == "cpu":
-        out, _ = _packed_cpu(*flat, cu_seqlens)
+        out, _ = _packed_cpu(*flat)
     elif q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
-        out = _packed_cuda(*flat, cu_seqlens)
+        out = _packed_cuda(*flat)
     else:
-        out = _packed_loop(*flat, cu_seqlens)
+        out = _packed_loop(*flat)
     return out.view(q.shape)
 
 
@@ -81,23 +83,22 @@ def _packed_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     longest = int(cu_seqlens.diff().max())
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), enable_gqa=True)
+    out: Tensor = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), enable_gqa=True)
+    return out
 
 
 def _packed_loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """One SDPA call per document: for devices and types without a packed kernel (MPS, fp32 on CUDA)."""
-    parts = [
-        F.scaled_dot_product_attention(
-            *(x[start:end].transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True
-        )[0].transpose(0, 1)
-        for start, end in _spans(cu_seqlens)
-    ]
-    return torch.cat(parts)
+    parts = []
+    for start, end in _spans(cu_seqlens):
+        one_q, one_k, one_v = (_document(x, start, end) for x in (q, k, v))
+        parts.append(F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=True, enable_gqa=True))
+    return torch.cat(parts, dim=2)[0].transpose(0, 1)
 
 
 def _spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     bounds = cu_seqlens.tolist()
-    return [(start, end) for start, end in zip(bounds[:-1], bounds[1:], strict=True) if end > start]
+    return [(start, end) for start, end in pairwise(bounds) if end > start]
 
 
 def _document(x: Tensor, start: int, end: int) -> Tensor:
@@ -127,7 +128,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tens
 def _packed_cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     for start, end in _spans(cu_seqlens):
         tensors = [_document(x, start, end) for x in (grad, q, k, v, out)]
@@ -141,7 +142,7 @@ def _packed_cpu_backward(
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

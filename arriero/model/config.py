@@ -6,8 +6,9 @@ and Meta's model cards. `LlamaConfig.n_params` is computed from the shape, not s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from arriero.errors import CheckpointError, ConfigError
@@ -153,6 +154,45 @@ class LlamaConfig:
                 "original_max_position_embeddings": s.original_context,
             }
         return out
+
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What to adapt and how strongly.
+
+    targets: names of linears within each block, or "all-linear" (the head and embeddings are never among them).
+    The adapter's output is scaled by alpha/rank, or alpha/sqrt(rank) with rslora (arXiv 2312.03732).
+    rank_pattern, alpha_pattern: exceptions by full module name ("model.layers.3.mlp.up_proj") -> rank, alpha.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("all-linear",)
+    rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"lora: rank is {self.rank}; it must be at least 1 (usual: 8 to 64)")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora: dropout is {self.dropout}; it must be in [0, 1)")
+        if not self.targets:
+            raise ConfigError("lora: targets is empty; name linears such as 'q_proj', or use 'all-linear'")
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """The factor s in W x + s B A x."""
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def matches(self, name: str) -> bool:
+        """Whether the linear of this full name is adapted; a target matches its whole name or its last parts."""
+        if "all-linear" in self.targets:
+            return name.rsplit(".", 1)[-1] in LINEARS
+        return any(name == target or name.endswith("." + target) for target in self.targets)
 
 
 def _llama1(dim: int, n_layers: int, n_heads: int, ffn_dim: int, eps: float = 1e-5) -> LlamaConfig:

@@ -61,10 +61,7 @@ class Attention(nn.Module):
         q = apply_rope(self.q_proj(x).view(heads), cos, sin)
         k = apply_rope(self.k_proj(x).view(heads), cos, sin)
         v = self.v_proj(x).view(heads)
-        if cache is None:
-            out = document_attention(q, k, v, cu_seqlens)
-        else:
-            out = cached_attention(q, k, v, cache, self.layer)
+        out = cached_attention(q, k, v, cache, self.layer) if cache else document_attention(q, k, v, cu_seqlens)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
 

@@ -1,0 +1,77 @@
+"""Cross-entropy over a large vocabulary without ever holding [tokens x vocabulary].
+
+Logits are made for a chunk of positions, reduced, and dropped; their gradient is formed in the same pass,
+while they are at hand. Positions with target -100 cost nothing: they are dropped before the first product.
+Price: the head's forward once (checkpointing would make it twice) and one [chunk, V] fp32 buffer.
+Idea: Cut Your Losses (arXiv 2411.09009) and Liger's fused loss (2410.10989).
+
+Twin: `F.cross_entropy` on whole logits. Shapes: N positions, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+CHUNK = 256  # positions a chunk: 256 x 128,256 fp32 logits are 125 MiB, and the matmul is already at full speed
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Sum over trained positions of -log softmax(hidden weight^T)[target], a fp32 scalar.
+
+    hidden: final states [N, D]. weight: the head [V, D]. targets: ids [N], -100 where nothing is trained.
+    Divide by the trained tokens of the whole global batch: the sum makes accumulation exact.
+    """
+    kept = (targets != IGNORED).nonzero().squeeze(1)
+    return _ChunkedCrossEntropy.apply(hidden.index_select(0, kept), weight, targets.index_select(0, kept), chunk)
+
+
+@torch.no_grad()
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK) -> Tensor:
+    """log softmax(hidden weight^T)[target] for each position, fp32 [N]; 0 where the target is -100."""
+    out = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+    kept = (targets != IGNORED).nonzero().squeeze(1)
+    for rows in kept.split(chunk):
+        logits = F.linear(hidden[rows], weight.to(hidden.dtype)).float()
+        out[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(1)
+    return out
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        computed = weight.to(hidden.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            logits = F.linear(hidden[rows], computed).float()
+            logsumexp = logits.logsumexp(1, keepdim=True)
+            picked = targets[rows, None]
+            total += (logsumexp - logits.gather(1, picked)).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad = logits.sub_(logsumexp).exp_()  # softmax, in place of the logits
+            grad.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=grad.dtype))
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ computed
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
+            None,
+            None,
+        )
