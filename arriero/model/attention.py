@@ -83,8 +83,7 @@ def _packed_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     longest = int(cu_seqlens.diff().max())
-    out: Tensor = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), enable_gqa=True)
-    return out
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), enable_gqa=True)  # type: ignore
 
 
 def _packed_loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
