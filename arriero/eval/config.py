@@ -1,0 +1,62 @@
+"""What an evaluation is told. No torch here: the command line reads this module to print its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from arriero.errors import ConfigError
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """One model (or two, side by side) measured on one file."""
+
+    model: str = ""
+    """What is measured: a directory, a .gguf file, a Hub id, or a built-in name."""
+    data: str = ""
+    """A .txt file, rows with "text", or rows with answers (the layouts that `arriero sft` reads)."""
+    adapter: str = ""
+    """Directory of a LoRA adapter laid over the model; empty for none."""
+    compare_with: str = ""
+    """A second model, measured first on the same rows without the adapter: the "before" of the table."""
+    out: str = ""
+    """Directory for results.json and samples.jsonl; empty writes nothing."""
+    task: Literal["auto", "perplexity", "answers"] = "auto"
+    """Perplexity of texts, or generated answers against references; auto looks at the first row."""
+    rows: int = 0
+    """Rows measured, from the top of the file; 0 for all."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of activations and matmuls; softmax and sums are fp32 in both."""
+    window: int = 2048
+    """Tokens that the model sees at once on long texts; no more than its context is used."""
+    context: int = 512
+    """Fewest tokens before a scored one in every window but the first; 1 makes windows disjoint."""
+    max_new_tokens: int = 128
+    """Longest generated answer, in tokens."""
+    batch: int = 16
+    """Answers generated at once."""
+    resamples: int = 2000
+    """Bootstrap resamples behind each interval."""
+    seed: int = 0
+    """Decides the bootstrap's resamples; decoding is greedy and needs none."""
+    examples: int = 5
+    """Rows shown in full on the screen."""
+
+    def __post_init__(self) -> None:
+        for name in ("window", "context", "max_new_tokens", "batch"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.window >= 2, f"window is {self.window}; it must be at least 2 tokens")
+        _require(
+            self.context < self.window,
+            f"context {self.context} is not below window {self.window}: no token would be left to score in a window; "
+            "lower context or raise window",
+        )
+        _require(self.resamples >= 100, f"resamples is {self.resamples}; an interval needs at least 100")
+        for name in ("rows", "examples", "seed"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")

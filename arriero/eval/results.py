@@ -1,0 +1,194 @@
+"""What an evaluation found: numbers by row, tables for the screen, files for later, two models side by side.
+
+A difference is called better or worse only when its paired 95% interval leaves out zero.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from arriero import __version__
+from arriero.checkpoint.files import replaced_file, write_json
+from arriero.eval.bootstrap import Interval, Ratio, difference, interval
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that is reported: its title, which way is good, and how it is printed."""
+
+    title: str
+    better: Literal["higher", "lower"]
+    format: str = ".3f"
+
+
+MEASURES = {
+    "bits_per_token": Measure("bits per token", "lower"),
+    "bits_per_byte": Measure("bits per byte", "lower"),
+    "perplexity": Measure("perplexity", "lower", ".2f"),
+    "rouge_l": Measure("ROUGE-L", "higher"),
+    "chrf": Measure("chrF", "higher"),
+    "exact": Measure("exact match", "higher", ".1%"),
+    "one_sentence": Measure("answers of one sentence", "higher", ".1%"),
+    "stopped": Measure("answers that stop", "higher", ".1%"),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row: what was asked, what was wanted, what came, and its scores."""
+
+    prompt: str
+    reference: str
+    answer: str
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Results:
+    """One model on one file. `ratios` hold each measure by row (by window, for texts)."""
+
+    model: str
+    ratios: dict[str, Ratio]
+    samples: list[Sample]
+    rows: int
+    seconds: float
+
+    def intervals(self, resamples: int, seed: int) -> dict[str, Interval]:
+        """Each measure with its 95% bootstrap interval."""
+        return {key: interval(ratio, resamples, seed) for key, ratio in self.ratios.items()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measure before and after, and the paired interval of after - before."""
+
+    measure: Measure
+    before: float
+    after: float
+    difference: Interval
+
+    @property
+    def verdict(self) -> Literal["better", "worse", "no clear difference"]:
+        """Better or worse only where the interval of the difference leaves out zero."""
+        if self.difference.low <= 0 <= self.difference.high:
+            return "no clear difference"
+        rose = self.difference.value > 0
+        return "better" if rose == (self.measure.better == "higher") else "worse"
+
+
+def compare(before: Results, after: Results, resamples: int, seed: int) -> dict[str, Comparison]:
+    """Set two models' results on the same rows side by side, by measure."""
+    assert before.ratios.keys() == after.ratios.keys(), "the two were measured by different tasks"
+    return {
+        key: Comparison(MEASURES[key], old.value, new.value, difference(old, new, resamples, seed))
+        for key, old in before.ratios.items()
+        for new in [after.ratios[key]]
+    }
+
+
+def results_table(results: Results, resamples: int, seed: int) -> Table:
+    """One model's numbers, each with its interval."""
+    table = Table(
+        title=f"{escape(results.model)}: {results.rows:,} rows in {results.seconds:.0f} s", title_justify="left"
+    )
+    for column in ("", "value", "95% interval"):
+        table.add_column(column, justify="left" if not column else "right")
+    for key, found in results.intervals(resamples, seed).items():
+        measure = MEASURES[key]
+        low, high = (format(bound, measure.format) for bound in (found.low, found.high))
+        table.add_row(measure.title, format(found.value, measure.format), f"{low} to {high}")
+    return table
+
+
+def comparison_table(before: Results, after: Results, compared: dict[str, Comparison]) -> Table:
+    """Before and after, the difference with its paired interval, and a verdict in words."""
+    title = escape(f"{after.rows:,} rows; before: {before.model}, after: {after.model}")
+    table = Table(title=title, title_justify="left")
+    for column in ("", "before", "after", "difference (95% interval)", ""):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    colours = {"better": "green", "worse": "red", "no clear difference": "dim"}
+    for line in compared.values():
+        form, change = line.measure.format, line.difference
+        moved, low, high = (format(x, "+" + form) for x in (change.value, change.low, change.high))
+        colour = colours[line.verdict]
+        table.add_row(
+            line.measure.title,
+            format(line.before, form),
+            format(line.after, form),
+            f"{moved} ({low} to {high})",
+            f"[{colour}]{line.verdict}[/{colour}]",
+        )
+    return table
+
+
+def examples_table(before: Results, after: Results | None, count: int) -> Table:
+    """`count` rows at even distances through the file: never picked by how well they went."""
+    n = len(before.samples)
+    table = Table(title=f"{min(count, n)} rows, evenly spaced", title_justify="left", show_lines=True)
+    table.add_column("prompt", ratio=1)
+    table.add_column("answers", ratio=1)
+    for i in (n * k // min(count, n) for k in range(min(count, n))):
+        old = before.samples[i]
+        answers = [("wanted", old.reference), ("before" if after else "answer", old.answer)]
+        if after:
+            answers.append(("after", after.samples[i].answer))
+        text = Text("\n").join(
+            Text.assemble((f"{name:>6}  ", "bold"), _clip(answer, 4) or "(nothing)") for name, answer in answers
+        )
+        table.add_row(Text(_clip(old.prompt, 14)), text)
+    return table
+
+
+def save(directory: Path, settings: dict[str, Any], before: Results | None, after: Results) -> None:
+    """Write results.json (settings, versions, measures) and samples.jsonl (a line a row) into `directory`.
+
+    A line of samples.jsonl: prompt, reference and answer with its scores; or, when two models were compared,
+    prompt, reference, before, after and the scores of both.
+    """
+    resamples, seed = settings["resamples"], settings["seed"]
+    measures: dict[str, Any] = {key: asdict(found) for key, found in after.intervals(resamples, seed).items()}
+    if before is not None:
+        for key, line in compare(before, after, resamples, seed).items():
+            old = asdict(interval(before.ratios[key], resamples, seed))
+            change = {"difference": asdict(line.difference), "verdict": line.verdict}
+            measures[key] = {"before": old, "after": measures[key], **change}
+    found = {
+        "versions": {"arriero": __version__, "python": platform.python_version()},
+        "settings": settings,
+        "rows": after.rows,
+        "seconds": {name: round(r.seconds, 1) for name, r in (("before", before), ("after", after)) if r},
+        "measures": measures,
+    }
+    with replaced_file(directory / "results.json") as path:
+        write_json(path, found)
+    if after.samples:
+        lines = _compared_samples(before, after) if before else [asdict(sample) for sample in after.samples]
+        with replaced_file(directory / "samples.jsonl") as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def _compared_samples(before: Results, after: Results) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": new.prompt,
+            "reference": new.reference,
+            "before": old.answer,
+            "after": new.answer,
+            "scores": {"before": old.scores, "after": new.scores},
+        }
+        for old, new in zip(before.samples, after.samples, strict=True)
+    ]
+
+
+def _clip(text: str, lines: int) -> str:
+    """The first lines of a text, with a mark where some were left out."""
+    kept = text.strip().splitlines()
+    return "\n".join(kept[:lines]) + (f"\n... {len(kept) - lines} more lines" if len(kept) > lines else "")

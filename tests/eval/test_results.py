@@ -1,0 +1,73 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from arriero.eval.bootstrap import mean
+from arriero.eval.results import Results, Sample, compare, comparison_table, examples_table, results_table, save
+
+
+def results(model: str, rouge: list[float], bits: list[float]) -> Results:
+    samples = [
+        Sample(f"def f{i}(): [bold]", f"Want {i}.", f"{model} {i}.", {"rouge_l": r}) for i, r in enumerate(rouge)
+    ]
+    return Results(model, {"rouge_l": mean(rouge), "bits_per_token": mean(bits)}, samples, len(rouge), 1.5)
+
+
+BEFORE = results("base", [0.1 + 0.01 * (i % 7) for i in range(37)], [3.0 + 0.1 * (i % 5) for i in range(37)])
+AFTER = results("tuned", [0.4 + 0.01 * (i % 7) for i in range(37)], [2.0 + 0.1 * (i % 5) for i in range(37)])
+
+
+def shown(*tables: object) -> str:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(*tables)
+    return console.export_text()
+
+
+def test_better_means_higher_for_scores_and_lower_for_costs():
+    compared = compare(BEFORE, AFTER, resamples=200, seed=0)
+    assert {key: line.verdict for key, line in compared.items()} == {"rouge_l": "better", "bits_per_token": "better"}
+    back = compare(AFTER, BEFORE, resamples=200, seed=0)
+    assert {key: line.verdict for key, line in back.items()} == {"rouge_l": "worse", "bits_per_token": "worse"}
+    assert compared["bits_per_token"].difference.value == pytest.approx(-1.0)
+
+
+def test_an_interval_that_holds_zero_is_no_clear_difference():
+    noise = results("same", [0.1 + 0.01 * ((3 * i) % 7) for i in range(37)], [3.0] * 37)
+    assert compare(BEFORE, noise, resamples=200, seed=0)["rouge_l"].verdict == "no clear difference"
+    assert compare(BEFORE, BEFORE, resamples=200, seed=0)["bits_per_token"].verdict == "no clear difference"
+
+
+def test_tables_show_numbers_and_leave_brackets_in_answers_alone():
+    text = shown(comparison_table(BEFORE, AFTER, compare(BEFORE, AFTER, 200, 0)))
+    assert "-1.000 (-1.000 to -1.000)" in text
+    assert "before: base, after: tuned" in text
+    text = shown(examples_table(BEFORE, AFTER, 3))
+    assert [f"f{i}()" in text for i in (0, 12, 24, 1)] == [True, True, True, False]
+    assert "[bold]" in text
+    assert "tuned 24." in text
+    assert "base: 37 rows in 2 s" in shown(results_table(BEFORE, 200, 0))
+
+
+def test_files_hold_the_settings_the_intervals_and_a_line_a_row(tmp_path):
+    settings = {"resamples": 200, "seed": 0, "model": "tuned"}
+    save(tmp_path / "new", settings, BEFORE, AFTER)
+    found = json.loads((tmp_path / "new/results.json").read_text())
+    assert found["settings"] == settings
+    assert found["measures"]["bits_per_token"]["difference"]["value"] == pytest.approx(-1.0)
+    assert found["measures"]["rouge_l"]["before"]["low"] <= BEFORE.ratios["rouge_l"].value
+    lines = [json.loads(line) for line in (tmp_path / "new/samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 37
+    assert lines[5]["before"] == "base 5."
+    assert lines[5]["after"] == "tuned 5."
+    assert lines[5]["reference"] == "Want 5."
+
+    save(tmp_path / "new", settings, None, AFTER)
+    assert set(json.loads((tmp_path / "new/results.json").read_text())["measures"]["rouge_l"]) == {
+        "value",
+        "low",
+        "high",
+    }
+    assert json.loads((tmp_path / "new/samples.jsonl").read_text().splitlines()[0])["answer"] == "tuned 0."
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["results.json", "samples.jsonl"]
