@@ -1,0 +1,1 @@
+"""Checkpoints: where models come from and what they are written as."""

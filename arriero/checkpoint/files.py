@@ -1,0 +1,87 @@
+"""Writing so that a reader never sees half a file: temporary name, fsync, rename.
+
+A crash leaves either the old content or the new, and at worst a stray file whose name begins with a dot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from arriero.errors import CheckpointError
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; on success fsync its files and put them at `path`.
+
+    When `path` does not exist, one rename does it. Otherwise the files are moved in one by one, in order of
+    name except that config.json comes last, and other files there are left alone.
+    """
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        files = sorted(temporary.iterdir(), key=lambda file: (file.name == "config.json", file.name))
+        for file in files:
+            sync(file)
+        sync(temporary)
+        if path.exists():
+            for file in files:
+                os.replace(file, path / file.name)
+            sync(path)
+        else:
+            os.rename(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's entries, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open directories, and orders renames by itself
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises `CheckpointError` when the file is missing or not a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except ValueError as error:  # broken UTF-8 and broken JSON are both ValueErrors
+        raise CheckpointError(f"{path}: not valid JSON ({error}); copy or download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}; an object is expected")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object, indented, ending in a newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,214 @@
+"""The Hugging Face layout: config.json, generation_config.json and safetensors, in one file or in shards.
+
+This is what Arriero writes everywhere; transformers, vLLM, PEFT and llama.cpp's converter open it as it is.
+Reading maps a file, copies one tensor out and unmaps, so that a load never holds two copies. Writing streams: the
+header is known from names, shapes and types before the first tensor is read, so a conversion holds one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from arriero.checkpoint.files import read_json, replaced_directory, write_json
+from arriero.checkpoint.weights import Entry, Weights, checked, from_model
+from arriero.errors import CheckpointError
+from arriero.model.config import LlamaConfig
+from arriero.model.llama import Llama
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def read_config(directory: Path) -> LlamaConfig:
+    """The shape of the model in a Hugging Face directory."""
+    config = read_json(directory / "config.json")
+    try:
+        return LlamaConfig.from_hf(config)
+    except KeyError as error:
+        raise CheckpointError(f"{directory / 'config.json'}: the entry {error} is missing") from error
+
+
+def open_hf(directory: Path) -> Weights:
+    """Open a Hugging Face directory; tensors are read when asked for.
+
+    Raises `CheckpointError` for a missing or damaged file and for tensors that do not fit config.json.
+    """
+    config = read_config(directory)
+    if (directory / INDEX).is_file():
+        files = sorted({directory / name for name in read_json(directory / INDEX)["weight_map"].values()})
+    elif (directory / WEIGHTS).is_file():
+        files = [directory / WEIGHTS]
+    elif any(directory.glob("pytorch_model*.bin")):
+        raise CheckpointError(
+            f"{directory}: the weights are pickled (pytorch_model.bin), which may run code when opened and is not read; "
+            "ask for the model's safetensors version"
+        )
+    else:
+        raise CheckpointError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
+    where: dict[str, Path] = {}
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in safetensors_entries(file).items():
+            entries[name], where[name] = entry, file
+    return checked(directory, config, entries, lambda name: read_tensor(where[name], name))
+
+
+def safetensors_entries(file: Path) -> dict[str, Entry]:
+    """Names, shapes and types of the tensors in a safetensors file."""
+    entries = {}
+    try:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is no dictionary)
+                piece = tensors.get_slice(name)
+                if piece.get_dtype() not in DTYPES:
+                    raise CheckpointError(
+                        f"{file}: tensor {name} has type {piece.get_dtype()}; readable are {', '.join(DTYPES)}"
+                    )
+                entries[name] = Entry(tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: no such file, though the index names it") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: damaged or cut short ({error}); copy or download it again") from error
+    return entries
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """Copy one tensor out of a safetensors file. The mapping is dropped at once: its pages count as memory."""
+    with safe_open(file, "pt") as tensors:
+        return tensors.get_tensor(name).clone()
+
+
+def write_safetensors(
+    file: Path, entries: Mapping[str, Entry], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file tensor by tensor: header length (u64), JSON header, then the raw tensors in order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, entry in entries.items():
+        start, end = end, end + prod(entry.shape) * entry.dtype.itemsize
+        header[name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 64)  # tensors begin on a cache line
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, entry in entries.items():
+            tensor = read(name).to("cpu", entry.dtype).contiguous()
+            assert tuple(tensor.shape) == entry.shape, name
+            out.write(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
+
+
+def write_hf(
+    weights: Weights,
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    save_tokenizer: Callable[[Path], None] | None = None,
+    generation: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write weights as a Hugging Face directory, all or nothing.
+
+    dtype: None keeps the stored type. save_tokenizer(directory) adds the tokenizer's files. generation: entries of
+    generation_config.json (token ids). progress(name) is called before each tensor is written.
+    """
+    dtype = dtype or weights.dtype
+    entries = {name: Entry(entry.shape, dtype) for name, entry in weights.entries.items()}
+    shards = _shards(entries, max_shard_bytes)
+
+    def read(name: str) -> Tensor:
+        progress(name)
+        return weights.read(name)
+
+    with replaced_directory(directory) as temporary:
+        for file, names in shards.items():
+            write_safetensors(temporary / file, {name: entries[name] for name in names}, read, {"format": "pt"})
+        if len(shards) > 1:
+            total = sum(prod(entry.shape) * dtype.itemsize for entry in entries.values())
+            where = {name: file for file, names in shards.items() for name in names}
+            write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        if save_tokenizer is not None:
+            save_tokenizer(temporary)
+        ids = {key: value for key, value in (generation or {}).items() if value is not None}
+        write_json(temporary / "generation_config.json", {"_from_model_config": False, **ids})
+        write_json(temporary / "config.json", {**weights.config.to_hf(str(dtype).removeprefix("torch.")), **ids})
+    _remove_stale(directory, shards)
+
+
+def save_hf(
+    model: Llama,
+    directory: str | Path,
+    tokenizer: Any = None,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write a model, and its tokenizer when given, as a Hugging Face directory.
+
+    dtype None keeps the type the model is in. Files appear only when all of them are complete. The model must carry
+    no adapter: merge it first, or save the adapter alone (checkpoint/adapter.py).
+    """
+    write_hf(
+        from_model(model),
+        Path(directory),
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        save_tokenizer=None if tokenizer is None else tokenizer.save,
+        generation=generation_ids(tokenizer),
+        progress=progress,
+    )
+
+
+def generation_ids(tokenizer: Any) -> dict[str, Any]:
+    """The token ids that config.json and generation_config.json carry: where texts begin, end and are padded."""
+    if tokenizer is None:
+        return {}
+    stops = sorted(tokenizer.stop_ids)
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def _shards(entries: Mapping[str, Entry], max_bytes: int) -> dict[str, list[str]]:
+    """Names by shard file, in order, each shard at most `max_bytes` (a larger tensor has a shard of its own)."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, entry in entries.items():
+        size = prod(entry.shape) * entry.dtype.itemsize
+        if groups[-1] and used + size > max_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def _remove_stale(directory: Path, written: Iterable[str]) -> None:
+    """Remove weights of an earlier model in the directory, which a reader could take for part of this one."""
+    written = set(written)
+    stale = [file for file in directory.glob("model*.safetensors") if file.name not in written]
+    if len(written) == 1:
+        stale.append(directory / INDEX)
+    for file in stale:
+        file.unlink(missing_ok=True)

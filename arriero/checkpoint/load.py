@@ -1,0 +1,81 @@
+"""From a name to a model: built on the meta device, then given its tensors one at a time.
+
+Memory at the peak is one model plus one tensor, whatever the format and the cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from arriero.checkpoint.gguf import open_gguf
+from arriero.checkpoint.hf import open_hf
+from arriero.checkpoint.meta import open_meta
+from arriero.checkpoint.source import resolve
+from arriero.checkpoint.weights import Weights
+from arriero.errors import CheckpointError
+from arriero.model.llama import Llama
+
+if TYPE_CHECKING:
+    from arriero.tokenizer.base import Tokenizer
+
+
+def open_weights(path: Path) -> Weights:
+    """Open a checkpoint of any known format: a .gguf file, a Hugging Face directory or a Meta directory."""
+    if path.is_file() and path.suffix == ".gguf":
+        return open_gguf(path)
+    if (path / "config.json").is_file():
+        return open_hf(path)
+    if (path / "params.json").is_file():
+        return open_meta(path)
+    raise CheckpointError(
+        f"{path}: no checkpoint known here; expected a .gguf file, or a directory with config.json and safetensors "
+        "(Hugging Face), or with params.json and consolidated.*.pth (Meta)"
+    )
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    progress: Callable[[str], None] = lambda name: None,
+) -> Llama:
+    """Load a model by path, Hub id or built-in name.
+
+    dtype: the type to hold the weights in; None keeps the stored one (quantised weights become fp32).
+    Raises `CheckpointError` when it is not found, damaged, or no Llama.
+    """
+    weights = open_weights(resolve(name_or_path))
+    dtype = dtype or weights.dtype
+    with torch.device("meta"):
+        model = Llama(weights.config)
+    state = {}
+    for name in weights.entries:
+        progress(name)
+        state[name] = weights.read(name).to(device, dtype)
+    model.load_state_dict(state, assign=True, strict=False)  # a tied head is missing; `checked` saw to the rest
+    model.tie_weights()
+    return model
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    adapter: str | Path | None = None,
+) -> tuple[Llama, Tokenizer]:
+    """Load a model and its tokenizer by path, Hub id or built-in name, with a PEFT adapter on it when given."""
+    from arriero.tokenizer import load_tokenizer
+
+    path = resolve(name)
+    model = load_model(path, dtype=dtype, device=device)
+    if adapter is not None:
+        from arriero.checkpoint.adapter import load_adapter
+
+        load_adapter(model, Path(adapter))
+    return model, load_tokenizer(path)

