@@ -1,0 +1,277 @@
+"""The interface that every tokenizer family keeps to, and what the families share.
+
+Text reaches the model by two doors. `encode` is for text that somebody wrote: the characters "<|eot_id|>" in it stay
+characters. `encode_rendered` is for text that a chat template produced: there the same characters are the token.
+Splitting at special tokens, decoding, streaming and the fingerprint live here once; a family (`hf.py`, `llama3.py`,
+`sentencepiece.py`) only turns plain segments into ids and ids into bytes, each through the library that defines its
+format. Broken surrogates are treated as tiktoken treats them in every family: halves of a pair are joined, a lone
+half becomes U+FFFD.
+
+Price: the splitting costs one pass of a compiled regular expression, about 1% of the encoding itself.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from arriero.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from arriero.tokenizer.chat import ChatTemplate
+
+# Special tokens that end a turn or a text in the families that people run as Llamas; llama.cpp keeps a like list.
+END_TOKENS = frozenset(
+    ["</s>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>", "<|end|>", "<end_of_turn>"]
+)
+
+# Where a family puts its "dummy prefix" space: nowhere (byte-level BPE), at the start of a text only, or at the start
+# and after every special token (Meta's and llama.cpp's SentencePiece).
+PrefixRule = Literal["never", "first", "always"]
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What a tokenizer's files say about its special tokens, as text.
+
+    ids: every special token and its id. stop: further ends of a turn that the files name (generation_config.json).
+    adds_bos: whether the family's own `encode` puts `bos` before a text; kept for the files we write.
+    """
+
+    ids: Mapping[str, int]
+    bos: str | None = None
+    eos: str | None = None
+    pad: str | None = None
+    unk: str | None = None
+    stop: frozenset[str] = frozenset()
+    adds_bos: bool = False
+
+    def __post_init__(self) -> None:
+        for role in ("bos", "eos", "pad"):
+            text = getattr(self, role)
+            if text is not None and text not in self.ids:
+                raise CheckpointError(
+                    f"the tokenizer names {text!r} as its {role} token, but no special token has that text; "
+                    "check tokenizer_config.json or the GGUF metadata against the vocabulary"
+                )
+
+
+class Tokenizer(ABC):
+    """Text to ids and back; see the module docstring for the two doors."""
+
+    prefix_rule: PrefixRule = "never"
+    strips_space: bool = False  # whether decoding takes off the space that a dummy prefix left at the start
+
+    def __init__(self, special: SpecialTokens, chat_template: ChatTemplate | None):
+        self.special = special
+        self.special_ids: dict[str, int] = dict(special.ids)
+        self.chat_template = chat_template
+        self._special_texts = {i: text for text, i in self.special_ids.items()}
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    # What a family provides.
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included: one more than the largest id."""
+
+    @abstractmethod
+    def encode_segments(self, segments: Sequence[str], *, at_start: Sequence[bool]) -> list[list[int]]:
+        """Encode plain segments; those not `at_start` continue a text, so they get no dummy prefix."""
+
+    @abstractmethod
+    def _token_table(self) -> list[bytes]:
+        """Return the bytes that each id stands for."""
+
+    @abstractmethod
+    def _identity(self) -> bytes:
+        """Return what decides the ids of plain text, for the fingerprint."""
+
+    @abstractmethod
+    def save(self, directory: str | Path) -> None:
+        """Write the files that transformers' AutoTokenizer and llama.cpp's converter load with equal ids."""
+
+    # What every family shares.
+
+    @property
+    def bos_id(self) -> int | None:
+        return None if self.special.bos is None else self.special_ids[self.special.bos]
+
+    @property
+    def eos_id(self) -> int | None:
+        return None if self.special.eos is None else self.special_ids[self.special.eos]
+
+    @property
+    def pad_id(self) -> int | None:
+        return None if self.special.pad is None else self.special_ids[self.special.pad]
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a turn or a text."""
+        names = {self.special.eos, *self.special.stop, *END_TOKENS}
+        return frozenset(i for text, i in self.special_ids.items() if text in names)
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Encode text that somebody wrote; the text of a special token in it stays plain text.
+
+        Raises CheckpointError if bos or eos is asked of a tokenizer that has none.
+        """
+        [ids] = self.encode_segments([text], at_start=[True])
+        return self._marked(self.bos_id, "bos", bos) + ids + self._marked(self.eos_id, "eos", eos)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode many texts at once, each as `encode` does."""
+        return self.encode_segments(texts, at_start=[True] * len(texts))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Encode what a chat template produced: special tokens in it are parsed."""
+        [ids] = self.encode_pieces([text])
+        return ids
+
+    def encode_pieces(self, pieces: Sequence[str], *, sentinel: str = "") -> list[list[int]]:
+        """Encode the consecutive pieces of one rendered text; no token crosses from one piece into the next.
+
+        `sentinel` is a character that breaks special-token text which must stay plain; it is taken out before
+        encoding (see `chat.py`).
+        """
+        plain: list[str] = []
+        at_start: list[bool] = []
+        layout: list[list[int | None]] = []  # per piece: a special id, or None for the next plain segment
+        begins = True
+        for piece in pieces:
+            row: list[int | None] = []
+            for segment, special in self._split(piece):
+                if sentinel:
+                    segment = segment.replace(sentinel, "")
+                if segment:
+                    row.append(None)
+                    plain.append(segment)
+                    at_start.append(begins)
+                    begins = False
+                if special is not None:
+                    row.append(special)
+                    begins = self.prefix_rule == "always"
+            layout.append(row)
+        encoded = iter(self.encode_segments(plain, at_start=at_start))
+        result = []
+        for row in layout:
+            ids: list[int] = []
+            for special in row:
+                ids.extend(next(encoded) if special is None else (special,))
+            result.append(ids)
+        return result
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that an id stands for (special tokens: their text)."""
+        return self._bytes[token_id]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Return the text of ids; bytes that are not UTF-8 become U+FFFD."""
+        joined = b"".join(self._bytes[i] for i in map(int, ids) if not (skip_special and i in self._special_texts))
+        if self.strips_space:
+            joined = joined.removeprefix(b" ")
+        return joined.decode("utf-8", "replace")
+
+    def stream(self, *, skip_special: bool = True) -> TokenStream:
+        """Return an incremental decoder for ids that arrive one at a time."""
+        return TokenStream(self, skip_special)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides ids and the template."""
+        s = self.special
+        facts = {
+            "class": type(self).__name__,
+            "special": sorted(self.special_ids.items()),
+            "roles": [s.bos, s.eos, s.pad],
+            "stop": sorted(self.stop_ids),
+            "template": self.chat_template and [self.chat_template.source, self.chat_template.tool_source],
+        }
+        return hashlib.sha256(json.dumps(facts).encode() + b"\0" + self._identity()).hexdigest()
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        return self._token_table()
+
+    def _split(self, text: str) -> Iterable[tuple[str, int | None]]:
+        """Yield (plain text, the special id that follows it or None at the end)."""
+        at = 0
+        for match in self.special_pattern.finditer(text):
+            yield text[at : match.start()], self.special_ids[match[0]]
+            at = match.end()
+        yield text[at:], None
+
+    def _marked(self, token_id: int | None, role: str, wanted: bool) -> list[int]:
+        if not wanted:
+            return []
+        if token_id is None:
+            raise CheckpointError(f"this tokenizer has no {role} token; encode without {role}=True")
+        return [token_id]
+
+
+class TokenStream:
+    """Decodes ids one by one and hands out only complete UTF-8 characters.
+
+    What all pushes and the flush returned, joined, equals `Tokenizer.decode` of the same ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool):
+        self._tokenizer = tokenizer
+        self._skip = tokenizer._special_texts if skip_special else {}
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._strip = tokenizer.strips_space  # not yet done
+
+    def push(self, token_id: int) -> str:
+        """Take the next id; return the characters that are now complete (often one word, sometimes none)."""
+        if token_id in self._skip:
+            return ""
+        data = self._tokenizer.token_bytes(token_id)
+        if self._strip and data:
+            data, self._strip = data.removeprefix(b" "), False
+        return self._decoder.decode(data)
+
+    def flush(self) -> str:
+        """Return what is left at the end: U+FFFD where the ids stopped inside a character."""
+        return self._decoder.decode(b"", final=True)
+
+
+def mend_surrogates(text: str) -> str:
+    """Join the halves of surrogate pairs and replace lone halves by U+FFFD, as tiktoken does."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load the tokenizer of a Hugging Face directory, a tokenizer.json, a tokenizer.model or a .gguf file.
+
+    A tokenizer.model is SentencePiece (Llama 1 and 2) or tiktoken's format (Llama 3); its content tells which.
+    Raises CheckpointError where there is none, or where it cannot be read.
+    """
+    from arriero.tokenizer import gguf, hf, llama3, sentencepiece
+
+    path = Path(path)
+    if path.is_dir():
+        if (path / "tokenizer.json").is_file():
+            return hf.load_tokenizer_json(path / "tokenizer.json")
+        if (path / "tokenizer.model").is_file():
+            path = path / "tokenizer.model"
+        else:
+            raise CheckpointError(f"{path}: no tokenizer.json or tokenizer.model in this directory")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give a model directory, tokenizer.json, tokenizer.model or .gguf")
+    if path.suffix == ".gguf":
+        return gguf.load_gguf_tokenizer(path)
+    if path.suffix == ".json":
+        return hf.load_tokenizer_json(path)
+    if llama3.is_tiktoken_file(path):
+        return llama3.load_tiktoken_model(path)
+    return sentencepiece.load_sentencepiece_model(path)

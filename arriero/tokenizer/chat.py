@@ -1,0 +1,336 @@
+"""Conversations as text and as ids, and which of those ids a model learns from.
+
+A chat template is a Jinja program that ships with a model, so it is somebody else's code: it runs in Jinja's immutable
+sandbox, with the helpers that transformers gives it and with plain data only. Text inside a message can never become
+a special token: before rendering, each special token's text in the messages is broken by a character that occurs
+nowhere else, and after the text has been split at the real special tokens that character is taken out again.
+
+`encode_training` builds the loss mask by rendering, never by searching for role names. For each answer the template
+is rendered up to the generation prompt; the whole conversation must begin with that text, or the template rewrites
+history and is refused. What follows, up to and including the first token that ends a turn, is trained. An answer is
+encoded apart from its prompt, just as it is generated: prompt ids first, answer ids after them.
+
+Price: one render per answer plus one, and a single tokenization (docs/masks.md has the speeds).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from arriero.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from arriero.tokenizer.base import Tokenizer
+
+Message = Mapping[str, Any]  # OpenAI's: role, content, tool_calls, tool_call_id, name
+Tool = Mapping[str, Any]
+
+# Unicode's noncharacters: no text needs them, yet one may hold them, so the first that is absent is taken.
+_NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
+
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+# Our own keys in a message; the template never sees them.
+_PRIVATE_KEYS = frozenset(["weight", "train"])
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template's source, the special tokens it may name ({"bos_token": "<s>"}), and its variant for tools, if any."""
+
+    source: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    tool_source: str | None = None
+
+    def __post_init__(self) -> None:
+        for source in (self.source, self.tool_source):
+            if source is not None:
+                _compile(source)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> str:
+        """Return the conversation as text, equal to transformers' `apply_chat_template(tokenize=False)`.
+
+        `variables` reach the template by name (date_string, enable_thinking).
+        Raises DataError where the template refuses the conversation.
+        """
+        source = self.tool_source if tools and self.tool_source is not None else self.source
+        names: dict[str, Any] = {
+            **self.special_tokens,
+            **variables,
+            "messages": [_for_template(m) for m in messages],
+            "tools": None if tools is None else _plain(tools),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return _compile(source).render(names)
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+            raise DataError(
+                f"the chat template refuses this conversation: {error} (roles: {', '.join(_roles(messages))}); "
+                "change the messages, or give another chat template"
+            ) from error
+
+
+@dataclass(frozen=True)
+class TrainingTokens:
+    """One conversation: its ids, and for each whether the model learns to predict it."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None = None,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> list[int]:
+    """Return the ids of a conversation: transformers' `apply_chat_template`, with messages that stay plain text.
+
+    Raises DataError where the tokenizer has no chat template or the template refuses the conversation.
+    """
+    template = _template_of(tokenizer)
+    guard = Guard.over(tokenizer, messages, tools)
+    text = template.render(guard.messages, guard.tools, add_generation_prompt, **variables)
+    [ids] = tokenizer.encode_pieces([text], sentinel=guard.sentinel)
+    return ids
+
+
+def encode_training(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None = None,
+    **variables: Any,
+) -> TrainingTokens:
+    """Return the ids of a conversation, trained on the assistant's messages and the token that ends each.
+
+    An assistant message with "weight": 0 or "train": false is context only. The ids begin with
+    `encode_chat(messages before the first answer)`, and equal `encode_chat(messages, add_generation_prompt=False)`
+    unless a token of the latter would cross from a generation prompt into an answer.
+    Raises DataError where nothing is trained, where the template drops, reorders or rewrites messages, or where an
+    answer does not end in a token that stops generation.
+    """
+    template = _template_of(tokenizer)
+    guard = Guard.over(tokenizer, messages, tools)
+    whole = template.render(guard.messages, guard.tools, **variables)
+    answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    if not any(_is_trained(messages[i]) for i in answers):
+        raise DataError("nothing to learn: no message with role 'assistant' is trained; add an answer or drop the row")
+
+    cuts = [0]
+    for i in answers:
+        prompt = template.render(guard.messages[:i], guard.tools, add_generation_prompt=True, **variables)
+        if not whole.startswith(prompt) or len(prompt) < cuts[-1]:
+            _refuse_rewriting(whole, prompt, i)
+        cuts += [len(prompt), _end_of_answer(tokenizer, whole, len(prompt), messages, i)]
+    cuts.append(len(whole))
+    _check_contents(whole, guard.messages, answers, cuts)
+
+    pieces = [whole[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]  # prompt, answer, prompt, ..., rest
+    encoded = tokenizer.encode_pieces(pieces, sentinel=guard.sentinel)
+    ids: list[int] = []
+    trained: list[bool] = []
+    for k, piece in enumerate(encoded):
+        ids += piece
+        trained += [k % 2 == 1 and _is_trained(messages[answers[k // 2]])] * len(piece)
+    return TrainingTokens(ids, trained)
+
+
+def _end_of_answer(tokenizer: Tokenizer, whole: str, start: int, messages: Sequence[Message], i: int) -> int:
+    """Return the offset just after the token that ends answer i, which starts at `start`."""
+    for match in tokenizer.special_pattern.finditer(whole, start):
+        if tokenizer.special_ids[match[0]] in tokenizer.stop_ids:
+            return match.end()
+    names = sorted(text for text, k in tokenizer.special_ids.items() if k in tokenizer.stop_ids)
+    raise DataError(
+        f"message {i} (assistant): the chat template ends this answer with {whole[start:][-24:]!r}, which holds none of "
+        f"the tokens that stop generation ({', '.join(names) or 'the tokenizer has none'}), so the model would never "
+        "learn to stop; use a template that writes one after each answer"
+    )
+
+
+def _refuse_rewriting(whole: str, prompt: str, i: int) -> NoReturn:
+    at = next((k for k, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), min(len(whole), len(prompt)))
+    raise DataError(
+        f"message {i} (assistant): the chat template writes the messages before it differently once it is there "
+        f"(at character {at}: {prompt[at : at + 24]!r} becomes {whole[at : at + 24]!r}), so what is trained would not "
+        "be what is seen at inference; use a template that keeps earlier messages as they are, or one answer per row"
+    )
+
+
+def _check_contents(
+    whole: str, messages: Sequence[dict[str, Any]], answers: Sequence[int], cuts: Sequence[int]
+) -> None:
+    """Refuse a template that drops or reorders messages: each content must stand in `whole`, in order."""
+    at = 0
+    span = {i: (cuts[2 * k + 1], cuts[2 * k + 2]) for k, i in enumerate(answers)}
+    for i, message in enumerate(messages):
+        low, high = span.get(i, (at, len(whole)))
+        for text in _texts(message.get("content")):
+            found = whole.find(text, low, high)
+            if found < 0:
+                raise DataError(
+                    f"message {i} ({message.get('role')}): the chat template drops, moves or rewrites its content "
+                    f"({text[:40]!r} is not where it belongs); use a template that keeps every message, or take it out"
+                )
+            low = found + len(text)
+        at = high if i in span else low
+
+
+def _texts(content: Any) -> Iterable[str]:
+    """Yield the texts of a message's content, stripped, as templates often do."""
+    if isinstance(content, str):
+        if stripped := content.strip():
+            yield stripped
+    elif isinstance(content, list):
+        for part in content:
+            if isinstance(part, Mapping):
+                yield from _texts(part.get("text"))
+
+
+def _is_trained(message: Message) -> bool:
+    return message.get("train", True) is not False and message.get("weight", 1) != 0
+
+
+def _template_of(tokenizer: Tokenizer) -> ChatTemplate:
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "this tokenizer has no chat template, so it cannot encode conversations; give one, e.g. 'chatml'"
+        )
+    return tokenizer.chat_template
+
+
+def _roles(messages: Sequence[Message]) -> list[str]:
+    return [str(message.get("role")) for message in messages]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Messages and tools in which no special token's text is whole; `sentinel` is what breaks them ("": nothing)."""
+
+    messages: list[dict[str, Any]]
+    tools: Any
+    sentinel: str
+
+    @classmethod
+    def over(cls, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None) -> Guard:
+        """Break the special-token text in all strings of messages and tools, however deep."""
+        plain = [_for_template(m) for m in messages]
+        plain_tools = None if tools is None else _plain(tools)
+        strings = list(_strings([plain, plain_tools]))
+        if not any(tokenizer.special_pattern.search(s) for s in strings):
+            return cls(plain, plain_tools, "")
+        sentinel = next((c for c in _NONCHARACTERS if not any(c in s for s in strings)), None)
+        if sentinel is None:
+            raise DataError("a message holds all 32 noncharacters U+FDD0 to U+FDEF and special-token text; clean it")
+
+        def broken(match: re.Match[str]) -> str:
+            return match[0][0] + sentinel + match[0][1:]
+
+        def guard(value: Any) -> Any:
+            if isinstance(value, str):
+                return tokenizer.special_pattern.sub(broken, value)
+            if isinstance(value, dict):
+                return {guard(k): guard(v) for k, v in value.items()}
+            return [guard(v) for v in value] if isinstance(value, list) else value
+
+        return cls(guard(plain), guard(plain_tools), sentinel)
+
+
+def _strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for k, v in value.items():
+            yield from _strings(k)
+            yield from _strings(v)
+    elif isinstance(value, list):
+        for v in value:
+            yield from _strings(v)
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """Return a message as templates expect it: no None, no keys of ours, reasoning under the names they know."""
+    value = {k: _plain(v) for k, v in message.items() if v is not None and k not in _PRIVATE_KEYS}
+    reasoning = next((value[key] for key in _REASONING_KEYS if key in value), None)
+    return value if reasoning is None else {"thinking": reasoning, **value, "reasoning_content": reasoning}
+
+
+def _plain(value: Any) -> Any:
+    """Return a copy made of JSON's types only, so that a template meets no object with methods of its own."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    raise DataError(f"a message holds a {type(value).__name__}; only text, numbers, lists and objects can be rendered")
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}: transformers' mark around answers; rendered as its content."""
+
+    tags: set[str] = {"generation"}  # noqa: RUF012  jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML's characters; models are trained on JSON as it is.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+@lru_cache(maxsize=32)
+def _compile(source: str) -> jinja2.Template:
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise CheckpointError(
+            f"the chat template has a syntax error in line {error.lineno}: {error.message}"
+        ) from error
