@@ -1,0 +1,30 @@
+"""Learning-rate schedules, as pure functions of the step: nothing to save, nothing to get out of order."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+Shape = Literal["cosine", "linear", "wsd", "constant"]
+
+
+def lr_factor(step: int, total: int, shape: Shape, warmup: float, min_lr: float, decay: float = 0.2) -> float:
+    """The share of the peak rate at `step` (0-based) of `total`.
+
+    Warmup: (step + 1) / w over the first w = ceil(warmup * total) steps. Then with p the share of the rest that
+    is done, and m = min_lr: cosine m + (1-m)(1 + cos(pi p))/2 (arXiv 1608.03983); linear 1 - (1-m)p; constant 1;
+    wsd (arXiv 2404.06395) 1 until the last `decay` share of all steps, then linear to m.
+    """
+    warmup_steps = math.ceil(warmup * total)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if shape == "constant":
+        return 1.0
+    if shape == "wsd":
+        decay_steps = min(math.ceil(decay * total), total - warmup_steps)
+        done = (step - (total - decay_steps)) / max(decay_steps - 1, 1)
+        return 1 - (1 - min_lr) * min(max(done, 0.0), 1.0)
+    done = min((step - warmup_steps) / max(total - warmup_steps - 1, 1), 1.0)
+    if shape == "linear":
+        return 1 - (1 - min_lr) * done
+    return min_lr + (1 - min_lr) * (1 + math.cos(math.pi * done)) / 2

@@ -1,0 +1,78 @@
+import torch
+import torch.nn.functional as F
+
+from arriero.losses.lm import chunked_cross_entropy, token_logprobs
+
+
+def inputs(dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(61, 13, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(107, 13, generator=g).requires_grad_()
+    targets = torch.randint(107, (61,), generator=g)
+    targets[::3] = -100
+    return hidden, weight, targets
+
+
+def whole(hidden, weight, targets):
+    logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+
+def test_chunked_loss_and_gradients_equal_the_whole_ones():
+    hidden, weight, targets = inputs()
+    expected = whole(hidden, weight, targets)
+    expected_grads = torch.autograd.grad(expected * 0.37, (hidden, weight))
+    for chunk in (1, 7, 40, 1000):
+        loss = chunked_cross_entropy(hidden, weight, targets, chunk)
+        torch.testing.assert_close(loss, expected)
+        for ours, theirs in zip(torch.autograd.grad(loss * 0.37, (hidden, weight)), expected_grads, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_activations_get_an_fp32_loss_and_fp32_weight_gradients():
+    hidden, weight, targets = inputs(torch.bfloat16)
+    loss = chunked_cross_entropy(hidden, weight, targets, 11)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, whole(hidden, weight, targets))
+    grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight))
+    assert (grad_hidden.dtype, grad_weight.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_by_hand_two_equal_logits_cost_log_two():
+    loss = chunked_cross_entropy(torch.zeros(3, 5), torch.randn(2, 5), torch.tensor([0, -100, 1]))
+    torch.testing.assert_close(loss, 2 * torch.log(torch.tensor(2.0)))
+
+
+def test_nothing_trained_costs_nothing_and_has_zero_gradient():
+    hidden, weight, _ = inputs()
+    loss = chunked_cross_entropy(hidden, weight, torch.full((61,), -100))
+    assert loss.item() == 0
+    assert torch.autograd.grad(loss, hidden)[0].abs().sum() == 0
+
+
+def test_token_logprobs_are_log_softmax_at_the_target():
+    hidden, weight, targets = inputs()
+    expected = F.linear(hidden, weight).log_softmax(-1).gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    expected[targets == -100] = 0
+    torch.testing.assert_close(token_logprobs(hidden, weight, targets, 7), expected)
+
+
+def test_the_vocabulary_is_never_held_for_all_tokens():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(t, torch.Tensor):
+                    largest = max(largest, t.numel())
+            return out
+
+    hidden = torch.randn(997, 3, requires_grad=True)
+    weight = torch.randn(1009, 3)
+    with Watch():
+        chunked_cross_entropy(hidden, weight, torch.arange(997), 64).backward()
+    assert largest <= 64 * 1009

@@ -1,0 +1,130 @@
+import pytest
+import torch
+
+from arriero.model.attention import document_attention, document_positions, naive_attention
+from arriero.model.cache import KVCache
+from arriero.model.config import LlamaConfig
+from arriero.model.llama import Llama, RMSNorm
+
+CONFIG = LlamaConfig(dim=66, n_layers=3, n_heads=11, n_kv_heads=1, ffn_dim=29, vocab_size=101, max_context=64)
+GROUPED = LlamaConfig(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=31, vocab_size=103, max_context=64)
+
+
+@pytest.fixture(params=[CONFIG, GROUPED], ids=["mqa", "gqa"])
+def model(request) -> Llama:
+    return Llama(request.param).init_weights(std=0.2, seed=5).eval()
+
+
+def ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(101, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def boundaries(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("packed", [True, False])
+def test_attention_and_its_gradients_equal_the_naive_twin(kv_heads, packed):
+    g = torch.Generator().manual_seed(1)
+    q, grad = torch.randn(2, 2, 41, 6, 16, generator=g)
+    k, v = torch.randn(2, 2, 41, kv_heads, 16, generator=g)
+    cu = boundaries(17, 24, 30, 11) if packed else None
+    outs, grads = [], []
+    for attend in (document_attention, naive_attention):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        outs.append(attend(*leaves, cu))
+        grads.append(torch.autograd.grad(outs[-1], leaves, grad))
+    torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
+    for ours, naive in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, naive, atol=1e-5, rtol=1e-5)
+
+
+def test_the_packed_operator_passes_torchs_own_checks():
+    q, k = torch.randn(19, 4, 8, requires_grad=True), torch.randn(19, 2, 8, requires_grad=True)
+    torch.library.opcheck(torch.ops.arriero.packed_attention_cpu.default, (q, k, k.detach(), boundaries(7, 12)))
+
+
+def test_positions_restart_at_documents():
+    positions = document_positions(torch.zeros(2, 6, dtype=torch.long), boundaries(4, 2, 5, 1))
+    assert positions.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 0]]
+
+
+def test_packed_documents_equal_each_document_alone(model):
+    documents = [ids(1, n, seed=n) for n in (5, 13, 2, 17)]
+    packed = model(torch.cat(documents, dim=1), boundaries(5, 13, 2, 17))
+    alone = torch.cat([model(d) for d in documents], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_packed_documents_are_the_sum_of_those_alone(model):
+    documents = [ids(1, n, seed=n) for n in (5, 13, 7)]
+    model(torch.cat(documents, dim=1), boundaries(5, 13, 7)).square().sum().backward()
+    packed = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for d in documents:
+        model(d).square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(packed[name], p.grad, atol=1e-3, rtol=1e-4, msg=name)
+
+
+def test_cached_equals_uncached(model):
+    tokens = ids(3, 23)
+    whole = model(tokens)
+    cache = KVCache(model.config, batch=3, capacity=23)
+    steps = [model(tokens[:, :7], cache=cache), model(tokens[:, 7:12], cache=cache)]
+    steps += [model(tokens[:, t : t + 1], cache=cache) for t in range(12, 23)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=1e-5)
+    assert cache.lengths.tolist() == [23] * 3
+
+
+def test_rows_of_different_length_share_a_cache(model):
+    lengths = torch.tensor([3, 11, 7])
+    tokens = ids(3, 11)
+    cache = KVCache(model.config, batch=3, capacity=19)
+    model(tokens, cache=cache)
+    cache.lengths = lengths.clone()  # forget the padding behind each row
+    following = ids(3, 5, seed=9)
+    ragged = model(following, cache=cache)
+    for row, length in enumerate(lengths):
+        alone = model(torch.cat([tokens[row, :length], following[row]])[None])
+        torch.testing.assert_close(ragged[row], alone[0, length:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_full_cache_is_refused(model):
+    with pytest.raises(ValueError, match="12 tokens do not fit its capacity of 11"):
+        model(ids(1, 12), cache=KVCache(model.config, batch=1, capacity=11))
+
+
+def test_wide_weights_compute_in_the_chosen_type_and_get_wide_gradients(model):
+    tokens = ids(2, 13)
+    expected = Llama(model.config).to(torch.bfloat16)
+    expected.load_state_dict(model.state_dict())
+    logits = model.set_compute_dtype(torch.bfloat16)(tokens)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits, expected(tokens), atol=0, rtol=0)
+    logits.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_rms_norm_by_hand():
+    norm = RMSNorm(2, eps=0.0)
+    norm.weight.data = torch.tensor([1.0, 10.0])
+    torch.testing.assert_close(norm(torch.tensor([3.0, 4.0])), torch.tensor([3.0, 40.0]) / 12.5**0.5)
+
+
+@pytest.mark.filterwarnings("default")  # dynamo itself looks at .grad of non-leaf tensors
+def test_compiled_blocks_equal_eager_ones(model):
+    from arriero.distributed.parallelize import prepare
+
+    tokens, cu = ids(1, 37), boundaries(11, 13, 13)
+    results = []
+    for options in ({}, {"compile": True}, {"checkpoint_activations": True}):
+        twin = Llama(model.config)
+        twin.load_state_dict(model.state_dict())
+        out = prepare(twin, **options)(tokens, cu)
+        out.square().mean().backward()
+        results.append([out, *(p.grad for p in twin.parameters())])
+    for other in results[1:]:
+        for ours, eager in zip(other, results[0], strict=True):
+            torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-4)
