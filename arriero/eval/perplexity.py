@@ -1,0 +1,106 @@
+"""Perplexity and bits per byte of texts of any length, in bounded memory.
+
+A text longer than the window is read in overlapping windows. Each token is scored exactly once, and after the
+first window with at least `context` tokens before it. A text is preceded by the tokenizer's bos token (its eos
+where it has no bos), as in lm-eval's rolling log-likelihood, so that its first token is scored as well.
+Perplexity is per token and comparable only between models with the same tokenizer; bits per byte (UTF-8) always is.
+Price: one forward over n * window / (window - context + 1) tokens; [chunk, V] logits at a time, never [window, V].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from arriero.errors import DataError
+from arriero.eval.bootstrap import Ratio
+from arriero.eval.packed import scored
+from arriero.losses.lm import IGNORED
+from arriero.model.llama import Llama
+from arriero.tokenizer.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of one text: ids read, ids to follow (-100 where an earlier window has scored them), its share."""
+
+    inputs: list[int]
+    targets: list[int]
+    scored: int  # tokens scored here
+    bytes: float  # the text's UTF-8 bytes, shared out by scored tokens
+    opens: bool  # the first window of its text
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What texts cost a model, kept by window so that windows can be resampled.
+
+    bits, tokens, bytes: by window, what its scored tokens cost, their number, and their share of the text's bytes.
+    """
+
+    bits: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
+    documents: int
+
+    @property
+    def bits_per_token(self) -> Ratio:
+        """-log2 p of a token, on average."""
+        return Ratio(self.bits, self.tokens)
+
+    @property
+    def bits_per_byte(self) -> Ratio:
+        """-log2 p of the text over its bytes: comparable between tokenizers."""
+        return Ratio(self.bits, self.bytes)
+
+    @property
+    def perplexity(self) -> Ratio:
+        """2 to the bits per token, which is exp of the mean of -log p."""
+        return Ratio(self.bits, self.tokens, exponent=True)
+
+
+def perplexity(
+    model: Llama,
+    tokenizer: Tokenizer,
+    texts: str | Iterable[str],
+    *,
+    window: int = 2048,
+    context: int = 512,
+    on_tokens: Callable[[int], None] | None = None,
+) -> Perplexity:
+    """Score every token of `texts` (one, or a stream of documents) once; see the module's text for how.
+
+    window: tokens a forward, capped by the model's context. context: fewest tokens before a scored one where
+    the text has them. on_tokens: called with the number of tokens scored, for a progress bar.
+    Raises `DataError` when there is nothing to score.
+    """
+    window = min(window, model.config.max_context)
+    context = min(context, window - 1)
+    documents = [texts] if isinstance(texts, str) else texts
+    views = (view for text in documents for view in windows(tokenizer, text, window, context))
+    found: list[tuple[float, int, float, bool]] = []
+    for view, bits in scored(model, views, window):
+        found.append((bits, view.scored, view.bytes, view.opens))
+        if on_tokens is not None:
+            on_tokens(view.scored)
+    if not found:
+        raise DataError("perplexity: the data holds no text to score; give at least one text that is not empty")
+    bits_, tokens, sizes, opens = (np.array(column, dtype=np.float64) for column in zip(*found, strict=True))
+    return Perplexity(bits_, tokens, sizes, int(opens.sum()))
+
+
+def windows(tokenizer: Tokenizer, text: str, window: int, context: int) -> Iterator[Window]:
+    """Cut a text into windows of at most `window` inputs that score each token once; see the module's text."""
+    prefix = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    ids = tokenizer.encode(text)
+    if prefix is not None:
+        ids = [prefix, *ids]
+    n_bytes, n_inputs = len(text.encode("utf-8", "surrogatepass")), len(ids) - 1
+    start = first = 0  # the window reads inputs from start on, and scores from first on
+    while first < n_inputs:
+        end = min(start + window, n_inputs)
+        targets = [IGNORED] * (first - start) + ids[first + 1 : end + 1]
+        yield Window(ids[start:end], targets, end - first, n_bytes * (end - first) / n_inputs, first == 0)
+        first, start = end, end - context + 1
