@@ -1,0 +1,237 @@
+"""What a run measures as it goes: a file of JSON lines, a live line on the screen, and trackers on request.
+
+metrics.jsonl has one line per logged step, with the keys below, and one per event ({"event": "validation", "step":
+20, "loss": 1.3}). Counters are totals since step 0. It is appended to, a line at a time, so a kill costs at most the
+line being written; on resume the lines after the checkpoint's step are cut off, and the record is that of a run
+that was never stopped. A number that is not finite is written as null: NaN is not JSON.
+
+    step             optimizer steps done
+    loss             mean over the trained tokens of the global batch, nats
+    lr, grad_norm    learning rate of the step; norm of the whole gradient before clipping
+    tokens           through the model so far;  trained_tokens: those of them with a loss
+    tokens_per_s     of this step
+    seconds          in training steps so far (not validation, not saving)
+    memory_bytes     peak so far, see `memory_bytes`
+    skipped          steps passed over so far because loss or gradient was not finite
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from arriero.checkpoint.files import replaced_file
+from arriero.errors import require
+
+SMOOTHING = 0.9  # weight of the past in the running mean of the loss
+PLAIN_EVERY = 10.0  # seconds between lines where the output is not a terminal
+
+
+class MetricsLog:
+    """Appends to RUN/metrics.jsonl and feeds the trackers named ('tensorboard', 'wandb', 'trackio').
+
+    `after` is the step that the run goes on from: 0 starts the file anew, more keeps the lines up to that step.
+    """
+
+    def __init__(self, run_dir: Path, trackers: Collection[str] = (), after: int = 0) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / "metrics.jsonl"
+        _cut(self.path, after)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the log
+        self._trackers = [_TRACKERS[name](run_dir) for name in trackers]
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Record one optimizer step; `metrics` holds "step" and whatever else was measured."""
+        self._write(metrics)
+        for tracker in self._trackers:
+            tracker.log({f"train/{name}": value for name, value in metrics.items() if name != "step"}, metrics["step"])
+
+    def event(self, event: str, step: int, **values: Any) -> None:
+        """Record something that happened after `step`: "validation", "checkpoint", "resumed" ..."""
+        self._write({"event": event, "step": step, **values})
+        numbers = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            if numbers:
+                tracker.log(numbers, step)
+
+    def close(self) -> None:
+        """Wait until the record is on the disk, and end the trackers' runs."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False) + "\n")
+        self._file.flush()  # to the system: a kill of this process loses nothing
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl; a last line cut short by a kill is left out, a missing file is empty."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is empty, or half a line
+
+
+def _cut(path: Path, after: int) -> None:
+    """Keep the lines of steps up to `after`, byte for byte; of none when it is 0."""
+    kept = []
+    if after and path.exists():
+        complete = path.read_text(encoding="utf-8").split("\n")[:-1]
+        kept = [line + "\n" for line in complete if json.loads(line)["step"] <= after]
+    with replaced_file(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# -- trackers ----------------------------------------------------------------------------------------------------
+
+
+class _Tracker(Protocol):
+    def log(self, values: Mapping[str, Any], step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path) -> None:
+        require("tensorboard", "track")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class _Run:
+    """A W&B run, or one of trackio, whose interface is W&B's. A resumed run goes on under the same id."""
+
+    def __init__(self, run_dir: Path, module: str) -> None:
+        self._module = require(module, "track")
+        self._run = self._module.init(project="arriero", name=run_dir.name, dir=str(run_dir))
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_TRACKERS: dict[str, Callable[[Path], _Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": lambda run_dir: _Run(run_dir, "wandb"),
+    "trackio": lambda run_dir: _Run(run_dir, "trackio"),
+}
+
+
+# -- the screen --------------------------------------------------------------------------------------------------
+
+
+class LiveLine:
+    """One line that keeps up with the run; where the output is no terminal, a plain line every ten seconds.
+
+    The loss shown is a running mean (0.9 of the past), the time left is from the mean speed since `start`.
+    """
+
+    def __init__(self, total: int, start: int = 0, console: Console | None = None) -> None:
+        self._total, self._start = total, start
+        self._console = console or Console(file=sys.stderr)
+        self._live = Live(console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+        self._loss: float | None = None
+        self._began = self._printed = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        """Show a step's metrics: step, loss, lr, tokens_per_s, memory_bytes."""
+        loss, now = metrics["loss"], time.monotonic()
+        if math.isfinite(loss):
+            self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
+        text = self._text(metrics, now)
+        if self._live:
+            self._live.update(text)
+        elif now - self._printed >= PLAIN_EVERY or metrics["step"] in (self._start + 1, self._total):
+            self._console.print(text, soft_wrap=True)
+            self._printed = now
+
+    def _text(self, metrics: Mapping[str, Any], now: float) -> Text:
+        step, total = metrics["step"], self._total
+        left = (now - self._began) / max(1, step - self._start) * (total - step)
+        shown = "-" if self._loss is None else f"{self._loss:.4f}"
+        parts = [
+            (f"step {step:>{len(str(total))}}/{total}", "bold"),
+            (f"  loss {shown}", "bold cyan"),
+            (f"  lr {metrics['lr']:.2e}", ""),
+            (f"  {metrics['tokens_per_s']:,.0f} tokens/s", "green"),
+            (f"  {duration(left)} left", ""),
+            (f"  {metrics['memory_bytes'] / 1e9:.2f} GB", "dim"),
+        ]
+        if metrics.get("skipped"):
+            parts.append((f"  {metrics['skipped']} skipped", "red"))
+        return Text.assemble(*parts)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: 42s, 7m05s, 3h20m.
+
+    >>> [duration(s) for s in (41.6, 425, 12000)]
+    ['42s', '7m05s', '3h20m']
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def memory_bytes() -> int:
+    """Return the peak memory so far: of the GPU's tensors where CUDA is in use, else of this process (resident)."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    if sys.platform == "linux":  # getrusage would count the parent's peak too, from before exec
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
