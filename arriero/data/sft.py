@@ -1,0 +1,455 @@
+"""Conversations as token ids with a loss mask, tokenised once and kept in memory-mapped files.
+
+`build_dataset` streams rows through worker processes into a cache directory whose name is a hash of everything that
+decides its bytes: the contents of the data files, the tokenizer's fingerprint and this format's version. A second run
+opens it at once; two processes that build the same one race harmlessly, since each writes under a name of its own
+and renames. What depends on the run (the longest length, the validation share) is a choice of examples from the
+cache, so changing it tokenises nothing. A million rows need not fit in memory: only 32 bytes of index a row do.
+
+Price: 5 bytes of disk a token; the speeds are in docs/log.md.
+
+n examples, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from arriero.data.files import temporary_name
+from arriero.data.formats import Conversation, Record, parse_record, read_records, source_files
+from arriero.data.pack import pack
+from arriero.errors import DataError
+from arriero.tokenizer.base import Tokenizer, load_tokenizer
+from arriero.tokenizer.chat import encode_training
+
+FORMAT = 1  # of the cache; goes up when the same input would give other bytes
+CHUNK = 256  # rows that a worker gets at once
+IN_PROCESS_BYTES = 2**21  # sources smaller than this are tokenised here: starting workers would take longer
+INDEX = {"offsets": np.int64, "hashes": np.uint64, "rows": np.int64, "files": np.int32}
+
+
+class SftDataset:
+    """Examples of token ids with their masks, memory-mapped; `select` makes views of the same files.
+
+    `lengths` [n] are token counts. Opening checks that the files are whole.
+    """
+
+    def __init__(self, directory: str | Path, index: NDArray[np.int64] | None = None) -> None:
+        self.directory = Path(directory)
+        meta = json.loads((self.directory / "meta.json").read_text(encoding="utf-8"))
+        self.files: list[str] = meta["files"]
+        self.tokenizer_fingerprint: str = meta["tokenizer"]
+        arrays = {name: np.load(self.directory / f"{name}.npy", allow_pickle=False) for name in INDEX}
+        self._offsets, self._hashes, self._rows, self._files = (arrays[name] for name in INDEX)
+        n_tokens = int(self._offsets[-1])
+        self._tokens = self._map("tokens.bin", np.dtype(np.int32), n_tokens)
+        self._trained = self._map("trained.bin", np.dtype(np.bool_), n_tokens)
+        self.index = np.arange(len(self._offsets) - 1) if index is None else index
+        self.lengths: NDArray[np.int64] = np.diff(self._offsets)[self.index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def tokens(self, i: int) -> NDArray[np.int32]:
+        """Token ids of example i, [T]."""
+        return self._tokens[self._span(i)]
+
+    def trained(self, i: int) -> NDArray[np.bool_]:
+        """Which tokens of example i the model learns to predict, [T]."""
+        return self._trained[self._span(i)]
+
+    def where(self, i: int) -> str:
+        """The file and row that example i came from."""
+        j = self.index[i]
+        return f"row {self._rows[j]} of {self.files[self._files[j]]}"
+
+    def last_answer(self, i: int) -> tuple[list[int], list[int]]:
+        """Example i as (prompt ids, answer ids): split where its last run of trained tokens begins."""
+        trained = self.trained(i)
+        stop = len(trained) - int(np.argmax(trained[::-1]))
+        before = np.flatnonzero(~trained[:stop])
+        start = int(before[-1]) + 1 if len(before) else 0
+        tokens = self.tokens(i).tolist()
+        return tokens[:start], tokens[start:stop]
+
+    @property
+    def hashes(self) -> NDArray[np.uint64]:
+        """64 bits of each example's content hash, [n]: equal conversations have equal ones, whatever the tokenizer."""
+        return self._hashes[self.index]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the examples: the cache's key and the choice from it."""
+        choice = np.ascontiguousarray(self.index, dtype="<i8").tobytes()
+        return hashlib.sha256(self.directory.name.encode() + choice).hexdigest()
+
+    def select(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> SftDataset:
+        """The examples at these positions (or where this mask is true), in this order."""
+        return SftDataset(self.directory, self.index[chosen])
+
+    def _span(self, i: int) -> slice:
+        j = self.index[i]
+        return slice(self._offsets[j], self._offsets[j + 1])
+
+    def _map(self, name: str, dtype: np.dtype, n_tokens: int) -> NDArray:
+        path = self.directory / name
+        if path.stat().st_size != n_tokens * dtype.itemsize:
+            raise DataError(f"{path}: the cached data is not whole; delete {self.directory} and run again")
+        return np.memmap(path, dtype=dtype, mode="r", shape=(n_tokens,)).view(np.ndarray)
+
+
+def build_dataset(
+    source: str | Path,
+    tokenizer_path: str | Path,
+    *,
+    max_length: int | None = None,
+    max_truncated: float = 0.05,
+    workers: int = 0,
+    cache_dir: str | Path | None = None,
+    console: Console | None = None,
+) -> SftDataset:
+    """Tokenise `source` (see formats.py) with the tokenizer at `tokenizer_path`, or open the cache of that.
+
+    max_length: tokens; longer examples are left out, and are an error where they are more than the share
+    `max_truncated`. workers: processes, 0 for one per core. cache_dir: default $ARRIERO_CACHE/data or
+    ~/.cache/arriero/data. Raises DataError, naming file and row, for rows that cannot be learned from.
+    """
+    console = console or Console(stderr=True)
+    files = source_files(source)
+    tokenizer = load_tokenizer(tokenizer_path)
+    directory = cache_directory(cache_dir) / cache_key(files, tokenizer)
+    if not (directory / "meta.json").is_file():
+        encoded = encode_files(files, tokenizer, tokenizer_path, workers, console)
+        write_cache(directory, files, tokenizer.fingerprint, encoded)
+    dataset = SftDataset(directory)
+    return dataset if max_length is None else leave_out_long(dataset, max_length, max_truncated, console)
+
+
+def build_splits(
+    train: str | Path,
+    validation: str,
+    tokenizer_path: str | Path,
+    *,
+    max_length: int,
+    max_truncated: float = 0.05,
+    workers: int = 0,
+    cache_dir: str | Path | None = None,
+    console: Console | None = None,
+) -> tuple[SftDataset, SftDataset | None]:
+    """Training and validation data; `validation` is a file, or a share of the training rows ("0": none).
+
+    A share takes examples by their content's hash: the same ones whatever else is in the file, and equal
+    conversations all on one side. From a file, conversations that are also in the validation file are left out
+    of training.
+    """
+    console = console or Console(stderr=True)
+
+    def build(source: str | Path) -> SftDataset:
+        return build_dataset(
+            source,
+            tokenizer_path,
+            max_length=max_length,
+            max_truncated=max_truncated,
+            workers=workers,
+            cache_dir=cache_dir,
+            console=console,
+        )
+
+    share = parse_share(validation)
+    dataset = build(train)
+    if share is not None:
+        return split_by_content(dataset, share)
+    held_out = build(validation)
+    seen = np.isin(dataset.hashes, held_out.hashes)
+    if seen.all():
+        raise DataError(f"{train}: every row is also in the validation data {validation}; nothing is left to train on")
+    if seen.any():
+        console.print(f"left {seen.sum():,} of {len(dataset):,} training rows out: they are also in {validation}")
+    return dataset.select(~seen), held_out
+
+
+def parse_share(validation: str) -> float | None:
+    """The share in [0, 1) that `validation` spells, or None where it names a file."""
+    try:
+        share = float(validation)
+    except ValueError:
+        return None
+    if not 0 <= share < 1:
+        raise DataError(f"validation is {validation}; give a file, or a share of the training rows from 0 to below 1")
+    return share
+
+
+def split_by_content(dataset: SftDataset, share: float) -> tuple[SftDataset, SftDataset | None]:
+    """Hold out the examples whose content hash is below `share` of its range; at least the one with the smallest."""
+    if share == 0:
+        return dataset, None
+    hashes = dataset.hashes
+    held_out = hashes <= np.maximum(hashes.min(), np.uint64(share * 2**64))
+    if held_out.all():
+        raise DataError(
+            f"a validation share of {share} of {len(dataset)} rows leaves none to train on; "
+            "lower it, or give more distinct rows"
+        )
+    return dataset.select(~held_out), dataset.select(held_out)
+
+
+def leave_out_long(dataset: SftDataset, max_length: int, max_truncated: float, console: Console) -> SftDataset:
+    """The examples of at most `max_length` tokens; a cut answer would teach the model to stop anywhere."""
+    long = dataset.lengths > max_length
+    share = float(long.mean())
+    if share > max_truncated:
+        first, longest = int(np.argmax(long)), int(dataset.lengths.max())
+        raise DataError(
+            f"{dataset.where(first)}: {dataset.lengths[first]:,} tokens do not fit {max_length:,}, and neither do "
+            f"{share:.1%} of the rows (at most {max_truncated:.1%} may be left out); raise seq_len "
+            f"(the longest row has {longest:,} tokens), shorten the rows, or raise max_truncated"
+        )
+    if long.all():
+        raise DataError(f"{dataset.where(0)}: no row fits {max_length:,} tokens; raise seq_len")
+    if long.any():
+        console.print(f"left {long.sum():,} of {len(dataset):,} rows out: longer than {max_length:,} tokens")
+    return dataset.select(~long)
+
+
+# Encoding
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Consecutive examples of one file, end to end."""
+
+    file: str
+    tokens: NDArray[np.int32]  # [T of all]
+    trained: NDArray[np.bool_]  # [T of all]
+    lengths: NDArray[np.int64]  # [n]
+    hashes: NDArray[np.uint64]  # [n]
+    rows: NDArray[np.int64]  # [n]
+
+
+def encode_conversation(tokenizer: Tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
+    """Token ids and mask of one conversation; raises DataError with its file and row."""
+    try:
+        encoded = encode_training(tokenizer, conversation.messages, conversation.tools)
+    except DataError as error:
+        raise DataError(f"{conversation.where}: {error}") from error
+    if not any(encoded.trained[1:]):  # nothing precedes the first token, so nothing predicts it
+        raise DataError(
+            f"{conversation.where}: nothing to learn: no token is trained; check the answers or drop the row"
+        )
+    return encoded.ids, encoded.trained
+
+
+def content_hash(conversation: Conversation) -> int:
+    """64 bits of the SHA-256 of the messages and tools."""
+    content = json.dumps([conversation.messages, conversation.tools], sort_keys=True)
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "little")
+
+
+def encode_records(tokenizer: Tokenizer, records: Sequence[Record]) -> Encoded:
+    """Encode the rows of one chunk, which all come from one file."""
+    conversations = [parse_record(record) for record in records]
+    encoded = [encode_conversation(tokenizer, conversation) for conversation in conversations]
+    return Encoded(
+        records[0].file,
+        np.fromiter(chain.from_iterable(ids for ids, _ in encoded), dtype=np.int32),
+        np.fromiter(chain.from_iterable(trained for _, trained in encoded), dtype=np.bool_),
+        np.array([len(ids) for ids, _ in encoded], dtype=np.int64),
+        np.array([content_hash(conversation) for conversation in conversations], dtype=np.uint64),
+        np.array([record.row for record in records], dtype=np.int64),
+    )
+
+
+_worker_tokenizer: Tokenizer | None = None  # one per worker process: loading takes longer than a chunk
+
+
+def _start_worker(tokenizer_path: str | Path) -> None:
+    global _worker_tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker_tokenizer = load_tokenizer(tokenizer_path)
+
+
+def _encode_in_worker(records: list[Record]) -> Encoded:
+    assert _worker_tokenizer is not None
+    return encode_records(_worker_tokenizer, records)
+
+
+def encode_files(
+    files: Sequence[Path], tokenizer: Tokenizer, tokenizer_path: str | Path, workers: int, console: Console
+) -> Iterator[Encoded]:
+    """Encode all rows of the files, in order, with a progress bar; small sources in this process."""
+    workers = (
+        workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count() or 1
+    )
+    sizes = {str(path): path.stat().st_size for path in files}
+    with _progress(console) as progress:
+        task = progress.add_task("tokenising", total=sum(sizes.values()), rows=0, rate=0.0)
+        finished = 0
+
+        def chunks() -> Iterator[list[Record]]:
+            nonlocal finished
+            for path in files:
+                chunk: list[Record] = []
+                for record in read_records(path):
+                    chunk.append(record)
+                    if len(chunk) == CHUNK:
+                        progress.update(task, completed=finished + record.done * sizes[str(path)])
+                        yield chunk
+                        chunk = []
+                finished += sizes[str(path)]
+                if chunk:
+                    yield chunk
+
+        if workers == 1 or sum(sizes.values()) < IN_PROCESS_BYTES:
+            encoded: Iterable[Encoded] = (encode_records(tokenizer, chunk) for chunk in chunks())
+        else:
+            encoded = _encode_in_workers(chunks(), tokenizer_path, workers)
+        n_rows = 0
+        for part in encoded:
+            n_rows += len(part.lengths)
+            elapsed = progress.tasks[task].elapsed or 1e-9
+            progress.update(task, rows=n_rows, rate=n_rows / elapsed)
+            yield part
+        progress.update(task, completed=sum(sizes.values()))
+
+
+def _encode_in_workers(chunks: Iterator[list[Record]], tokenizer_path: str | Path, workers: int) -> Iterator[Encoded]:
+    """Results in the order of the chunks, with a few chunks for each worker under way: memory stays bounded.
+
+    Workers are spawned, not forked: torch's threads do not survive a fork.
+    """
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer_path,))
+    waiting: deque[Future[Encoded]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(_encode_in_worker, chunk))
+            if len(waiting) > 3 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rows]:,} rows, {task.fields[rate]:,.0f} rows/s"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+# The cache
+
+
+def cache_directory(cache_dir: str | Path | None) -> Path:
+    """Where tokenised data is kept: `cache_dir`, else $ARRIERO_CACHE/data, else ~/.cache/arriero/data."""
+    if cache_dir is not None:
+        return Path(cache_dir)
+    return Path(os.environ.get("ARRIERO_CACHE") or Path.home() / ".cache" / "arriero") / "data"
+
+
+def cache_key(files: Sequence[Path], tokenizer: Tokenizer) -> str:
+    """SHA-256 of the files' names and contents, the tokenizer's fingerprint and the format."""
+    digest = hashlib.sha256(f"{FORMAT}\0{tokenizer.fingerprint}".encode())
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(f"\0{path}\0{hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return digest.hexdigest()[:40]
+
+
+def write_cache(directory: Path, files: Sequence[Path], fingerprint: str, encoded: Iterable[Encoded]) -> None:
+    """Write all parts under a temporary name, sync, and rename; if another process was first, its copy stays."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(directory)
+    temporary.mkdir()
+    number = {str(path): i for i, path in enumerate(files)}
+    lengths, hashes, rows, file_numbers = [], [], [], []
+    try:
+        with open(temporary / "tokens.bin", "wb") as tokens, open(temporary / "trained.bin", "wb") as trained:
+            for part in encoded:
+                tokens.write(part.tokens.tobytes())
+                trained.write(part.trained.tobytes())
+                lengths.append(part.lengths)
+                hashes.append(part.hashes)
+                rows.append(part.rows)
+                file_numbers.append(np.full(len(part.rows), number[part.file]))
+            for file in (tokens, trained):
+                file.flush()
+                os.fsync(file.fileno())
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+        columns = (offsets, np.concatenate(hashes), np.concatenate(rows), np.concatenate(file_numbers))
+        for (name, dtype), column in zip(INDEX.items(), columns, strict=True):
+            np.save(temporary / f"{name}.npy", column.astype(dtype), allow_pickle=False)
+        meta = {"format": FORMAT, "files": [str(path) for path in files], "tokenizer": fingerprint}
+        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        try:
+            temporary.rename(directory)
+        except OSError:
+            if not (directory / "meta.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# Statistics
+
+
+@dataclass(frozen=True)
+class DataStats:
+    """What a data set holds; lengths in tokens."""
+
+    examples: int
+    tokens: int
+    trained_tokens: int
+    trained_share: float
+    length_percentiles: dict[str, int]
+    answer_percentiles: dict[str, int]  # trained tokens of an example
+    seq_len: int
+    packed_rows: int
+    packing_efficiency: float  # share of the packed rows' capacity that holds tokens
+
+    def to_dict(self) -> dict:
+        """As JSON keeps it."""
+        return asdict(self)
+
+
+def data_stats(dataset: SftDataset, seq_len: int) -> DataStats:
+    """Lengths, mask and packing of the examples; those longer than `seq_len` are left out of the packing."""
+    answers = np.array([dataset.trained(i).sum() for i in range(len(dataset))])
+    fitting = dataset.lengths[dataset.lengths <= seq_len]
+    rows = len(pack(fitting, seq_len, 0, 0))
+    return DataStats(
+        examples=len(dataset),
+        tokens=int(dataset.lengths.sum()),
+        trained_tokens=int(answers.sum()),
+        trained_share=float(answers.sum() / dataset.lengths.sum()),
+        length_percentiles=_percentiles(dataset.lengths),
+        answer_percentiles=_percentiles(answers),
+        seq_len=seq_len,
+        packed_rows=rows,
+        packing_efficiency=float(fitting.sum() / (rows * seq_len)) if rows else 0.0,
+    )
+
+
+def _percentiles(values: NDArray) -> dict[str, int]:
+    points = {"min": 0, "p10": 10, "p50": 50, "p90": 90, "p99": 99, "max": 100}
+    return {name: int(np.percentile(values, p, method="lower")) for name, p in points.items()}
