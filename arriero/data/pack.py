@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +40,13 @@ class Packing:
         return self.examples[self.bounds[k] : self.bounds[k + 1]]
 
 
+def _random_keys(n: int, *key: int) -> NDArray[np.uint64]:
+    return np.random.PCG64(list(key)).random_raw(n) if n else np.zeros(0, dtype=np.uint64)
+
+
 def random_order(n: int, *key: int) -> IntArray:
     """A permutation of n that is a pure function of the key, on every machine and numpy version."""
-    return np.argsort(np.random.PCG64(list(key)).random_raw(n), kind="stable")
+    return np.argsort(_random_keys(n, *key), kind="stable")
 
 
 def one_each(n: int, seed: int, epoch: int) -> Packing:
@@ -65,9 +70,8 @@ def pack(lengths: IntArray, capacity: int, seed: int, epoch: int) -> Packing:
     row_of[descending] = _best_fit(lengths[descending], capacity)
     n_rows = int(row_of.max()) + 1 if n else 0
     place = random_order(n_rows, seed, epoch, 1)  # a random relabelling of the rows
-    within = np.random.PCG64([seed, epoch, 2]).random_raw(n)
     row_of = place[row_of]
-    examples = np.lexsort((within, row_of))
+    examples = np.lexsort((_random_keys(n, seed, epoch, 2), row_of))
     bounds = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=n_rows))]).astype(np.int64)
     return Packing(examples, bounds)
 
@@ -88,8 +92,8 @@ def _best_fit(descending: IntArray, capacity: int) -> IntArray:
             open_rows[left].append(rows)
             is_open[left] = True
 
-    starts = np.flatnonzero(np.diff(descending, prepend=capacity + 1))
-    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(descending)], strict=True):
+    bounds = np.flatnonzero(np.diff(descending, prepend=capacity + 1, append=0)).tolist()
+    for start, stop in pairwise(bounds):
         length = int(descending[start])
         candidates = iter((np.flatnonzero(is_open[length:]) + length).tolist())
         while start < stop:

@@ -20,6 +20,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import chain
 from multiprocessing import get_context
@@ -34,12 +35,12 @@ from arriero.data.files import temporary_name
 from arriero.data.formats import Conversation, Record, parse_record, read_records, source_files
 from arriero.data.pack import pack
 from arriero.errors import DataError
-from arriero.tokenizer.base import Tokenizer, load_tokenizer
+from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_training
 
 FORMAT = 1  # of the cache; goes up when the same input would give other bytes
 CHUNK = 256  # rows that a worker gets at once
-IN_PROCESS_BYTES = 2**21  # sources smaller than this are tokenised here: starting workers would take longer
+IN_PROCESS_BYTES = 2**23  # sources smaller than this are tokenised here: starting workers would take longer
 INDEX = {"offsets": np.int64, "hashes": np.uint64, "rows": np.int64, "files": np.int32}
 
 
@@ -78,6 +79,19 @@ class SftDataset:
         j = self.index[i]
         return f"row {self._rows[j]} of {self.files[self._files[j]]}"
 
+    def conversations(self, examples: Sequence[int]) -> list[Conversation]:
+        """These examples as conversations, read again from the data files in one pass over them."""
+        wanted = [(int(self._files[j]), int(self._rows[j])) for j in self.index[list(examples)]]
+        found: dict[tuple[int, int], Conversation] = {}
+        for number in sorted({number for number, _ in wanted}):
+            rows = {row for n, row in wanted if n == number}
+            for record in read_records(Path(self.files[number])):
+                if record.row in rows:
+                    found[number, record.row] = parse_record(record)
+                if record.row >= max(rows):
+                    break
+        return [found[place] for place in wanted]
+
     def last_answer(self, i: int) -> tuple[list[int], list[int]]:
         """Example i as (prompt ids, answer ids): split where its last run of trained tokens begins."""
         trained = self.trained(i)
@@ -115,7 +129,7 @@ class SftDataset:
 
 def build_dataset(
     source: str | Path,
-    tokenizer_path: str | Path,
+    tokenizer: Tokenizer,
     *,
     max_length: int | None = None,
     max_truncated: float = 0.05,
@@ -123,7 +137,7 @@ def build_dataset(
     cache_dir: str | Path | None = None,
     console: Console | None = None,
 ) -> SftDataset:
-    """Tokenise `source` (see formats.py) with the tokenizer at `tokenizer_path`, or open the cache of that.
+    """Tokenise `source` (see formats.py), or open the cache of that.
 
     max_length: tokens; longer examples are left out, and are an error where they are more than the share
     `max_truncated`. workers: processes, 0 for one per core. cache_dir: default $ARRIERO_CACHE/data or
@@ -131,10 +145,9 @@ def build_dataset(
     """
     console = console or Console(stderr=True)
     files = source_files(source)
-    tokenizer = load_tokenizer(tokenizer_path)
     directory = cache_directory(cache_dir) / cache_key(files, tokenizer)
     if not (directory / "meta.json").is_file():
-        encoded = encode_files(files, tokenizer, tokenizer_path, workers, console)
+        encoded = encode_files(files, tokenizer, workers, console)
         write_cache(directory, files, tokenizer.fingerprint, encoded)
     dataset = SftDataset(directory)
     return dataset if max_length is None else leave_out_long(dataset, max_length, max_truncated, console)
@@ -143,7 +156,7 @@ def build_dataset(
 def build_splits(
     train: str | Path,
     validation: str,
-    tokenizer_path: str | Path,
+    tokenizer: Tokenizer,
     *,
     max_length: int,
     max_truncated: float = 0.05,
@@ -162,7 +175,7 @@ def build_splits(
     def build(source: str | Path) -> SftDataset:
         return build_dataset(
             source,
-            tokenizer_path,
+            tokenizer,
             max_length=max_length,
             max_truncated=max_truncated,
             workers=workers,
@@ -274,13 +287,13 @@ def encode_records(tokenizer: Tokenizer, records: Sequence[Record]) -> Encoded:
     )
 
 
-_worker_tokenizer: Tokenizer | None = None  # one per worker process: loading takes longer than a chunk
+_worker_tokenizer: Tokenizer | None = None  # one per worker process: sending it takes longer than a chunk
 
 
-def _start_worker(tokenizer_path: str | Path) -> None:
+def _start_worker(tokenizer: Tokenizer) -> None:
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker_tokenizer = load_tokenizer(tokenizer_path)
+    _worker_tokenizer = tokenizer
 
 
 def _encode_in_worker(records: list[Record]) -> Encoded:
@@ -288,13 +301,9 @@ def _encode_in_worker(records: list[Record]) -> Encoded:
     return encode_records(_worker_tokenizer, records)
 
 
-def encode_files(
-    files: Sequence[Path], tokenizer: Tokenizer, tokenizer_path: str | Path, workers: int, console: Console
-) -> Iterator[Encoded]:
+def encode_files(files: Sequence[Path], tokenizer: Tokenizer, workers: int, console: Console) -> Iterator[Encoded]:
     """Encode all rows of the files, in order, with a progress bar; small sources in this process."""
-    workers = (
-        workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count() or 1
-    )
+    workers = workers or os.cpu_count() or 1
     sizes = {str(path): path.stat().st_size for path in files}
     with _progress(console) as progress:
         task = progress.add_task("tokenising", total=sum(sizes.values()), rows=0, rate=0.0)
@@ -317,7 +326,7 @@ def encode_files(
         if workers == 1 or sum(sizes.values()) < IN_PROCESS_BYTES:
             encoded: Iterable[Encoded] = (encode_records(tokenizer, chunk) for chunk in chunks())
         else:
-            encoded = _encode_in_workers(chunks(), tokenizer_path, workers)
+            encoded = _encode_in_workers(chunks(), tokenizer, workers)
         n_rows = 0
         for part in encoded:
             n_rows += len(part.lengths)
@@ -327,12 +336,12 @@ def encode_files(
         progress.update(task, completed=sum(sizes.values()))
 
 
-def _encode_in_workers(chunks: Iterator[list[Record]], tokenizer_path: str | Path, workers: int) -> Iterator[Encoded]:
+def _encode_in_workers(chunks: Iterator[list[Record]], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
     """Results in the order of the chunks, with a few chunks for each worker under way: memory stays bounded.
 
     Workers are spawned, not forked: torch's threads do not survive a fork.
     """
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer_path,))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer,))
     waiting: deque[Future[Encoded]] = deque()
     try:
         for chunk in chunks:
@@ -341,6 +350,11 @@ def _encode_in_workers(chunks: Iterator[list[Record]], tokenizer_path: str | Pat
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"one of {workers} tokenising processes died: out of memory, or started from a script whose main part is "
+            'not under `if __name__ == "__main__":`; put it there, or set workers to 1'
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
