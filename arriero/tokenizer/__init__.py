@@ -1,0 +1,5 @@
+"""Tokenizers and chat templates: text to ids and back, and which ids a model learns from."""
+
+from arriero.tokenizer.base import Tokenizer, load_tokenizer
+
+__all__ = ["Tokenizer", "load_tokenizer"]

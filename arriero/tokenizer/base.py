@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
 import re
 from abc import ABC, abstractmethod
@@ -73,7 +74,7 @@ class Tokenizer(ABC):
     def __init__(self, special: SpecialTokens, chat_template: ChatTemplate | None):
         self.special = special
         self.special_ids: dict[str, int] = dict(special.ids)
-        self.chat_template = chat_template
+        self.chat_template = chat_template  # may be replaced
         self._special_texts = {i: text for text, i in self.special_ids.items()}
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -86,8 +87,8 @@ class Tokenizer(ABC):
         """Number of ids, special tokens included: one more than the largest id."""
 
     @abstractmethod
-    def encode_segments(self, segments: Sequence[str], *, at_start: Sequence[bool]) -> list[list[int]]:
-        """Encode plain segments; those not `at_start` continue a text, so they get no dummy prefix."""
+    def _encode_plain(self, segments: Sequence[str], at_start: Sequence[bool]) -> list[list[int]]:
+        """Encode plain segments of well-formed text; those not at_start get no dummy prefix."""
 
     @abstractmethod
     def _token_table(self) -> list[bytes]:
@@ -132,6 +133,25 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode many texts at once, each as `encode` does."""
         return self.encode_segments(texts, at_start=[True] * len(texts))
+
+    def encode_segments(self, segments: Sequence[str], *, at_start: Sequence[bool]) -> list[list[int]]:
+        """Encode plain segments; those not `at_start` continue a text, so they get no dummy prefix.
+
+        No special id comes out, save the one for unknown characters: a vocabulary from tokens and merges may well
+        build "</s>" out of "</" and "s>", so a segment where that happens is encoded in parts.
+        """
+        segments = [_well_formed(segment) for segment in segments]
+        encoded = self._encode_plain(segments, at_start) if segments else []
+        for i, ids in enumerate(encoded):
+            if not self._special_texts.keys().isdisjoint(ids) and self.special_pattern.search(segments[i]):
+                encoded[i] = self._encode_in_parts(segments[i], at_start[i])
+        return encoded
+
+    def _encode_in_parts(self, segment: str, at_start: bool) -> list[int]:
+        cuts = [0, *(match.start() + 1 for match in self.special_pattern.finditer(segment)), len(segment)]
+        parts = [segment[a:b] for a, b in itertools.pairwise(cuts)]
+        encoded = self._encode_plain(parts, [at_start] + [False] * (len(parts) - 1))
+        return list(itertools.chain.from_iterable(encoded))
 
     def encode_rendered(self, text: str) -> list[int]:
         """Encode what a chat template produced: special tokens in it are parsed."""
@@ -186,18 +206,22 @@ class Tokenizer(ABC):
         """Return an incremental decoder for ids that arrive one at a time."""
         return TokenStream(self, skip_special)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides ids and the template."""
         s = self.special
         facts = {
-            "class": type(self).__name__,
+            "plain": self._identity_hash,
             "special": sorted(self.special_ids.items()),
             "roles": [s.bos, s.eos, s.pad],
             "stop": sorted(self.stop_ids),
             "template": self.chat_template and [self.chat_template.source, self.chat_template.tool_source],
         }
-        return hashlib.sha256(json.dumps(facts).encode() + b"\0" + self._identity()).hexdigest()
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @cached_property
+    def _identity_hash(self) -> str:
+        return hashlib.sha256(type(self).__name__.encode() + b"\0" + self._identity()).hexdigest()
 
     @cached_property
     def _bytes(self) -> list[bytes]:
@@ -245,9 +269,13 @@ class TokenStream:
         return self._decoder.decode(b"", final=True)
 
 
-def mend_surrogates(text: str) -> str:
-    """Join the halves of surrogate pairs and replace lone halves by U+FFFD, as tiktoken does."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _well_formed(text: str) -> str:
+    """Return text that has a UTF-8 form: halves of surrogate pairs joined, lone ones replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -16,18 +16,20 @@ Price: one render per answer plus one, and a single tokenization (docs/masks.md 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from arriero.errors import CheckpointError, DataError
+from arriero.errors import CheckpointError, DataError, did_you_mean
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
@@ -38,7 +40,13 @@ Tool = Mapping[str, Any]
 # Unicode's noncharacters: no text needs them, yet one may hold them, so the first that is absent is taken.
 _NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 
+# Characters that JSON writes otherwise.
+_JSON_CHANGES = re.compile(r'["\\\x00-\x1f]')
+
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+# Templates that ship with Arriero, as files in templates/: the formats that the models were tuned on.
+BUILTIN_TEMPLATES = ("chatml", "llama2", "llama3", "llama3.1")
+
 # Our own keys in a message; the template never sees them.
 _PRIVATE_KEYS = frozenset(["weight", "train"])
 
@@ -84,6 +92,30 @@ class ChatTemplate:
                 f"the chat template refuses this conversation: {error} (roles: {', '.join(_roles(messages))}); "
                 "change the messages, or give another chat template"
             ) from error
+
+
+def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """Return a built-in template by name, or the template in a file, for the special tokens of a tokenizer.
+
+    Raises CheckpointError for an unknown name, and where the template writes a special token the tokenizer lacks.
+    """
+    from arriero.tokenizer.files import role_texts
+
+    if name in BUILTIN_TEMPLATES:
+        file = Path(__file__).parent / "templates" / f"{name}.jinja"
+    elif (file := Path(name)).is_file() is False:
+        raise CheckpointError(
+            f"no chat template {name!r}: neither a file nor one of {', '.join(BUILTIN_TEMPLATES)}"
+            f"{did_you_mean(name, BUILTIN_TEMPLATES)}"
+        )
+    source = file.read_text(encoding="utf-8")
+    lacking = sorted(set(re.findall(r"<\|\w+\|>", source)) - set(tokenizer.special_ids))
+    if lacking and name in BUILTIN_TEMPLATES:
+        raise CheckpointError(
+            f"the chat template {name!r} writes {', '.join(lacking)}, which this tokenizer does not have as special "
+            "tokens, so answers would never end; choose the template that the model was tuned on"
+        )
+    return ChatTemplate(source, role_texts(tokenizer.special))
 
 
 @dataclass(frozen=True)
@@ -140,9 +172,9 @@ def encode_training(
             _refuse_rewriting(whole, prompt, i)
         cuts += [len(prompt), _end_of_answer(tokenizer, whole, len(prompt), messages, i)]
     cuts.append(len(whole))
-    _check_contents(whole, guard.messages, answers, cuts)
+    _check_contents(whole, guard.messages, guard.tools, answers, cuts)
 
-    pieces = [whole[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]  # prompt, answer, prompt, ..., rest
+    pieces = [whole[a:b] for a, b in itertools.pairwise(cuts)]  # prompt, answer, prompt, ..., rest
     encoded = tokenizer.encode_pieces(pieces, sentinel=guard.sentinel)
     ids: list[int] = []
     trained: list[bool] = []
@@ -159,9 +191,9 @@ def _end_of_answer(tokenizer: Tokenizer, whole: str, start: int, messages: Seque
             return match.end()
     names = sorted(text for text, k in tokenizer.special_ids.items() if k in tokenizer.stop_ids)
     raise DataError(
-        f"message {i} (assistant): the chat template ends this answer with {whole[start:][-24:]!r}, which holds none of "
-        f"the tokens that stop generation ({', '.join(names) or 'the tokenizer has none'}), so the model would never "
-        "learn to stop; use a template that writes one after each answer"
+        f"message {i} (assistant): the chat template ends this answer with {whole[start:][-24:]!r}, which holds none "
+        f"of the tokens that stop generation ({', '.join(names) or 'the tokenizer has none'}), so the model would "
+        "never learn to stop; use a template that writes one after each answer"
     )
 
 
@@ -175,33 +207,52 @@ def _refuse_rewriting(whole: str, prompt: str, i: int) -> NoReturn:
 
 
 def _check_contents(
-    whole: str, messages: Sequence[dict[str, Any]], answers: Sequence[int], cuts: Sequence[int]
+    whole: str, messages: Sequence[dict[str, Any]], tools: Any, answers: Sequence[int], cuts: Sequence[int]
 ) -> None:
-    """Refuse a template that drops or reorders messages: each content must stand in `whole`, in order."""
+    """Refuse a template that drops or reorders: each content and called tool must stand in `whole`, in order."""
     at = 0
     span = {i: (cuts[2 * k + 1], cuts[2 * k + 2]) for k, i in enumerate(answers)}
     for i, message in enumerate(messages):
         low, high = span.get(i, (at, len(whole)))
-        for text in _texts(message.get("content")):
+        for text in _texts(message):
             found = whole.find(text, low, high)
             if found < 0:
                 raise DataError(
-                    f"message {i} ({message.get('role')}): the chat template drops, moves or rewrites its content "
-                    f"({text[:40]!r} is not where it belongs); use a template that keeps every message, or take it out"
+                    f"message {i} ({message.get('role')}): the chat template drops, moves or rewrites {text[:40]!r}; "
+                    "use a template that keeps every message as it is, or take the message out"
                 )
             low = found + len(text)
         at = high if i in span else low
+    for tool in tools or ():
+        name = _function_name(tool)
+        if name is not None and name not in whole:
+            raise DataError(
+                f"the chat template drops the tool {name!r}; use a template with tools, or rows without them"
+            )
 
 
-def _texts(content: Any) -> Iterable[str]:
-    """Yield the texts of a message's content, stripped, as templates often do."""
-    if isinstance(content, str):
-        if stripped := content.strip():
-            yield stripped
-    elif isinstance(content, list):
-        for part in content:
-            if isinstance(part, Mapping):
-                yield from _texts(part.get("text"))
+def _texts(message: Mapping[str, Any]) -> Iterable[str]:
+    """Yield what must be found in a rendered message: contents, stripped as templates often do, and called tools."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else None
+        if isinstance(text, str) and text.strip():
+            # A tool's result may be written as JSON, where only a part of it looks the same.
+            yield (
+                text.strip() if message.get("role") not in ("tool", "ipython") else _JSON_CHANGES.split(text.strip())[0]
+            )
+    for call in message.get("tool_calls") or ():
+        name = _function_name(call)
+        if name:
+            yield name
+
+
+def _function_name(entry: Any) -> str | None:
+    """Return the name in a tool or a tool call: {"function": {"name": ...}}, or without the wrapping."""
+    inner = entry.get("function", entry) if isinstance(entry, dict) else None
+    name = inner.get("name") if isinstance(inner, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _is_trained(message: Message) -> bool:
@@ -268,8 +319,22 @@ def _strings(value: Any) -> Iterable[str]:
 def _for_template(message: Message) -> dict[str, Any]:
     """Return a message as templates expect it: no None, no keys of ours, reasoning under the names they know."""
     value = {k: _plain(v) for k, v in message.items() if v is not None and k not in _PRIVATE_KEYS}
+    for call in value.get("tool_calls") or ():
+        _parse_arguments(call)
     reasoning = next((value[key] for key in _REASONING_KEYS if key in value), None)
     return value if reasoning is None else {"thinking": reasoning, **value, "reasoning_content": reasoning}
+
+
+def _parse_arguments(call: Any) -> None:
+    """Turn the arguments of a tool call, which OpenAI sends as JSON text, into the object that templates expect."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        try:
+            arguments = json.loads(function["arguments"])
+        except json.JSONDecodeError:
+            return  # a template may still take it as text
+        if isinstance(arguments, dict):
+            function["arguments"] = arguments
 
 
 def _plain(value: Any) -> Any:

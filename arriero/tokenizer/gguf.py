@@ -7,7 +7,8 @@ or the SentencePiece model that these describe; writing states the same for llam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError, did_you_mean
+from arriero.gguf_header import read_metadata
+from arriero.tokenizer import llama3
 from arriero.tokenizer.base import SpecialTokens, Tokenizer
 from arriero.tokenizer.chat import ChatTemplate
 from arriero.tokenizer.files import role_texts
 from arriero.tokenizer.hf import HfTokenizer, with_bos
+from arriero.tokenizer.sentencepiece import SentencePieceTokenizer, pieces_of, tokenizer_from_pieces
 
 # Token types of the format.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN2_SPLIT = llama3.SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 _ROLE_KEYS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 _END_KEYS = ("eot", "eom")
@@ -48,9 +51,9 @@ PRE_TOKENIZERS = {
     "smollm": _digits_then_gpt2,
     "starcoder": _digits_then_gpt2,
     "gpt-2": _gpt2,
-    "llama-bpe": lambda: _split_then_bytes(LLAMA3_SPLIT),
-    "llama3": lambda: _split_then_bytes(LLAMA3_SPLIT),
-    "llama-v3": lambda: _split_then_bytes(LLAMA3_SPLIT),
+    "llama-bpe": lambda: _split_then_bytes(llama3.SPLIT),
+    "llama3": lambda: _split_then_bytes(llama3.SPLIT),
+    "llama-v3": lambda: _split_then_bytes(llama3.SPLIT),
     "qwen2": lambda: _split_then_bytes(QWEN2_SPLIT),
 }
 # Llama 3's vocabulary holds words that its merges cannot build; they are looked up whole first.
@@ -59,14 +62,7 @@ _WHOLE_WORDS = frozenset(["llama-bpe", "llama3", "llama-v3"])
 
 def load_gguf_tokenizer(path: str | Path) -> Tokenizer:
     """Read the tokenizer out of a .gguf file."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(str(path))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not a readable GGUF file ({error})") from error
-    fields = {name: f.contents() for name, f in reader.fields.items() if name.startswith("tokenizer.")}
-    return tokenizer_from_gguf(fields)
+    return tokenizer_from_gguf(read_metadata(path))
 
 
 def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
@@ -78,8 +74,6 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     if kind == "gpt2":
         return _byte_level_from(fields)
     if kind == "llama":
-        from arriero.tokenizer.sentencepiece import tokenizer_from_pieces
-
         return tokenizer_from_pieces(fields, _special_tokens(fields), _template(fields))
     if kind is None:
         raise CheckpointError("the GGUF metadata holds no tokenizer (no tokenizer.ggml.model); convert the model again")
@@ -108,11 +102,9 @@ def _byte_level_from(fields: Mapping[str, Any]) -> HfTokenizer:
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
     special = _special_tokens(fields)
-    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if i in special.ids.values():
-            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == USER_DEFINED:
-            backend.add_tokens([AddedToken(token, special=False, normalized=False)])
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special.ids])
+    ordinary = [t for t, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED and t not in special.ids]
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in ordinary])
     return HfTokenizer(with_bos(backend, special), special, _template(fields))
 
 
@@ -136,3 +128,87 @@ def _special_tokens(fields: Mapping[str, Any]) -> SpecialTokens:
 def _template(fields: Mapping[str, Any]) -> ChatTemplate | None:
     source = fields.get("tokenizer.chat_template")
     return None if source is None else ChatTemplate(source, role_texts(_special_tokens(fields)))
+
+
+def tokenizer_to_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the metadata, plain Python values, from which llama.cpp reads a tokenizer of equal ids.
+
+    Raises CheckpointError for a tokenizer that llama.cpp has no name for.
+    """
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        fields = _pieces_to_gguf(tokenizer.pieces())
+    else:
+        assert isinstance(tokenizer, (HfTokenizer, llama3.TiktokenTokenizer))
+        backend = tokenizer.backend if isinstance(tokenizer, HfTokenizer) else tokenizer.to_backend()
+        state = json.loads(backend.to_str())
+        by_bytes = tokenizer.prefix_rule == "never"
+        fields = _byte_level_to_gguf(state) if by_bytes else _pieces_to_gguf(pieces_of(state))
+    special = tokenizer.special
+    for role, key in _ROLE_KEYS.items():
+        text = getattr(special, role)
+        if text in special.ids:
+            fields[f"tokenizer.ggml.{key}_token_id"] = special.ids[text]
+    fields["tokenizer.ggml.add_bos_token"] = special.adds_bos
+    fields["tokenizer.ggml.add_eos_token"] = False
+    fields["tokenizer.ggml.add_space_prefix"] = tokenizer.prefix_rule != "never"
+    if tokenizer.chat_template is not None:
+        fields["tokenizer.chat_template"] = tokenizer.chat_template.source
+    return fields
+
+
+def _byte_level_to_gguf(state: Mapping[str, Any]) -> dict[str, Any]:
+    splits = {name: _split_of(build()) for name, build in PRE_TOKENIZERS.items()}
+    split = _without_offsets(state["pre_tokenizer"])
+    whole_words = bool(state["model"].get("ignore_merges"))
+    names = [n for n in PRE_TOKENIZERS if splits[n] == split and whole_words == (n in _WHOLE_WORDS)]
+    if not names:
+        raise CheckpointError(
+            f"llama.cpp's name for this tokenizer's way of splitting text is not known ({json.dumps(split)[:200]}); "
+            f"Arriero can export: {', '.join(sorted(PRE_TOKENIZERS))}"
+        )
+    tokens, types = _tokens_of(state)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": names[0],
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]],
+    }
+
+
+def _tokens_of(state: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    """Return tokens and types by id; ids that no token has are filled as llama.cpp's converter fills them."""
+    vocabulary = {i: token for token, i in state["model"]["vocab"].items()}
+    added = {entry["id"]: entry for entry in state["added_tokens"]}
+    tokens, types = [], []
+    for i in range(max([*vocabulary, *added]) + 1):
+        if i in added:
+            tokens.append(added[i]["content"])
+            types.append(CONTROL if added[i]["special"] else USER_DEFINED)
+        else:
+            tokens.append(vocabulary.get(i, f"[PAD{i}]"))
+            types.append(NORMAL if i in vocabulary else UNUSED)
+    return tokens, types
+
+
+def _pieces_to_gguf(pieces: Sequence[tuple[str, float, int]]) -> dict[str, Any]:
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [piece for piece, _, _ in pieces],
+        "tokenizer.ggml.scores": [score for _, score, _ in pieces],
+        "tokenizer.ggml.token_type": [kind for _, _, kind in pieces],
+    }
+
+
+def _split_of(pre_tokenizer: pre_tokenizers.PreTokenizer) -> Any:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizer
+    return _without_offsets(json.loads(backend.to_str())["pre_tokenizer"])
+
+
+def _without_offsets(state: Any) -> Any:
+    """Drop what only decides character offsets, so that pipelines that give equal ids compare equal."""
+    if isinstance(state, dict):
+        return {k: _without_offsets(v) for k, v in state.items() if k != "trim_offsets"}
+    return [_without_offsets(v) for v in state] if isinstance(state, list) else state

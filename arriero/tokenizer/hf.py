@@ -19,10 +19,11 @@ from tokenizers import processors
 
 from arriero.errors import CheckpointError
 from arriero.tokenizer import files
-from arriero.tokenizer.base import PrefixRule, SpecialTokens, Tokenizer, mend_surrogates
+from arriero.tokenizer.base import PrefixRule, SpecialTokens, Tokenizer
 from arriero.tokenizer.chat import ChatTemplate
 
 SPACE_MARKER = "▁"
+_FEW = 16  # the batch call starts a thread pool, which costs more than so few texts
 
 
 class HfTokenizer(Tokenizer):
@@ -44,7 +45,7 @@ class HfTokenizer(Tokenizer):
     def vocab_size(self) -> int:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode_segments(self, segments: Sequence[str], *, at_start: Sequence[bool]) -> list[list[int]]:
+    def _encode_plain(self, segments: Sequence[str], at_start: Sequence[bool]) -> list[list[int]]:
         result: list[list[int]] = [[]] * len(segments)
         for backend, wanted in ((self.backend, True), (self._continuing, False)):
             rows = [i for i, start in enumerate(at_start) if start is wanted]
@@ -82,19 +83,9 @@ def load_tokenizer_json(path: Path) -> HfTokenizer:
 
 
 def _encode_many(backend: Backend, texts: list[str]) -> list[list[int]]:
-    if len(texts) == 1:  # the batch call starts a thread pool
-        return [_encode_one(backend, texts[0])]
-    try:
-        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    except (UnicodeEncodeError, TypeError):
-        return [_encode_one(backend, mend_surrogates(text)) for text in texts]
-
-
-def _encode_one(backend: Backend, text: str) -> list[int]:
-    try:
-        return backend.encode(text, add_special_tokens=False).ids
-    except (UnicodeEncodeError, TypeError):
-        return backend.encode(mend_surrogates(text), add_special_tokens=False).ids
+    if len(texts) < _FEW:
+        return [backend.encode(text, add_special_tokens=False).ids for text in texts]
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _parts(component: Mapping[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -188,10 +179,10 @@ def byte_level_text(data: bytes) -> str:
     return "".join(map(byte_level_alphabet().__getitem__, data))
 
 
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def marked_bytes(token: str) -> bytes:
     """Return the bytes of a SentencePiece token: "▁" is a space and "<0x0A>" the byte 10."""
-    byte = _BYTE_PIECE.fullmatch(token)
+    byte = BYTE_PIECE.fullmatch(token)
     return bytes([int(byte[1], 16)]) if byte else token.replace(SPACE_MARKER, " ").encode()

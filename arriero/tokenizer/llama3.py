@@ -1,0 +1,161 @@
+"""Llama 3's tokenizer.model: byte-level BPE in tiktoken's format, through tiktoken.
+
+The file is 128,000 lines of "base64 rank"; the 256 special tokens after them are not in it, they are Meta's published
+list. tiktoken's regular-expression engine gives up on whitespace runs of about 100,000 characters, so text is cut
+just where Meta's loader cuts it: every 400,000 characters, and every 25,000 within a run of whitespace or of anything
+else. Ids are therefore Meta's on every text; the tokenizer.json that `save` writes has no such cuts.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tiktoken
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from arriero.errors import CheckpointError
+from arriero.tokenizer import files
+from arriero.tokenizer.base import SpecialTokens, Tokenizer
+from arriero.tokenizer.chat import ChatTemplate
+from arriero.tokenizer.hf import byte_level_text, with_bos
+
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+N_SPECIAL = 256
+# What the released models name, at their offsets in the block of 256; every other place is reserved.
+_NAMES_3_0 = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+_NAMES_3_1 = {**_NAMES_3_0, 4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
+
+_MAX_TEXT = 400_000
+_MAX_RUN = 25_000
+_LONG_RUN = re.compile(rf"\s{{{_MAX_RUN + 1},}}|\S{{{_MAX_RUN + 1},}}")
+
+
+def special_tokens(n_ranks: int, *, version_3_0: bool = False) -> SpecialTokens:
+    """Return the special block that follows `n_ranks` ordinary tokens, as Llama 3.1 names it, or 3.0."""
+    names = _NAMES_3_0 if version_3_0 else _NAMES_3_1
+    ids: dict[str, int] = {}
+    reserved = 0
+    for offset in range(N_SPECIAL):
+        if offset in names:
+            text = names[offset]
+        else:
+            text, reserved = f"reserved_special_token_{reserved}", reserved + 1
+        ids[f"<|{text}|>"] = n_ranks + offset
+    pad = None if version_3_0 else "<|finetune_right_pad_id|>"
+    return SpecialTokens(ids, bos="<|begin_of_text|>", eos="<|end_of_text|>", pad=pad, adds_bos=True)
+
+
+class TiktokenTokenizer(Tokenizer):
+    """Llama 3's vocabulary in a `tiktoken.Encoding`."""
+
+    def __init__(
+        self, ranks: Mapping[bytes, int], special: SpecialTokens, chat_template: ChatTemplate | None = None
+    ) -> None:
+        super().__init__(special, chat_template)
+        self.ranks = dict(ranks)
+        # No special tokens are given to tiktoken: it must never see one in plain text.
+        self._encoding = tiktoken.Encoding("llama3", pat_str=SPLIT, mergeable_ranks=self.ranks, special_tokens={})
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.ranks) + len(self.special_ids)
+
+    def _encode_plain(self, segments: Sequence[str], at_start: Sequence[bool]) -> list[list[int]]:
+        if len(segments) > 64 and max(map(len, segments)) <= _MAX_RUN:
+            return self._encoding.encode_ordinary_batch(list(segments), num_threads=os.cpu_count() or 1)
+        return [self._encode_one(segment) for segment in segments]
+
+    def _encode_one(self, text: str) -> list[int]:
+        if len(text) <= _MAX_RUN:
+            return self._encoding.encode_ordinary(text)
+        return [i for part in _cut(text) for i in self._encoding.encode_ordinary(part)]
+
+    def _token_table(self) -> list[bytes]:
+        table = [b""] * self.vocab_size
+        for token, i in self.ranks.items():
+            table[i] = token
+        for text, i in self.special_ids.items():
+            table[i] = text.encode()
+        return table
+
+    def _identity(self) -> bytes:
+        return _tiktoken_file(self.ranks)
+
+    def to_backend(self) -> Backend:
+        """Return the same vocabulary as a `tokenizers` pipeline, for tokenizer.json and GGUF."""
+        merges = merges_of(self.ranks)
+        spelled = {byte_level_text(token): i for token, i in self.ranks.items()}
+        backend = Backend(models.BPE(vocab=spelled, merges=merges, ignore_merges=True))
+        split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in self.special_ids])
+        return with_bos(backend, self.special)
+
+    def save(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.to_backend().save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer.model").write_bytes(_tiktoken_file(self.ranks))
+        files.write_companions(directory, self.special, self.chat_template)
+
+
+def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
+    """Return the merges, in byte-level spelling and in order, that build each token from every pair that can."""
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        pairs = [(token[:k], token[k:]) for k in range(1, len(token))]
+        usable = [(left, right) for left, right in pairs if left in ranks and right in ranks]
+        usable.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(byte_level_text(left), byte_level_text(right)) for left, right in usable]
+    return merges
+
+
+def is_tiktoken_file(path: Path) -> bool:
+    """Whether the file's first line is "base64 rank" (a SentencePiece model is binary)."""
+    with path.open("rb") as file:
+        return re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\r?\n?", file.readline(4096)) is not None
+
+
+def load_tiktoken_model(path: Path) -> TiktokenTokenizer:
+    """Load Llama 3's tokenizer.model; a params.json beside it without `use_scaled_rope` marks version 3.0."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise CheckpointError(
+                f"{path}, line {number}: not 'base64 rank' ({error}); fetch the file again"
+            ) from error
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise CheckpointError(f"{path}: its {len(ranks)} ranks are not 0, 1, 2, ...; the file is cut or damaged")
+    params = files.read_json(path.parent / "params.json")
+    special = special_tokens(len(ranks), version_3_0=bool(params) and not params.get("use_scaled_rope", False))
+    return TiktokenTokenizer(ranks, special, files.read_chat_template(path.parent, special))
+
+
+def _tiktoken_file(ranks: Mapping[bytes, int]) -> bytes:
+    in_order = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in in_order)
+
+
+def _cut(text: str) -> list[str]:
+    parts = []
+    for start in range(0, len(text), _MAX_TEXT):
+        chunk = text[start : start + _MAX_TEXT]
+        cuts = [0]
+        for run in _LONG_RUN.finditer(chunk):
+            cuts += range(run.start() + _MAX_RUN, run.end(), _MAX_RUN)
+        parts += [chunk[a:b] for a, b in zip(cuts, [*cuts[1:], len(chunk)], strict=True)]
+    return parts
