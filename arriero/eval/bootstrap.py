@@ -19,11 +19,16 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the bounds between which 95% of its resamples lie."""
+    """A value and the bounds between which 95% of its resamples lie; no bounds where one row is all there is."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether both bounds lie on one side of zero."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,7 @@ def mean(values: Sequence[float]) -> Ratio:
 
 def interval(of: Ratio, resamples: int, seed: int) -> Interval:
     """The 95% percentile interval of one ratio."""
-    low, high = np.quantile(of.draws(resamples, seed), (0.025, 0.975))
-    return Interval(of.value, float(low), float(high))
+    return _around(of.value, of.draws(resamples, seed), len(of.over))
 
 
 def difference(before: Ratio, after: Ratio, resamples: int, seed: int) -> Interval:
@@ -75,5 +79,11 @@ def difference(before: Ratio, after: Ratio, resamples: int, seed: int) -> Interv
     """
     paired = len(before.over) == len(after.over)
     draws = after.draws(resamples, seed) - before.draws(resamples, seed if paired else seed + 1)
+    return _around(after.value - before.value, draws, min(len(before.over), len(after.over)))
+
+
+def _around(value: float, draws: Floats, n_rows: int) -> Interval:
+    if n_rows < 2:
+        return Interval(value, None, None)
     low, high = np.quantile(draws, (0.025, 0.975))
-    return Interval(after.value - before.value, float(low), float(high))
+    return Interval(value, float(low), float(high))

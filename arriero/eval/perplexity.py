@@ -68,12 +68,12 @@ def perplexity(
     *,
     window: int = 2048,
     context: int = 512,
-    on_tokens: Callable[[int], None] | None = None,
+    on_bytes: Callable[[float], None] = lambda n: None,
 ) -> Perplexity:
     """Score every token of `texts` (one, or a stream of documents) once; see the module's text for how.
 
     window: tokens a forward, capped by the model's context. context: fewest tokens before a scored one where
-    the text has them. on_tokens: called with the number of tokens scored, for a progress bar.
+    the text has them. on_bytes: called with the bytes of text scored, for a progress bar.
     Raises `DataError` when there is nothing to score.
     """
     window = min(window, model.config.max_context)
@@ -83,8 +83,7 @@ def perplexity(
     found: list[tuple[float, int, float, bool]] = []
     for view, bits in scored(model, views, window):
         found.append((bits, view.scored, view.bytes, view.opens))
-        if on_tokens is not None:
-            on_tokens(view.scored)
+        on_bytes(view.bytes)
     if not found:
         raise DataError("perplexity: the data holds no text to score; give at least one text that is not empty")
     bits_, tokens, sizes, opens = (np.array(column, dtype=np.float64) for column in zip(*found, strict=True))

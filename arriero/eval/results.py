@@ -78,7 +78,7 @@ class Comparison:
     @property
     def verdict(self) -> Literal["better", "worse", "no clear difference"]:
         """Better or worse only where the interval of the difference leaves out zero."""
-        if self.difference.low <= 0 <= self.difference.high:
+        if not self.difference.excludes_zero:
             return "no clear difference"
         rose = self.difference.value > 0
         return "better" if rose == (self.measure.better == "higher") else "worse"
@@ -103,8 +103,7 @@ def results_table(results: Results, resamples: int, seed: int) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     for key, found in results.intervals(resamples, seed).items():
         measure = MEASURES[key]
-        low, high = (format(bound, measure.format) for bound in (found.low, found.high))
-        table.add_row(measure.title, format(found.value, measure.format), f"{low} to {high}")
+        table.add_row(measure.title, format(found.value, measure.format), _span(found, measure.format))
     return table
 
 
@@ -117,13 +116,12 @@ def comparison_table(before: Results, after: Results, compared: dict[str, Compar
     colours = {"better": "green", "worse": "red", "no clear difference": "dim"}
     for line in compared.values():
         form, change = line.measure.format, line.difference
-        moved, low, high = (format(x, "+" + form) for x in (change.value, change.low, change.high))
         colour = colours[line.verdict]
         table.add_row(
             line.measure.title,
             format(line.before, form),
             format(line.after, form),
-            f"{moved} ({low} to {high})",
+            f"{change.value:+{form}} ({_span(change, '+' + form)})",
             f"[{colour}]{line.verdict}[/{colour}]",
         )
     return table
@@ -186,6 +184,12 @@ def _compared_samples(before: Results, after: Results) -> list[dict[str, Any]]:
         }
         for old, new in zip(before.samples, after.samples, strict=True)
     ]
+
+
+def _span(found: Interval, form: str) -> str:
+    if found.low is None or found.high is None:
+        return "one row only"
+    return f"{found.low:{form}} to {found.high:{form}}"
 
 
 def _clip(text: str, lines: int) -> str:

@@ -39,3 +39,9 @@ def test_samples_of_different_size_are_compared_unpaired():
 def test_the_same_seed_gives_the_same_interval():
     ratio = mean(list(np.random.default_rng(5).normal(size=31)))
     assert interval(ratio, 200, seed=1) == interval(ratio, 200, seed=1) != interval(ratio, 200, seed=2)
+
+
+def test_one_row_alone_has_no_interval():
+    found = interval(mean([3.0]), 200, seed=1)
+    assert (found.value, found.low, found.high) == (3.0, None, None)
+    assert not difference(mean([1.0]), mean([3.0]), 200, seed=1).excludes_zero
