@@ -1,6 +1,6 @@
 """The command line: `arriero COMMAND ...`, and the only importer of tyro.
 
-A command is a function; its parameters are its arguments (required ones by position, the rest as flags). A
+A command is a function; its parameters are its arguments (required ones by position, keyword ones as flags). A
 command with one parameter `config` has that dataclass's fields as flags, without their sections: --lr, not
 --optim.lr (both are understood). One with `recipe` and `config` reads them from a file first; flags change it.
 Whatever costs time is imported inside the command that needs it: `arriero --help` takes a tenth of a second.
@@ -21,8 +21,11 @@ from typing import Annotated, Any, Literal, get_type_hints
 from arriero import __version__, presets
 from arriero import config as configs
 from arriero.errors import ConfigError, UserError, did_you_mean
+from arriero.eval.config import EvalConfig
 from arriero.train.config import SftConfig
 
+NumberType = Literal["f32", "f16", "bf16"]
+StoredType = Literal["f32", "f16", "bf16", "q8_0"]
 REQUIRED = ("model", "data", "train")
 FROM_FILE = ("run", "validate")
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
@@ -94,6 +97,91 @@ def sft(config: SftConfig) -> None:
     _start("sft", config)
 
 
+def evaluate(config: EvalConfig) -> None:
+    """Measure MODEL on a file: perplexity of texts, or answers against references, with intervals.
+
+    Example:
+        arriero eval smollm2-135m --data prose.txt
+        arriero eval smollm2-135m --data test.jsonl --adapter out/mine/adapter --compare-with smollm2-135m
+    """
+    from arriero.eval.run import run_eval
+
+    run_eval(config)
+
+
+def merge(model: str, adapter: Path, out: Path, *, dtype: NumberType | None = None, force: bool = False) -> None:
+    """Fold a LoRA adapter into its model, and check that the result gives the same logits.
+
+    Example:
+        arriero merge smollm2-135m out/mine/adapter out/merged
+
+    Args:
+        model: The model that the adapter was trained on.
+        adapter: Directory of the adapter.
+        out: Directory for the merged model, in the Hugging Face layout.
+        dtype: Type of the written weights; the model's own when not given.
+        force: Overwrite what is there.
+    """
+    import torch
+
+    from arriero.checkpoint.merge import merge as fold
+
+    types = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+    report = fold(model, adapter, out, dtype=types[dtype] if dtype else None, force=force)
+    print(
+        f"{out} written; its logits differ from model plus adapter by at most {report.max_difference:.2g} "
+        f"(largest logit {report.largest_logit:.1f}), same most probable token at {report.same_choice:.1%} of positions"
+    )
+
+
+def convert(
+    src: str, dst: Path, *, to: Literal["hf", "meta", "gguf"], dtype: StoredType | None = None, force: bool = False
+) -> None:
+    """Write a model in another format, with its tokenizer and chat template.
+
+    Example:
+        arriero convert smollm2-135m out/smollm2 --to hf --dtype bf16
+        arriero convert out/merged mine.gguf --to gguf --dtype q8_0
+
+    Args:
+        src: A directory, a .gguf file, a Hub id, or a built-in name.
+        dst: The directory, or for gguf the file, to write.
+        to: Hugging Face directory, Meta directory, or GGUF file.
+        dtype: Number type of the weights; the stored one when not given (q8_0 is for gguf only).
+        force: Overwrite what is there.
+    """
+    from arriero.checkpoint.convert import convert as write
+
+    print(f"{write(src, dst, to=to, dtype=dtype, force=force)} written")
+
+
+def data_build_docstrings(
+    out: Path,
+    source: str = "stdlib",
+    seed: int = 0,
+    held_out: float = 0.05,
+    max_pairs: int | None = None,
+    max_lines: int = 40,
+) -> None:
+    """Make fine-tuning data from Python code: a function -> its docstring's first sentence, split by module.
+
+    Example:
+        arriero data build docstrings out/data
+        arriero data build docstrings out/data --source ~/src/mine
+
+    Args:
+        out: Directory for train.jsonl, validation.jsonl, test.jsonl and stats.json.
+        source: "stdlib", a directory of Python code, or one Python file.
+        seed: Decides which modules are held out.
+        held_out: Share of the pairs, at most, for each of validation and test.
+        max_pairs: Training pairs at most; all when not given.
+        max_lines: Longest function, in lines without its docstring.
+    """
+    from arriero.data.docstrings import build_docstrings
+
+    build_docstrings(source, out, seed=seed, held_out=held_out, max_pairs=max_pairs, max_lines=max_lines)
+
+
 def _start(recipe: str, config: Any) -> None:
     assert recipe == "sft", recipe
     from arriero.train.sft import main as start
@@ -104,6 +192,10 @@ def _start(recipe: str, config: Any) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "sft": sft,
     "run": run,
+    "eval": evaluate,
+    "merge": merge,
+    "convert": convert,
+    "data build docstrings": data_build_docstrings,
     "ls": ls,
     "cp": cp,
 }
@@ -142,7 +234,7 @@ def _dispatch(argv: list[str]) -> None:
         print(_overview(group))
         return
     typed = " ".join(word for word in argv[:3] if not word.startswith("-")) if group else argv[0]
-    raise UserError(f"unknown command {typed!r}{did_you_mean(typed, group or COMMANDS)}; see arriero --help")
+    raise UserError(f"unknown command {typed!r} (arriero --help lists them){did_you_mean(typed, group or COMMANDS)}")
 
 
 def _call(name: str, args: list[str]) -> None:
@@ -168,8 +260,7 @@ def _tyro(command: Callable[..., Any], target: Any, name: str, args: list[str], 
     import tyro
 
     if inspect.isfunction(target):
-        # Called outside tyro, which would report any ValueError inside as a misread flag.
-        target = functools.wraps(command)(lambda *args, **kwargs: functools.partial(command, *args, **kwargs))
+        target = _binder(command)
     elif default is None:
         default = target()
     registry = tyro.constructors.ConstructorRegistry()
@@ -184,9 +275,29 @@ def _tyro(command: Callable[..., Any], target: Any, name: str, args: list[str], 
         config=(
             tyro.conf.OmitArgPrefixes,
             tyro.conf.PositionalMetavarFromFieldName,
-            *(() if default else (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)),
+            *(() if default else (tyro.conf.FlagCreatePairsOff,)),
         ),
     )
+
+
+def _binder(command: Callable[..., Any]) -> Callable[..., Callable[[], None]]:
+    """A function of the command's signature that returns the call instead of making it.
+
+    Called inside tyro, a command that raised a ValueError of its own would be reported as a misread flag.
+    """
+    import tyro
+
+    hints = get_type_hints(command)
+    for name, parameter in inspect.signature(command).parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY:
+            hints[name] = Annotated[hints[name], tyro.conf.Positional]
+
+    def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(command, *args, **kwargs)
+
+    bind.__doc__, bind.__annotations__ = command.__doc__, hints
+    bind.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]
+    return bind
 
 
 def _config_fields(info: Any, from_file: bool) -> Any:
