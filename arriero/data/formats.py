@@ -97,7 +97,7 @@ def source_files(source: str | Path) -> list[Path]:
         return [path]
     # A path with a known ending that does not exist is a mistyped file, not a Hub id.
     if HUB_ID.fullmatch(str(source)) and _reader(path) is None:
-        return _hub_files(str(source))
+        return hub_files(str(source))
     raise DataError(f"{source}: no such file or directory; give a file, a directory, or a Hub data set id (owner/name)")
 
 
@@ -215,7 +215,7 @@ def _without_none(value: Any) -> Any:
     return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
-def _hub_files(name: str) -> list[Path]:
+def hub_files(name: str) -> list[Path]:
     """Download the train split of `owner/name` or `owner/name:config` and return its Arrow files."""
     datasets = require("datasets", "data")
     repo, _, config = name.partition(":")
@@ -285,16 +285,18 @@ def _layout(row: Row, where: str) -> tuple[list[Any], list[Any] | None]:
         return [*system, _said("user", prompt), _said("assistant", row["output"])], tools
     for ask, answer in PAIRS:
         if ask in row and answer in row:
-            sides = [(row[ask], "user"), (row[answer], "assistant")]
-            return system + [
-                m for said, role in sides for m in (said if isinstance(said, list) else [_said(role, said)])
-            ], tools
+            return system + _side("user", row[ask]) + _side("assistant", row[answer]), tools
     columns = ", ".join(repr(name) for name in row) or "none"
     raise DataError(f"{where}: no known layout in its columns ({columns}); rename them to one of: {LAYOUTS}")
 
 
 def _said(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
+
+
+def _side(role: str, said: Any) -> list[Any]:
+    """One side of a prompt/completion pair: messages as they are, or a text as one message."""
+    return said if isinstance(said, list) else [_said(role, said)]
 
 
 def _from_sharegpt(message: Any) -> Any:

@@ -192,7 +192,9 @@ def build_splits(
     if seen.all():
         raise DataError(f"{train}: every row is also in the validation data {validation}; nothing is left to train on")
     if seen.any():
-        console.print(f"left {seen.sum():,} of {len(dataset):,} training rows out: they are also in {validation}")
+        console.print(
+            f"left {seen.sum():,} of {len(dataset):,} training rows out: they are also in {validation}", markup=False
+        )
     return dataset.select(~seen), held_out
 
 
@@ -235,7 +237,9 @@ def leave_out_long(dataset: SftDataset, max_length: int, max_truncated: float, c
     if long.all():
         raise DataError(f"{dataset.where(0)}: no row fits {max_length:,} tokens; raise seq_len")
     if long.any():
-        console.print(f"left {long.sum():,} of {len(dataset):,} rows out: longer than {max_length:,} tokens")
+        console.print(
+            f"left {long.sum():,} of {len(dataset):,} rows out: longer than {max_length:,} tokens", markup=False
+        )
     return dataset.select(~long)
 
 

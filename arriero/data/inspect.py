@@ -1,0 +1,101 @@
+"""Data as the model sees it: rows with their trained tokens marked, lengths as a histogram, and the mask in numbers.
+
+Everything is tokenised for the numbers, and refused just as training would refuse it; the cache makes the training
+that follows start at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from arriero.data.sft import DataStats, SftDataset, build_dataset, data_stats
+from arriero.errors import DataError
+from arriero.tokenizer.base import Tokenizer
+
+BINS = 12
+BAR = 40  # characters of the longest bar
+TRAINED, CONTEXT = "bold green", "dim"
+
+
+def inspect(
+    source: str | Path,
+    tokenizer: Tokenizer,
+    n_rows: int = 3,
+    *,
+    seq_len: int = 2048,
+    first: int = 0,
+    workers: int = 0,
+    cache_dir: str | Path | None = None,
+    console: Console | None = None,
+) -> DataStats:
+    """Print `n_rows` rows of `source` from example `first` on, then the lengths and the statistics of all.
+
+    Returns the statistics. Raises DataError for data that cannot be learned from.
+    """
+    console = console or Console()
+    dataset = build_dataset(source, tokenizer, workers=workers, cache_dir=cache_dir)
+    if not 0 <= first < len(dataset):
+        raise DataError(f"{source} has {len(dataset):,} examples, numbered from 0; there is none with number {first}")
+    for i in range(first, min(first + n_rows, len(dataset))):
+        n_trained, n = int(dataset.trained(i).sum()), int(dataset.lengths[i])
+        console.rule(Text(f"{dataset.where(i)}: {n:,} tokens, {n_trained:,} trained"), align="left")
+        console.print(marked_text(dataset, i, tokenizer, brackets=not console.color_system), soft_wrap=True)
+    stats = data_stats(dataset, seq_len)
+    console.rule("lengths in tokens", align="left")
+    console.print(length_histogram(dataset.lengths))
+    console.print(stats_table(stats, int((dataset.lengths > seq_len).sum())))
+    return stats
+
+
+def marked_text(dataset: SftDataset, i: int, tokenizer: Tokenizer, brackets: bool) -> Text:
+    """Example i, special tokens reversed and trained ones green; `brackets` puts ⟦ ⟧ around what is trained."""
+    special = frozenset(tokenizer.special_ids.values())
+    tokens = zip(dataset.tokens(i).tolist(), dataset.trained(i).tolist(), strict=True)
+    text = Text()
+    for trained, run in groupby(tokens, key=lambda token: token[1]):
+        text.append("⟦" if brackets and trained else "")
+        kind: Callable[[tuple[int, bool]], bool] = lambda token: token[0] in special  # noqa: E731
+        for is_special, part in groupby(run, key=kind):
+            written = b"".join(tokenizer.token_bytes(token) for token, _ in part).decode("utf-8", "replace")
+            text.append(written, style=(TRAINED if trained else CONTEXT) + (" reverse" if is_special else ""))
+        text.append("⟧" if brackets and trained else "")
+    return text
+
+
+def length_histogram(lengths: NDArray[np.int64]) -> Table:
+    """How many examples have which length, in bins of equal width."""
+    counts, edges = np.histogram(lengths, bins=min(BINS, int(np.ptp(lengths)) + 1))
+    table = Table.grid(padding=(0, 1))
+    for justify in ("right", "right", "left"):
+        table.add_column(justify=justify)  # type: ignore[arg-type]
+    for k, count in enumerate(counts.tolist()):
+        low, high = int(np.ceil(edges[k])), int(np.ceil(edges[k + 1])) - 1
+        if k == len(counts) - 1:
+            high = int(edges[-1])
+        bar = "█" * round(BAR * count / int(counts.max())) or ("▏" if count else "")
+        table.add_row(f"{low:,} to {high:,}", f"{count:,}", bar)
+    return table
+
+
+def stats_table(stats: DataStats, n_long: int) -> Table:
+    """The numbers behind the mask and the packing; `n_long` examples do not fit `stats.seq_len`."""
+    table = Table(show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    table.add_row("examples", f"{stats.examples:,}")
+    table.add_row("tokens", f"{stats.tokens:,}")
+    table.add_row("trained tokens", f"{stats.trained_tokens:,} ({stats.trained_share:.1%})")
+    for name, percentiles in (("length", stats.length_percentiles), ("trained tokens", stats.answer_percentiles)):
+        values = ", ".join(f"{point} {value:,}" for point, value in percentiles.items())
+        table.add_row(f"{name} of an example", values)
+    table.add_row(f"longer than {stats.seq_len:,} (left out of training)", f"{n_long:,}")
+    table.add_row(f"packed rows of {stats.seq_len:,}", f"{stats.packed_rows:,}, {stats.packing_efficiency:.1%} full")
+    return table

@@ -1,0 +1,117 @@
+"""Rows and batches: next-token targets inside documents only, in an order that is a pure function of (seed, index)."""
+
+import numpy as np
+import pytest
+import torch
+
+from arriero.data.loader import IGNORED, SftLoader, collate, next_token_targets
+from arriero.data.sft import SftDataset, build_dataset
+from arriero.errors import DataError
+
+from .conftest import sums, turns, write_rows
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, tokenizer) -> SftDataset:
+    path = tmp_path_factory.mktemp("data")
+    return build_dataset(write_rows(path / "sums.jsonl", sums(101)), tokenizer, cache_dir=path / "cache")
+
+
+def test_targets_are_the_next_token_where_that_one_is_trained():
+    tokens = np.array([7, 11, 13, 17, 19], dtype=np.int32)
+    trained = np.array([True, False, True, True, False])
+    # The first token has no predecessor to predict it; the last has no successor to predict.
+    assert next_token_targets(tokens, trained).tolist() == [IGNORED, 13, 17, IGNORED, IGNORED]
+
+
+def test_an_epoch_holds_every_example_once_with_its_own_tokens_and_targets(dataset):
+    loader = SftLoader(dataset, seq_len=256, seed=3)
+    found = []
+    for index in range(loader.rows_in_epoch(0)):
+        row = loader.row(index)
+        assert row.lengths.sum() == len(row.tokens) == len(row.targets) <= 256
+        cuts = np.cumsum(row.lengths)[:-1]
+        documents = zip(np.split(row.tokens, cuts), np.split(row.targets, cuts), strict=True)
+        found += [(tokens.tobytes(), targets.tobytes()) for tokens, targets in documents]
+    expected = [
+        (dataset.tokens(i).tobytes(), next_token_targets(dataset.tokens(i), dataset.trained(i)).tobytes())
+        for i in range(len(dataset))
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+def test_a_row_is_the_same_whoever_asks_and_whatever_was_asked_before(dataset):
+    one, other = SftLoader(dataset, 256, seed=3), SftLoader(dataset, 256, seed=3)
+    last = 3 * one.rows_in_epoch(0) - 1
+    for _ in range(2):
+        for index in (0, last, 5, last // 2):
+            one.row(index)
+    for index in (last, 5, 0):
+        assert np.array_equal(one.row(index).tokens, other.row(index).tokens)
+        assert np.array_equal(one.row(index).targets, other.row(index).targets)
+
+
+def test_seeds_and_epochs_order_the_rows_differently(dataset):
+    loader = SftLoader(dataset, 256, seed=3)
+    rows = loader.rows_in_epoch(0)
+    assert loader.rows_in_epoch(1) == rows
+    epochs = [[loader.row(e * rows + k).tokens.tobytes() for k in range(rows)] for e in (0, 1)]
+    assert epochs[0] != epochs[1]
+    assert SftLoader(dataset, 256, seed=4).row(0).tokens.tobytes() != epochs[0][0]
+
+
+def test_without_packing_each_row_is_one_example(dataset):
+    loader = SftLoader(dataset, 256, seed=3, packing=False)
+    assert loader.rows_in_epoch(0) == len(dataset)
+    rows = [loader.row(i) for i in range(len(dataset))]
+    assert all(len(row.lengths) == 1 for row in rows)
+    assert sorted(len(row.tokens) for row in rows) == sorted(dataset.lengths.tolist())
+
+
+def test_a_batch_lays_rows_end_to_end_with_the_bounds_of_their_documents(dataset):
+    loader = SftLoader(dataset, 256, seed=3)
+    rows = [loader.row(i) for i in range(3)]
+    batch = loader.collate(rows)
+    n = sum(len(row.tokens) for row in rows)
+    assert batch.tokens.shape == batch.targets.shape == (1, n)
+    assert batch.tokens.dtype == batch.targets.dtype == torch.int64 and batch.cu_seqlens.dtype == torch.int32
+    assert batch.cu_seqlens.diff().tolist() == np.concatenate([row.lengths for row in rows]).tolist()
+    assert batch.tokens[0].tolist() == np.concatenate([row.tokens for row in rows]).tolist()
+    assert batch.n_trained == int((batch.targets != IGNORED).sum()) > 0
+    # No document predicts the first token of the next.
+    assert (batch.targets[0, batch.cu_seqlens[1:].long() - 1] == IGNORED).all()
+    trained = batch.targets[0, :-1] != IGNORED
+    assert torch.equal(batch.targets[0, :-1][trained], batch.tokens[0, 1:][trained])
+
+
+def test_padding_is_an_untrained_document_of_its_own(dataset):
+    loader = SftLoader(dataset, 256, seed=3)
+    rows = [loader.row(0), loader.row(1)]
+    plain, padded = collate(rows), collate(rows, pad_to=557)
+    n = plain.tokens.shape[1]
+    assert padded.tokens.shape == (1, 557)
+    assert torch.equal(padded.tokens[:, :n], plain.tokens) and torch.equal(padded.targets[:, :n], plain.targets)
+    assert padded.cu_seqlens.tolist() == [*plain.cu_seqlens.tolist(), 557]
+    assert (padded.targets[0, n:] == IGNORED).all() and padded.n_trained == plain.n_trained
+    assert torch.equal(collate(rows, pad_to=n).cu_seqlens, plain.cu_seqlens)
+
+
+def test_examples_longer_than_a_row_are_refused_with_the_remedy(dataset):
+    with pytest.raises(DataError, match=r"longest example has \d+ tokens but rows hold 50; .*max_length=50"):
+        SftLoader(dataset, 50, seed=0)
+
+
+def test_an_empty_data_set_is_refused(dataset):
+    with pytest.raises(DataError, match="no examples"):
+        SftLoader(dataset.select(np.zeros(len(dataset), dtype=bool)), 256, seed=0)
+
+
+def test_trained_targets_spell_the_answers(tmp_path, tokenizer):
+    talk = turns("2 + 3?", "It is 5.", "And 7 + 4?", "11 <|im_end|> 11")
+    path = write_rows(tmp_path / "one.jsonl", [{"messages": talk}])
+    loader = SftLoader(build_dataset(path, tokenizer), 128, seed=0)
+    batch = loader.collate([loader.row(0)])
+    spelled = tokenizer.decode(batch.targets[batch.targets != IGNORED].tolist(), skip_special=False)
+    assert spelled == "It is 5.<|im_end|>11 <|im_end|> 11<|im_end|>"
+    end = tokenizer.special_ids["<|im_end|>"]
+    assert (batch.targets == end).sum() == 2  # the text "<|im_end|>" in the answer is not the token
