@@ -87,6 +87,23 @@ def run(recipe: str, config: Any) -> None:
     _start(recipe, config)
 
 
+def validate(recipe: str, config: Any) -> None:
+    """Check everything but the training: settings, model, data, masks, and what the run would be.
+
+    Example:
+        arriero validate mine.toml
+        arriero validate mine.toml --data other.jsonl
+    """
+    assert recipe == "sft", recipe
+    from rich.console import Console
+
+    from arriero.train.sft import build, open_run
+
+    console = Console(stderr=True)
+    open_run(Path(config.out), config)
+    print(build(config, console).summary())
+
+
 def sft(config: SftConfig) -> None:
     """Fine-tune MODEL on the conversations in a file, with LoRA or in full.
 
@@ -155,6 +172,30 @@ def convert(
     print(f"{write(src, dst, to=to, dtype=dtype, force=force)} written")
 
 
+def data_inspect(
+    file: str, *, model: str, rows: int = 3, first: int = 0, seq_len: int = 2048, workers: int = 0
+) -> None:
+    """Print rows as the model sees them, the trained tokens coloured, and the lengths and masks of all in numbers.
+
+    Example:
+        arriero data inspect train.jsonl --model smollm2-135m
+        arriero data inspect rows.parquet --model my-llama --first 1000 --rows 1
+
+    Args:
+        file: A file (JSONL, JSON, CSV, Parquet), a directory of them, or a Hub data set id.
+        model: The model whose tokenizer and chat template are applied.
+        rows: Rows to print.
+        first: Number of the first row to print, counted from 0.
+        seq_len: Tokens in a packed row; longer examples are counted.
+        workers: Tokenising processes; 0 means one per core.
+    """
+    from arriero.checkpoint.source import resolve
+    from arriero.data.inspect import inspect as show
+    from arriero.tokenizer import load_tokenizer
+
+    show(file, load_tokenizer(resolve(model)), rows, seq_len=seq_len, first=first, workers=workers)
+
+
 def data_build_docstrings(
     out: Path,
     source: str = "stdlib",
@@ -186,15 +227,19 @@ def _start(recipe: str, config: Any) -> None:
     assert recipe == "sft", recipe
     from arriero.train.sft import main as start
 
-    start(config)
+    outcome = start(config)
+    if outcome.interrupted is not None:  # the run is saved; the caller learns what ended it
+        sys.exit(128 + outcome.interrupted)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "sft": sft,
     "run": run,
+    "validate": validate,
     "eval": evaluate,
     "merge": merge,
     "convert": convert,
+    "data inspect": data_inspect,
     "data build docstrings": data_build_docstrings,
     "ls": ls,
     "cp": cp,
