@@ -20,9 +20,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -35,6 +36,7 @@ from rich.text import Text
 from arriero.checkpoint.files import replaced_file
 from arriero.errors import require
 
+PROJECT = "arriero"  # at W&B and in trackio
 SMOOTHING = 0.9  # weight of the past in the running mean of the loss
 PLAIN_EVERY = 10.0  # seconds between lines where the output is not a terminal
 
@@ -50,7 +52,7 @@ class MetricsLog:
         self.path = run_dir / "metrics.jsonl"
         _cut(self.path, after)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the log
-        self._trackers = [_TRACKERS[name](run_dir) for name in trackers]
+        self._trackers = [_TRACKERS[name](run_dir, after) for name in trackers]
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Record one optimizer step; `metrics` holds "step" and whatever else was measured."""
@@ -86,19 +88,26 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl; a last line cut short by a kill is left out, a missing file is empty."""
+    """Return the records of a metrics.jsonl: none when it is missing, and none from where a crash has broken it."""
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is empty, or half a line
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[
+        :-1
+    ]:  # the last is empty, or half a line
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        yield line + "\n", record
 
 
 def _cut(path: Path, after: int) -> None:
-    """Keep the lines of steps up to `after`, byte for byte; of none when it is 0."""
-    kept = []
-    if after and path.exists():
-        complete = path.read_text(encoding="utf-8").split("\n")[:-1]
-        kept = [line + "\n" for line in complete if json.loads(line)["step"] <= after]
+    """Keep the lines of steps up to `after`, byte for byte; none when it is 0."""
+    kept = [line for line, record in _records(path) if record["step"] <= after] if after else []
     with replaced_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
 
@@ -116,26 +125,26 @@ class _Tracker(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, after: int) -> None:
         require("tensorboard", "track")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+        # the lines of a run that was killed after `after` are hidden
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=after + 1 if after else None)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class _Run:
-    """A W&B run, or one of trackio, whose interface is W&B's. A resumed run goes on under the same id."""
+    """A run at W&B or in trackio, whose interface is W&B's, under an id kept in the run directory."""
 
-    def __init__(self, run_dir: Path, module: str) -> None:
-        self._module = require(module, "track")
-        self._run = self._module.init(project="arriero", name=run_dir.name, dir=str(run_dir))
+    def __init__(self, run: Any) -> None:
+        self._run = run
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         self._run.log(dict(values), step=step)
@@ -144,10 +153,27 @@ class _Run:
         self._run.finish()
 
 
-_TRACKERS: dict[str, Callable[[Path], _Tracker]] = {
+def _wandb(run_dir: Path, after: int) -> _Run:
+    name = _run_id(run_dir, after)
+    return _Run(require("wandb", "track").init(project=PROJECT, id=name, name=name, dir=str(run_dir), resume="allow"))
+
+
+def _trackio(run_dir: Path, after: int) -> _Run:
+    return _Run(require("trackio", "track").init(project=PROJECT, name=_run_id(run_dir, after), resume="allow"))
+
+
+def _run_id(run_dir: Path, after: int) -> str:
+    """A name of its own for each run, and the same one when it is resumed."""
+    path = run_dir / "run_id"
+    if not (after and path.exists()):
+        path.write_text(f"{run_dir.resolve().name}-{secrets.token_hex(4)}", encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
+_TRACKERS: dict[str, Callable[[Path, int], _Tracker]] = {
     "tensorboard": _TensorBoard,
-    "wandb": lambda run_dir: _Run(run_dir, "wandb"),
-    "trackio": lambda run_dir: _Run(run_dir, "trackio"),
+    "wandb": _wandb,
+    "trackio": _trackio,
 }
 
 
