@@ -8,7 +8,7 @@ What keeps the held-out sets honest:
 - before that, pairs with the same sentence are reduced to the first, and so are near-duplicates: functions
   whose sets of 3-token shingles have a Jaccard similarity of at least 0.7. The join is exact (every pair is found),
   by prefix filtering (Bayardo et al., WWW 2007): two such sets share one of their few rarest shingles.
-Output bytes are a function of the source files and the arguments. The standard library takes about 10 seconds.
+Output bytes are a function of the source files and the arguments. The standard library takes about 5 seconds.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[str, Function]]:
             yield from _functions(child, f"{prefix}{child.name}.<locals>.")
         elif isinstance(child, ast.ClassDef):
             yield from _functions(child, f"{prefix}{child.name}.")
-        else:
+        elif not isinstance(child, ast.expr):  # no function is defined inside an expression
             yield from _functions(child, prefix)
 
 

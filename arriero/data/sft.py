@@ -4,7 +4,7 @@
 decides its bytes: the contents of the data files, the tokenizer's fingerprint and this format's version. A second run
 opens it at once; two processes that build the same one race harmlessly, since each writes under a name of its own
 and renames. What depends on the run (the longest length, the validation share) is a choice of examples from the
-cache, so changing it tokenises nothing. A million rows need not fit in memory: only 32 bytes of index a row do.
+cache, so changing it tokenises nothing. A million rows need not fit in memory: only 28 bytes of index a row do.
 
 Price: 5 bytes of disk a token; the speeds are in docs/log.md.
 
@@ -47,14 +47,12 @@ INDEX = {"offsets": np.int64, "hashes": np.uint64, "rows": np.int64, "files": np
 class SftDataset:
     """Examples of token ids with their masks, memory-mapped; `select` makes views of the same files.
 
-    `lengths` [n] are token counts. Opening checks that the files are whole.
+    `files` are the data files that the cache in `directory` was made from, wherever they are now. `lengths` [n] are
+    token counts. Opening checks that the cache is whole.
     """
 
-    def __init__(self, directory: str | Path, index: NDArray[np.int64] | None = None) -> None:
-        self.directory = Path(directory)
-        meta = json.loads((self.directory / "meta.json").read_text(encoding="utf-8"))
-        self.files: list[str] = meta["files"]
-        self.tokenizer_fingerprint: str = meta["tokenizer"]
+    def __init__(self, directory: Path, files: Sequence[Path], index: NDArray[np.int64] | None = None) -> None:
+        self.directory, self.files = directory, files
         arrays = {name: np.load(self.directory / f"{name}.npy", allow_pickle=False) for name in INDEX}
         self._offsets, self._hashes, self._rows, self._files = (arrays[name] for name in INDEX)
         n_tokens = int(self._offsets[-1])
@@ -85,7 +83,7 @@ class SftDataset:
         found: dict[tuple[int, int], Conversation] = {}
         for number in sorted({number for number, _ in wanted}):
             rows = {row for n, row in wanted if n == number}
-            for record in read_records(Path(self.files[number])):
+            for record in read_records(self.files[number]):
                 if record.row in rows:
                     found[number, record.row] = parse_record(record)
                 if record.row >= max(rows):
@@ -114,7 +112,7 @@ class SftDataset:
 
     def select(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> SftDataset:
         """The examples at these positions (or where this mask is true), in this order."""
-        return SftDataset(self.directory, self.index[chosen])
+        return SftDataset(self.directory, self.files, self.index[chosen])
 
     def _span(self, i: int) -> slice:
         j = self.index[i]
@@ -146,10 +144,9 @@ def build_dataset(
     console = console or Console(stderr=True)
     files = source_files(source)
     directory = cache_directory(cache_dir) / cache_key(files, tokenizer)
-    if not (directory / "meta.json").is_file():
-        encoded = encode_files(files, tokenizer, workers, console)
-        write_cache(directory, files, tokenizer.fingerprint, encoded)
-    dataset = SftDataset(directory)
+    if not directory.is_dir():
+        write_cache(directory, files, encode_files(files, tokenizer, workers, console))
+    dataset = SftDataset(directory, files)
     return dataset if max_length is None else leave_out_long(dataset, max_length, max_truncated, console)
 
 
@@ -386,46 +383,55 @@ def cache_directory(cache_dir: str | Path | None) -> Path:
 
 
 def cache_key(files: Sequence[Path], tokenizer: Tokenizer) -> str:
-    """SHA-256 of the files' names and contents, the tokenizer's fingerprint and the format."""
+    """SHA-256 of the files' contents (not their names), the tokenizer's fingerprint and the format."""
     digest = hashlib.sha256(f"{FORMAT}\0{tokenizer.fingerprint}".encode())
     for path in files:
-        with open(path, "rb") as file:
-            digest.update(f"\0{path}\0{hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+        try:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
     return digest.hexdigest()[:40]
 
 
-def write_cache(directory: Path, files: Sequence[Path], fingerprint: str, encoded: Iterable[Encoded]) -> None:
+def write_cache(directory: Path, files: Sequence[Path], encoded: Iterable[Encoded]) -> None:
     """Write all parts under a temporary name, sync, and rename; if another process was first, its copy stays."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(directory)
-    temporary.mkdir()
-    number = {str(path): i for i, path in enumerate(files)}
-    lengths, hashes, rows, file_numbers = [], [], [], []
     try:
-        with open(temporary / "tokens.bin", "wb") as tokens, open(temporary / "trained.bin", "wb") as trained:
-            for part in encoded:
-                tokens.write(part.tokens.tobytes())
-                trained.write(part.trained.tobytes())
-                lengths.append(part.lengths)
-                hashes.append(part.hashes)
-                rows.append(part.rows)
-                file_numbers.append(np.full(len(part.rows), number[part.file]))
-            for file in (tokens, trained):
-                file.flush()
-                os.fsync(file.fileno())
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-        columns = (offsets, np.concatenate(hashes), np.concatenate(rows), np.concatenate(file_numbers))
-        for (name, dtype), column in zip(INDEX.items(), columns, strict=True):
-            np.save(temporary / f"{name}.npy", column.astype(dtype), allow_pickle=False)
-        meta = {"format": FORMAT, "files": [str(path) for path in files], "tokenizer": fingerprint}
-        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        temporary.mkdir(parents=True)
+        _write_parts(temporary, files, encoded)
         try:
             temporary.rename(directory)
         except OSError:
-            if not (directory / "meta.json").is_file():
+            if not directory.is_dir():
                 raise
+    except OSError as error:
+        raise DataError(
+            f"cannot write tokenised data to {directory.parent} ({error.strerror}); "
+            "free disk space, or name another directory in ARRIERO_CACHE"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_parts(directory: Path, files: Sequence[Path], encoded: Iterable[Encoded]) -> None:
+    number = {str(path): i for i, path in enumerate(files)}
+    lengths, hashes, rows, file_numbers = [], [], [], []
+    with open(directory / "tokens.bin", "wb") as tokens, open(directory / "trained.bin", "wb") as trained:
+        for part in encoded:
+            tokens.write(part.tokens.tobytes())
+            trained.write(part.trained.tobytes())
+            lengths.append(part.lengths)
+            hashes.append(part.hashes)
+            rows.append(part.rows)
+            file_numbers.append(np.full(len(part.rows), number[part.file]))
+        for file in (tokens, trained):
+            file.flush()
+            os.fsync(file.fileno())
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    columns = (offsets, np.concatenate(hashes), np.concatenate(rows), np.concatenate(file_numbers))
+    for (name, dtype), column in zip(INDEX.items(), columns, strict=True):
+        np.save(directory / f"{name}.npy", column.astype(dtype), allow_pickle=False)
 
 
 # Statistics

@@ -35,7 +35,7 @@ def with_template(tokenizer, source):
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "meta.json"}
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def test_examples_are_what_the_template_and_its_mask_give(tmp_path, tokenizer):
@@ -82,6 +82,32 @@ def test_content_and_tokenizer_decide_the_cache_not_time_or_length(tmp_path, tok
     assert build_dataset(path, other).directory != changed.directory
 
 
+def test_a_moved_file_is_the_same_data_and_is_found_where_it_is_now(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "sums.jsonl", sums(29))
+    first = build_dataset(path, tokenizer)
+    moved = build_dataset(path.rename(tmp_path / "moved.jsonl"), tokenizer)
+    assert moved.fingerprint == first.fingerprint and moved.where(2) == f"row 3 of {tmp_path / 'moved.jsonl'}"
+    assert moved.conversations([2])[0].messages == sums(3)[2]["messages"]
+
+
+def test_a_cache_that_cannot_be_written_is_refused_with_the_remedy(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "sums.jsonl", sums(29))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        DataError, match=r"cannot write tokenised data to .*file \(Not a directory\); free disk space, or"
+    ):
+        build_dataset(path, tokenizer, cache_dir=tmp_path / "file")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_leaves_no_cache(tmp_path, tokenizer, monkeypatch):
+    path = write_rows(tmp_path / "sums.jsonl", sums(29))
+    monkeypatch.setattr(sft, "_write_parts", lambda *_: Path("/dev/full").write_bytes(b"x"))
+    with pytest.raises(DataError, match=r"\(No space left on device\); free disk space"):
+        build_dataset(path, tokenizer, cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_worker_processes_give_the_same_bytes_as_none(tmp_path, tokenizer, monkeypatch):
     files = tmp_path / "files"
     files.mkdir()
@@ -124,17 +150,18 @@ def test_a_process_that_comes_second_leaves_the_first_ones_cache_as_it_is(tmp_pa
     dataset = build_dataset(path, tokenizer, cache_dir=tmp_path / "cache")
     before = (dataset.directory / "tokens.bin").stat().st_ino
     parts = sft.encode_files([path], tokenizer, 1, Console(file=io.StringIO()))
-    sft.write_cache(dataset.directory, [path], tokenizer.fingerprint, parts)
+    sft.write_cache(dataset.directory, [path], parts)
     assert (dataset.directory / "tokens.bin").stat().st_ino == before
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_a_cut_cache_file_is_refused_by_name(tmp_path, tokenizer):
-    directory = build_dataset(write_rows(tmp_path / "sums.jsonl", sums(29)), tokenizer).directory
+    path = write_rows(tmp_path / "sums.jsonl", sums(29))
+    directory = build_dataset(path, tokenizer).directory
     whole = (directory / "tokens.bin").read_bytes()
     (directory / "tokens.bin").write_bytes(whole[:-4])
     with pytest.raises(DataError, match=r"tokens\.bin: the cached data is not whole; delete .* and run again"):
-        SftDataset(directory)
+        build_dataset(path, tokenizer)
 
 
 # What is refused
