@@ -1,3 +1,66 @@
-"""Arriero raises Llama models."""
+"""Arriero raises Llama models.
+
+    import arriero
+
+    arriero.sft("smollm2-135m", "train.jsonl", out="out/mine", lr=1e-4)
+    model, tokenizer = arriero.load("smollm2-135m", adapter="out/mine/adapter")
+    prompt = arriero.encode_chat(tokenizer, [{"role": "user", "content": "What is a llama?"}])
+    for piece in arriero.stream(model, tokenizer, prompt):
+        print(piece, end="", flush=True)
+
+Names are imported when first used: `import arriero` takes milliseconds and no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from arriero.api import evaluate as evaluate
+    from arriero.api import sft as sft
+    from arriero.checkpoint.convert import convert as convert
+    from arriero.checkpoint.load import load as load
+    from arriero.checkpoint.merge import merge as merge
+    from arriero.errors import UserError as UserError
+    from arriero.eval.config import EvalConfig as EvalConfig
+    from arriero.infer.generate import generate as generate
+    from arriero.infer.generate import stream as stream
+    from arriero.model.config import LlamaConfig as LlamaConfig
+    from arriero.model.config import LoraConfig as LoraConfig
+    from arriero.model.llama import Llama as Llama
+    from arriero.tokenizer import Tokenizer as Tokenizer
+    from arriero.tokenizer import load_tokenizer as load_tokenizer
+    from arriero.tokenizer.chat import encode_chat as encode_chat
+    from arriero.train.config import SftConfig as SftConfig
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "evaluate": "arriero.api",
+    "sft": "arriero.api",
+    "convert": "arriero.checkpoint.convert",
+    "load": "arriero.checkpoint.load",
+    "merge": "arriero.checkpoint.merge",
+    "UserError": "arriero.errors",
+    "EvalConfig": "arriero.eval.config",
+    "generate": "arriero.infer.generate",
+    "stream": "arriero.infer.generate",
+    "LlamaConfig": "arriero.model.config",
+    "LoraConfig": "arriero.model.config",
+    "Llama": "arriero.model.llama",
+    "Tokenizer": "arriero.tokenizer",
+    "load_tokenizer": "arriero.tokenizer",
+    "encode_chat": "arriero.tokenizer.chat",
+    "SftConfig": "arriero.train.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'arriero' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

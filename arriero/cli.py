@@ -22,6 +22,7 @@ from arriero import __version__, presets
 from arriero import config as configs
 from arriero.errors import ConfigError, UserError, did_you_mean
 from arriero.eval.config import EvalConfig
+from arriero.infer.config import ChatConfig, GenerateConfig
 from arriero.train.config import SftConfig
 
 NumberType = Literal["f32", "f16", "bf16"]
@@ -112,6 +113,30 @@ def sft(config: SftConfig) -> None:
         arriero sft my-llama --data rows.parquet --method full --lr 2e-5 --epochs 2
     """
     _start("sft", config)
+
+
+def generate(config: GenerateConfig) -> None:
+    """Answer one prompt with MODEL, printing as it comes; without PROMPT it is read from standard input.
+
+    Example:
+        arriero generate smollm2-135m "Why do llamas hum?"
+        arriero generate smollm2-135m --adapter out/mine/adapter --temperature 0.7 < question.txt
+    """
+    from arriero.infer.chat import run_generate
+
+    run_generate(config)
+
+
+def chat(config: ChatConfig) -> None:
+    """Talk with MODEL in the terminal; /help there lists what else can be said.
+
+    Example:
+        arriero chat smollm2-135m
+        arriero chat smollm2-135m --adapter out/mine/adapter --system "Answer in one sentence." --temperature 0.2
+    """
+    from arriero.infer.chat import run_chat
+
+    run_chat(config)
 
 
 def evaluate(config: EvalConfig) -> None:
@@ -236,6 +261,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sft": sft,
     "run": run,
     "validate": validate,
+    "chat": chat,
+    "generate": generate,
     "eval": evaluate,
     "merge": merge,
     "convert": convert,
@@ -361,7 +388,7 @@ def _config_fields(info: Any, from_file: bool) -> Any:
         value = getattr(info.default, name)
         if name in ("data", "train") and kind is str:
             kind = Annotated[kind, tyro.conf.arg(name="data", aliases=["--train"] if name == "train" else [])]
-        elif name == "model" and not from_file:
+        elif name in ("model", "prompt") and not from_file:
             kind = Annotated[kind, tyro.conf.Positional]
         required = name in REQUIRED and value == ""
         fields.append(StructFieldSpec(name, kind, tyro.MISSING if required else value, docs.get(name)))

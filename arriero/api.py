@@ -1,0 +1,39 @@
+"""The route in two calls, for Python: what `arriero sft` and `arriero eval` do, with settings as keywords.
+
+Settings are the fields of the configuration, by short name (`lr=1e-4`) or with their section written as
+`**{"optim.lr": 1e-4}`. Whoever has a configuration already calls the recipe's own `main(config)`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arriero.config import apply_overrides
+from arriero.eval.config import EvalConfig
+from arriero.train.config import DataConfig, SftConfig
+
+if TYPE_CHECKING:
+    from arriero.eval.results import Results
+    from arriero.train.loop import Outcome
+
+
+def sft(model: str | Path, data: str | Path, **settings: Any) -> Outcome:
+    """Fine-tune `model` on the conversations in `data`; the adapter or model is left in the run directory `out`.
+
+    settings: fields of `SftConfig` and its sections, such as out, method, lr, epochs, rank, resume.
+    Raises a `UserError` before step 1 for whatever cannot be trained on.
+    """
+    from arriero.train.sft import main
+
+    return main(apply_overrides(SftConfig(model=str(model), data=DataConfig(train=str(data))), settings))
+
+
+def evaluate(model: str | Path, data: str | Path, **settings: Any) -> Results:
+    """Measure `model` on `data`: perplexity of texts, or answers against references.
+
+    settings: fields of `EvalConfig`, such as adapter, compare_with, rows.
+    """
+    from arriero.eval.run import run_eval
+
+    return run_eval(apply_overrides(EvalConfig(model=str(model), data=str(data)), settings))
