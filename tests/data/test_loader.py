@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from arriero.data.loader import IGNORED, SftLoader, collate, next_token_targets
 from arriero.data.sft import SftDataset, build_dataset
 from arriero.errors import DataError
+from arriero.model.config import LlamaConfig
+from arriero.model.llama import Llama
 
 from .conftest import sums, turns, write_rows
 
@@ -115,3 +118,25 @@ def test_trained_targets_spell_the_answers(tmp_path, tokenizer):
     assert spelled == "It is 5.<|im_end|>11 <|im_end|> 11<|im_end|>"
     end = tokenizer.special_ids["<|im_end|>"]
     assert (batch.targets == end).sum() == 2  # the text "<|im_end|>" in the answer is not the token
+
+
+def test_packed_padded_and_unpacked_rows_have_the_same_loss_for_every_token(dataset, tokenizer):
+    torch.manual_seed(0)
+    shape = {"dim": 22, "n_layers": 2, "n_heads": 11, "n_kv_heads": 1, "ffn_dim": 29, "max_context": 512}
+    model = Llama(LlamaConfig(**shape, vocab_size=tokenizer.vocab_size)).eval()
+    few = dataset.select(np.arange(23))
+
+    def losses(packing: bool, pad_to: int | None) -> list[float]:
+        loader = SftLoader(few, 256, seed=0, packing=packing)
+        found = []
+        for k in range(loader.rows_in_epoch(0)):
+            batch = loader.collate([loader.row(k)], pad_to)
+            with torch.no_grad():
+                logits = model(batch.tokens, cu_seqlens=batch.cu_seqlens)
+            trained = batch.targets[0] != IGNORED
+            found += F.cross_entropy(logits[0][trained], batch.targets[0][trained], reduction="none").tolist()
+        return sorted(found)
+
+    alone = losses(packing=False, pad_to=None)
+    assert losses(packing=True, pad_to=None) == pytest.approx(alone, abs=1e-5)
+    assert losses(packing=True, pad_to=257) == pytest.approx(alone, abs=1e-5)
