@@ -165,7 +165,7 @@ def _collect(root: Path, stats: DocstringStats, max_lines: int, console: Console
                 continue
             stats.documented_functions += 1
             code, sentence = _without_docstring(function, lines), first_sentence(docstring)
-            if code is None or sentence is None or not 2 <= code.count("\n") + 1 <= max_lines:
+            if code is None or sentence is None or "```" in code or not 2 <= code.count("\n") + 1 <= max_lines:
                 stats.unsuitable += 1
             else:
                 pairs.append(Pair(module, qualname, code, sentence))

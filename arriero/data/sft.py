@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -293,6 +294,7 @@ _worker_tokenizer: Tokenizer | None = None  # one per worker process: sending it
 
 def _start_worker(tokenizer: Tokenizer) -> None:
     global _worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker_tokenizer = tokenizer
 
