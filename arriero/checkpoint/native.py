@@ -35,7 +35,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from arriero.checkpoint.files import read_json, replaced_directory, write_json
+from arriero.checkpoint.files import read_json, sync, write_json
 from arriero.errors import CheckpointError
 
 FORMAT = 1  # of manifest.json
@@ -92,23 +92,28 @@ def save(
     `state` is anything that JSON holds. Raises `CheckpointError` when the disk is full: nothing is lost then.
     """
     assert keep_last >= 1, keep_last
-    folder = run_dir / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    target = folder / _name(step)
+    target = path_of(run_dir, step)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target.parent)
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        with replaced_directory(target) as temporary:
-            files = {_file(group): _write(temporary / _file(group), tensors) for group, tensors in groups.items()}
-            write_json(temporary / "state.json", dict(state))
-            files["state.json"] = _fingerprint(temporary / "state.json")
-            write_json(temporary / "manifest.json", {"format": FORMAT, "step": step, "files": files})
-            if target.exists():  # damaged, or of a history that was abandoned
-                _remove(target)
+        temporary.mkdir()
+        files = {_file(group): _write(temporary / _file(group), tensors) for group, tensors in groups.items()}
+        write_json(temporary / "state.json", dict(state))
+        files["state.json"] = _fingerprint(temporary / "state.json")
+        write_json(temporary / "manifest.json", {"format": FORMAT, "step": step, "files": files})
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         if error.errno in FULL:
-            _refuse_full(folder, step, groups, error)
+            _refuse_full(run_dir, step, groups, error)
         raise
-    _prune(folder, step, keep_last, keep)
+    if target.exists():  # damaged, or of a history that was abandoned
+        _remove(target)
+    os.rename(temporary, target)
+    sync(target.parent)
+    _prune(run_dir, step, keep_last, keep)
     return target
 
 
@@ -134,7 +139,7 @@ def latest(run_dir: Path) -> Saved | None:
 
 def at_step(run_dir: Path, step: int) -> Saved | None:
     """Return the checkpoint of one step, or None. Raises `CheckpointError` naming the file when it is damaged."""
-    path = run_dir / "checkpoints" / _name(step)
+    path = path_of(run_dir, step)
     if not path.is_dir():
         return None
     manifest = read_json(path / "manifest.json")
@@ -144,6 +149,11 @@ def at_step(run_dir: Path, step: int) -> Saved | None:
     for name in {"state.json"} | files.keys():
         _verify(path / name, files.get(name))
     return Saved(path, step, read_json(path / "state.json"))
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    """Return the directory of one step's checkpoint, whether it is there or not."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -246,16 +256,12 @@ def _verify(path: Path, expected: Any) -> None:
 # -- the folder --------------------------------------------------------------------------------------------------
 
 
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _prune(folder: Path, step: int, keep_last: int, keep: Collection[int]) -> None:
-    found = steps(folder.parent)
+def _prune(run_dir: Path, step: int, keep_last: int, keep: Collection[int]) -> None:
+    found = steps(run_dir)
     newest = [s for s in found if s <= step][-keep_last:]
     for other in found:
         if other > step or (other not in newest and other not in keep):
-            _remove(folder / _name(other))
+            _remove(path_of(run_dir, other))
 
 
 def _remove(path: Path) -> None:
@@ -271,12 +277,12 @@ def _remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _refuse_full(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], error: OSError) -> NoReturn:
+def _refuse_full(run_dir: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], error: OSError) -> NoReturn:
     needed = sum(t.numel() * t.element_size() for tensors in groups.values() for t in tensors.values())
-    free = shutil.disk_usage(folder).free
-    found = steps(folder.parent)
+    free = shutil.disk_usage(run_dir).free
+    found = steps(run_dir)
     raise CheckpointError(
-        f"{folder}: no room for the checkpoint of step {step} ({error.strerror}): it needs {needed / 1e6:.1f} MB and "
+        f"{run_dir}: no room for the checkpoint of step {step} ({error.strerror}): it needs {needed / 1e6:.1f} MB and "
         f"{free / 1e6:.1f} MB are free; make room, then resume. "
         + (f"The checkpoint of step {found[-1]} is whole" if found else "There is no earlier checkpoint")
     ) from error

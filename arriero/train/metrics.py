@@ -49,10 +49,10 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, trackers: Collection[str] = (), after: int = 0) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._trackers = [_TRACKERS[name](run_dir, after) for name in trackers]
         self.path = run_dir / "metrics.jsonl"
         _cut(self.path, after)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the log
-        self._trackers = [_TRACKERS[name](run_dir, after) for name in trackers]
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Record one optimizer step; `metrics` holds "step" and whatever else was measured."""
@@ -87,8 +87,8 @@ class MetricsLog:
         self._file.flush()  # to the system: a kill of this process loses nothing
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl: none when it is missing, and none from where a crash has broken it."""
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of JSON lines: none when it is missing, none from where a crash broke it."""
     return [record for _, record in _records(path)]
 
 

@@ -278,7 +278,7 @@ def kill_while_saving(run_dir: Path) -> None:
 
 def test_after_any_number_of_kills_there_is_a_whole_newest_checkpoint(tmp_path: Path) -> None:
     # forked from a process that does nothing else, so that no thread of pytest's is copied half-way
-    code = "import sys, pathlib; from tests.checkpoint import test_native as t; t.kill_while_saving(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib, tests.checkpoint.test_native as t; t.kill_while_saving(pathlib.Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(tmp_path)]
     ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr

@@ -1,0 +1,259 @@
+"""The record of a run as a page: loss.png, and report.html in one file that needs nothing else.
+
+A run directory holds everything there is to know about a run:
+
+    config.toml        what was asked for, seed included; `arriero run config.toml` does it again
+    environment.json   versions, commit, hardware, command line (train/environment.py)
+    data.json          files, fingerprints, lengths and mask statistics
+    metrics.jsonl      a line per logged step and per event (train/metrics.py)
+    checkpoints/       step-00000020/ ...: what a resume needs (checkpoint/native.py)
+    samples.jsonl      {"prompt", "reference", "before", "after"} per line
+    adapter/ or model/ the result, in PEFT's or Hugging Face's layout
+    loss.png, report.html
+
+Any part may be missing: the report of an interrupted run shows what there is.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from arriero.checkpoint import native
+from arriero.train.metrics import duration, read_records
+
+SMOOTHING = 0.8  # weight of a step in the mean at its neighbour
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of the curves, on a light or a dark page."""
+
+    background: str
+    text: str
+    grid: str
+    train: str
+    validation: str
+
+
+LIGHT = Theme("#ffffff", "#3d3a35", "#e8e4dc", "#2f6f8f", "#c4622d")
+DARK = Theme("#211f1c", "#cfc8bc", "#37332e", "#6fb3d2", "#e8935f")
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write loss.png and report.html into `run_dir` from the files there; returns the path of report.html."""
+    records = read_records(run_dir / "metrics.jsonl")
+    steps = [record for record in records if "event" not in record]
+    validation = [record for record in records if record.get("event") == "validation" and record["loss"] is not None]
+    curves = {}
+    if steps or validation:
+        curves = {name: curves_png(steps, validation, theme) for name, theme in (("light", LIGHT), ("dark", DARK))}
+        (run_dir / "loss.png").write_bytes(curves["light"])
+    config_text = _text(run_dir / "config.toml")
+    page = _template().render(
+        title=_title(tomllib.loads(config_text), run_dir),
+        summary=_summary(steps, validation, run_dir),
+        tiles=_tiles(steps, validation),
+        curves={name: base64.b64encode(png).decode() for name, png in curves.items()},
+        samples=read_records(run_dir / "samples.jsonl"),
+        data=_rows(_json(run_dir / "data.json")),
+        config=config_text,
+        environment=_rows(_json(run_dir / "environment.json")),
+        checkpoints=_checkpoints(run_dir, validation),
+    )
+    path = run_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+# -- curves ------------------------------------------------------------------------------------------------------
+
+
+def curves_png(steps: list[dict[str, Any]], validation: list[dict[str, Any]], theme: Theme = LIGHT) -> bytes:
+    """Draw training loss (each step, and smoothed), validation loss, and the learning rate below them."""
+    figure = Figure(figsize=(9, 5.4), dpi=160, facecolor=theme.background, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
+    x = [record["step"] for record in steps]
+    losses = [math.nan if record["loss"] is None else record["loss"] for record in steps]
+    if steps:
+        top.plot(x, losses, color=theme.train, alpha=0.3, linewidth=1)
+        top.plot(x, smoothed(losses), color=theme.train, linewidth=2, label="training, smoothed")
+        bottom.plot(x, [record["lr"] for record in steps], color=theme.text, linewidth=1.5)
+    if validation:
+        points = [record["step"] for record in validation], [record["loss"] for record in validation]
+        top.plot(*points, color=theme.validation, linewidth=2, marker="o", markersize=4.5, label="validation")
+        best = min(validation, key=lambda record: record["loss"])
+        top.annotate(
+            f"{best['loss']:.3f}",
+            (best["step"], best["loss"]),
+            xytext=(0, -15),
+            textcoords="offset points",
+            ha="center",
+            color=theme.validation,
+            fontweight="bold",
+        )
+        top.margins(y=0.12)
+    top.set_ylabel("loss (nats per token)", color=theme.text)
+    bottom.set_ylabel("learning rate", color=theme.text)
+    bottom.set_xlabel("optimizer step", color=theme.text)
+    bottom.set_ylim(bottom=0)
+    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    bottom.yaxis.get_offset_text().set_color(theme.text)
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (top, bottom):
+        axes.set_facecolor(theme.background)
+        axes.grid(color=theme.grid, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=theme.text, length=0)
+        axes.spines[:].set_visible(False)
+    top.legend(frameon=False, labelcolor=theme.text, loc="upper right")
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Mean over neighbours on both sides, s_t = sum_i w^|t-i| v_i / sum_i w^|t-i| with w = 0.8, over finite v_i.
+
+    Unlike the running mean on the screen, which knows only the past, it does not lag behind a falling loss.
+    """
+    forward, backward = _decayed(values), _decayed(values[::-1])[::-1]
+    out = []
+    for value, (sum_before, weight_before), (sum_after, weight_after) in zip(values, forward, backward, strict=True):
+        own, one = (value, 1.0) if math.isfinite(value) else (0.0, 0.0)  # counted on both sides
+        weight = weight_before + weight_after - one
+        out.append((sum_before + sum_after - own) / weight if weight > 0 else math.nan)
+    return out
+
+
+def _decayed(values: list[float]) -> list[tuple[float, float]]:
+    """For each t the sum over i <= t of w^(t-i) v_i, and of w^(t-i)."""
+    total = weight = 0.0
+    out = []
+    for value in values:
+        total, weight = SMOOTHING * total, SMOOTHING * weight
+        if math.isfinite(value):
+            total, weight = total + value, weight + 1
+        out.append((total, weight))
+    return out
+
+
+# -- text --------------------------------------------------------------------------------------------------------
+
+
+def _title(config: dict[str, Any], run_dir: Path) -> str:
+    if "model" not in config:
+        return run_dir.resolve().name
+    data = Path(config.get("data", {}).get("train", "")).name
+    return f"{Path(config['model']).name}, {config.get('recipe', 'run')}" + (f" on {data}" if data else "")
+
+
+def _summary(steps: list[dict[str, Any]], validation: list[dict[str, Any]], run_dir: Path) -> str:
+    if not steps:
+        return "No step has been logged."
+    last, total = steps[-1], _total_steps(run_dir)
+    stopped = f"Stopped at step {last['step']:,} of {total:,}" if total and last["step"] < total else ""
+    text = stopped or f"{last['step']:,} steps"
+    text += f" over {last['trained_tokens']:,} trained tokens ({last['tokens']:,} read)"
+    if len(validation) > 1:
+        best = min(validation, key=lambda record: record["loss"])
+        text += f": validation loss from {validation[0]['loss']:.3f} to {best['loss']:.3f} at step {best['step']:,}"
+    elif last["loss"] is not None:
+        text += f": training loss {last['loss']:.3f} at the last step"
+    return text + "."
+
+
+def _total_steps(run_dir: Path) -> int | None:
+    """The steps that the run was to take, as its newest checkpoint says."""
+    known = [_json(native.path_of(run_dir, step) / "state.json").get("total_steps") for step in native.steps(run_dir)]
+    return known[-1] if known else None
+
+
+def _tiles(steps: list[dict[str, Any]], validation: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The few numbers to see first: (name, value)."""
+    tiles = []
+    if validation:
+        tiles.append(("best validation loss", f"{min(record['loss'] for record in validation):.3f}"))
+    if steps:
+        last = steps[-1]
+        tiles += [
+            ("steps", f"{last['step']:,}"),
+            ("training time", duration(last["seconds"])),
+            ("tokens/s", f"{last['tokens'] / last['seconds']:,.0f}"),
+            ("peak memory", size(last["memory_bytes"])),
+        ]
+        if last["skipped"]:
+            tiles.append(("steps skipped", f"{last['skipped']:,}"))
+    return tiles
+
+
+def _checkpoints(run_dir: Path, validation: list[dict[str, Any]]) -> list[dict[str, str]]:
+    losses = {record["step"]: record["loss"] for record in validation}
+    best = min(losses, key=lambda step: losses[step], default=None)
+    return [
+        {
+            "step": f"{step:,}",
+            "loss": f"{losses[step]:.4f}" if step in losses else "",
+            "size": size(sum(file.stat().st_size for file in native.path_of(run_dir, step).iterdir())),
+            "best": "best" if step == best else "",
+        }
+        for step in native.steps(run_dir)
+    ]
+
+
+def size(count: int) -> str:
+    """Return bytes as people say them: 512 bytes, 3.4 MB, 1.20 GB."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count:,} bytes"
+
+
+def _rows(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """A JSON object as rows of a table."""
+    return [
+        (name.removesuffix("_bytes").replace("_", " "), _shown(value, name))
+        for name, value in values.items()
+        if value not in (None, [])
+    ]
+
+
+def _shown(value: Any, name: str = "") -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_shown(item) for item in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return size(value) if name.endswith("_bytes") else f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one when the file is missing or was cut short by a kill."""
+    try:
+        return json.loads(_text(path) or "{}")
+    except json.JSONDecodeError:
+        return {}
+
+
+def _template() -> Any:
+    source = resources.files("arriero.train").joinpath("report.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source)
