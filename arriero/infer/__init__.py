@@ -1,0 +1,1 @@
+"""Sampling, cached decoding, and the terminal chat."""
