@@ -5,11 +5,16 @@ processes. Resume is "go on from index". Every epoch packs and orders its rows a
 
 A batch is one flat sequence of documents, N tokens in all, that attend to themselves only (`cu_seqlens`); targets
 hold the id of the next token where that one is trained. No document predicts the next one's first token.
+
+Instruction data tends to begin every example with the same system prompt. What all examples share stands once at the
+head of a batch, as its first document, and the others continue it (model/attention.py): the same losses and
+gradients for less work (a fifth to a third less on short examples).
 Price: packing an epoch (about a second for a million examples) when its first row is asked for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,10 +31,12 @@ from arriero.errors import DataError
 IGNORED = -100
 """The target of a position that is not trained."""
 
+WORTH_SHARING = 8  # tokens: a shorter common beginning saves less than it costs to handle
+
 
 @dataclass(frozen=True)
 class Row:
-    """The documents of one packed row, end to end."""
+    """The documents of one packed row, end to end, each without the shared prefix."""
 
     tokens: NDArray[np.int32]  # [n]
     targets: NDArray[np.int64]  # [n], next token's id or IGNORED
@@ -44,6 +51,7 @@ class Batch:
     targets: Tensor  # int64 [1, N]
     cu_seqlens: Tensor  # int32 [documents + 1]
     n_trained: int  # targets that are not IGNORED
+    prefix: int = 0  # length of the first document when the others continue it
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
@@ -56,6 +64,23 @@ def next_token_targets(tokens: NDArray[np.int32], trained: NDArray[np.bool_]) ->
     targets = np.full(len(tokens), IGNORED, dtype=np.int64)
     targets[:-1] = np.where(trained[1:], tokens[1:], IGNORED)
     return targets
+
+
+def shared_prefix(dataset: SftDataset) -> NDArray[np.int32]:
+    """The tokens that every example begins with, [p]; none of them, nor the one after them, is trained.
+
+    Empty where fewer than WORTH_SHARING are shared.
+    """
+    shared = dataset.tokens(0)
+    for i in range(len(dataset)):
+        untrained = int(np.argmax(dataset.trained(i)))
+        shared = shared[: max(untrained - 1, 0)]
+        differs = shared != dataset.tokens(i)[: len(shared)]
+        if differs.any():
+            shared = shared[: int(np.argmax(differs))]
+        if len(shared) < WORTH_SHARING:
+            return shared[:0]
+    return shared
 
 
 class SftLoader:
@@ -71,6 +96,7 @@ class SftLoader:
                 f"build the data set with max_length={seq_len}, or raise seq_len"
             )
         self.dataset, self.seq_len, self.seed, self.packing = dataset, seq_len, seed, packing
+        self.prefix = shared_prefix(dataset)
         self._packing = lru_cache(maxsize=2)(self._pack_epoch)  # two: a batch may span the end of an epoch
         self._rows = len(self._packing(0))
 
@@ -83,25 +109,29 @@ class SftLoader:
         assert index >= 0
         epoch, k = divmod(index, self._rows)
         examples = self._packing(epoch).row(k).tolist()
-        tokens = [self.dataset.tokens(i) for i in examples]
-        targets = [next_token_targets(t, self.dataset.trained(i)) for t, i in zip(tokens, examples, strict=True)]
+        p = len(self.prefix)
+        tokens = [self.dataset.tokens(i)[p:] for i in examples]
+        targets = [next_token_targets(t, self.dataset.trained(i)[p:]) for t, i in zip(tokens, examples, strict=True)]
         return Row(np.concatenate(tokens), np.concatenate(targets), np.array([len(t) for t in tokens], dtype=np.int64))
 
     def collate(self, rows: Sequence[Row], pad_to: int | None = None) -> Batch:
-        """Lay rows end to end; `pad_to` adds an untrained document of zeros up to N tokens (fixed shapes compile once).
+        """Lay rows end to end behind the shared prefix.
 
-        Without `pad_to` there is no padding at all: documents carry their own bounds.
+        pad_to: N; an untrained document fills up to it, so that compiled code sees one shape. None pads nothing.
         """
-        return collate(rows, pad_to)
+        p = len(self.prefix)
+        head = [Row(self.prefix, np.full(p, IGNORED), np.array([p]))] if p else []
+        return dataclasses.replace(collate([*head, *rows], pad_to), prefix=p)
 
     def _pack_epoch(self, epoch: int) -> Packing:
         if not self.packing:
             return one_each(len(self.dataset), self.seed, epoch)
-        return pack(self.dataset.lengths, self.seq_len, self.seed, epoch)
+        p = len(self.prefix)
+        return pack(self.dataset.lengths - p, self.seq_len - p, self.seed, epoch)
 
 
 def collate(rows: Sequence[Row], pad_to: int | None = None) -> Batch:
-    """See `SftLoader.collate`."""
+    """Lay rows end to end and pad; `SftLoader.collate` adds the shared prefix."""
     lengths = np.concatenate([row.lengths for row in rows])
     n_padding = 0 if pad_to is None else pad_to - int(lengths.sum())
     assert n_padding >= 0, f"{-n_padding} tokens more than pad_to={pad_to}"

@@ -161,20 +161,22 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What to adapt and how strongly.
-
-    targets: names of linears within each block, or "all-linear" (the head and embeddings are never among them).
-    The adapter's output is scaled by alpha/rank, or alpha/sqrt(rank) with rslora (arXiv 2312.03732).
-    rank_pattern, alpha_pattern: exceptions by full module name ("model.layers.3.mlp.up_proj") -> rank, alpha.
-    """
+    """Low-rank adapters (arXiv 2106.09685): which linears carry one, and how strongly it acts."""
 
     rank: int = 16
+    """Width r of the low-rank product B A."""
     alpha: float = 32.0
+    """The adapter's output is scaled by alpha/rank."""
     dropout: float = 0.0
+    """Share of the adapter's inputs dropped in training."""
     targets: tuple[str, ...] = ("all-linear",)
+    """Names of linears within each block, or all-linear (never the head or the embeddings)."""
     rslora: bool = False
+    """Scale by alpha/sqrt(rank) instead (arXiv 2312.03732)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Exceptions to rank by full module name, such as "model.layers.3.mlp.up_proj"."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Exceptions to alpha by full module name."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

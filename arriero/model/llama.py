@@ -56,12 +56,17 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.o_proj = Linear(config.n_heads * config.head_dim, config.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, prefix: int, cache: KVCache | None
+    ) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         q = apply_rope(self.q_proj(x).view(heads), cos, sin)
         k = apply_rope(self.k_proj(x).view(heads), cos, sin)
         v = self.v_proj(x).view(heads)
-        out = cached_attention(q, k, v, cache, self.layer) if cache else document_attention(q, k, v, cu_seqlens)
+        if cache is None:
+            out = document_attention(q, k, v, cu_seqlens, prefix)
+        else:
+            out = cached_attention(q, k, v, cache, self.layer)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
 
@@ -89,9 +94,9 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, prefix: int, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, cache)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, prefix, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -106,23 +111,26 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cu_seqlens: Tensor | None = None, prefix: int = 0, cache: KVCache | None = None
+    ) -> Tensor:
         """Run the decoder.
 
         tokens: ids [B, T]. cu_seqlens: int32 [n_documents + 1], the document boundaries over the B*T tokens
         laid end to end (row boundaries included); positions restart and attention stops at each. None: each
-        row is one document. cache: keys and values of earlier tokens, extended by these (inference only).
+        row is one document. prefix: length of the first document when every later one continues it, else 0
+        (see attention.py). cache: keys and values of earlier tokens, extended by these (inference only).
         """
         if cache is not None:
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens and cache exclude each other: a cached row is one document")
             positions = cache.positions(tokens.shape[1])
         else:
-            positions = document_positions(tokens, cu_seqlens)
+            positions = document_positions(tokens, cu_seqlens, prefix)
         cos, sin = rope_tables(self.config, positions)
         x = self.embed_tokens(tokens).to(self.compute_dtype)
         for block in self.layers:
-            x = block(x, cos, sin, cu_seqlens, cache)
+            x = block(x, cos, sin, cu_seqlens, prefix, cache)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)
@@ -152,9 +160,11 @@ class Llama(nn.Module):
         self.model.compute_dtype = dtype
         return self
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cu_seqlens: Tensor | None = None, prefix: int = 0, cache: KVCache | None = None
+    ) -> Tensor:
         """Logits [B, T, V] in the compute type; arguments as in `Decoder.forward`."""
-        return self.lm_head(self.model(tokens, cu_seqlens, cache))
+        return self.lm_head(self.model(tokens, cu_seqlens, prefix, cache))
 
     @torch.no_grad()
     def init_weights(self, std: float = 0.02, seed: int | None = None) -> Llama:

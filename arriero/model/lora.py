@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from arriero.errors import ConfigError
 from arriero.model.config import LINEARS, LoraConfig
 from arriero.model.llama import Linear
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class LoraLinear(Linear):
@@ -55,7 +58,7 @@ class LoraLinear(Linear):
         return plain
 
 
-def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
+def add_lora(model: M, config: LoraConfig) -> M:
     """Freeze the model and wrap the linears that `config.targets` names, in place; returns the model.
 
     Raises `ConfigError` when a target matches no linear, or the model is adapted already.
@@ -77,14 +80,14 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     return model
 
 
-def merge_lora(model: nn.Module) -> nn.Module:
+def merge_lora(model: M) -> M:
     """Fold every adapter into its weight, in place; returns the model with plain linears."""
     for name, wrapped in list(_wrapped(model)):
         _replace(model, name, wrapped.merged())
     return model
 
 
-def merged_copy(model: nn.Module) -> nn.Module:
+def merged_copy(model: M) -> M:
     """The model with adapters folded, sharing every tensor that has none; the model itself when it has none."""
     if not any(True for _ in _wrapped(model)):
         return model

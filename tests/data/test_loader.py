@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from arriero.data.loader import IGNORED, SftLoader, collate, next_token_targets
+from arriero.data.loader import IGNORED, SftLoader, collate, next_token_targets, shared_prefix
 from arriero.data.sft import SftDataset, build_dataset
 from arriero.errors import DataError
 from arriero.model.config import LlamaConfig
@@ -36,8 +36,9 @@ def test_an_epoch_holds_every_example_once_with_its_own_tokens_and_targets(datas
         cuts = np.cumsum(row.lengths)[:-1]
         documents = zip(np.split(row.tokens, cuts), np.split(row.targets, cuts), strict=True)
         found += [(tokens.tobytes(), targets.tobytes()) for tokens, targets in documents]
+    p = len(loader.prefix)
     expected = [
-        (dataset.tokens(i).tobytes(), next_token_targets(dataset.tokens(i), dataset.trained(i)).tobytes())
+        (dataset.tokens(i)[p:].tobytes(), next_token_targets(dataset.tokens(i), dataset.trained(i))[p:].tobytes())
         for i in range(len(dataset))
     ]
     assert sorted(found) == sorted(expected)
@@ -68,23 +69,33 @@ def test_without_packing_each_row_is_one_example(dataset):
     assert loader.rows_in_epoch(0) == len(dataset)
     rows = [loader.row(i) for i in range(len(dataset))]
     assert all(len(row.lengths) == 1 for row in rows)
-    assert sorted(len(row.tokens) for row in rows) == sorted(dataset.lengths.tolist())
+    assert sorted(len(row.tokens) for row in rows) == sorted(dataset.lengths - len(loader.prefix))
 
 
 def test_a_batch_lays_rows_end_to_end_with_the_bounds_of_their_documents(dataset):
     loader = SftLoader(dataset, 256, seed=3)
     rows = [loader.row(i) for i in range(3)]
     batch = loader.collate(rows)
-    n = sum(len(row.tokens) for row in rows)
+    n = batch.prefix + sum(len(row.tokens) for row in rows)
+    assert batch.prefix == len(loader.prefix) > 8
     assert batch.tokens.shape == batch.targets.shape == (1, n)
     assert batch.tokens.dtype == batch.targets.dtype == torch.int64 and batch.cu_seqlens.dtype == torch.int32
-    assert batch.cu_seqlens.diff().tolist() == np.concatenate([row.lengths for row in rows]).tolist()
-    assert batch.tokens[0].tolist() == np.concatenate([row.tokens for row in rows]).tolist()
+    assert batch.cu_seqlens.diff().tolist() == np.concatenate([[batch.prefix], *(row.lengths for row in rows)]).tolist()
+    assert batch.tokens[0].tolist() == np.concatenate([loader.prefix, *(row.tokens for row in rows)]).tolist()
     assert batch.n_trained == int((batch.targets != IGNORED).sum()) > 0
     # No document predicts the first token of the next.
     assert (batch.targets[0, batch.cu_seqlens[1:].long() - 1] == IGNORED).all()
     trained = batch.targets[0, :-1] != IGNORED
     assert torch.equal(batch.targets[0, :-1][trained], batch.tokens[0, 1:][trained])
+
+
+def test_the_shared_prefix_is_what_all_examples_begin_with_and_none_of_it_is_trained(dataset):
+    prefix = shared_prefix(dataset)
+    for i in range(len(dataset)):
+        assert np.array_equal(dataset.tokens(i)[: len(prefix)], prefix)
+        assert not dataset.trained(i)[: len(prefix) + 1].any()
+    following = {dataset.tokens(i)[: len(prefix) + 1].tobytes() for i in range(len(dataset))}
+    assert len(following) > 1, "one more token could have been shared"
 
 
 def test_padding_is_an_untrained_document_of_its_own(dataset):
@@ -132,7 +143,7 @@ def test_packed_padded_and_unpacked_rows_have_the_same_loss_for_every_token(data
         for k in range(loader.rows_in_epoch(0)):
             batch = loader.collate([loader.row(k)], pad_to)
             with torch.no_grad():
-                logits = model(batch.tokens, cu_seqlens=batch.cu_seqlens)
+                logits = model(batch.tokens, batch.cu_seqlens, batch.prefix)
             trained = batch.targets[0] != IGNORED
             found += F.cross_entropy(logits[0][trained], batch.targets[0][trained], reduction="none").tolist()
         return sorted(found)

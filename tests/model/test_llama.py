@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from arriero.model import attention
 from arriero.model.attention import document_attention, document_positions, naive_attention
 from arriero.model.cache import KVCache
 from arriero.model.config import LlamaConfig
@@ -24,16 +25,25 @@ def boundaries(*lengths: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-@pytest.mark.parametrize("packed", [True, False])
-def test_attention_and_its_gradients_equal_the_naive_twin(kv_heads, packed):
+@pytest.mark.parametrize("prefix", [0, 17])
+@pytest.mark.parametrize("short", [0, 37, 256])  # which documents take the short backward: none, some, all
+def test_attention_and_its_gradients_equal_the_naive_twin(kv_heads, prefix, short, monkeypatch):
+    monkeypatch.setattr(attention, "SHORT", short)
+    check_attention(kv_heads, boundaries(17, 24, 30, 11), prefix)
+
+
+def test_attention_without_boundaries_equals_the_naive_twin():
+    check_attention(2, None, 0)
+
+
+def check_attention(kv_heads, cu, prefix):
     g = torch.Generator().manual_seed(1)
     q, grad = torch.randn(2, 2, 41, 6, 16, generator=g)
     k, v = torch.randn(2, 2, 41, kv_heads, 16, generator=g)
-    cu = boundaries(17, 24, 30, 11) if packed else None
     outs, grads = [], []
     for attend in (document_attention, naive_attention):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        outs.append(attend(*leaves, cu))
+        outs.append(attend(*leaves, cu, prefix))
         grads.append(torch.autograd.grad(outs[-1], leaves, grad))
     torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
     for ours, naive in zip(*grads, strict=True):
@@ -42,7 +52,7 @@ def test_attention_and_its_gradients_equal_the_naive_twin(kv_heads, packed):
 
 def test_the_packed_operator_passes_torchs_own_checks():
     q, k = torch.randn(19, 4, 8, requires_grad=True), torch.randn(19, 2, 8, requires_grad=True)
-    torch.library.opcheck(torch.ops.arriero.packed_attention_cpu.default, (q, k, k.detach(), boundaries(7, 12)))
+    torch.library.opcheck(torch.ops.arriero.packed_attention_cpu.default, (q, k, k.detach(), boundaries(7, 12), 7))
 
 
 def test_positions_restart_at_documents():
@@ -66,6 +76,22 @@ def test_gradients_of_packed_documents_are_the_sum_of_those_alone(model):
         model(d).square().sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(packed[name], p.grad, atol=1e-3, rtol=1e-4, msg=name)
+
+
+def test_documents_that_share_a_prefix_equal_each_document_whole(model):
+    shared, own = ids(1, 7), [ids(1, n, seed=n) for n in (5, 13, 2)]
+    packed = model(torch.cat([shared, *own], dim=1), boundaries(7, 5, 13, 2), prefix=7)
+    alone = [model(torch.cat([shared, tokens], dim=1)) for tokens in own]
+    torch.testing.assert_close(packed[:, :7], alone[0][:, :7], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed[:, 7:], torch.cat([out[:, 7:] for out in alone], dim=1), atol=1e-5, rtol=1e-5)
+
+    packed[:, 7:].square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    sum(out[:, 7:].square().sum() for out in alone).backward()
+    for name, p in model.named_parameters():
+        difference = (grads[name] - p.grad).norm() / p.grad.norm()
+        assert difference < 1e-5, f"{name}: relative gradient difference {difference:.2e}"
 
 
 def test_cached_equals_uncached(model):

@@ -1,0 +1,256 @@
+"""The one training loop; every recipe calls it with an objective, a source of batches and a run directory.
+
+A step is: the micro-batches of one global batch, their losses summed and divided by the trained tokens of the whole
+global batch (so 1 x 8 equals 8 x 1), a clipped gradient, one optimizer step. Data order, dropout and learning
+rate are pure functions of (seed, step): a checkpoint is weights, optimizer state and a few counters, and resuming
+is exact without saving any generator's state. A step whose loss or gradient is not finite is skipped and counted.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arriero.checkpoint import native
+from arriero.data.loader import Batch
+from arriero.errors import CheckpointError, TrainingError
+from arriero.optim.groups import decay_groups, trained_parameters
+from arriero.optim.schedule import lr_factor
+from arriero.train.config import LoopConfig, OptimConfig
+from arriero.train.metrics import LiveLine, MetricsLog, memory_bytes
+
+Objective = Callable[[nn.Module, Batch], Tensor]  # the loss of a batch, SUMMED over its trained tokens
+BatchSource = Callable[[int], Sequence[Batch]]  # optimizer step -> the micro-batches of its global batch
+
+
+@dataclass
+class Progress:
+    """What a run has come to; saved with each checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0
+    trained_tokens: int = 0
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    seconds: float = 0.0
+    best_loss: float | None = None  # lowest validation loss so far
+    best_step: int | None = None
+    validation: dict[int, float] = field(default_factory=dict)  # step -> validation loss
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended. `interrupted` is the signal that stopped it, or None when all steps were done."""
+
+    progress: Progress
+    interrupted: signal.Signals | None
+
+
+class Trainer:
+    """Model, optimizer and progress of one run; `run()` goes from the current step to the last."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        batches: BatchSource,
+        total_steps: int,
+        loop: LoopConfig,
+        optim: OptimConfig,
+        run_dir: Path,
+        validate: Callable[[], float] | None = None,
+    ) -> None:
+        self.model, self.objective, self.batches, self.validate = model, objective, batches, validate
+        self.total_steps, self.loop, self.optim, self.run_dir = total_steps, loop, optim, run_dir
+        self.parameters = trained_parameters(model)
+        self.optimizer = torch.optim.AdamW(
+            decay_groups(self.parameters, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+        )
+        self.progress = Progress()
+        self.skipped_in_a_row = 0
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def step(self) -> dict[str, Any]:
+        """Do one optimizer step and return its metrics."""
+        began, p = time.perf_counter(), self.progress
+        micro_batches = self.batches(p.step)
+        trained = sum(batch.n_trained for batch in micro_batches)
+        loss = torch.zeros((), device=next(iter(self.parameters.values())).device)
+        for index, batch in enumerate(micro_batches):
+            torch.manual_seed(_mix(self.loop.seed, p.step, index))  # dropout, as a pure function of the step
+            part = self.objective(self.model, batch) / trained
+            part.backward()
+            loss += part.detach()
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.optim.clip or math.inf)
+        lr = self.optim.lr * self._lr_factor(p.step)
+        finite = bool(torch.isfinite(loss + grad_norm))
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count_skipped(finite)
+        tokens = sum(batch.tokens.numel() for batch in micro_batches)
+        seconds = time.perf_counter() - began
+        p.step, p.tokens, p.trained_tokens = p.step + 1, p.tokens + tokens, p.trained_tokens + trained
+        p.seconds += seconds
+        return {
+            "step": p.step,
+            "loss": loss.item(),
+            "lr": lr,
+            "grad_norm": grad_norm.item(),
+            "tokens": p.tokens,
+            "trained_tokens": p.trained_tokens,
+            "tokens_per_s": tokens / seconds,
+            "seconds": p.seconds,
+            "memory_bytes": memory_bytes(),
+            "skipped": p.skipped,
+        }
+
+    def _lr_factor(self, step: int) -> float:
+        o = self.optim
+        return lr_factor(step, self.total_steps, o.schedule, o.warmup, o.min_lr, o.decay)
+
+    def _count_skipped(self, finite: bool) -> None:
+        if finite:
+            self.skipped_in_a_row = 0
+            return
+        self.progress.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.loop.max_skipped:
+            raise TrainingError(
+                f"step {self.progress.step}: loss or gradient was not finite for {self.skipped_in_a_row} steps "
+                f"in a row (max_skipped); lower lr ({self.optim.lr}), or try precision fp32. "
+                f"The last good checkpoint is kept in {self.run_dir / 'checkpoints'}"
+            )
+
+    # -- the run -------------------------------------------------------------------------------------------------
+
+    def run(self, log: MetricsLog) -> Outcome:
+        """Train to the last step, or until SIGTERM or Ctrl-C: then finish the step, save, and return."""
+        tenth = max(1, math.ceil(self.total_steps / 10))
+        validate_every, save_every = self.loop.validate_every or tenth, self.loop.save_every or tenth
+        p = self.progress
+        saved_at = p.step
+        if p.step == 0:
+            self._validate(log)
+        with _signals() as stop, LiveLine(self.total_steps, start=p.step) as line:
+            while p.step < self.total_steps and not stop:
+                metrics = self.step()
+                line.update(metrics)
+                if p.step % self.loop.log_every == 0 or p.step == self.total_steps:
+                    log.step(metrics)
+                last = p.step == self.total_steps
+                improved = (last or p.step % validate_every == 0) and self._validate(log)
+                if last or improved or p.step % save_every == 0:
+                    self.save()
+                    saved_at = p.step
+            if saved_at != p.step:
+                self.save()
+        return Outcome(p, stop[0] if stop else None)
+
+    def _validate(self, log: MetricsLog) -> bool:
+        """Measure the validation loss; whether it is the lowest so far."""
+        if self.validate is None:
+            return False
+        p = self.progress
+        self.model.eval()
+        with torch.no_grad():
+            loss = self.validate()
+        self.model.train()
+        p.validation[p.step] = loss
+        log.event("validation", step=p.step, loss=loss)
+        if p.best_loss is not None and loss >= p.best_loss:
+            return False
+        p.best_loss, p.best_step = loss, p.step
+        return True
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write a checkpoint: trained weights, optimizer state, progress. The best one so far is never pruned."""
+        groups = {
+            "weights": {name: p.detach() for name, p in self.parameters.items()},
+            "optimizer": self._optimizer_tensors(),
+        }
+        keep = set() if self.progress.best_step is None else {self.progress.best_step}
+        state = {**vars(self.progress), "total_steps": self.total_steps}
+        return native.save(self.run_dir, self.progress.step, groups, state, keep_last=self.loop.keep_last, keep=keep)
+
+    def restore(self, saved: native.Saved) -> None:
+        """Take up weights, optimizer and progress where `saved` left them."""
+        if saved.state["total_steps"] != self.total_steps:
+            raise CheckpointError(
+                f"{saved.path}: it belongs to a run of {saved.state['total_steps']} steps, this one has "
+                f"{self.total_steps}; resume with the settings and data of config.toml in the run directory"
+            )
+        self._load_weights(saved)
+        tensors = saved.tensors("optimizer")
+        for name, parameter in self.parameters.items():
+            keys = [key for key in tensors if key.startswith(name + "/")]
+            self.optimizer.state[parameter] = {key.rsplit("/", 1)[1]: tensors[key].clone() for key in keys}
+        fields = {key: value for key, value in saved.state.items() if key in Progress.__dataclass_fields__}
+        self.progress = Progress(**fields)
+        self.progress.validation = {int(step): loss for step, loss in self.progress.validation.items()}
+
+    def load_best(self) -> None:
+        """Put the weights of the best validation loss into the model, if they are not there already."""
+        best = self.progress.best_step
+        if best is not None and best not in (0, self.progress.step):
+            saved = native.at_step(self.run_dir, best)
+            if saved is not None:
+                self._load_weights(saved)
+
+    @torch.no_grad()
+    def _load_weights(self, saved: native.Saved) -> None:
+        weights = saved.tensors("weights")
+        if weights.keys() != self.parameters.keys():
+            odd = sorted(weights.keys() ^ self.parameters.keys())
+            raise CheckpointError(
+                f"{saved.path}: its trained tensors are not this run's (for example {odd[0]}); "
+                "resume with the method and targets of config.toml in the run directory"
+            )
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}/{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+
+
+def _mix(seed: int, step: int, index: int) -> int:
+    """One 63-bit seed from three numbers: a few rounds of an odd multiplier, so that neighbours do not resemble."""
+    mixed = 0
+    for value in (seed, step, index):
+        mixed = ((mixed ^ value) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) & (2**64 - 1)
+        mixed ^= mixed >> 29
+    return mixed >> 1
+
+
+@contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """Collect SIGINT and SIGTERM into a list instead of dying; a second Ctrl-C interrupts at once."""
+    received: list[signal.Signals] = []
+
+    def note(number: int, _: object) -> None:
+        received.append(signal.Signals(number))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,16 @@
+"""The objectives that recipes share: the loss of one batch, summed over its trained tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from arriero.data.loader import Batch
+from arriero.losses.lm import chunked_cross_entropy
+from arriero.model.llama import Llama
+
+
+def lm_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum of -log p(next token) over the batch's trained tokens, fp32."""
+    assert isinstance(model, Llama)
+    hidden = model.model(batch.tokens, batch.cu_seqlens, batch.prefix)
+    return chunked_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, batch.targets.flatten())

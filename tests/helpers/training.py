@@ -1,0 +1,72 @@
+"""A toy model and data for tests of the loop: primes as sizes, dropout on, packing on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from arriero.data.loader import SftLoader
+from arriero.model.config import LlamaConfig, LoraConfig
+from arriero.model.llama import Llama
+from arriero.model.lora import add_lora
+from arriero.train.config import LoopConfig, OptimConfig
+from arriero.train.loop import Trainer
+from arriero.train.objectives import lm_loss
+
+CONFIG = LlamaConfig(dim=44, n_layers=2, n_heads=11, n_kv_heads=11, ffn_dim=29, vocab_size=101, max_context=64)
+
+
+@dataclass
+class ToyData:
+    """Forty-one examples of 5 to 23 tokens; each token is its predecessor plus the example's stride."""
+
+    def __post_init__(self):
+        rng = np.random.default_rng(3)
+        self.lengths = rng.integers(5, 24, size=41)
+        strides = rng.integers(1, 5, size=41)
+        self._tokens = [
+            ((7 * i + strides[i] * np.arange(n)) % 101).astype(np.int32) for i, n in enumerate(self.lengths)
+        ]
+
+    def __len__(self):
+        return 41
+
+    def tokens(self, i):
+        return self._tokens[i]
+
+    def trained(self, i):
+        return np.arange(self.lengths[i]) >= 2
+
+
+def toy_loader(packing: bool = True, seed: int = 5) -> SftLoader:
+    """Rows of 53 tokens."""
+    return SftLoader(ToyData(), 53, seed, packing)
+
+
+def toy_trainer(
+    run_dir: Path,
+    steps: int = 20,
+    dropout: float = 0.2,
+    packing: bool = True,
+    full: bool = False,
+    validate=None,
+    **loop,
+) -> Trainer:
+    """A trainer of an adapter of rank 3 (or all weights), learning rate 1e-2; `loop` overrides LoopConfig."""
+    loop = LoopConfig(**{"batch_rows": 8, "micro_rows": 2, "precision": "fp32", "seed": 5, "save_every": 5} | loop)
+    torch.manual_seed(loop.seed)
+    model = Llama(CONFIG).init_weights(std=0.1, seed=1)
+    if not full:
+        add_lora(model, LoraConfig(rank=3, dropout=dropout))
+    loader = toy_loader(packing, loop.seed)
+
+    def batches(step: int):
+        first = step * loop.batch_rows
+        return [
+            loader.collate([loader.row(i) for i in range(start, start + loop.micro_rows)])
+            for start in range(first, first + loop.batch_rows, loop.micro_rows)
+        ]
+
+    optim = OptimConfig(lr=1e-2)
+    return Trainer(model.train(), lm_loss, batches, steps, loop, optim, run_dir, validate)

@@ -1,0 +1,206 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.training import toy_loader, toy_trainer
+
+from arriero.checkpoint import native
+from arriero.errors import CheckpointError, TrainingError
+from arriero.train.metrics import MetricsLog, read_metrics
+
+
+def run(trainer, run_dir):
+    with MetricsLog(run_dir, after=trainer.progress.step) as log:
+        return trainer.run(log)
+
+
+def losses(run_dir):
+    return {r["step"]: r["loss"] for r in read_metrics(run_dir / "metrics.jsonl") if "lr" in r}
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.parameters.items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_training_lowers_the_loss(tmp_path):
+    trainer = toy_trainer(tmp_path, steps=40, dropout=0.0)
+    run(trainer, tmp_path)
+    curve = losses(tmp_path)
+    assert curve[40] < 0.6 * curve[1]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_one_by_eight_equals_eight_by_one(tmp_path, full):
+    results = []
+    for micro_rows in (1, 2, 8):
+        trainer = toy_trainer(tmp_path / str(micro_rows), steps=3, dropout=0.0, micro_rows=micro_rows, full=full)
+        run(trainer, tmp_path / str(micro_rows))
+        results.append((losses(tmp_path / str(micro_rows)), weights(trainer)))
+    for other_losses, other_weights in results[1:]:
+        assert other_losses == pytest.approx(results[0][0], rel=1e-6)
+        for name, value in other_weights.items():
+            # Adam divides by the gradient's root mean square, so rounding of tiny gradients shows up in full
+            torch.testing.assert_close(value, results[0][1][name], atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_packed_gradients_equal_unpacked_ones(tmp_path):
+    grads = []
+    for packing in (True, False):
+        trainer = toy_trainer(tmp_path, dropout=0.0, packing=packing, batch_rows=1, micro_rows=1, full=True)
+        loader = toy_loader(packing)
+        epoch = [loader.collate([loader.row(i)]) for i in range(loader.rows_in_epoch(0))]
+        total = sum(batch.n_trained for batch in epoch)
+        for batch in epoch:
+            (trainer.objective(trainer.model, batch) / total).backward()
+        grads.append({name: p.grad for name, p in trainer.parameters.items()})
+    for name, packed in grads[0].items():
+        torch.testing.assert_close(packed, grads[1][name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_resume_gives_the_same_losses_and_weights(tmp_path):
+    whole = toy_trainer(tmp_path / "whole")
+    run(whole, tmp_path / "whole")
+
+    stopped = toy_trainer(tmp_path / "parts")
+    with MetricsLog(tmp_path / "parts") as log:
+        for _ in range(10):
+            log.step(stopped.step())
+        stopped.save()
+        log.step(stopped.step())  # lost: after the checkpoint
+    resumed = toy_trainer(tmp_path / "parts")
+    resumed.restore(native.latest(tmp_path / "parts"))
+    run(resumed, tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert_same(weights(resumed), weights(whole))
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from arriero.checkpoint import native
+from arriero.train.metrics import MetricsLog
+from helpers.training import toy_loader, toy_trainer
+run_dir = Path(sys.argv[1])
+trainer = toy_trainer(run_dir, steps=int(sys.argv[2]))
+saved = native.latest(run_dir)
+if saved is not None:
+    trainer.restore(saved)
+print("ready", flush=True)
+with MetricsLog(run_dir, after=trainer.progress.step) as log:
+    outcome = trainer.run(log)
+print("ended", outcome.progress.step, outcome.interrupted, flush=True)
+"""
+
+
+def child(run_dir, steps):
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(run_dir), str(steps)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_step(run_dir, step, seconds=60):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if max(native.steps(run_dir), default=0) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint of step {step} after {seconds} s")
+
+
+def test_resume_after_kill_gives_the_same_losses_and_weights(tmp_path):
+    steps = 400  # enough that the kill comes in the middle
+    first = child(tmp_path / "killed", steps)
+    wait_for_step(tmp_path / "killed", 10)
+    first.kill()
+    first.wait()
+    assert max(native.steps(tmp_path / "killed")) < steps
+    second = child(tmp_path / "killed", steps)
+    assert f"ended {steps} None" in second.communicate(timeout=120)[0]
+    undisturbed = child(tmp_path / "whole", steps)
+    undisturbed.communicate(timeout=120)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    ours, theirs = (native.latest(tmp_path / name).tensors("weights") for name in ("killed", "whole"))
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(tmp_path, number):
+    process = child(tmp_path, 100_000)
+    wait_for_step(tmp_path, 10)
+    process.send_signal(number)
+    out = process.communicate(timeout=30)[0]
+    step = int(out.split("ended ")[1].split()[0])
+    assert number.name in out
+    assert native.latest(tmp_path).step == step
+
+
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
+    trainer = toy_trainer(tmp_path, dropout=0.0)
+    trainer.step()
+    before, honest = weights(trainer), trainer.objective
+    trainer.objective = lambda model, batch: honest(model, batch) * float("nan")
+    metrics = trainer.step()
+    assert metrics["skipped"] == 1
+    assert_same(weights(trainer), before)
+    trainer.objective = honest
+    assert trainer.step()["skipped"] == 1
+    assert trainer.skipped_in_a_row == 0
+
+
+def test_many_non_finite_steps_in_a_row_stop_with_a_clear_error(tmp_path):
+    trainer = toy_trainer(tmp_path, max_skipped=3)
+    trainer.objective = lambda model, batch: sum(p.sum() for p in model.parameters()) * float("inf")
+    trainer.step()
+    trainer.step()
+    with pytest.raises(TrainingError, match=r"not finite for 3 steps in a row \(max_skipped\); lower lr"):
+        trainer.step()
+
+
+def test_the_best_checkpoint_is_kept_and_taken_up(tmp_path):
+    values = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
+    trainer = toy_trainer(
+        tmp_path, steps=10, validate=lambda: next(values), validate_every=2, save_every=1, keep_last=1
+    )
+    run(trainer, tmp_path)
+    assert trainer.progress.best_step == 2
+    assert native.steps(tmp_path) == [2, 10]
+    trainer.load_best()
+    assert_same(weights(trainer), native.at_step(tmp_path, 2).tensors("weights"))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    trainer = toy_trainer(tmp_path, steps=10)
+    trainer.step()
+    trainer.save()
+    with pytest.raises(CheckpointError, match="it belongs to a run of 10 steps, this one has 20"):
+        toy_trainer(tmp_path, steps=20).restore(native.latest(tmp_path))
+    with pytest.raises(CheckpointError, match="its trained tensors are not this run's"):
+        toy_trainer(tmp_path, steps=10, full=True).restore(native.latest(tmp_path))
+
+
+def test_clipping_bounds_the_gradient_of_a_step(tmp_path):
+    trainer = toy_trainer(tmp_path, dropout=0.0)
+    seen = {}
+    original = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (
+        seen.update(norm=torch.cat([p.grad.flatten() for p in trainer.parameters.values()]).norm()),
+        original(),
+    )
+    object.__setattr__(trainer.optim, "clip", 1e-3)
+    assert trainer.step()["grad_norm"] > 1e-3
+    assert seen["norm"] == pytest.approx(1e-3, rel=1e-3)
