@@ -31,11 +31,12 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_directory(path: Path) -> Iterator[Path]:
+def replaced_directory(path: Path, replaces: str | None = None) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; on success fsync its files and put them at `path`.
 
-    When `path` does not exist, one rename does it. Otherwise the files are moved in one by one, in order of
-    name except that config.json comes last, and other files there are left alone.
+    When `path` does not exist, one rename does it. Otherwise the files are moved in one by one, config.json last;
+    of the files that were there, those that match the pattern `replaces` (weights of the model before) are removed,
+    and others left alone.
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +51,9 @@ def replaced_directory(path: Path) -> Iterator[Path]:
         if path.exists():
             for file in files:
                 os.replace(file, path / file.name)
+            old = path.glob(replaces) if replaces else ()
+            for stale in {file.name for file in old} - {file.name for file in files}:
+                (path / stale).unlink()
             sync(path)
         else:
             os.rename(temporary, path)

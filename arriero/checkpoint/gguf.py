@@ -1,18 +1,15 @@
 """GGUF in and out: the one-file format of llama.cpp (Llama architecture only).
 
-A file is a header of typed key-value pairs (shape, tokenizer, chat template), a table of tensors and their bytes.
-The header is parsed here: the gguf package's reader makes NumPy views of each of the 100,000 strings of a
-vocabulary and takes seconds where this takes a tenth of one. Numbers are the gguf package's: it dequantises
-every type of llama.cpp. Tensors are read one at a time, dequantised to fp32 where quantised, and q and k reordered
+The header is read by gguf_header.py; number formats are the gguf package's, which dequantises every type of
+llama.cpp. Tensors are read one at a time, dequantised to fp32 where quantised, and q and k are reordered
 (llama.cpp rotates adjacent pairs).
 """
 
 from __future__ import annotations
 
 import functools
-import mmap
-import struct
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -35,14 +32,20 @@ from arriero.checkpoint.weights import (
     to_pairs,
 )
 from arriero.errors import CheckpointError
+from arriero.gguf_header import read_header, read_metadata
 from arriero.model.config import LlamaConfig, RopeScaling
 from arriero.model.rope import rope_frequencies
 
 Kind = gguf.GGMLQuantizationType
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+_ARRAYS = {Kind.F32: np.float32, Kind.F16: np.float16, Kind.BF16: np.uint16}  # NumPy has no bf16
+_FILE_TYPES = {
+    Kind.F32: gguf.LlamaFileType.ALL_F32,
+    Kind.F16: gguf.LlamaFileType.MOSTLY_F16,
+    Kind.BF16: gguf.LlamaFileType.MOSTLY_BF16,
+    Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+}
 _READABLE = {*_PLAIN, *gguf.quants._type_traits}
 _ROPE_FREQS = "rope_freqs.weight"
 
@@ -70,17 +73,9 @@ class Stored:
     size: int
 
 
-def read_metadata(file: Path) -> dict[str, Any]:
-    """The key-value pairs of a GGUF file as plain Python values (arrays as lists).
-
-    Raises `CheckpointError` when the file is not GGUF, of a version this does not read, or cut short.
-    """
-    return _header(file)[0]
-
-
 def read_config(file: Path) -> LlamaConfig:
     """The shape of the model in a GGUF file, RoPE scaling recovered from its `rope_freqs` tensor."""
-    metadata, stored = _header(file)
+    metadata, stored = read_metadata(file), _stored(file)
     arch = metadata.get("general.architecture")
     if arch != "llama":
         raise CheckpointError(f"{file}: architecture is {arch!r}; Arriero's decoder computes 'llama' only")
@@ -126,7 +121,7 @@ def read_config(file: Path) -> LlamaConfig:
 
 def open_gguf(file: Path) -> Weights:
     """Open a GGUF file; tensors are read, dequantised and put in Hugging Face's order when asked for."""
-    stored = _header(file)[1]
+    stored = _stored(file)
     config = read_config(file)
     hf_names = {name: hf for hf, name in tensor_names(config).items()}
     entries = {
@@ -144,6 +139,105 @@ def open_gguf(file: Path) -> Weights:
         return to_halves(array, heads) if heads else array
 
     return checked(file, config, entries, read)
+
+
+def write_gguf(
+    weights: Weights,
+    file: Path,
+    *,
+    kind: Kind,
+    tokenizer: Mapping[str, Any],
+    name: str = "",
+    progress: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write weights as one GGUF file, all or nothing; one tensor is in memory at a time.
+
+    kind: F32, F16, BF16 or Q8_0, for the matrices; norms and RoPE factors stay F32, as llama.cpp wants them.
+    tokenizer: its metadata (`tokenizer.gguf.tokenizer_to_gguf`). name: shown by llama.cpp as the model's name.
+    Raises `CheckpointError` when a weight is too large for F16, or a row cannot be cut into Q8_0's blocks of 32.
+    """
+    config = weights.config
+    with replaced_file(file) as temporary, closing(gguf.GGUFWriter(temporary, "llama")) as writer:
+        for key, value in {**_metadata(config, kind, name), **tokenizer}.items():
+            _add(writer, key, value)
+        factors = rope_factors(config).numpy()
+        if config.rope_scaling is not None:
+            writer.add_tensor_info(_ROPE_FREQS, factors.shape, factors.dtype, factors.nbytes, Kind.F32)
+        kinds = {hf: kind if len(entry.shape) > 1 else Kind.F32 for hf, entry in weights.entries.items()}
+        for hf, entry in weights.entries.items():
+            shape, dtype = _stored_shape(weights.source, hf, entry.shape, kinds[hf])
+            writer.add_tensor_info(tensor_names(config)[hf], shape, dtype, prod(shape) * dtype.itemsize, kinds[hf])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if config.rope_scaling is not None:
+            writer.write_tensor_data(factors)
+        for hf in weights.entries:
+            progress(hf)
+            heads = rotary_heads(hf, config)
+            tensor = to_pairs(weights.read(hf), heads) if heads else weights.read(hf)
+            writer.write_tensor_data(_encoded(weights.source, hf, tensor, kinds[hf]))
+
+
+def _metadata(config: LlamaConfig, kind: Kind, name: str) -> dict[str, Any]:
+    """The entries that describe the shape, under llama.cpp's keys."""
+    shape: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_context,
+        "embedding_length": config.dim,
+        "block_count": config.n_layers,
+        "feed_forward_length": config.ffn_dim,
+        "attention.head_count": config.n_heads,
+        "attention.head_count_kv": config.n_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": config.rope_theta,
+    }
+    if config.rope_scaling is not None:
+        shape["rope.scaling.original_context_length"] = config.rope_scaling.original_context
+    general = {
+        "general.name": name or "Llama",
+        "general.file_type": int(_FILE_TYPES[kind]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+    }
+    return general | {f"llama.{key}": value for key, value in shape.items()}
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Add a plain Python value under the type that llama.cpp expects: u32, f32, bool, string or an array."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _stored_shape(source: Path, name: str, shape: tuple[int, ...], kind: Kind) -> tuple[tuple[int, ...], np.dtype]:
+    """The array that `_encoded` makes of a tensor: its shape and element type."""
+    if kind is not Kind.Q8_0:
+        return shape, np.dtype(_ARRAYS[kind])
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    if shape[-1] % block:
+        raise CheckpointError(
+            f"{source}: {name} has rows of {shape[-1]}; Q8_0 needs multiples of {block}: write F16, BF16 or F32"
+        )
+    return gguf.quant_shape_to_byte_shape(shape, kind), np.dtype(np.uint8)
+
+
+def _encoded(source: Path, name: str, tensor: Tensor, kind: Kind) -> np.ndarray:
+    if kind is Kind.Q8_0:
+        return gguf.quants.quantize(tensor.float().numpy(), kind)
+    cast = tensor.to("cpu", _PLAIN[kind]).contiguous()
+    if kind is Kind.F16 and not bool(cast.isfinite().all()):
+        raise CheckpointError(f"{source}: {name} holds weights beyond F16's 65,504; write BF16 or F32")
+    return (cast.view(torch.uint16) if kind is Kind.BF16 else cast).numpy()
 
 
 @functools.lru_cache(maxsize=8)
@@ -180,100 +274,27 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
+def _stored(file: Path) -> dict[str, Stored]:
+    """The tensors of a GGUF file, each of a type that can be read and wholly inside the file."""
+    header = read_header(file)
+    stored = {}
+    for name, info in header.tensors.items():
+        if info.kind not in _READABLE:
+            raise CheckpointError(
+                f"{file}: tensor {name} has type {info.kind}, which the gguf package cannot dequantise"
+            )
+        kind = Kind(info.kind)
+        per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        stored[name] = Stored(info.shape, kind, info.start, prod(info.shape) // per_block * block_bytes)
+        if info.start + stored[name].size > header.size:
+            raise CheckpointError(f"{file}: cut short: tensor {name} reaches past its end; copy or download it again")
+    return stored
+
+
 def _read(file: Path, tensor: Stored) -> np.ndarray:
     """One tensor as an array of its own; BF16 as uint16, quantised types as fp32."""
     raw = np.fromfile(file, dtype=np.uint8, count=tensor.size, offset=tensor.start)
     if tensor.kind in _PLAIN:
-        plain = {Kind.F32: np.float32, Kind.F16: np.float16, Kind.BF16: np.uint16}[tensor.kind]
-        return raw.view(plain).reshape(tensor.shape)
+        return raw.view(_ARRAYS[tensor.kind]).reshape(tensor.shape)
     shape = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind)
     return np.ascontiguousarray(gguf.quants.dequantize(raw.reshape(shape), tensor.kind), dtype=np.float32)
-
-
-def _header(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror or error}") from error
-    return _parse_header(file, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=2)  # config, tensors and tokenizer each ask for it
-def _parse_header(file: Path, size: int, _mtime: int) -> tuple[dict[str, Any], dict[str, Stored]]:
-    if size < 24:
-        raise CheckpointError(f"{file}: {size} bytes are too few for a GGUF file")
-    with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        cursor = _Cursor(data)
-        try:
-            return _parse(file, cursor, size)
-        except (struct.error, UnicodeDecodeError, KeyError, IndexError) as error:
-            raise CheckpointError(
-                f"{file}: damaged or cut short near byte {cursor.position} of {size}; copy or download it again"
-            ) from error
-
-
-class _Cursor:
-    """Reads little-endian values one after another."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.position = data, 0
-
-    def scalar(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self.data, self.position)
-        self.position += struct.calcsize("<" + code)
-        return value
-
-    def string(self) -> str:
-        length = self.scalar("Q")
-        start, self.position = self.position, self.position + length
-        if self.position > len(self.data):
-            raise IndexError
-        return self.data[start : self.position].decode("utf-8")
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            return self.scalar(_SCALARS[kind])
-        kind, count = self.scalar("I"), self.scalar("Q")
-        if count > len(self.data):
-            raise IndexError
-        if kind in (_STRING, _ARRAY):
-            return [self.value(kind) for _ in range(count)]
-        layout = f"<{count}{_SCALARS[kind]}"
-        values = list(struct.unpack_from(layout, self.data, self.position))
-        self.position += struct.calcsize(layout)
-        return values
-
-
-def _parse(file: Path, cursor: _Cursor, size: int) -> tuple[dict[str, Any], dict[str, Stored]]:
-    if cursor.scalar("I") != gguf.GGUF_MAGIC:
-        raise CheckpointError(f"{file}: not a GGUF file (it does not begin with 'GGUF')")
-    version = cursor.scalar("I")
-    if version not in (2, 3):
-        raise CheckpointError(f"{file}: GGUF version {version}; versions 2 and 3, little-endian, are read")
-    n_tensors, n_pairs = cursor.scalar("Q"), cursor.scalar("Q")
-    metadata = {}
-    for _ in range(n_pairs):
-        key = cursor.string()
-        metadata[key] = cursor.value(cursor.scalar("I"))
-    if metadata.get("split.count", 1) > 1:
-        raise CheckpointError(
-            f"{file}: one of {metadata['split.count']} parts; join them with llama-gguf-split --merge"
-        )
-    table = []
-    for _ in range(n_tensors):
-        name, n_dims = cursor.string(), cursor.scalar("I")
-        shape = tuple(reversed([cursor.scalar("Q") for _ in range(n_dims)]))
-        table.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
-    alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-    data_start = -(-cursor.position // alignment) * alignment
-    stored = {}
-    for name, shape, kind, offset in table:
-        if kind not in _READABLE:
-            raise CheckpointError(f"{file}: tensor {name} has type {kind}, which the gguf package cannot dequantise")
-        per_block, block_bytes = gguf.GGML_QUANT_SIZES[Kind(kind)]
-        stored[name] = Stored(shape, Kind(kind), data_start + offset, prod(shape) // per_block * block_bytes)
-        if stored[name].start + stored[name].size > size:
-            raise CheckpointError(f"{file}: cut short: tensor {name} reaches past its end; copy or download it again")
-    return metadata, stored

@@ -8,7 +8,7 @@ header is known from names, shapes and types before the first tensor is read, so
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from arriero.model.llama import Llama
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ALL_WEIGHTS = "model*.safetensors*"
 
 DTYPES = {
     "F64": torch.float64,
@@ -56,8 +57,8 @@ def open_hf(directory: Path) -> Weights:
         files = [directory / WEIGHTS]
     elif any(directory.glob("pytorch_model*.bin")):
         raise CheckpointError(
-            f"{directory}: the weights are pickled (pytorch_model.bin), which may run code when opened and is not read; "
-            "ask for the model's safetensors version"
+            f"{directory}: the weights are pickled (pytorch_model.bin); that may run code when opened, so it is not "
+            "read: ask for the model's safetensors version"
         )
     else:
         raise CheckpointError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
@@ -110,7 +111,7 @@ def write_safetensors(
         for name, entry in entries.items():
             tensor = read(name).to("cpu", entry.dtype).contiguous()
             assert tuple(tensor.shape) == entry.shape, name
-            out.write(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
+            out.write(tensor.view(torch.uint8).numpy().data)
 
 
 def write_hf(
@@ -136,7 +137,7 @@ def write_hf(
         progress(name)
         return weights.read(name)
 
-    with replaced_directory(directory) as temporary:
+    with replaced_directory(directory, replaces=ALL_WEIGHTS) as temporary:
         for file, names in shards.items():
             write_safetensors(temporary / file, {name: entries[name] for name in names}, read, {"format": "pt"})
         if len(shards) > 1:
@@ -148,7 +149,6 @@ def write_hf(
         ids = {key: value for key, value in (generation or {}).items() if value is not None}
         write_json(temporary / "generation_config.json", {"_from_model_config": False, **ids})
         write_json(temporary / "config.json", {**weights.config.to_hf(str(dtype).removeprefix("torch.")), **ids})
-    _remove_stale(directory, shards)
 
 
 def save_hf(
@@ -202,13 +202,3 @@ def _shards(entries: Mapping[str, Entry], max_bytes: int) -> dict[str, list[str]
     if len(groups) == 1:
         return {WEIGHTS: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
-
-
-def _remove_stale(directory: Path, written: Iterable[str]) -> None:
-    """Remove weights of an earlier model in the directory, which a reader could take for part of this one."""
-    written = set(written)
-    stale = [file for file in directory.glob("model*.safetensors") if file.name not in written]
-    if len(written) == 1:
-        stale.append(directory / INDEX)
-    for file in stale:
-        file.unlink(missing_ok=True)

@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from arriero.checkpoint.adapter import load_adapter
 from arriero.checkpoint.gguf import open_gguf
 from arriero.checkpoint.hf import open_hf
 from arriero.checkpoint.meta import open_meta
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError
+from arriero.gguf_header import read_metadata
 from arriero.model.llama import Llama
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def open_weights(path: Path) -> Weights:
@@ -70,12 +74,25 @@ def load(
     adapter: str | Path | None = None,
 ) -> tuple[Llama, Tokenizer]:
     """Load a model and its tokenizer by path, Hub id or built-in name, with a PEFT adapter on it when given."""
-    from arriero.tokenizer import load_tokenizer
-
     path = resolve(name)
     model = load_model(path, dtype=dtype, device=device)
     if adapter is not None:
-        from arriero.checkpoint.adapter import load_adapter
+        load_adapter(model, adapter)
+    return model, load_tokenizer_at(path)
 
-        load_adapter(model, Path(adapter))
-    return model, load_tokenizer(path)
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether the checkpoint at `path` brings a tokenizer."""
+    if path.is_file():
+        return "tokenizer.ggml.model" in read_metadata(path)
+    return any((path / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def load_tokenizer_at(path: Path) -> Tokenizer:
+    """The tokenizer of the checkpoint at `path`."""
+    from arriero.tokenizer import load_tokenizer  # here: a model alone needs no tokenizer library
+    from arriero.tokenizer.gguf import tokenizer_from_gguf
+
+    if path.is_file():
+        return tokenizer_from_gguf(read_metadata(path))
+    return load_tokenizer(path)

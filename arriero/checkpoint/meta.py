@@ -101,13 +101,11 @@ def write_meta(
         state[names[name]] = to_pairs(tensor, heads) if heads else tensor
     if config.tied_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]  # one storage in the file, as in memory
-    with replaced_directory(directory) as temporary:
+    with replaced_directory(directory, replaces="consolidated.*.pth") as temporary:
         torch.save(state, temporary / "consolidated.00.pth")
         write_json(temporary / "params.json", _params(config))
         if save_tokenizer is not None:
             save_tokenizer(temporary)
-    for stale in set(directory.glob("consolidated.*.pth")) - {directory / "consolidated.00.pth"}:
-        stale.unlink()
 
 
 def tensor_names(config: LlamaConfig) -> dict[str, str]:
@@ -161,7 +159,7 @@ def _config(directory: Path, params: Mapping[str, Any], shards: Shards) -> Llama
 
 
 def _context(theta: float, scaled: bool) -> int:
-    """The context of the generation: 131,072 for Llama 3.1 and 3.2, 8192 for 3, 4096 for 2 (Llama 1, alike, had 2048)."""
+    """The context of the generation: 131,072 for Llama 3.1 and 3.2, 8192 for 3, 4096 for 2 (Llama 1 had 2048)."""
     return 131_072 if scaled else 8192 if theta == 500_000.0 else 4096
 
 

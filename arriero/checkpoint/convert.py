@@ -1,0 +1,96 @@
+"""Any format to any other, tensor by tensor, with a progress bar.
+
+Readers give `Weights`, writers take them; this module only chooses the two and looks after the destination.
+hf and gguf hold one tensor in memory; meta, a pickle, holds the model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from arriero.checkpoint.gguf import Kind, write_gguf
+from arriero.checkpoint.hf import generation_ids, write_hf
+from arriero.checkpoint.load import has_tokenizer, load_tokenizer_at, open_weights
+from arriero.checkpoint.meta import write_meta
+from arriero.checkpoint.source import resolve
+from arriero.checkpoint.weights import Weights
+from arriero.errors import CheckpointError, did_you_mean
+
+Format = Literal["hf", "meta", "gguf"]
+NumberType = Literal["f32", "f16", "bf16", "q8_0"]
+
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
+
+
+def convert(
+    src: str | Path, dst: str | Path, *, to: Format, dtype: NumberType | None = None, force: bool = False
+) -> Path:
+    """Write the model `src` (path, Hub id or built-in name) at `dst` in another format; returns `dst`.
+
+    to: "hf" and "meta" make a directory, "gguf" a file ending in .gguf. dtype: None keeps the stored type (quantised
+    weights become f32); q8_0 is for gguf only. The tokenizer and chat template come along where `src` has them.
+    Raises `CheckpointError` when `dst` exists (unless `force`), or cannot hold what `src` holds. Nothing is left at
+    `dst` by a conversion that fails.
+    """
+    source, dst = resolve(src), Path(dst)
+    _check_request(dst, to, dtype)
+    check_destination(source, dst, force)
+    weights = open_weights(source)
+    tokenizer = load_tokenizer_at(source) if has_tokenizer(source) else None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"{source.name} -> {to}", total=len(weights.entries))
+        _write(weights, dst, to, dtype, tokenizer, lambda name: bar.advance(task))
+    return dst
+
+
+def check_destination(source: Path, dst: Path, force: bool) -> None:
+    """Refuse to write over the source, or over anything at all without `force`."""
+    if dst.exists() and dst.samefile(source):
+        raise CheckpointError(f"{dst}: source and destination are the same; choose another destination")
+    occupied = dst.is_file() or (dst.is_dir() and any(dst.iterdir()))
+    if occupied and not force:
+        raise CheckpointError(f"{dst}: exists already; choose another name, or give --force to overwrite it")
+
+
+def _check_request(dst: Path, to: str, dtype: str | None) -> None:
+    if to not in get_args(Format):
+        raise CheckpointError(
+            f"no format {to!r}; known are {', '.join(get_args(Format))}{did_you_mean(to, get_args(Format))}"
+        )
+    if dtype is not None and dtype not in get_args(NumberType):
+        known = get_args(NumberType)
+        raise CheckpointError(f"no number type {dtype!r}; known are {', '.join(known)}{did_you_mean(dtype, known)}")
+    if dtype == "q8_0" and to != "gguf":
+        raise CheckpointError(f"q8_0 is a type of GGUF files; {to} holds f32, f16 or bf16")
+    if to == "gguf" and (dst.suffix != ".gguf" or dst.is_dir()):
+        raise CheckpointError(f"{dst}: a GGUF file is written; give it a name that ends in .gguf")
+    if to != "gguf" and (dst.suffix == ".gguf" or dst.is_file()):
+        raise CheckpointError(f"{dst}: --to {to} writes a directory; give it the name of one")
+
+
+def _write(weights: Weights, dst: Path, to: str, dtype: str | None, tokenizer: Any, progress: Any) -> None:
+    save = None if tokenizer is None else tokenizer.save
+    if to == "hf":
+        write_hf(
+            weights,
+            dst,
+            dtype=_DTYPES[dtype] if dtype else None,
+            save_tokenizer=save,
+            generation=generation_ids(tokenizer),
+            progress=progress,
+        )
+    elif to == "meta":
+        write_meta(weights, dst, dtype=_DTYPES[dtype] if dtype else None, save_tokenizer=save, progress=progress)
+    else:
+        from arriero.tokenizer.gguf import tokenizer_to_gguf
+
+        stored = next((name for name, torch_dtype in _DTYPES.items() if torch_dtype == weights.dtype), "f32")
+        entries = {} if tokenizer is None else tokenizer_to_gguf(tokenizer)
+        write_gguf(weights, dst, kind=_KINDS[dtype or stored], tokenizer=entries, name=dst.stem, progress=progress)
