@@ -133,7 +133,9 @@ def test_a_tracker_gets_a_run_and_its_continuation(tmp_path: Path, tracker: str)
         assert [event.step for event in events.Scalars("validation/loss")] == [7]
     elif tracker == "wandb":
         name = (tmp_path / "run/run_id").read_text()
-        assert len(list((tmp_path / "run/wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) >= 1
+        files = list((tmp_path / "run/wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
+        assert len(files) == 2
+        assert all(b"train/loss" in file.read_bytes() for file in files)
     else:
         import sqlite3
 
