@@ -6,11 +6,11 @@ a special token: before rendering, each special token's text in the messages is 
 nowhere else, and after the text has been split at the real special tokens that character is taken out again.
 
 `encode_training` builds the loss mask by rendering, never by searching for role names. For each answer the template
-is rendered up to the generation prompt; the whole conversation must begin with that text, or the template rewrites
-history and is refused. What follows, up to and including the first token that ends a turn, is trained. An answer is
-encoded apart from its prompt, just as it is generated: prompt ids first, answer ids after them.
+is rendered up to the generation prompt, and up to the answer's end; the whole conversation must begin with both texts,
+or the template rewrites history and is refused. What lies between, up to and including the first token that ends a
+turn, is trained. An answer is encoded apart from its prompt, just as it is generated: prompt ids first, then answer.
 
-Price: one render per answer plus one, and a single tokenization (docs/masks.md has the speeds).
+Price: two renders per answer, and a single tokenization (docs/masks.md has the speeds).
 """
 
 from __future__ import annotations
@@ -76,12 +76,19 @@ class ChatTemplate:
         `variables` reach the template by name (date_string, enable_thinking).
         Raises DataError where the template refuses the conversation.
         """
+        plain_tools = None if tools is None else _plain(tools)
+        return self._render([_for_template(m) for m in messages], plain_tools, add_generation_prompt, variables)
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], tools: Any, add_generation_prompt: bool, variables: Mapping[str, Any]
+    ) -> str:
+        """Render messages and tools that are plain data already."""
         source = self.tool_source if tools and self.tool_source is not None else self.source
         names: dict[str, Any] = {
             **self.special_tokens,
             **variables,
-            "messages": [_for_template(m) for m in messages],
-            "tools": None if tools is None else _plain(tools),
+            "messages": messages,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -138,8 +145,8 @@ def encode_chat(
     Raises DataError where the tokenizer has no chat template or the template refuses the conversation.
     """
     template = _template_of(tokenizer)
-    guard = Guard.over(tokenizer, messages, tools)
-    text = template.render(guard.messages, guard.tools, add_generation_prompt, **variables)
+    guard = _Guard.over(tokenizer, messages, tools)
+    text = template._render(guard.messages, guard.tools, add_generation_prompt, variables)
     [ids] = tokenizer.encode_pieces([text], sentinel=guard.sentinel)
     return ids
 
@@ -159,18 +166,23 @@ def encode_training(
     answer does not end in a token that stops generation.
     """
     template = _template_of(tokenizer)
-    guard = Guard.over(tokenizer, messages, tools)
-    whole = template.render(guard.messages, guard.tools, **variables)
+    guard = _Guard.over(tokenizer, messages, tools)
     answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
     if not any(_is_trained(messages[i]) for i in answers):
         raise DataError("nothing to learn: no message with role 'assistant' is trained; add an answer or drop the row")
 
+    def render(n_messages: int, prompt: bool) -> str:
+        return template._render(guard.messages[:n_messages], guard.tools, prompt, variables)
+
+    whole = render(len(messages), False)
     cuts = [0]
     for i in answers:
-        prompt = template.render(guard.messages[:i], guard.tools, add_generation_prompt=True, **variables)
-        if not whole.startswith(prompt) or len(prompt) < cuts[-1]:
-            _refuse_rewriting(whole, prompt, i)
-        cuts += [len(prompt), _end_of_answer(tokenizer, whole, len(prompt), messages, i)]
+        before = render(i, True)
+        _check_history(whole, before, cuts[-1], i)
+        after = whole if i + 1 == len(messages) else render(i + 1, False)
+        end = _end_of_answer(tokenizer, after, len(before), i)
+        _check_history(whole, after[:end], len(before), i)
+        cuts += [len(before), end]
     cuts.append(len(whole))
     _check_contents(whole, guard.messages, guard.tools, answers, cuts)
 
@@ -184,24 +196,27 @@ def encode_training(
     return TrainingTokens(ids, trained)
 
 
-def _end_of_answer(tokenizer: Tokenizer, whole: str, start: int, messages: Sequence[Message], i: int) -> int:
-    """Return the offset just after the token that ends answer i, which starts at `start`."""
-    for match in tokenizer.special_pattern.finditer(whole, start):
+def _end_of_answer(tokenizer: Tokenizer, text: str, start: int, i: int) -> int:
+    """Return the offset just after the token that ends answer i, the last in `text`, where it begins at `start`."""
+    for match in tokenizer.special_pattern.finditer(text, start):
         if tokenizer.special_ids[match[0]] in tokenizer.stop_ids:
             return match.end()
     names = sorted(text for text, k in tokenizer.special_ids.items() if k in tokenizer.stop_ids)
     raise DataError(
-        f"message {i} (assistant): the chat template ends this answer with {whole[start:][-24:]!r}, which holds none "
+        f"message {i} (assistant): the chat template ends this answer with {text[start:][-24:]!r}, which holds none "
         f"of the tokens that stop generation ({', '.join(names) or 'the tokenizer has none'}), so the model would "
         "never learn to stop; use a template that writes one after each answer"
     )
 
 
-def _refuse_rewriting(whole: str, prompt: str, i: int) -> NoReturn:
-    at = next((k for k, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), min(len(whole), len(prompt)))
+def _check_history(whole: str, part: str, at_least: int, i: int) -> None:
+    """Refuse a template whose text of the whole conversation does not begin with its text of a part of it."""
+    if whole.startswith(part) and len(part) >= at_least:
+        return
+    at = next((k for k, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b), min(len(whole), len(part)))
     raise DataError(
-        f"message {i} (assistant): the chat template writes the messages before it differently once it is there "
-        f"(at character {at}: {prompt[at : at + 24]!r} becomes {whole[at : at + 24]!r}), so what is trained would not "
+        f"message {i} (assistant): the chat template writes the conversation up to here differently once more follows "
+        f"(at character {at}: {part[at : at + 24]!r} becomes {whole[at : at + 24]!r}), so what is trained would not "
         "be what is seen at inference; use a template that keeps earlier messages as they are, or one answer per row"
     )
 
@@ -239,9 +254,8 @@ def _texts(message: Mapping[str, Any]) -> Iterable[str]:
         text = part.get("text") if isinstance(part, dict) else None
         if isinstance(text, str) and text.strip():
             # A tool's result may be written as JSON, where only a part of it looks the same.
-            yield (
-                text.strip() if message.get("role") not in ("tool", "ipython") else _JSON_CHANGES.split(text.strip())[0]
-            )
+            by_json = message.get("role") in ("tool", "ipython")
+            yield _JSON_CHANGES.split(text.strip())[0] if by_json else text.strip()
     for call in message.get("tool_calls") or ():
         name = _function_name(call)
         if name:
@@ -272,7 +286,7 @@ def _roles(messages: Sequence[Message]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Guard:
+class _Guard:
     """Messages and tools in which no special token's text is whole; `sentinel` is what breaks them ("": nothing)."""
 
     messages: list[dict[str, Any]]
@@ -280,7 +294,7 @@ class Guard:
     sentinel: str
 
     @classmethod
-    def over(cls, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None) -> Guard:
+    def over(cls, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None) -> _Guard:
         """Break the special-token text in all strings of messages and tools, however deep."""
         plain = [_for_template(m) for m in messages]
         plain_tools = None if tools is None else _plain(tools)

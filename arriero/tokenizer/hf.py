@@ -41,6 +41,11 @@ class HfTokenizer(Tokenizer):
         self._byte_level = _decodes_bytes(self._state)
         self.strips_space = any(step["type"] == "Strip" for step in _parts(self._state["decoder"], "decoders"))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for backend in (self.backend, self._continuing):  # the library forgets this on its way to a worker process
+            backend.encode_special_tokens = True
+
     @cached_property
     def vocab_size(self) -> int:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1

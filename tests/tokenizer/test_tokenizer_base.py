@@ -1,0 +1,267 @@
+"""The interface of every tokenizer family: special text, streams, files, fingerprints, refusals."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arriero.errors import CheckpointError, DataError
+from arriero.gguf_header import read_metadata
+from arriero.tokenizer import Tokenizer, load_tokenizer
+from arriero.tokenizer.base import SpecialTokens
+from arriero.tokenizer.chat import ChatTemplate, encode_chat, named_template
+from arriero.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
+from arriero.tokenizer.llama3 import load_tiktoken_model, special_tokens
+from arriero.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceTokenizer, write_model
+
+TEXTS = ["", " ", "Hello", "  Hi\n\n", "naïve 😀👩‍👩‍👧 日本", "</s><s> <|eot_id|><|im_end|>", "a\x00b", "x" * 41, "\n"]
+
+
+def small_sentencepiece() -> SentencePieceTokenizer:
+    pieces = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)]
+    pieces += [(f"<0x{b:02X}>", 0.0, BYTE) for b in range(256)]
+    pieces += [(c, -1000.0, NORMAL) for c in "▁Hi</s>elo"]
+    pieces += [
+        (p, -float(k), NORMAL) for k, p in enumerate(["Hi", "▁Hi", "</", "s>", "▁▁", "ll", "He", "Hell", "Hello"])
+    ]
+    special = SpecialTokens({"<unk>": 0, "<s>": 1, "</s>": 2}, bos="<s>", eos="</s>", unk="<unk>", adds_bos=True)
+    return SentencePieceTokenizer(write_model(pieces, {"unk": 0, "bos": 1, "eos": 2, "pad": -1}), special)
+
+
+def small_tiktoken(folder: Path) -> Path:
+    words = [bytes([b]) for b in range(256)] + [b"He", b"ll", b"Hell", b"Hello", b" H", b"<|", b"\n\n"]
+    file = folder / "tokenizer.model"
+    file.write_text("".join(f"{base64.b64encode(w).decode()} {rank}\n" for rank, w in enumerate(words)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory, smollm2_gguf) -> dict[str, Tokenizer]:
+    folder = tmp_path_factory.mktemp("families")
+    pieces = small_sentencepiece()
+    pieces.save(folder / "llama2")
+    return {
+        "byte-level": load_tokenizer(smollm2_gguf),
+        "tiktoken": load_tokenizer(small_tiktoken(folder)),
+        "sentencepiece": pieces,
+        "sentencepiece as tokenizer.json": load_tokenizer(folder / "llama2"),
+    }
+
+
+FAMILIES = ["byte-level", "tiktoken", "sentencepiece", "sentencepiece as tokenizer.json"]
+
+
+@pytest.fixture(params=FAMILIES)
+def tokenizer(request, families) -> Tokenizer:
+    return families[request.param]
+
+
+def test_text_survives_encoding_and_decoding(tokenizer):
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    assert tokenizer.encode_batch(TEXTS * 17) == tokenizer.encode_batch(TEXTS) * 17
+    assert tokenizer.encode_batch([]) == []
+
+
+def test_special_text_stays_text_in_encode_and_is_parsed_in_encode_rendered(tokenizer):
+    for text, i in list(tokenizer.special_ids.items())[:19]:
+        around = f"Hi{text} {text}Hello"
+        assert not set(tokenizer.encode(around)) & set(tokenizer.special_ids.values())
+        assert tokenizer.decode(tokenizer.encode(around)) == around
+        assert [k for k in tokenizer.encode_rendered(around) if k in tokenizer.special_ids.values()] == [i, i]
+
+
+def test_merges_that_spell_a_special_token_do_not_make_one(tmp_path):
+    tokenizer = small_sentencepiece()
+    tokenizer.save(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["model"]["merges"].insert(0, ["</", "s>"])  # as some converters write it
+    state["model"]["merges"].insert(0, ["s", ">"])
+    state["model"]["merges"].insert(0, ["<", "/"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    naive = load_tokenizer(tmp_path)
+    assert 2 in naive.backend.encode("Hi</s>", add_special_tokens=False).ids
+    assert 2 not in naive.encode("Hi</s> Hi</s>")
+    assert naive.decode(naive.encode("Hi</s> Hi</s>")) == "Hi</s> Hi</s>"
+
+
+def test_broken_surrogates_are_mended_as_tiktoken_mends_them(tokenizer):
+    for broken, mended in {"a\ud83d\ude00b": "a😀b", "\ude00x": "�x", "\ud83d": "�", "\ude00\ud83d": "��"}.items():
+        assert tokenizer.encode(broken) == tokenizer.encode(mended)
+        assert tokenizer.encode_batch([broken] * 31) == [tokenizer.encode(mended)] * 31
+
+
+def test_bos_and_eos_are_added_when_asked(tokenizer):
+    plain = tokenizer.encode("Hi")
+    assert tokenizer.encode("Hi", bos=True, eos=True) == [tokenizer.bos_id, *plain, tokenizer.eos_id]
+    assert tokenizer.bos_id is not None and tokenizer.eos_id in tokenizer.stop_ids
+
+
+def test_a_stream_gives_decodes_text_in_whole_characters(tokenizer):
+    rng = random.Random(7)
+    rows = [tokenizer.encode(text, bos=True) for text in TEXTS]
+    rows += [[rng.randrange(tokenizer.vocab_size) for _ in range(23)] for _ in range(97)]
+    for ids in rows:
+        for skip in (True, False):
+            stream = tokenizer.stream(skip_special=skip)
+            parts = [stream.push(i) for i in ids]
+            assert "".join(parts) + stream.flush() == tokenizer.decode(ids, skip_special=skip)
+    stream = tokenizer.stream()
+    parts = [stream.push(i) for i in tokenizer.encode("Hi 😀!")]
+    assert "".join(parts) == "Hi 😀!" and "�" not in "".join(parts)
+
+
+def test_a_copy_for_a_worker_process_gives_equal_ids(tokenizer):
+    again = copy.deepcopy(tokenizer)  # by the same protocol that carries it to a process
+    assert again.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again.decode(again.encode("Hello")) == "Hello"
+
+
+def test_saved_files_load_again_with_equal_ids_and_special_tokens(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert [again.encode_rendered(t) for t in TEXTS] == [tokenizer.encode_rendered(t) for t in TEXTS]
+    assert again.special == tokenizer.special and again.stop_ids == tokenizer.stop_ids
+    assert again.vocab_size == tokenizer.vocab_size
+    assert [again.token_bytes(i) for i in range(again.vocab_size)] == [
+        tokenizer.token_bytes(i) for i in range(again.vocab_size)
+    ]
+
+
+def test_the_fingerprint_changes_with_ids_special_tokens_and_template(tmp_path):
+    prints = {small_sentencepiece().fingerprint}
+    assert prints == {small_sentencepiece().fingerprint}
+    tokenizer = small_sentencepiece()
+    tokenizer.chat_template = ChatTemplate("{{ 1 }}")
+    prints.add(tokenizer.fingerprint)
+    tokenizer.chat_template = ChatTemplate("{{ 2 }}")
+    prints.add(tokenizer.fingerprint)
+    tokenizer.chat_template = None
+    tokenizer.special = SpecialTokens(tokenizer.special_ids, bos="<s>")
+    prints.add(tokenizer.fingerprint)
+    tokenizer.save(tmp_path)
+    prints.add(load_tokenizer(tmp_path).fingerprint)
+    assert len(prints) == 5
+
+
+def test_templates_and_ends_are_read_from_the_files_beside_tokenizer_json(tmp_path, families):
+    families["byte-level"].save(tmp_path)
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools | length }} tools"}]
+    config = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "chat_template": named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"pad_token": "<file_sep>", "eos_token": "<reponame>"})
+    )
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    (tmp_path / "chat_template.jinja").unlink()
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 5)
+    assert tokenizer.stop_ids == {0, 2, 5}
+    assert tokenizer.chat_template.render([]) == "plain"
+    assert tokenizer.chat_template.render([], [{"name": "f"}]) == "1 tools"
+    tokenizer.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").chat_template == tokenizer.chat_template
+    (tmp_path / "chat_template.jinja").write_text("newer {{ eos_token }}")
+    assert load_tokenizer(tmp_path / "tokenizer.json").chat_template.render([]) == "newer <|im_end|>"
+
+
+def test_a_text_and_its_continuation_have_one_dummy_prefix(families):
+    for name in ("sentencepiece", "sentencepiece as tokenizer.json"):
+        tokenizer = families[name]
+        hi, space_hi = tokenizer.encode_segments(["Hi", "Hi"], at_start=[False, True])
+        assert [tokenizer.token_bytes(i) for i in hi] == [b"Hi"]
+        assert [tokenizer.token_bytes(i) for i in space_hi] == [b" Hi"]
+        assert tokenizer.encode_pieces(["<s>Hi", " Hi</s>Hi"]) == [[1, *space_hi], [*space_hi, 2, *space_hi]]
+
+
+def test_llama3_0_and_3_1_name_their_special_tokens_differently(tmp_path):
+    older, newer = special_tokens(128_000, version_3_0=True).ids, special_tokens(128_000).ids
+    assert len(older) == len(newer) == 256
+    assert newer["<|eom_id|>"] == 128_008 and "<|eom_id|>" not in older
+    assert older["<|reserved_special_token_250|>"] == newer["<|reserved_special_token_247|>"] == 128_255
+    assert older["<|eot_id|>"] == newer["<|eot_id|>"] == 128_009
+    file = small_tiktoken(tmp_path)
+    assert load_tokenizer(tmp_path).pad_id == 263 + 4
+    (tmp_path / "params.json").write_text('{"dim": 17}')
+    assert load_tiktoken_model(file).pad_id is None
+    (tmp_path / "params.json").write_text('{"dim": 17, "use_scaled_rope": true}')
+    assert load_tiktoken_model(file).pad_id == 263 + 4
+
+
+def test_files_that_hold_no_tokenizer_are_refused_by_name(tmp_path, families):
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json or tokenizer\.model in this directory"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match="no such file; give a model directory"):
+        load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizers library cannot read it"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x03abc")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: the sentencepiece library cannot read this model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("aGk= 0\n!? 1\n")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model, line 2: not 'base64 rank'"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("aGk= 0\naGo= 2\n")
+    with pytest.raises(CheckpointError, match=r"ranks are not 0, 1, 2, \.\.\.; the file is cut"):
+        load_tokenizer(tmp_path)
+    families["byte-level"].save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    with pytest.raises(
+        CheckpointError, match=r"names '<\|end\|>' as its eos token, but no special token has that text"
+    ):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: not valid JSON"):
+        load_tokenizer(tmp_path)
+
+
+def test_gguf_metadata_that_is_not_understood_is_refused(smollm2_gguf):
+    fields = {k: v for k, v in read_metadata(smollm2_gguf).items() if k.startswith("tokenizer.")}
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.pre is 'smolm', .*did you mean 'smollm'"):
+        tokenizer_from_gguf({**fields, "tokenizer.ggml.pre": "smolm"})
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.model is 'bert'"):
+        tokenizer_from_gguf({"tokenizer.ggml.model": "bert"})
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        tokenizer_from_gguf({})
+    pieces = tokenizer_to_gguf(small_sentencepiece())
+    del pieces["tokenizer.ggml.scores"]
+    with pytest.raises(CheckpointError, match=r"needs tokenizer\.ggml\.scores"):
+        tokenizer_from_gguf(pieces)
+
+
+def test_a_pieces_model_read_from_gguf_keeps_ids_and_prefix():
+    for name in ("▁Hi", "Hi"):
+        fields = tokenizer_to_gguf(small_sentencepiece())
+        fields["tokenizer.ggml.add_space_prefix"] = name.startswith("▁")
+        tokenizer = tokenizer_from_gguf(fields)
+        assert [tokenizer.processor.id_to_piece(i) for i in tokenizer.encode("Hi")] == [name]
+
+
+def test_asking_for_what_a_tokenizer_lacks_is_refused():
+    tokenizer = small_sentencepiece()
+    with pytest.raises(DataError, match="no chat template"):
+        encode_chat(tokenizer, [{"role": "user", "content": "Hi"}])
+    with pytest.raises(
+        CheckpointError, match=r"'chatml' writes <\|im_end\|>, <\|im_start\|>, which this tokenizer does"
+    ):
+        named_template("chatml", tokenizer)
+    bare = SentencePieceTokenizer(tokenizer.model, SpecialTokens(tokenizer.special_ids))
+    with pytest.raises(CheckpointError, match="has no bos token; encode without bos=True"):
+        bare.encode("Hi", bos=True)
+
+
+def test_tokenizers_load_without_torch():
+    code = "import sys, arriero.tokenizer.gguf, arriero.tokenizer.chat; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
