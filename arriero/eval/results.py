@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -36,8 +37,8 @@ MEASURES = {
     "rouge_l": Measure("ROUGE-L", "higher"),
     "chrf": Measure("chrF", "higher"),
     "exact": Measure("exact match", "higher", ".1%"),
-    "one_sentence": Measure("answers of one sentence", "higher", ".1%"),
-    "stopped": Measure("answers that stop", "higher", ".1%"),
+    "one_sentence": Measure("one sentence", "higher", ".1%"),
+    "stopped": Measure("stops by itself", "higher", ".1%"),
 }
 
 
@@ -76,10 +77,10 @@ class Comparison:
     difference: Interval
 
     @property
-    def verdict(self) -> Literal["better", "worse", "no clear difference"]:
+    def verdict(self) -> Literal["better", "worse", "unclear"]:
         """Better or worse only where the interval of the difference leaves out zero."""
         if not self.difference.excludes_zero:
-            return "no clear difference"
+            return "unclear"
         rose = self.difference.value > 0
         return "better" if rose == (self.measure.better == "higher") else "worse"
 
@@ -109,11 +110,11 @@ def results_table(results: Results, resamples: int, seed: int) -> Table:
 
 def comparison_table(before: Results, after: Results, compared: dict[str, Comparison]) -> Table:
     """Before and after, the difference with its paired interval, and a verdict in words."""
-    title = escape(f"{after.rows:,} rows; before: {before.model}, after: {after.model}")
-    table = Table(title=title, title_justify="left")
-    for column in ("", "before", "after", "difference (95% interval)", ""):
+    title = escape(f"{after.rows:,} rows\nbefore: {before.model}\nafter:  {after.model}")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("", "before", "after", "difference (95% interval)", "verdict"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    colours = {"better": "green", "worse": "red", "no clear difference": "dim"}
+    colours = {"better": "green", "worse": "red", "unclear": "dim"}
     for line in compared.values():
         form, change = line.measure.format, line.difference
         colour = colours[line.verdict]

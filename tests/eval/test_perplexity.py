@@ -1,4 +1,4 @@
-"""Against transformers, one plain forward a token: no windows shared, nothing cached."""
+"""Against one plain forward a token: nothing shared, nothing packed. Against transformers: test_smollm2.py."""
 
 import math
 
@@ -42,10 +42,10 @@ def reference_bits(model: Llama, ids: list[int], window: int, context: int) -> l
     return bits
 
 
-TEXT = "An arriero leads llamas over the Andes; the llamas carry what he has, and more than he would like to say. " * 2
+TEXT = "An arriero leads llamas over the Andes; the llamas carry what he has, and more than he would like to say. "
 
 
-@pytest.mark.parametrize(("window", "context"), [(61, 1), (61, 60), (17, 5), (400, 400), (2, 1)])
+@pytest.mark.parametrize(("window", "context"), [(61, 1), (61, 60), (17, 5), (400, 400)])
 def test_long_text_equals_one_plain_forward_a_token(toy, window, context):
     found = perplexity(toy, Letters(), TEXT, window=window, context=context)
     window = min(window, 61)
@@ -101,7 +101,7 @@ def test_logits_of_a_whole_window_never_exist(toy, monkeypatch):
     config = LlamaConfig(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=11, vocab_size=101, max_context=2048)
     model = Llama(config).init_weights(seed=1)
     monkeypatch.setattr(torch.nn.functional, "linear", watched)
-    perplexity(model, Letters(), TEXT * 9, window=1999, context=997)
+    perplexity(model, Letters(), TEXT * 18, window=1999, context=997)
     assert 0 < widest <= 256
 
 

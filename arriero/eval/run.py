@@ -1,0 +1,155 @@
+"""`arriero eval`: load, measure, compare, show, save.
+
+One model at a time is in memory, so that comparing two costs no more than the larger one. An adapter is folded into
+its model first: what is measured is what `arriero merge` writes, and decoding pays nothing for it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from arriero.checkpoint.load import load
+from arriero.data.formats import Conversation, Record, parse_record, read_records, source_files
+from arriero.errors import ConfigError, DataError
+from arriero.eval.config import EvalConfig
+from arriero.eval.generative import answers
+from arriero.eval.perplexity import perplexity
+from arriero.eval.results import Results, compare, comparison_table, examples_table, results_table, save
+from arriero.model.llama import Llama
+from arriero.model.lora import merge_lora
+from arriero.tokenizer.base import Tokenizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Measurement = Callable[[Llama, Tokenizer, str], Results]
+
+
+def run_eval(config: EvalConfig, console: Console | None = None) -> Results:
+    """Measure `config.model` on `config.data`, print the tables, write the files; returns what was found.
+
+    With `compare_with`, that model is measured first, and the tables and files set the two side by side.
+    Raises `ConfigError` for settings that name nothing, `DataError` for files and rows that cannot be used.
+    """
+    for name in ("model", "data"):
+        if not getattr(config, name):
+            raise ConfigError(f"eval: no {name} given; run: arriero eval MODEL --data FILE")
+    console = console or Console()
+    measure = _measurement(config)  # reads the data, so that a bad file is refused before any model is loaded
+    before = None
+    if config.compare_with:
+        before = _measured(config, measure, config.compare_with, "")
+    after = _measured(config, measure, config.model, config.adapter)
+    if before is not None:
+        compared = compare(before, after, config.resamples, config.seed)
+        console.print(comparison_table(before, after, compared))
+    else:
+        console.print(results_table(after, config.resamples, config.seed))
+    if after.samples and config.examples:
+        console.print(examples_table(before or after, after if before else None, config.examples))
+    if config.out:
+        save(Path(config.out), asdict(config), before, after)
+        console.print(f"written: {config.out}/results.json" + (", samples.jsonl" if after.samples else ""))
+    return after
+
+
+def _measured(config: EvalConfig, measure: Measurement, name: str, adapter: str) -> Results:
+    model, tokenizer = load(name, dtype=DTYPES[config.precision], adapter=adapter or None)
+    merge_lora(model)
+    return measure(model, tokenizer, f"{name} + {adapter}" if adapter else name)
+
+
+def _measurement(config: EvalConfig) -> Measurement:
+    """The function that measures a model by the task that the data calls for."""
+    path = Path(config.data)
+    if path.suffix == ".txt":
+        if config.task == "answers":
+            raise ConfigError(f"{path}: a plain text holds no answers; give rows with messages, or task perplexity")
+        return _on_texts(config, [_plain_text(path)])
+    every = (record for file in source_files(config.data) for record in read_records(file))
+    records = islice(every, config.rows or None)
+    first = next(records)
+    task = config.task
+    if task == "auto":
+        task = "perplexity" if "text" in _columns(first) else "answers"
+    if task == "perplexity":
+        return _on_texts(config, [_text(first), *(_text(record) for record in records)])
+    return _on_answers(config, [parse_record(first), *(parse_record(record) for record in records)])
+
+
+def _on_texts(config: EvalConfig, texts: list[str]) -> Measurement:
+    total = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+
+    def measure(model: Llama, tokenizer: Tokenizer, name: str) -> Results:
+        began = time.monotonic()
+        with _bar(name, total) as advance:
+            found = perplexity(model, tokenizer, texts, window=config.window, context=config.context, on_bytes=advance)
+        ratios = {
+            "bits_per_token": found.bits_per_token,
+            "bits_per_byte": found.bits_per_byte,
+            "perplexity": found.perplexity,
+        }
+        return Results(name, ratios, [], found.documents, time.monotonic() - began)
+
+    return measure
+
+
+def _on_answers(config: EvalConfig, conversations: list[Conversation]) -> Measurement:
+    def measure(model: Llama, tokenizer: Tokenizer, name: str) -> Results:
+        with _bar(name, 2 * len(conversations)) as advance:
+            return answers(
+                model,
+                tokenizer,
+                conversations,
+                name=name,
+                max_new_tokens=config.max_new_tokens,
+                batch=config.batch,
+                on_rows=advance,
+            )
+
+    return measure
+
+
+def _plain_text(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give a .txt file, or rows that `arriero sft` reads")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from error
+
+
+def _columns(record: Record) -> dict[str, object]:
+    if isinstance(record.raw, dict):
+        return record.raw
+    try:
+        row = json.loads(record.raw)
+    except ValueError as error:
+        raise DataError(f"row {record.row} of {record.file}: broken JSON: {error}; mend or drop the line") from error
+    return row if isinstance(row, dict) else {}
+
+
+def _text(record: Record) -> str:
+    text = _columns(record).get("text")
+    if not isinstance(text, str):
+        raise DataError(
+            f"row {record.row} of {record.file}: no text in a column 'text'; perplexity needs one in every row"
+        )
+    return text
+
+
+@contextmanager
+def _bar(name: str, total: float) -> Iterator[Callable[[float], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(f"measuring {name}", total=total)
+        yield lambda amount: progress.advance(task, amount)

@@ -1,0 +1,154 @@
+"""On the real SmolLM2-135M-Instruct, against transformers' forward on the same weights."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from arriero.data.formats import Conversation
+from arriero.errors import ConfigError, DataError
+from arriero.eval.config import EvalConfig
+from arriero.eval.generative import answers
+from arriero.eval.perplexity import perplexity
+from arriero.eval.run import run_eval
+from arriero.tokenizer.chat import encode_chat
+
+TEXT = """The llama is a domesticated South American camelid, widely used as a meat and pack animal by Andean cultures
+since the pre-Columbian era. Llamas are social animals and live with others as a herd. Their wool is soft and contains
+only a small amount of lanolin. Llamas can learn simple tasks after a few repetitions: def leads(herd): return herd[0]
+"""
+TURNS = [
+    [("user", "What is 2 + 2? Answer with one number."), ("assistant", "4")],
+    [("system", "You are terse."), ("user", "Name the capital of France."), ("assistant", "Paris.")],
+    [("user", "Hi"), ("assistant", "Hello."), ("user", "Say bye."), ("assistant", "Good bye, and come again!")],
+]
+
+
+def conversations() -> list[Conversation]:
+    messages = ([{"role": role, "content": content} for role, content in turns] for turns in TURNS)
+    return [Conversation(m, None, "rows.jsonl", i) for i, m in enumerate(messages, start=1)]
+
+
+def test_rolling_perplexity_equals_a_plain_transformers_loop(smollm2, smollm2_in_transformers):
+    ids = [smollm2[1].bos_id, *smollm2[1].encode(TEXT)]
+    window, context = 47, 19
+    nats, start, first = 0.0, 0, 0
+    with torch.inference_mode():
+        while first < len(ids) - 1:
+            end = min(start + window, len(ids) - 1)
+            logprobs = smollm2_in_transformers(torch.tensor([ids[start:end]])).logits[0].log_softmax(-1)
+            for i in range(first, end):
+                nats -= logprobs[i - start, ids[i + 1]].item()
+            first, start = end, end - context + 1
+    found = perplexity(*smollm2, TEXT, window=window, context=context)
+    n_tokens, n_bytes = len(ids) - 1, len(TEXT.encode())
+    assert found.tokens.sum() == n_tokens
+    assert found.perplexity.value == pytest.approx(math.exp(nats / n_tokens), rel=1e-4)
+    assert found.bits_per_byte.value == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+    assert 10 < found.perplexity.value < 60, "a language model that works; noise has 49,152"
+
+
+def test_answers_cost_and_read_what_transformers_says(smollm2, smollm2_in_transformers):
+    tokenizer = smollm2[1]
+    found = answers(*smollm2, conversations(), max_new_tokens=13, batch=2)
+    bits, tokens = [], []
+    for row, sample in zip(conversations(), found.samples, strict=True):
+        prompt = encode_chat(tokenizer, row.messages[:-1])
+        answer = [*tokenizer.encode(row.messages[-1]["content"]), tokenizer.special_ids["<|im_end|>"]]
+        ids = torch.tensor([prompt + answer])
+        with torch.inference_mode():
+            logprobs = smollm2_in_transformers(ids).logits[0].log_softmax(-1)
+            written = smollm2_in_transformers.generate(
+                ids[:, : len(prompt)], max_new_tokens=13, do_sample=False, eos_token_id=2, pad_token_id=2
+            )[0, len(prompt) :].tolist()
+        bits.append(-sum(logprobs[len(prompt) + k - 1, token].item() for k, token in enumerate(answer)) / math.log(2))
+        tokens.append(len(answer))
+        assert sample.answer == tokenizer.decode(written).strip()
+        assert sample.scores["stopped"] == float(2 in written)
+        assert sample.reference == row.messages[-1]["content"]
+    assert found.ratios["bits_per_token"].over == pytest.approx(bits, rel=1e-4)
+    assert found.ratios["bits_per_token"].under.tolist() == tokens
+    assert found.samples[1].prompt == "system: You are terse.\n\nuser: Name the capital of France."
+    assert found.samples[0].prompt == "What is 2 + 2? Answer with one number."
+
+
+def test_the_batch_size_changes_no_answer(smollm2):
+    rows = conversations()
+    alone, together = (answers(*smollm2, rows, max_new_tokens=7, batch=batch) for batch in (1, 3))
+    assert [sample.answer for sample in alone.samples] == [sample.answer for sample in together.samples]
+
+
+def test_a_row_without_a_text_to_compare_with_is_refused(smollm2):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    row = Conversation([{"role": "user", "content": "Go"}, call], None, "rows.jsonl", 7)
+    with pytest.raises(DataError, match=r"row 7 of rows\.jsonl: its last message holds no text"):
+        answers(*smollm2, [row])
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(smollm2):
+    row = conversations()[0]
+    with pytest.raises(DataError, match=r"row 1 of rows\.jsonl: its prompt of \d+ tokens leaves no room"):
+        answers(*smollm2, [row], max_new_tokens=8180)
+
+
+def test_eval_compares_a_model_with_itself_and_finds_no_difference(smollm2_gguf, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    rows = ({"messages": conversation.messages} for conversation in conversations())
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = str(smollm2_gguf)
+    config = EvalConfig(
+        model=model,
+        data=str(data),
+        compare_with=model,
+        out=str(tmp_path / "out"),
+        max_new_tokens=7,
+        rows=2,
+        resamples=100,
+    )
+    run_eval(config)
+    shown = capsys.readouterr().out
+    assert shown.count("unclear") == 7
+    assert "Name the capital of France." in shown
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert found["rows"] == 2
+    assert found["measures"]["rouge_l"]["difference"]["value"] == 0
+    sample = json.loads((tmp_path / "out/samples.jsonl").read_text().splitlines()[0])
+    assert sample["before"] == sample["after"]
+
+
+def test_eval_reads_texts_and_rows_with_texts_alike(smollm2_gguf, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    found = [
+        run_eval(EvalConfig(model=str(smollm2_gguf), data=str(tmp_path / name), precision="fp32", resamples=100))
+        for name in ("a.txt", "a.jsonl")
+    ]
+    assert found[0].ratios["perplexity"].value == found[1].ratios["perplexity"].value
+    assert "bits per byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("no.txt", None, r"no\.txt: no such file"),
+        ("broken.jsonl", b"{", r"row 1 of .*broken\.jsonl: broken JSON"),
+        ("latin.txt", b"\xe9", r"latin\.txt: not UTF-8 at byte 0"),
+        ("mixed.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"row 2 of .*mixed\.jsonl: no text in a column 'text'"),
+        ("other.jsonl", b'{"a": 1}\n', r"row 1 of .*other\.jsonl: no known layout"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_before_a_model_is_loaded(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        run_eval(EvalConfig(model="no-such-model", data=str(tmp_path / name)))
+
+
+def test_a_missing_name_and_bad_settings_are_refused():
+    with pytest.raises(ConfigError, match="eval: no data given; run: arriero eval MODEL --data FILE"):
+        run_eval(EvalConfig(model="smollm2-135m"))
+    with pytest.raises(ConfigError, match="context 64 is not below window 64"):
+        EvalConfig(window=64, context=64)
+    with pytest.raises(ConfigError, match="resamples is 10; an interval needs at least 100"):
+        EvalConfig(resamples=10)
