@@ -11,7 +11,7 @@ a full disk leaves the earlier ones as they were. Reading hashes every file befo
 byte is refused by name and the checkpoint before it is taken. Steps are one line of history: saving step 20 drops
 checkpoints of later steps, which a run resumed from an earlier one has abandoned.
 
-Price: hashing costs about 0.6 s per gigabyte in writing, most of it hidden behind the disk, and as much in reading.
+Price: hashing costs about a second per gigabyte, in writing hidden behind the disk, in reading not.
 No copy of the tensors is made on the host.
 """
 
