@@ -16,7 +16,7 @@ from arriero.checkpoint.gguf import open_gguf
 from arriero.checkpoint.hf import open_hf
 from arriero.checkpoint.meta import open_meta
 from arriero.checkpoint.source import resolve
-from arriero.checkpoint.weights import Weights
+from arriero.checkpoint.weights import Weights, empty_model
 from arriero.errors import CheckpointError
 from arriero.gguf_header import read_metadata
 from arriero.model.llama import Llama
@@ -55,8 +55,7 @@ def load_model(
     """
     weights = open_weights(resolve(name_or_path))
     dtype = dtype or weights.dtype
-    with torch.device("meta"):
-        model = Llama(weights.config)
+    model = empty_model(weights.config)
     state = {}
     for name in weights.entries:
         progress(name)
