@@ -12,7 +12,7 @@ Shapes: B rows, n active rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -108,7 +108,7 @@ def generate(
     """
     for i, prompt in enumerate(prompts):
         _check_room(f"prompt {i}", len(prompt), model.config.max_context)
-    model = merged_copy(model)
+    model = _merged(model)
     stops = tokenizer.stop_ids if stop_ids is None else stop_ids
     sampler = Sampler(sampling, range(len(prompts)))
     answers: list[Completion | None] = [None] * len(prompts)
@@ -170,7 +170,7 @@ class Session:
 
     def __init__(self, model: Llama, context: int = 0) -> None:
         """context: tokens of capacity; 0 means the model's own context, at most 8192."""
-        self.model = merged_copy(model)
+        self.model = _merged(model)
         self.context = min(context or 8192, model.config.max_context)
         self.ids: list[int] = []  # what the cache holds
         self.reused = 0  # tokens of the last prompt that were in the cache already
@@ -181,7 +181,7 @@ class Session:
     @torch.inference_mode()
     def tokens(
         self, ids: Sequence[int], sampler: Sampler, max_new_tokens: int, stop_ids: Collection[int]
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Yield the tokens that follow `ids`; a stop token ends them and is yielded too.
 
         May be left at any point, or interrupted: the cache then holds what `self.ids` says.
@@ -233,6 +233,12 @@ def stream(
             yield piece
     if rest := text.flush():
         yield rest
+
+
+def _merged(model: Llama) -> Llama:
+    merged = merged_copy(model)
+    assert isinstance(merged, Llama)
+    return merged
 
 
 def _check_room(what: str, length: int, context: int) -> None:

@@ -141,6 +141,7 @@ class NativeStep:
             bf16_cache=cache.k.dtype == torch.bfloat16,
         )  # fmt: skip
 
+    @torch.inference_mode()
     def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
         positions = self.cache.lengths[rows]
         if int(positions.max()) >= self.cache.capacity:
