@@ -1,0 +1,174 @@
+"""Batched generation and sessions: against transformers' generate, and against themselves done the slow way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig as ReferenceConfig
+from transformers import LlamaForCausalLM
+
+from arriero.checkpoint.load import load_model
+from arriero.errors import ConfigError
+from arriero.infer import generate as module
+from arriero.infer.generate import Session, generate, new_cache, prefill, stream, torch_step
+from arriero.infer.sample import Sampler, SamplingConfig
+from arriero.model.config import LoraConfig
+from arriero.model.lora import LoraLinear, add_lora, merged_copy
+from arriero.tokenizer.chat import encode_chat
+
+GREEDY = SamplingConfig()
+
+
+@pytest.fixture(params=["native", "torch"])
+def either_step(request, monkeypatch, native):
+    """The same behaviour is asked of the C++ step and of its twin."""
+    if request.param == "torch":
+        monkeypatch.setattr(module, "native_step", lambda model, cache: None)
+
+
+def transformers_greedy(model, prompts, n, stops=()):
+    config = ReferenceConfig(**model.config.to_hf("float32"))
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    reference = LlamaForCausalLM(config).eval()
+    reference.load_state_dict(model.state_dict())
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False,
+            eos_token_id=list(stops) or None, pad_token_id=0,
+        )  # fmt: skip
+        answers.append([i for i in out[0, len(prompt) :].tolist() if i not in stops])
+    return answers
+
+
+def new_ids(completions):
+    return [completion.ids for completion in completions]
+
+
+def test_greedy_ragged_batches_are_transformers_greedy(either_step, model, tokenizer, ids):
+    expected = transformers_greedy(model, ids, 23)
+    assert new_ids(generate(model, tokenizer, ids, GREEDY, 23, stop_ids=(), batch=3)) == expected
+    assert [new_ids(generate(model, tokenizer, [p], GREEDY, 23, stop_ids=()))[0] for p in ids] == expected
+
+
+def test_stop_tokens_end_a_row_and_are_left_out(either_step, gqa, tokenizer, ids):
+    free = generate(gqa, tokenizer, ids, GREEDY, 17, stop_ids=())
+    stop = free[1].ids[6]
+    done = []
+    stopped = generate(gqa, tokenizer, ids, GREEDY, 17, stop_ids={stop}, on_done=lambda: done.append(1))
+    for whole, cut in zip(free, stopped, strict=True):
+        assert cut.stopped == (stop in whole.ids)
+        assert cut.ids == (whole.ids[: whole.ids.index(stop)] if cut.stopped else whole.ids)
+    assert stopped[1].stopped
+    assert len(done) == len(ids)
+    assert new_ids(stopped) == transformers_greedy(gqa, ids, 17, [stop])
+
+
+def test_an_answer_ends_where_the_context_does(either_step, gqa, tokenizer):
+    room = gqa.config.max_context - 200
+    (answer,) = generate(gqa, tokenizer, [[5] * 200], GREEDY, 100, stop_ids=())
+    assert (len(answer.ids), answer.stopped) == (room, False)
+
+
+@pytest.mark.parametrize(("length", "message"), [(0, "prompt 1 is empty"), (211, "prompt 1 has 211 tokens, .* of 211")])
+def test_prompts_without_room_are_refused(gqa, tokenizer, length, message):
+    with pytest.raises(ConfigError, match=message):
+        generate(gqa, tokenizer, [[3], [5] * length])
+
+
+def test_prefill_in_chunks_is_prefill_at_once(gqa, ids, monkeypatch):
+    whole, chunked = (new_cache(gqa, len(ids), 29) for _ in range(2))
+    expected = prefill(gqa, whole, ids)
+    monkeypatch.setattr(module, "CHUNK", 5)
+    torch.testing.assert_close(prefill(gqa, chunked, ids), expected, atol=1e-5, rtol=0)
+    assert chunked.lengths.tolist() == [len(prompt) for prompt in ids]
+    for row, prompt in enumerate(ids):
+        n = len(prompt)
+        torch.testing.assert_close(chunked.k[:, row, :, :n], whole.k[:, row, :, :n], atol=1e-5, rtol=0)
+
+
+def test_a_seed_gives_the_same_text_in_any_batch(native, gqa, tokenizer, ids):
+    warm = SamplingConfig(temperature=1.0, top_p=0.95, repetition_penalty=1.1, seed=11)
+    first = new_ids(generate(gqa, tokenizer, ids, warm, 13, stop_ids=(), batch=2))
+    assert new_ids(generate(gqa, tokenizer, ids, warm, 13, stop_ids=(), batch=16)) == first
+    other = SamplingConfig(temperature=1.0, top_p=0.95, repetition_penalty=1.1, seed=12)
+    assert new_ids(generate(gqa, tokenizer, ids, other, 13, stop_ids=())) != first
+
+
+def test_an_adapted_model_speaks_as_its_merged_copy_and_stays_adapted(native, gqa, tokenizer, ids):
+    before = new_ids(generate(gqa, tokenizer, ids, GREEDY, 13, stop_ids=()))
+    adapted = add_lora(gqa, LoraConfig(rank=3))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    after = new_ids(generate(adapted, tokenizer, ids, GREEDY, 13, stop_ids=()))
+    assert after == transformers_greedy(merged_copy(adapted), ids, 13)
+    assert after != before
+    assert any(isinstance(m, LoraLinear) for m in adapted.modules())
+
+
+def test_a_session_reuses_the_common_prefix_and_says_what_a_fresh_one_says(either_step, gqa):
+    session, sampler = Session(gqa), Sampler(GREEDY)
+    first = [7, 11, 13, 17, 19]
+    answer = list(session.tokens(first, sampler, 5, ()))
+    assert session.reused == 0
+    for second in ([*first, *answer, 23, 29], [*first, 31], first, [2, *first]):
+        fresh = list(Session(gqa).tokens(second, sampler, 7, ()))
+        assert list(session.tokens(second, sampler, 7, ())) == fresh
+    assert session.reused == 0  # the last one shares nothing
+    assert list(session.tokens([2, *first], sampler, 7, ())) == fresh
+    assert session.reused == 5  # all but the token whose logits are wanted
+
+
+def test_a_session_that_was_left_in_mid_answer_goes_on_right(either_step, gqa):
+    session, prompt = Session(gqa), [7, 11, 13]
+    tokens = session.tokens(prompt, Sampler(GREEDY), 20, ())
+    said = [next(tokens) for _ in range(4)]
+    tokens.close()
+    follow = [*prompt, *said, 5]
+    assert list(session.tokens(follow, Sampler(GREEDY), 7, ())) == list(
+        Session(gqa).tokens(follow, Sampler(GREEDY), 7, ())
+    )
+    assert session.reused == len(prompt) + 3  # the last token said was never read
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf):
+    return load_model(smollm2_gguf, dtype=torch.float32)
+
+
+def test_the_real_model_says_what_it_says_in_transformers(native, smollm2, tokenizer):
+    questions = ("Why is the sky blue?", "What is 7 times 8?")
+    prompts = [encode_chat(tokenizer, [{"role": "user", "content": q}]) for q in questions]
+    stops = sorted(tokenizer.stop_ids)
+    assert new_ids(generate(smollm2, tokenizer, prompts, GREEDY, 12)) == transformers_greedy(
+        smollm2, prompts, 12, stops
+    )
+
+
+def test_the_real_model_in_bf16_steps_nearer_to_fp32_than_torch_does(native, smollm2, tokenizer):
+    """Both against the fp32 forward of the bf16 values: torch rounds the residual stream to 8 bits 60 times."""
+    model, exact = (type(smollm2)(smollm2.config).requires_grad_(False) for _ in range(2))
+    model.to(torch.bfloat16).load_state_dict(smollm2.state_dict())
+    exact.load_state_dict(model.state_dict())
+    ids = encode_chat(tokenizer, [{"role": "user", "content": "Why is the sky blue?"}])
+    caches = [new_cache(m, 1, 64) for m in (model, model, exact)]
+    for m, cache in zip((model, model, exact), caches, strict=True):
+        prefill(m, cache, [ids])
+    steps = (module.native_step(model, caches[0]), torch_step(model, caches[1]), torch_step(exact, caches[2]))
+    token, row = torch.tensor([504]), torch.tensor([0])
+    for _ in range(3):
+        ours, theirs, right = (step(token, row).log_softmax(-1) for step in steps)
+        assert (ours - right).abs().max() < 0.5
+        assert (ours - right).abs().mean() < (theirs - right).abs().mean()
+        token = right.argmax(-1)
+
+
+def test_streamed_text_is_whole_characters_and_joins_to_the_decoded_text(native, smollm2, tokenizer):
+    prompt = tokenizer.encode("🦙🌵🦙🌵🦙🌵🦙🌵🦙🌵🦙🌵")
+    (whole,) = generate(smollm2, tokenizer, [prompt], GREEDY, 20)
+    pieces = list(stream(smollm2, tokenizer, prompt, GREEDY, 20))
+    assert "".join(pieces) == whole.text
+    assert any("🌵" in piece for piece in pieces)  # one character of several tokens
+    assert not any("\ufffd" in piece for piece in pieces[:-1])
