@@ -1,4 +1,4 @@
-"""Against one plain forward a token: nothing shared, nothing packed. Against transformers: test_smollm2.py."""
+"""Against a plain loop over whole logits: nothing packed, nothing chunked. Against transformers: test_smollm2.py."""
 
 import math
 
@@ -32,13 +32,14 @@ def toy() -> Llama:
 
 
 def reference_bits(model: Llama, ids: list[int], window: int, context: int) -> list[float]:
-    """One forward a token, on exactly the inputs that the definition gives it; whole logits, plain log-softmax."""
-    start, end, bits = 0, min(window, len(ids) - 1), []
-    for i in range(len(ids) - 1):
-        if i == end:
-            start, end = end - context + 1, end - context + 1 + window
-        logits = model(torch.tensor([ids[start : i + 1]]))[0, -1]
-        bits.append(-logits.double().log_softmax(-1)[ids[i + 1]].item() / math.log(2))
+    """The definition as a plain loop: a forward a window, whole logits, log-softmax in fp64."""
+    start = first = 0
+    bits: list[float] = []
+    while first < len(ids) - 1:
+        end = min(start + window, len(ids) - 1)
+        logprobs = model(torch.tensor([ids[start:end]]))[0].double().log_softmax(-1)
+        bits += [-logprobs[i - start, ids[i + 1]].item() / math.log(2) for i in range(first, end)]
+        first, start = end, end - context + 1
     return bits
 
 
@@ -46,7 +47,7 @@ TEXT = "An arriero leads llamas over the Andes; the llamas carry what he has, an
 
 
 @pytest.mark.parametrize(("window", "context"), [(61, 1), (61, 60), (17, 5), (400, 400)])
-def test_long_text_equals_one_plain_forward_a_token(toy, window, context):
+def test_long_text_equals_a_plain_loop_over_windows(toy, window, context):
     found = perplexity(toy, Letters(), TEXT, window=window, context=context)
     window = min(window, 61)
     bits = reference_bits(toy, [1, *Letters().encode(TEXT)], window, min(context, window - 1))
