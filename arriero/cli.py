@@ -28,7 +28,6 @@ from arriero.train.config import SftConfig
 NumberType = Literal["f32", "f16", "bf16"]
 StoredType = Literal["f32", "f16", "bf16", "q8_0"]
 REQUIRED = ("model", "data", "train")
-FROM_FILE = ("run", "validate")
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 MISUSED = 2
 
@@ -103,6 +102,21 @@ def validate(recipe: str, config: Any) -> None:
     console = Console(stderr=True)
     open_run(Path(config.out), config)
     print(build(config, console).summary())
+
+
+def plan(config: SftConfig) -> None:
+    """Say what a run would cost: parameters, memory by part, tokens and time, from a short probe where data is given.
+
+    Example:
+        arriero plan llama3.1-8b --rank 8 --seq-len 4096 --checkpoint-activations
+        arriero plan smollm2-135m --data train.jsonl
+        arriero plan mine.toml
+    """
+    from rich.console import Console
+
+    from arriero.train.plan import plan as estimate
+
+    Console().print(estimate(config).table())
 
 
 def sft(config: SftConfig) -> None:
@@ -261,6 +275,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sft": sft,
     "run": run,
     "validate": validate,
+    "plan": plan,
     "chat": chat,
     "generate": generate,
     "eval": evaluate,
@@ -315,6 +330,9 @@ def _call(name: str, args: list[str]) -> None:
     parameters = inspect.signature(command).parameters
     if "config" not in parameters:
         _tyro(command, command, name, args)()
+    elif name == "plan" and args and args[0].endswith(".toml"):
+        _, config = configs.load_recipe(presets.RECIPES, args[0])
+        command(_tyro(command, type(config), f"{name} {args[0]}", args[1:], default=config))
     elif "recipe" not in parameters:
         command(_tyro(command, get_type_hints(command)["config"], name, args))
     elif not args or args[0].startswith("-"):
@@ -333,10 +351,12 @@ def _tyro(command: Callable[..., Any], target: Any, name: str, args: list[str], 
 
     if inspect.isfunction(target):
         target = _binder(command)
-    elif default is None:
+    from_file = default is not None
+    if default is None and inspect.isclass(target):
         default = target()
     registry = tyro.constructors.ConstructorRegistry()
-    registry.struct_rule(functools.partial(_config_fields, from_file=name.startswith(FROM_FILE)))
+    required = ("model",) if name == "plan" else REQUIRED  # arithmetic needs no data
+    registry.struct_rule(functools.partial(_config_fields, from_file=from_file, required=required))
     return tyro.cli(
         target,
         prog=f"arriero {name}",
@@ -372,10 +392,10 @@ def _binder(command: Callable[..., Any]) -> Callable[..., Callable[[], None]]:
     return bind
 
 
-def _config_fields(info: Any, from_file: bool) -> Any:
+def _config_fields(info: Any, from_file: bool, required: Sequence[str]) -> Any:
     """How tyro shows a configuration: its documentation as help, MODEL by position, the training data as --data.
 
-    Names left empty ("") by default have to be given; a file has given them already.
+    What is `required` has to be given where its default is empty (""); a file may have given it already.
     """
     import tyro
     from tyro.constructors import StructConstructorSpec, StructFieldSpec
@@ -390,8 +410,8 @@ def _config_fields(info: Any, from_file: bool) -> Any:
             kind = Annotated[kind, tyro.conf.arg(name="data", aliases=["--train"] if name == "train" else [])]
         elif name in ("model", "prompt") and not from_file:
             kind = Annotated[kind, tyro.conf.Positional]
-        required = name in REQUIRED and value == ""
-        fields.append(StructFieldSpec(name, kind, tyro.MISSING if required else value, docs.get(name)))
+        missing = name in required and value == ""
+        fields.append(StructFieldSpec(name, kind, tyro.MISSING if missing else value, docs.get(name)))
     return StructConstructorSpec(info.type, tuple(fields))
 
 

@@ -24,7 +24,10 @@ def sft_docstrings_demo() -> SftConfig:
     return SftConfig(
         model="smollm2-135m",
         out="demo/run",
+        samples=4,
         data=DataConfig(train="demo/data/train.jsonl", validation="demo/data/validation.jsonl", seq_len=1024),
+        optim=OptimConfig(lr=1e-3),
+        loop=LoopConfig(steps=60, batch_rows=2, validate_every=60, save_every=20),
     )
 
 

@@ -86,7 +86,7 @@ def test_the_examples_of_every_command_parse(name: str, monkeypatch: pytest.Monk
     record.__wrapped__ = original  # type: ignore[attr-defined]
     monkeypatch.setitem(cli.COMMANDS, name, record)
     for example in examples:
-        assert cli.main(shlex.split(example)[1:]) == 0, example
+        assert cli.main(shlex.split(example.partition(" < ")[0])[1:]) == 0, example
     assert len(calls) == len(examples)
 
 
@@ -111,6 +111,13 @@ def test_cp_writes_every_preset_as_a_file_that_run_reads_back(
     assert cli.main(["cp", "full-8b", str(tmp_path / "lora-8b.toml"), "--force"]) == 0
     assert load_recipe(presets.RECIPES, tmp_path / "lora-8b.toml") == presets.get("full-8b")
     assert "does not exist; make it first" in refused(capsys, "cp", "lora-8b", str(tmp_path / "no" / "a.toml"))
+
+
+def test_plan_needs_no_weights_for_a_published_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "llama3.1-8b", "--rank", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "8,030,261,248" in said
+    assert "20,971,520" in said  # 8 x 32 layers x the widths of seven linears, 81,920
 
 
 def test_run_takes_the_file_and_lets_flags_change_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +152,23 @@ def test_run_takes_the_file_and_lets_flags_change_it(tmp_path: Path, monkeypatch
         ("run ok.toml --lr fast", "fast"),
         ("run ok.toml --lr 0", "lr is 0.0; it must be above 0"),
         ("run empty.toml", 'the key "recipe" is missing; begin the file with: recipe = "sft"'),
+        ("plan", "Missing from arriero plan: MODEL"),
+        ("plan nix.toml", "nix.toml: no such file"),
+        ("plan bad.toml", "bad.toml, line 4: unknown key 'optim.lrr'; did you mean 'lr'"),
+        ("plan llama3.1-8b --rnk 8", "Perhaps you meant: --rank INT"),
+        ("validate", "validate: the first argument must be a file, such as one written by `arriero cp`"),
+        ("validate ok.toml --model smolm2-135m", "no model 'smolm2-135m'"),
+        ("chat", "Missing from arriero chat: MODEL"),
+        ("chat smolm2-135m", "did you mean 'smollm2-135m'?"),
+        ("chat smollm2-135m --top-p 2", "top_p is 2.0; it is a probability, in (0, 1]"),
+        ("generate smolm2-135m hi", "did you mean 'smollm2-135m'?"),
+        ("generate smollm2-135m hi --adaptr x", "Perhaps you meant: --adapter STR"),
+        ("data inspect ok.txt", "Missing from arriero data inspect: --model STR"),
+        ("data inspect nix.jsonl --model smollm2-135m", "nix.jsonl: no such file or directory"),
+        ("data inspect ok.txt --model smolm2-135m", "did you mean 'smollm2-135m'?"),
         ("sft", "Missing from arriero sft: MODEL"),
+        ("sft smolm2-135m --data ok.txt", "did you mean 'smollm2-135m'?"),
+        ("sft smollm2-135m --data nix.jsonl", "nix.jsonl: no such file or directory"),
         ("sft smollm2-135m", "--data STR"),
         ("sft smollm2-135m --data x --methd lora", "Perhaps you meant: --method {lora,full}"),
         ("sft smollm2-135m --data x --method lara", "Expected one of ('lora', 'full')"),
