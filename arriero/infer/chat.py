@@ -164,14 +164,14 @@ class Chat:
     def _prompt(self) -> list[int]:
         """The conversation's ids, its oldest turns dropped until an answer fits behind them."""
         room = self.session.context - min(self.config.max_new_tokens, self.session.context // 2)
-        dropped = 0
-        while len(ids := encode_chat(self.tokenizer, self.messages)) > room:
-            if len(self.turns) < 3:
+        kept = self.turns
+        while len(ids := encode_chat(self.tokenizer, _opening(self.system) + kept)) > room:
+            if len(kept) < 3:
                 raise DataError(f"the message makes {len(ids):,} tokens, and {room:,} fit; shorten it")
-            del self.turns[:2]
-            dropped += 1
-        if dropped:
-            self.screen.note(f"(the oldest {dropped} of the turns no longer fit and were dropped)")
+            kept = kept[2:]
+        if len(kept) < len(self.turns):
+            self.screen.note(f"(dropped {len(self.turns) - len(kept)} old messages that no longer fit the context)")
+            self.turns = kept
         return ids
 
     def _answer(self, ids: list[int]) -> str:

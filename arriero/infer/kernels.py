@@ -1,7 +1,8 @@
 """The decode step in C++: compiled on first use, cached, and only ever a faster twin of the torch one.
 
-Decoding one sequence reads every weight once a token, so memory bandwidth is the limit: SmolLM2-135M holds 269 MB
-in bf16. See docs/log.md for what torch reaches of that and what this reaches.
+Decoding one sequence reads every weight once a token, so memory bandwidth is the limit: 269 MB for SmolLM2-135M in
+bf16, at 25 GB/s 93 tokens/s. On that machine (two Zen 4 cores, bench/decode.py) torch's own kernels reach 20
+tokens/s step by step and 24 in transformers' compiled static-cache decode; this step reaches 89, at 24 GB/s.
 
 The step works on the model's own tensors: no copy, so nothing to go stale. Its pointers are taken by the
 constructor, which is cheap (under a millisecond): make one for each generation, after any training step or
