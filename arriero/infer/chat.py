@@ -31,6 +31,7 @@ from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_chat
 
 BLOCK = '"""'
+CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -38,7 +39,7 @@ def run_generate(config: GenerateConfig) -> None:
     """Answer one prompt on standard output, as it is made."""
     prompt = config.prompt or sys.stdin.read()
     if not prompt.strip():
-        raise ConfigError('the prompt is empty; give --prompt "...", or pipe text to standard input')
+        raise ConfigError('the prompt is empty; give it after the model's name, or pipe text to standard input')
     model, tokenizer = load(config.model, dtype=DTYPES[config.precision], adapter=config.adapter or None)
     if config.raw:
         ids = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
@@ -78,8 +79,8 @@ class Screen:
         self.notes.print(Text(text, style), soft_wrap=True)
 
     def answer(self, piece: str) -> None:
-        """Part of an answer, as it comes; written as it is, whatever characters it holds."""
-        self.out.file.write(piece)
+        """Part of an answer, as it comes; a terminal gets no control characters, which could rewrite its screen."""
+        self.out.file.write(piece.translate(CONTROLS) if self.out.is_terminal else piece)
         self.out.file.flush()
 
     def messages(self) -> Iterator[str]:

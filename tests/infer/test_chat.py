@@ -14,6 +14,7 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
 from arriero.checkpoint.load import load_model
 from arriero.errors import ConfigError, DataError
@@ -164,6 +165,13 @@ def test_old_turns_are_dropped_when_the_context_is_full(smollm2, tokenizer, nati
     with pytest.raises(DataError, match=r"the message makes [\d,]+ tokens, and 120 fit; shorten it"):
         small.take("word " * 200)
     assert small.turns[-1]["role"] == "assistant"
+
+
+def test_a_terminal_is_spared_control_characters_and_a_pipe_gets_all(capsys):
+    screen = Screen()
+    for screen.out in (Console(file=sys.stdout, force_terminal=True), Console(file=sys.stdout)):
+        screen.answer("a\x1b[2J\tb\r\n")
+    assert capsys.readouterr().out == "a[2J\tb\n" + "a\x1b[2J\tb\r\n"
 
 
 def test_save_says_why_it_cannot_write(chat, tmp_path):
