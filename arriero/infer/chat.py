@@ -39,7 +39,7 @@ def run_generate(config: GenerateConfig) -> None:
     """Answer one prompt on standard output, as it is made."""
     prompt = config.prompt or sys.stdin.read()
     if not prompt.strip():
-        raise ConfigError('the prompt is empty; give it after the model's name, or pipe text to standard input')
+        raise ConfigError("the prompt is empty; give it after the model's name, or pipe text to standard input")
     model, tokenizer = load(config.model, dtype=DTYPES[config.precision], adapter=config.adapter or None)
     if config.raw:
         ids = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
