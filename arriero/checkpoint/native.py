@@ -22,7 +22,6 @@ import hashlib
 import json
 import logging
 import os
-import random
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -30,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -160,32 +158,6 @@ def steps(run_dir: Path) -> list[int]:
     """Return the steps that have a checkpoint, damaged or not, in ascending order."""
     names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in (run_dir / "checkpoints").glob("step-*"))
     return sorted(int(name[1]) for name in names if name)
-
-
-# -- random number generators ------------------------------------------------------------------------------------
-
-
-def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state of torch's (CPU and CUDA), numpy's and Python's global generators, as tensors and as JSON."""
-    numpy_state = np.random.get_state(legacy=False)
-    assert isinstance(numpy_state, dict)
-    tensors = {"cpu": torch.get_rng_state(), "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))}
-    tensors |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    rest = {name: numpy_state[name] for name in ("bit_generator", "has_gauss", "gauss")}
-    return tensors, {"numpy": rest | {"pos": numpy_state["state"]["pos"]}, "python": random.getstate()}
-
-
-def restore_rng(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Put the generators where `rng_state` found them. GPUs that this machine lacks are passed over."""
-    torch.set_rng_state(tensors["cpu"])
-    for index in range(torch.cuda.device_count()):
-        if f"cuda.{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
-    rest = dict(state["numpy"])
-    position = {"key": tensors["numpy"].numpy().astype(np.uint32), "pos": rest.pop("pos")}
-    np.random.set_state({**rest, "state": position})
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
 
 
 # -- one file ----------------------------------------------------------------------------------------------------

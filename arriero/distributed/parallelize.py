@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from arriero.model.llama import Llama
@@ -24,3 +26,9 @@ def prepare(model: Llama, *, checkpoint_activations: bool = False, compile: bool
         if compile:
             block.compile()
     return model
+
+
+def any_number_of_documents(cu_seqlens: Tensor) -> Tensor:
+    """Tell the compiler that the next batch may hold more or fewer documents; the tensor itself is as it was."""
+    torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+    return cu_seqlens

@@ -8,6 +8,7 @@ is exact without saving any generator's state. A step whose loss or gradient is 
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -27,6 +28,8 @@ from arriero.optim.groups import decay_groups, trained_parameters
 from arriero.optim.schedule import lr_factor
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.metrics import LiveLine, MetricsLog, memory_bytes
+
+log = logging.getLogger(__name__)
 
 Objective = Callable[[nn.Module, Batch], Tensor]  # the loss of a batch, SUMMED over its trained tokens
 BatchSource = Callable[[int], Sequence[Batch]]  # optimizer step -> the micro-batches of its global batch
@@ -135,22 +138,22 @@ class Trainer:
 
     # -- the run -------------------------------------------------------------------------------------------------
 
-    def run(self, log: MetricsLog) -> Outcome:
+    def run(self, record: MetricsLog) -> Outcome:
         """Train to the last step, or until SIGTERM or Ctrl-C: then finish the step, save, and return."""
         tenth = max(1, math.ceil(self.total_steps / 10))
         validate_every, save_every = self.loop.validate_every or tenth, self.loop.save_every or tenth
         p = self.progress
         saved_at = p.step
         if p.step == 0:
-            self._validate(log)
+            self._validate(record)
         with _signals() as stop, LiveLine(self.total_steps, start=p.step) as line:
             while p.step < self.total_steps and not stop:
                 metrics = self.step()
                 line.update(metrics)
                 if p.step % self.loop.log_every == 0 or p.step == self.total_steps:
-                    log.step(metrics)
+                    record.step(metrics)
                 last = p.step == self.total_steps
-                improved = (last or p.step % validate_every == 0) and self._validate(log)
+                improved = (last or p.step % validate_every == 0) and self._validate(record)
                 if last or improved or p.step % save_every == 0:
                     self.save()
                     saved_at = p.step
@@ -158,7 +161,7 @@ class Trainer:
                 self.save()
         return Outcome(p, stop[0] if stop else None)
 
-    def _validate(self, log: MetricsLog) -> bool:
+    def _validate(self, record: MetricsLog) -> bool:
         """Measure the validation loss; whether it is the lowest so far."""
         if self.validate is None:
             return False
@@ -168,7 +171,7 @@ class Trainer:
             loss = self.validate()
         self.model.train()
         p.validation[p.step] = loss
-        log.event("validation", step=p.step, loss=loss)
+        record.event("validation", step=p.step, loss=loss)
         if p.best_loss is not None and loss >= p.best_loss:
             return False
         p.best_loss, p.best_step = loss, p.step
@@ -205,10 +208,15 @@ class Trainer:
     def load_best(self) -> None:
         """Put the weights of the best validation loss into the model, if they are not there already."""
         best = self.progress.best_step
-        if best is not None and best not in (0, self.progress.step):
+        if best is None or best in (0, self.progress.step):  # 0: training never helped, and there is nothing to take
+            return
+        try:
             saved = native.at_step(self.run_dir, best)
-            if saved is not None:
-                self._load_weights(saved)
+        except CheckpointError as error:
+            log.warning("%s; keeping the last step's weights instead", error)
+            return
+        if saved is not None:
+            self._load_weights(saved)
 
     @torch.no_grad()
     def _load_weights(self, saved: native.Saved) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -12,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -278,33 +276,3 @@ def test_after_any_number_of_kills_there_is_a_whole_newest_checkpoint(tmp_path: 
     command = [sys.executable, "-c", code, str(tmp_path)]
     ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
-
-
-# -- generators --------------------------------------------------------------------------------------------------
-
-
-def test_generators_go_on_from_where_they_were_saved(tmp_path: Path) -> None:
-    def draw() -> list[float]:
-        normal = np.random.standard_normal(3).tolist()  # an odd number: numpy keeps the fourth for later
-        return [torch.rand(()).item(), *normal, random.gauss(0, 1), random.random()]
-
-    torch.manual_seed(3)
-    np.random.seed(5)
-    random.seed(7)
-    draw()
-    tensors, state = native.rng_state()
-    native.save(tmp_path, 1, {"rng": tensors}, {"rng": state})
-    expected = [draw(), draw()]
-    saved = found(tmp_path)
-    native.restore_rng(saved.tensors("rng"), saved.state["rng"])
-    assert [draw(), draw()] == expected
-
-
-def test_the_manifest_holds_what_sha256sum_prints(tmp_path: Path) -> None:
-    path = save(tmp_path, 3)
-    files = json.loads((path / "manifest.json").read_text())["files"]
-    lines = "".join(f"{entry['sha256']}  {name}\n" for name, entry in files.items())
-    subprocess.run(
-        ["sha256sum", "--check", "--strict"], input=lines, text=True, cwd=path, check=True, capture_output=True
-    )
-    assert set(files) == {"weights.safetensors", "optimizer.safetensors", "state.json"}

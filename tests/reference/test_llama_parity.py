@@ -12,13 +12,13 @@ from arriero.model.llama import Llama
 
 # Each family's shape (ratios of heads, tying, RoPE) with sizes that are distinct primes times what the shape needs.
 TOY = {
-    "llama1-7b": dict(dim=44, n_heads=11, n_kv_heads=11),
-    "llama2-7b": dict(dim=52, n_heads=13, n_kv_heads=13),
-    "llama2-70b": dict(dim=112, n_heads=14, n_kv_heads=2),
-    "llama3-8b": dict(dim=96, n_heads=12, n_kv_heads=3),
-    "llama3.1-8b": dict(dim=256, n_heads=8, n_kv_heads=2),
-    "llama3.2-1b": dict(dim=256, n_heads=8, n_kv_heads=2),
-    "smollm2-135m": dict(dim=72, n_heads=9, n_kv_heads=3),
+    "llama1-7b": {"dim": 44, "n_heads": 11, "n_kv_heads": 11},
+    "llama2-7b": {"dim": 52, "n_heads": 13, "n_kv_heads": 13},
+    "llama2-70b": {"dim": 112, "n_heads": 14, "n_kv_heads": 2},
+    "llama3-8b": {"dim": 96, "n_heads": 12, "n_kv_heads": 3},
+    "llama3.1-8b": {"dim": 256, "n_heads": 8, "n_kv_heads": 2},
+    "llama3.2-1b": {"dim": 256, "n_heads": 8, "n_kv_heads": 2},
+    "smollm2-135m": {"dim": 72, "n_heads": 9, "n_kv_heads": 3},
 }
 
 
