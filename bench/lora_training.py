@@ -3,9 +3,9 @@
     python bench/lora_training.py                    # throughput in turn, peak memory of each alone; a JSON line
     python bench/lora_training.py --final-loss 30    # also trains both for 30 steps on the same examples
 
-Both train rank 16 on all linears of SmolLM2-135M with AdamW at the same rate, on the same examples, EXAMPLES of them (on
-average, for packed rows) in an optimizer step, with loss on the answers only. PEFT runs in fp32, and at its best here:
-pure bf16, batches of examples of like length. Arriero runs as `arriero sft` does: bf16, packed rows, compiled.
+Both train rank 16 on all linears of SmolLM2-135M with AdamW at the same rate, on the same examples, EXAMPLES of them
+(on average, for packed rows) in an optimizer step, with loss on the answers only. PEFT runs in fp32, and at its best
+here: pure bf16, batches of examples of like length. Arriero runs as `arriero sft` does: bf16, packed rows, compiled.
 """
 
 from __future__ import annotations

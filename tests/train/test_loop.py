@@ -99,7 +99,7 @@ if saved is not None:
 print("ready", flush=True)
 with MetricsLog(run_dir, after=trainer.progress.step) as log:
     outcome = trainer.run(log)
-print("ended", outcome.progress.step, outcome.interrupted, flush=True)
+print("ended", outcome.progress.step, outcome.interrupted and outcome.interrupted.name, flush=True)
 """
 
 
