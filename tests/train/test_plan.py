@@ -1,0 +1,66 @@
+"""Plans: arithmetic that paper can check, and a probe beside the run it foretells."""
+
+import subprocess
+import sys
+
+import pytest
+
+from arriero import config as configs
+from arriero.errors import ConfigError, UserError
+from arriero.model.config import PUBLISHED, LoraConfig
+from arriero.train.config import DataConfig, LoopConfig, SftConfig
+from arriero.train.plan import plan
+
+
+def test_full_fine_tuning_of_8b_needs_sixteen_bytes_a_parameter():
+    found = plan(SftConfig(model="llama3-8b", method="full"))
+    n = PUBLISHED["llama3-8b"].n_params
+    assert found.parameters == found.trained == n
+    parts = found.memory
+    assert parts["weights"] == 4 * n and parts["gradients, fp32"] == 4 * n and parts["AdamW's moments, fp32"] == 8 * n
+
+
+def test_lora_counts_what_the_adapter_adds():
+    found = plan(SftConfig(model="llama3-8b", lora=LoraConfig(rank=8, targets=("q_proj", "v_proj"))))
+    # per layer: q 4096 -> 4096 and v 4096 -> 1024, rank 8 on both sides
+    assert found.trained == 32 * 8 * (4096 + 4096 + 4096 + 1024)
+    assert found.memory["weights"] == 2 * PUBLISHED["llama3-8b"].n_params
+
+
+def test_recomputation_keeps_less():
+    plain, recomputed = (
+        plan(SftConfig(model="llama3-8b", loop=LoopConfig(checkpoint_activations=on))) for on in (False, True)
+    )
+    name = "activations (estimate)"
+    assert recomputed.memory[name] < plain.memory[name] / 8
+
+
+def test_a_model_without_data_is_told_what_is_missing(toy_model):
+    with pytest.raises(ConfigError, match="needs data to probe with: add --data FILE"):
+        plan(SftConfig(model=str(toy_model)))
+
+
+def test_the_probe_raises_what_the_run_would(toy_model, tmp_path):
+    with pytest.raises(UserError, match="no such file or directory"):
+        plan(SftConfig(model=str(toy_model), data=DataConfig(train=str(tmp_path / "none.jsonl"))))
+
+
+def test_the_probe_foretells_the_runs_peak_memory(toy_model, rows, tmp_path):
+    config = SftConfig(
+        model=str(toy_model),
+        samples=0,
+        out=str(tmp_path / "run"),
+        data=DataConfig(train=str(rows), seq_len=128),
+        loop=LoopConfig(steps=4, batch_rows=2, precision="fp32"),
+    )
+    found = plan(config)
+    assert found.steps == 4 and found.tokens == 4 * 2 * 128
+    file = tmp_path / "config.toml"
+    file.write_text(configs.to_toml(config, "sft"))
+    run = (
+        "import sys; from arriero import config as c; from arriero.train.config import SftConfig;"
+        "from arriero.train.sft import main; main(c.load_recipe({'sft': SftConfig}, sys.argv[1])[1]);"
+        "from arriero.train.metrics import memory_bytes; print(memory_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", run, str(file)], capture_output=True, text=True, check=True)
+    assert found.peak == pytest.approx(int(done.stdout), rel=0.15)

@@ -1,0 +1,113 @@
+"""The recipe from settings to files, on a toy model with the real tokenizer."""
+
+import json
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from arriero.checkpoint.load import load
+from arriero.errors import ConfigError
+from arriero.model.config import LoraConfig
+from arriero.train.config import DataConfig, LoopConfig, OptimConfig, SftConfig
+from arriero.train.metrics import read_records
+from arriero.train.sft import compiles, main
+
+TOKENS = torch.arange(7, 48).view(1, -1)
+
+
+def settings(model: Path, rows: Path, out: Path, **changes) -> SftConfig:
+    config = SftConfig(
+        model=str(model),
+        out=str(out),
+        samples=2,
+        data=DataConfig(train=str(rows), validation="0.1", seq_len=128),
+        lora=LoraConfig(rank=3),
+        optim=OptimConfig(lr=1e-2),
+        loop=LoopConfig(steps=6, batch_rows=4, micro_rows=2, precision="fp32"),
+    )
+    return replace(config, **changes)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_run_leaves_a_complete_record_and_an_adapter_that_peft_opens(toy_model, rows, tmp_path):
+    out = tmp_path / "run"
+    outcome = main(settings(toy_model, rows, out))
+    assert outcome.progress.step == 6 and outcome.interrupted is None
+    files = {path.name for path in out.iterdir()}
+    assert files >= {"config.toml", "data.json", "environment.json", "metrics.jsonl", "samples.jsonl", "checkpoints"}
+    assert files >= {"loss.png", "report.html", "adapter"}
+    steps = [record for record in read_records(out / "metrics.jsonl") if "event" not in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 and samples[0].keys() == {"prompt", "reference", "before", "after"}
+    assert json.loads((out / "data.json").read_text())["trained_tokens"] > 0
+
+    ours, _ = load(toy_model, adapter=out / "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(toy_model)
+    theirs = peft.PeftModel.from_pretrained(base, out / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(TOKENS), theirs(TOKENS).logits, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(ours(TOKENS), load(toy_model)[0](TOKENS), atol=1e-3)
+
+
+def test_full_fine_tuning_leaves_a_model_that_transformers_opens(toy_model, rows, tmp_path):
+    out = tmp_path / "run"
+    main(settings(toy_model, rows, out, method="full"))
+    ours = load(out / "model")[0]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(ours(TOKENS), load(toy_model)[0](TOKENS), atol=1e-3)
+
+
+def test_the_same_settings_give_the_same_adapter(toy_model, rows, tmp_path):
+    adapters = []
+    for name in ("one", "two"):
+        main(settings(toy_model, rows, tmp_path / name, samples=0, lora=LoraConfig(rank=3, dropout=0.1)))
+        adapters.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+
+
+def test_a_finished_run_is_not_overwritten(toy_model, rows, tmp_path):
+    config = settings(toy_model, rows, tmp_path / "run", samples=0)
+    main(config)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="holds a run already; add --resume to go on with it"):
+        main(config)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_with_other_settings_is_refused_by_name(toy_model, rows, tmp_path):
+    config = settings(toy_model, rows, tmp_path / "run", samples=0)
+    main(config)
+    other = replace(config, resume=True, optim=OptimConfig(lr=3e-3))
+    with pytest.raises(ConfigError, match=r"started with other settings \(optim.lr\)"):
+        main(other)
+
+
+def test_resuming_where_nothing_ran_is_refused(toy_model, rows, tmp_path):
+    with pytest.raises(ConfigError, match="holds no run to resume"):
+        main(settings(toy_model, rows, tmp_path / "empty", resume=True))
+
+
+def test_config_toml_runs_the_same_again(toy_model, rows, tmp_path):
+    from arriero import config as configs
+
+    config = settings(toy_model, rows, tmp_path / "run", samples=0)
+    main(config)
+    file = tmp_path / "run" / "config.toml"
+    assert configs.load_recipe({"sft": SftConfig}, file) == ("sft", config)
+    assert tomllib.loads(file.read_text())["recipe"] == "sft"
+
+
+def test_compiling_is_chosen_by_the_length_of_the_run():
+    assert not compiles(LoopConfig(), 1000)
+    assert not compiles(LoopConfig(compile="off"), 10**9)
+    assert compiles(LoopConfig(compile="on"), 1000)
