@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from arriero.checkpoint.load import load
+from arriero.checkpoint.source import resolve
 from arriero.data.formats import Conversation, Record, parse_record, read_records, source_files
 from arriero.errors import ConfigError, DataError
 from arriero.eval.config import EvalConfig
@@ -43,7 +44,10 @@ def run_eval(config: EvalConfig, console: Console | None = None) -> Results:
         if not getattr(config, name):
             raise ConfigError(f"eval: no {name} given; run: arriero eval MODEL --data FILE")
     console = console or Console()
-    measure = _measurement(config)  # reads the data, so that a bad file is refused before any model is loaded
+    measure = _measurement(config)  # reads the data: a bad file is refused before any model is loaded,
+    for name in (config.compare_with, config.model, config.adapter):
+        if name:
+            resolve(name)  # and a missing model before the other one has been measured
     before = None
     if config.compare_with:
         before = _measured(config, measure, config.compare_with, "")
@@ -62,7 +66,8 @@ def run_eval(config: EvalConfig, console: Console | None = None) -> Results:
 
 
 def _measured(config: EvalConfig, measure: Measurement, name: str, adapter: str) -> Results:
-    model, tokenizer = load(name, dtype=DTYPES[config.precision], adapter=adapter or None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load(name, dtype=DTYPES[config.precision], device=device, adapter=adapter or None)
     merge_lora(model)
     return measure(model, tokenizer, f"{name} + {adapter}" if adapter else name)
 

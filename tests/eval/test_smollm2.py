@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from arriero.data.formats import Conversation
-from arriero.errors import ConfigError, DataError
+from arriero.errors import CheckpointError, ConfigError, DataError
 from arriero.eval.config import EvalConfig
 from arriero.eval.generative import answers
 from arriero.eval.perplexity import perplexity
@@ -143,6 +143,15 @@ def test_data_that_cannot_be_used_is_refused_before_a_model_is_loaded(tmp_path, 
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         run_eval(EvalConfig(model="no-such-model", data=str(tmp_path / name)))
+
+
+def test_a_missing_adapter_is_refused_before_anything_is_measured(smollm2_gguf, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(TEXT)
+    monkeypatch.setattr("arriero.eval.run.load", lambda *args, **kwargs: pytest.fail("loaded a model first"))
+    model = str(smollm2_gguf)
+    config = EvalConfig(model=model, compare_with=model, adapter="nowhere/adapter", data=str(tmp_path / "a.txt"))
+    with pytest.raises(CheckpointError, match="nowhere/adapter"):
+        run_eval(config)
 
 
 def test_a_missing_name_and_bad_settings_are_refused():
