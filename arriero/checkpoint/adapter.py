@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from arriero.checkpoint.files import read_json, replaced_directory, write_json
-from arriero.checkpoint.hf import read_tensor, safetensors_entries, write_safetensors
+from arriero.checkpoint.hf import safetensors_entries, tensor_reader, write_safetensors
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.weights import Entry
 from arriero.errors import CheckpointError
@@ -68,7 +68,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoraConfig:
     linears = _adapted_linears(file, entries, model)
     lora = _from_peft(config, linears)
     add_lora(model, lora)
-    wrapped = lora_state(model)
+    wrapped, read = lora_state(model), tensor_reader(file)
     with torch.no_grad():
         for name, parameter in wrapped.items():
             shape = entries[PREFIX + name].shape
@@ -77,7 +77,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoraConfig:
                     f"{file}: {name} is {list(shape)}, this model needs {list(parameter.shape)}; "
                     f"the adapter was trained on {config.get('base_model_name_or_path')!r}"
                 )
-            parameter.copy_(read_tensor(file, PREFIX + name))
+            parameter.copy_(read(PREFIX + name))
     return lora
 
 

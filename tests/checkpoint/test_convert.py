@@ -142,7 +142,7 @@ def test_a_load_holds_one_model_and_a_conversion_a_few_tensors(toys, tmp_path):
 
     source = str(tmp_path / "hf")
     assert peak("load", source, "bfloat16") < 1.2 * size
-    assert peak("load", source, "float32") < 2 * 1.2 * size
+    assert peak("load", source, "float32") < 2 * 1.4 * size  # both copies would be 3 * size
     assert peak("gguf", source, str(tmp_path / "m.gguf")) < 0.5 * size
     assert peak("hf", str(tmp_path / "m.gguf"), str(tmp_path / "back")) < 0.5 * size
     assert peak("load", str(tmp_path / "m.gguf"), "bfloat16") < 1.2 * size
