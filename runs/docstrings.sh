@@ -13,7 +13,7 @@ step "1. Data: functions of Python's standard library, and the first sentence of
 [ -f $out/data/stats.json ] ||
   arriero data build docstrings $out/data --held-out 0.025
 
-step "2. LoRA fine-tuning of $model (about four minutes)"
+step "2. LoRA fine-tuning of $model (about five minutes)"
 [ -f $out/run/adapter/adapter_config.json ] ||
   arriero sft $model --data $out/data/train.jsonl --validation $out/data/validation.jsonl --out $out/run \
     --steps 60 --batch-rows 2 --seq-len 1024 --lr 1e-3 --validate-every 60 --save-every 20 --samples 4 \
@@ -31,9 +31,9 @@ cat <<END
 
   $out/run/report.html   curves, samples, settings, environment
   $out/eval/             every number and every answer
-  $out/run/adapter       for PEFT
+  $out/run/adapter       for PEFT, over the base that this writes: arriero convert $model $out/base --to hf
   $out/model             for transformers and vLLM
   $out/model.gguf        for llama.cpp
 
-Talk to it:  .venv/bin/arriero chat $out/model
+Paste a function to it, or talk:  .venv/bin/arriero chat $out/model
 END

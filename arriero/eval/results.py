@@ -142,7 +142,7 @@ def examples_table(before: Results, after: Results | None, count: int) -> Table:
         text = Text("\n").join(
             Text.assemble((f"{name:>6}  ", "bold"), _clip(answer, 4) or "(nothing)") for name, answer in answers
         )
-        table.add_row(Text(_clip(old.prompt, 14)), text)
+        table.add_row(Text(_clip(old.prompt, 11)), text)
     return table
 
 
@@ -196,4 +196,6 @@ def _span(found: Interval, form: str) -> str:
 def _clip(text: str, lines: int) -> str:
     """The first lines of a text, with a mark where some were left out."""
     kept = text.strip().splitlines()
-    return "\n".join(kept[:lines]) + (f"\n... {len(kept) - lines} more lines" if len(kept) > lines else "")
+    if len(kept) <= lines + 1:  # a mark would take the line that it saves
+        return "\n".join(kept)
+    return "\n".join([*kept[:lines], f"... {len(kept) - lines} more lines"])
