@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from arriero.checkpoint.files import replaced_file
 from arriero.errors import CheckpointError, did_you_mean
+from arriero.paths import cache_dir
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,6 @@ def resolve(name: str | Path) -> Path:
         f"no model {str(name)!r}: it is no directory, no .gguf file, no Hub id (org/name), and not one of the built-in "
         f"names ({', '.join(BUILT_IN)}){did_you_mean(str(name), [*BUILT_IN, *neighbours])}"
     )
-
-
-def cache_dir() -> Path:
-    """Arriero's cache: $ARRIERO_CACHE, else `arriero` in $XDG_CACHE_HOME, else ~/.cache/arriero."""
-    if own := os.environ.get("ARRIERO_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "arriero"
 
 
 def _built_in(model: BuiltIn) -> Path:

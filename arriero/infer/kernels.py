@@ -13,27 +13,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from arriero.checkpoint.source import cache_dir
+from arriero.cpp import load_cpp
 from arriero.model.cache import KVCache
 from arriero.model.llama import Block, Linear, Llama
 from arriero.model.rope import rope_frequencies
 
-log = logging.getLogger(__name__)
-
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
 WEIGHT_TYPES = (torch.bfloat16, torch.float32)
 
 
@@ -59,43 +48,8 @@ def _fits(model: Llama, cache: KVCache) -> bool:
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """The compiled kernels, from Arriero's cache or made now; None, with one line of notice, when that fails."""
-    source = Path(__file__).with_suffix(".cpp")
-    compiler = (
-        shlex.split(os.environ.get("CXX", ""))
-        or [found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))][:1]
-    )
-    if not compiler:
-        log.warning("no C++ compiler found: decoding through torch, several times slower; install g++, or set CXX")
-        return None
-    key = hashlib.sha256(repr((source.read_bytes(), FLAGS, compiler, _cpu())).encode()).hexdigest()[:20]
-    library = cache_dir() / "kernels" / f"decode-{key}.so"
-    try:
-        if not library.is_file():
-            _compile([*compiler, *FLAGS], source, library)
-        return ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = getattr(error, "stderr", "") or str(error)
-        log.warning("the C++ decode step is not available, decoding through torch: %s", detail.strip().splitlines()[0])
-        return None
-
-
-def _compile(command: list[str], source: Path, library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    log.info("compiling %s once, a few seconds", source.name)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        out = Path(folder) / library.name
-        subprocess.run([*command, str(source), "-o", str(out)], check=True, capture_output=True, text=True)
-        os.replace(out, library)  # two processes that compile at once both succeed
-
-
-def _cpu() -> str:
-    """What -march=native depends on: a cache directory may be shared between machines."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.platform() + platform.processor()
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features", "CPU part"))}))
+    """The compiled kernels, or None where they cannot be compiled."""
+    return load_cpp(Path(__file__).with_suffix(".cpp"), "decoding through torch, several times slower")
 
 
 class _Layer(ctypes.Structure):

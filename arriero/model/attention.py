@@ -1,16 +1,17 @@
 """Causal attention that stays inside documents and never stores the scores of a whole row.
 
-A batch is packed: documents lie end to end, `cu_seqlens` marks where they begin. On a CPU one fused call per
-document does exactly the work needed (a masked call over the whole row would also compute what the mask
-throws away: ten documents in a row would cost ten times the scores). On CUDA, `varlen_attn` does the same in one
-kernel. The per-document loop is one custom operator, so that torch.compile sees a single opaque node.
+A batch is packed: documents lie end to end, `cu_seqlens` marks where they begin. On a CPU one call of attention.cpp
+does exactly the work needed for all of them (a masked call over the whole row would also compute what the mask throws
+away: ten documents in a row would cost ten times the scores). On CUDA, `varlen_attn` does the same in one kernel. The
+CPU's is one custom operator, so that torch.compile sees a single opaque node.
 
 Documents that begin with the same tokens (a system prompt) may share them: with `prefix` = p > 0 the first document is
 those p tokens, and every later one continues it, so that the model computes them once a row and not once a document.
 The mathematics is unchanged, since a causal model's states at the prefix do not depend on what follows.
 
-torch's fused CPU backward is slow on short documents (4.6 ms at 155 tokens, 9 heads, two cores; 2.0 ms here), so up to
-SHORT keys the backward is five batched matmuls over one document's scores.
+Without a C++ compiler the CPU's is torch's fused kernel, one call a document, whose backward is slow on short ones.
+One layer of SmolLM2-135M, bf16, two Zen 4 cores, torch -> C++ in ms (bench/attention.py): a document of 155 tokens
+forward 1.0 -> 0.55, backward 4.3 -> 1.0; six of them 5.9 -> 2.5 and 29 -> 4.8; 400 + 600 tokens 11 -> 5.2 and 27 -> 11.
 
 Twin: `naive_attention`, which materialises everything and is used by tests only.
 Shapes: B batch, T tokens, N = B*T, S cached tokens, H heads, K KV heads, G = H/K, h head width.
@@ -18,15 +19,17 @@ Shapes: B batch, T tokens, N = B*T, S cached tokens, H heads, K KV heads, G = H/
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arriero.cpp import load_cpp
 from arriero.model.cache import KVCache
-
-SHORT = 256  # keys: 9 heads x 256 x 256 fp32 scores are 2.4 MB, about a core's share of the cache
 
 
 def document_positions(tokens: Tensor, cu_seqlens: Tensor | None, prefix: int = 0) -> Tensor:
@@ -132,11 +135,48 @@ def _packed_loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: in
     return torch.cat(parts)
 
 
+class _Attention(ctypes.Structure):
+    """The C++ `Attention`, field by field."""
+
+    _fields_ = (
+        *((n, ctypes.c_int64) for n in ("n_documents", "n_heads", "n_kv_heads", "width", "prefix", "threads", "bf16")),
+        *((n, ctypes.c_void_p) for n in ("cu_seqlens", "q", "k", "v", "out", "logsumexp", "grad")),
+        *((n, ctypes.c_void_p) for n in ("grad_q", "grad_k", "grad_v")),
+    )
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be compiled. OpenMP, to work on torch's own threads."""
+    instead = "attention through torch, two to four times slower"
+    return load_cpp(Path(__file__).with_suffix(".cpp"), instead, "-fopenmp")
+
+
+def _native(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The library, where it reads the type of these tensors."""
+    dtype = tensors[0].dtype
+    readable = dtype in (torch.bfloat16, torch.float32) and all(x.dtype == dtype for x in tensors)
+    return load_library() if readable else None
+
+
+def _arguments(q: Tensor, k: Tensor, cu_seqlens: Tensor, prefix: int, *tensors: Tensor) -> ctypes.c_void_p:
+    """What both C++ functions take: `tensors` in the order of the fields, contiguous and held by the caller."""
+    assert cu_seqlens.dtype == torch.int32 and int(cu_seqlens[-1]) == len(q), "the documents are the tokens"
+    assert prefix in (0, int(cu_seqlens[1])), "the first document is the prefix"
+    sizes = len(cu_seqlens) - 1, q.shape[1], *k.shape[1:], prefix
+    pointers = (x.data_ptr() for x in (cu_seqlens, *tensors))
+    return ctypes.byref(_Attention(*sizes, torch.get_num_threads(), q.dtype == torch.bfloat16, *pointers))  # type: ignore
+
+
 @torch.library.custom_op("arriero::packed_attention_cpu", mutates_args=())
 def _packed_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """Output [N, H, h] and log-sum-exp fp32 [N, H] of causal attention, document by document."""
     out = torch.empty(q.shape, dtype=q.dtype)
     logsumexp = torch.empty(q.shape[:2], dtype=torch.float32)
+    if native := _native(q, k, v):
+        cu_seqlens, *tensors = (x.contiguous() for x in (cu_seqlens, q, k, v))
+        native.arriero_attention_forward(_arguments(q, k, cu_seqlens, prefix, *tensors, out, logsumexp))
+        return out, logsumexp
     for lead, start, end in _spans(cu_seqlens, prefix):
         one = [_heads_first(_with_lead(x, lead, start, end)) for x in (q, k, v)]
         part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*one, 0.0, True)
@@ -155,11 +195,14 @@ def _packed_cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor, prefix: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if native := _native(q, k, v, out, grad):
+        cu_seqlens, *tensors = (x.contiguous() for x in (cu_seqlens, q, k, v, out, logsumexp, grad))
+        native.arriero_attention_backward(_arguments(q, k, cu_seqlens, prefix, *tensors, *grads))
+        return grads
     shared = [torch.zeros(prefix, *x.shape[1:]) for x in (k, v)]  # what all documents ask of the prefix, fp32
     for lead, start, end in _spans(cu_seqlens, prefix):
         tensors = [_with_lead(x, lead, start, end) for x in (grad, q, k, v, out, logsumexp)]
-        backward = _short_backward if len(tensors[2]) <= SHORT else _long_backward
-        parts = backward(*tensors, lead)
+        parts = _document_backward(lead, *tensors)
         for whole, part in zip(grads, parts, strict=True):
             whole[start:end] = part[lead:]
         for total, part in zip(shared, parts[1:], strict=True):
@@ -169,8 +212,8 @@ def _packed_cpu_backward(
     return grads
 
 
-def _long_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, lead: int
+def _document_backward(
+    lead: int, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, ...]:
     """One document by torch's fused kernel, [T, ., h]; the shared queries' own gradients belong to the prefix."""
     if lead:
@@ -179,31 +222,6 @@ def _long_backward(
     tensors[5] = tensors[5].contiguous()
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, 0.0, True)
     return tuple(part[0].transpose(0, 1) for part in fused)
-
-
-def _short_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, lead: int
-) -> tuple[Tensor, ...]:
-    """One document by plain matmuls: P = exp(q k^T/sqrt(h) - L), dS = P * (dO v^T - rowsum(dO * O)) (arXiv 2205.14135).
-
-    The scores are fp32; products with them are in the type of q. Only the document's own queries are computed.
-    """
-    (n_keys, n_kv, width), n_queries, dtype = k.shape, len(q) - lead, q.dtype
-    scale = width**-0.5
-
-    def grouped(x: Tensor) -> Tensor:  # [T, H, h] -> own queries [K, G*n, h]
-        return x[lead:].view(n_queries, n_kv, -1, x.shape[-1]).permute(1, 2, 0, 3).reshape(n_kv, -1, x.shape[-1])
-
-    q_, grad_, out_, lse = grouped(q), grouped(grad), grouped(out), grouped(logsumexp[..., None])
-    k_, v_ = k.transpose(0, 1), v.transpose(0, 1)
-    scores = torch.bmm(q_.float(), k_.float().transpose(1, 2)).mul_(scale).sub_(lse)
-    p = scores.exp_().view(n_kv, -1, n_queries, n_keys).tril_(lead).view_as(scores)
-    d_v = torch.bmm(p.to(dtype).transpose(1, 2), grad_)
-    delta = (grad_.float() * out_.float()).sum(-1, keepdim=True)
-    d_scores = torch.bmm(grad_, v_.transpose(1, 2)).float().sub_(delta).mul_(p).mul_(scale).to(dtype)
-    d_q = torch.bmm(d_scores, k_).view(n_kv, -1, n_queries, width).permute(2, 0, 1, 3).reshape(n_queries, -1, width)
-    d_k = torch.bmm(d_scores.transpose(1, 2), q_)
-    return F.pad(d_q, (0, 0, 0, 0, lead, 0)), d_k.transpose(0, 1), d_v.transpose(0, 1)
 
 
 @_packed_cpu_backward.register_fake
