@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from arriero.data.sft import SftDataset
 from arriero.infer.generate import generate
@@ -37,12 +38,14 @@ def answer(model: Llama, tokenizer: Tokenizer, held_out: SftDataset | None, n: i
     ]
 
 
-def write_samples(run_dir: Path, before: list[Sample] | None, after: list[Sample]) -> None:
-    """Write samples.jsonl: prompt, reference, before (absent where the run was resumed), after."""
-    lines = []
-    for index, sample in enumerate(after):
-        row = {"prompt": sample.prompt, "reference": sample.reference, "after": sample.answer}
-        if before is not None:
-            row["before"] = before[index].answer
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    (run_dir / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+def write_samples(run_dir: Path, samples: list[Sample], when: Literal["before", "after"]) -> None:
+    """Write samples.jsonl: prompt, reference, and the answers `before` and `after`, whichever are known so far.
+
+    The answers before are written before step 1, so that a resumed run still has them.
+    """
+    path = run_dir / "samples.jsonl"
+    rows = [{"prompt": s.prompt, "reference": s.reference, when: s.answer} for s in samples]
+    if when == "after":
+        known = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        rows = [old | new for old, new in zip(known, rows, strict=True)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")

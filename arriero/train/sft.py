@@ -53,7 +53,8 @@ def main(config: SftConfig) -> Outcome:
     if saved is not None:
         run.trainer.restore(saved)
         console.print(f"resuming at step {saved.step} from {saved.path}", markup=False)
-    before = answer(run.model, run.tokenizer, run.validation, config.samples) if saved is None else None
+    if run.trainer.progress.step == 0:
+        write_samples(run_dir, answer(run.model, run.tokenizer, run.validation, config.samples), "before")
     with MetricsLog(run_dir, config.loop.trackers, after=run.trainer.progress.step) as log:
         outcome = run.trainer.run(log)
     if outcome.interrupted is not None:
@@ -64,7 +65,7 @@ def main(config: SftConfig) -> Outcome:
         )
         return outcome
     run.trainer.load_best()
-    write_samples(run_dir, before, answer(run.model, run.tokenizer, run.validation, config.samples))
+    write_samples(run_dir, answer(run.model, run.tokenizer, run.validation, config.samples), "after")
     final = export(run, run_dir)
     report = write_report(run_dir)
     console.print(f"saved {final}\nreport {report}", markup=False)
