@@ -3,9 +3,10 @@
     python bench/lora_training.py                    # throughput in turn, peak memory of each alone; a JSON line
     python bench/lora_training.py --final-loss 30    # also trains both for 30 steps on the same examples
 
-Both train rank 16 on all linears of SmolLM2-135M with AdamW at the same rate, on the same examples, EXAMPLES of them
-(on average, for packed rows) in an optimizer step, with loss on the answers only. PEFT runs in fp32, and at its best
-here: pure bf16, batches of examples of like length. Arriero runs as `arriero sft` does: bf16, packed rows, compiled.
+Both train rank 16 on all linears of SmolLM2-135M with AdamW at the same rate, with loss on the answers only, and
+EXAMPLES of them (on average, for packed rows) in an optimizer step. Throughput is that of one pass over the same POOL
+of random examples, a step of each contender in turn. PEFT runs in fp32, and at its best here: pure bf16, batches of
+examples of like length. Arriero runs as `arriero sft` does: bf16, packed rows, compiled.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from arriero.model.lora import add_lora, lora_state
 from arriero.train.metrics import memory_bytes
 from arriero.train.objectives import lm_loss
 
-EXAMPLES, LR, RANK, SEQ_LEN = 32, 2e-4, 16, 1024
-PEER_BATCH = 8  # the fastest of 4, 8, 16 here
-Step = Callable[[int], tuple[int, int, float]]  # step -> examples, tokens of examples, mean loss
+POOL, EXAMPLES, LR, RANK, SEQ_LEN = 128, 32, 2e-4, 16, 1024
+PEER_BATCH = 8  # faster than 16 here
+Step = Callable[[int], tuple[int, int, int]]  # step -> examples, their tokens, tokens computed (padding, sharing)
 
 
 def arriero_step(dataset: SftDataset, compile: bool = True) -> tuple[Step, Callable[[], float]]:
@@ -51,18 +52,17 @@ def arriero_step(dataset: SftDataset, compile: bool = True) -> tuple[Step, Calla
     rows_a_step = max(1, round(EXAMPLES * loader.rows_in_epoch(0) / len(training)))
     optimizer = torch.optim.AdamW(lora_state(model).values(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    def step(index: int) -> tuple[int, int, float]:
+    def step(index: int) -> tuple[int, int, int]:
         rows = [loader.row(index * rows_a_step + i) for i in range(rows_a_step)]
         batches = [loader.collate([row], SEQ_LEN) for row in rows]
-        trained, total = sum(batch.n_trained for batch in batches), 0.0
+        trained = sum(batch.n_trained for batch in batches)
         for batch in batches:
-            loss = lm_loss(model, batch) / trained
-            loss.backward()
-            total += loss.item()
+            (lm_loss(model, batch) / trained).backward()
         optimizer.step()
         optimizer.zero_grad()
         examples = sum(len(row.lengths) for row in rows)
-        return examples, sum(len(row.tokens) for row in rows) + examples * len(loader.prefix), total
+        useful = sum(len(row.tokens) for row in rows) + examples * len(loader.prefix)
+        return examples, useful, len(rows) * SEQ_LEN
 
     @torch.no_grad()
     def evaluate() -> float:
@@ -99,17 +99,15 @@ def peft_step(dataset: SftDataset, directory: Path, dtype: torch.dtype) -> tuple
         n = int((inputs["labels"][:, 1:] != -100).sum())
         return model(**inputs).loss * n, n
 
-    def step(index: int) -> tuple[int, int, float]:
+    def step(index: int) -> tuple[int, int, int]:
         groups = [batches[(index * (EXAMPLES // PEER_BATCH) + i) % len(batches)] for i in range(EXAMPLES // PEER_BATCH)]
         trained = sum(int(training.trained(i)[1:].sum()) for group in groups for i in group)
-        total = 0.0
         for group in groups:
-            loss = loss_sum(training, group)[0] / trained
-            loss.backward()
-            total += loss.item()
+            (loss_sum(training, group)[0] / trained).backward()
         optimizer.step()
         optimizer.zero_grad()
-        return sum(map(len, groups)), int(sum(training.lengths[group].sum() for group in groups)), total
+        lengths = [training.lengths[group] for group in groups]
+        return sum(map(len, groups)), int(sum(map(sum, lengths))), int(sum(len(x) * x.max() for x in lengths))
 
     @torch.no_grad()
     def evaluate() -> float:
@@ -158,7 +156,6 @@ def make(name: str, dataset: SftDataset, directory: Path) -> tuple[Step, Callabl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="optimizer steps of each contender that are timed")
     parser.add_argument("--final-loss", type=int, default=0, help="steps of training to compare losses after")
     parser.add_argument("--work", type=Path, default=None, help="where data and the model's copy are kept")
     parser.add_argument("--memory-of", default=None, help=argparse.SUPPRESS)
@@ -184,36 +181,41 @@ def main() -> None:
             int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1e9
         )
     result["gemm_gflops"] = gemm_peak()
-    contenders = {name: make(name, dataset, model_dir) for name in names}
-    rates: dict[str, list[float]] = {name: [] for name in names}
-    useful: list[float] = []
-    for index in range(args.rounds + 1):
-        for name, (step, _) in contenders.items():
-            start = time.perf_counter()
-            examples, tokens, _ = step(index)
-            seconds = time.perf_counter() - start
-            if index:  # the first step compiles and warms
-                rates[name].append(examples / seconds)
-                if name == "arriero":
-                    useful.append(tokens / seconds)
-    for name in names:
-        low, mid, high = np.percentile(rates[name], [25, 50, 75])
-        result[f"{name}_examples_s"] = [round(float(x), 2) for x in (low, mid, high)]
-    speed = {name: float(np.median(rates[name])) for name in names}
-    result["times_peft_bf16"] = speed["arriero"] / speed["peft_bf16"]
-    result["times_peft_fp32"] = speed["arriero"] / speed["peft_fp32"]
+    result |= throughputs(names, dataset, model_dir)
+    for name in names[1:]:
+        result[f"times_{name}"] = result["arriero_examples_s"] / result[f"{name}_examples_s"]
     result["memory_of_peft_bf16"] = result["arriero_peak_gb"] / result["peft_bf16_peak_gb"]
     config = load_model("smollm2-135m").config
     blocks = config.n_params - config.vocab_size * config.dim
-    tokens_s = float(np.median(useful))
-    # Forward and the gradient by inputs of a frozen base: 4 FLOPs a weight and token of every example, shared or not.
-    result |= {
-        "arriero_tokens_s": tokens_s,
-        "useful_share_of_gemm": 4 * blocks * tokens_s / 1e9 / result["gemm_gflops"],
-    }
+    # Forward and the gradient by inputs of a frozen base: 4 FLOPs a weight and token. Useful work counts every token of
+    # every example, total work the prefix once a row, as computed.
+    for kind in ("useful", "total"):
+        work_done = 4 * blocks * result[f"arriero_{kind}_tokens_s"] / 1e9
+        result[f"{kind}_share_of_gemm"] = work_done / result["gemm_gflops"]
     if args.final_loss:
         result |= final_losses(args.final_loss, dataset, model_dir)
     print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}))
+
+
+def throughputs(names: list[str], dataset: SftDataset, model_dir: Path) -> dict[str, Any]:
+    """Examples a second over one pass of POOL random examples, and each step's useful tokens a second."""
+    pool = dataset.select(np.random.default_rng(0).permutation(len(dataset))[:POOL])
+    contenders = {name: make(name, pool, model_dir)[0] for name in names}
+    done: dict[str, list[tuple[int, int, int, float]]] = {name: [] for name in names}
+    for index in range(-1, POOL // EXAMPLES):
+        for name, step in contenders.items():
+            start = time.perf_counter()
+            counts = step(max(index, 0))
+            if index >= 0:  # the first step compiles and warms
+                done[name].append((*counts, time.perf_counter() - start))
+    out: dict[str, Any] = {}
+    for name, steps in done.items():
+        examples, useful, computed, seconds = (sum(column) for column in zip(*steps, strict=True))
+        out[f"{name}_examples_s"] = examples / seconds
+        out[f"{name}_useful_tokens_s"] = useful / seconds
+        out[f"{name}_total_tokens_s"] = computed / seconds
+        out[f"{name}_steps_useful_tokens_s"] = sorted(round(step[1] / step[3]) for step in steps)
+    return out
 
 
 def final_losses(steps: int, dataset: SftDataset, model_dir: Path) -> dict[str, Any]:
