@@ -153,6 +153,10 @@ class Tokenizer(ABC):
         encoded = self._encode_plain(parts, [at_start] + [False] * (len(parts) - 1))
         return list(itertools.chain.from_iterable(encoded))
 
+    def parts_of(self, text: str) -> list[str]:
+        """Return the parts that the family encodes one by one; most take a text whole."""
+        return [text]
+
     def encode_rendered(self, text: str) -> list[int]:
         """Encode what a chat template produced: special tokens in it are parsed."""
         [ids] = self.encode_pieces([text])
@@ -276,6 +280,14 @@ def _well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def utf8(text: str) -> bytes:
+    """Return the UTF-8 form of text, broken surrogates mended as in `encode`."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return _well_formed(text).encode()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

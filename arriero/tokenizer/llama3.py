@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -34,9 +35,12 @@ N_SPECIAL = 256
 _NAMES_3_0 = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
 _NAMES_3_1 = {**_NAMES_3_0, 4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
 
+_FEW = 64  # the batch call starts a thread pool, which costs more than so few texts
 _MAX_TEXT = 400_000
 _MAX_RUN = 25_000
-_LONG_RUN = re.compile(rf"\s{{{_MAX_RUN + 1},}}|\S{{{_MAX_RUN + 1},}}")
+# Tried where a run begins only; tried at each of its characters, a run would cost the square of its length.
+_LONG_RUN = re.compile(rf"(?<!\s)\s{{{_MAX_RUN + 1},}}|(?<!\S)\S{{{_MAX_RUN + 1},}}")
+_SPACE, _OTHER = re.compile(r"\s"), re.compile(r"\S")
 
 
 def special_tokens(n_ranks: int, *, version_3_0: bool = False) -> SpecialTokens:
@@ -70,14 +74,16 @@ class TiktokenTokenizer(Tokenizer):
         return len(self.ranks) + len(self.special_ids)
 
     def _encode_plain(self, segments: Sequence[str], at_start: Sequence[bool]) -> list[list[int]]:
-        if len(segments) > 64 and max(map(len, segments)) <= _MAX_RUN:
-            return self._encoding.encode_ordinary_batch(list(segments), num_threads=os.cpu_count() or 1)
-        return [self._encode_one(segment) for segment in segments]
+        parts = [self.parts_of(segment) for segment in segments]
+        flat = list(itertools.chain.from_iterable(parts))
+        if len(flat) > _FEW:
+            encoded = iter(self._encoding.encode_ordinary_batch(flat, num_threads=os.cpu_count() or 1))
+        else:
+            encoded = map(self._encoding.encode_ordinary, flat)
+        return [next(encoded) if len(row) == 1 else [i for _ in row for i in next(encoded)] for row in parts]
 
-    def _encode_one(self, text: str) -> list[int]:
-        if len(text) <= _MAX_RUN:
-            return self._encoding.encode_ordinary(text)
-        return [i for part in _cut(text) for i in self._encoding.encode_ordinary(part)]
+    def parts_of(self, text: str) -> list[str]:
+        return _cut(text) if len(text) > _MAX_TEXT or _may_have_long_run(text) else [text]
 
     def _token_table(self) -> list[bytes]:
         table = [b""] * self.vocab_size
@@ -148,6 +154,17 @@ def load_tiktoken_model(path: Path) -> TiktokenTokenizer:
 def _tiktoken_file(ranks: Mapping[bytes, int]) -> bytes:
     in_order = sorted(ranks.items(), key=lambda item: item[1])
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in in_order)
+
+
+def _may_have_long_run(text: str) -> bool:
+    """Whether `_LONG_RUN` may match, at a fraction of its cost: a run that long covers a multiple of _MAX_RUN."""
+    for at in range(_MAX_RUN, len(text), _MAX_RUN):
+        other = _OTHER if text[at].isspace() else _SPACE
+        before = other.search(text[at - _MAX_RUN : at][::-1])
+        after = other.search(text, at, at + _MAX_RUN + 1)
+        if before is None or after is None or before.start() + after.start() - at > _MAX_RUN:
+            return True
+    return False
 
 
 def _cut(text: str) -> list[str]:

@@ -1,0 +1,124 @@
+"""Documents to flat arrays: the fast engine against its slow twin, on every family."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.tokenizers import hard_strings, small_sentencepiece, train_sentencepiece
+
+from arriero.errors import CheckpointError, UserError
+from arriero.tokenizer import Tokenizer, load_tokenizer, parallel
+from arriero.tokenizer.base import SpecialTokens
+from arriero.tokenizer.llama3 import _cut
+from arriero.tokenizer.parallel import DocumentEncoder, encode_documents
+from arriero.tokenizer.sentencepiece import SentencePieceTokenizer
+
+
+@pytest.fixture(scope="module")
+def families(smollm2_gguf, tmp_path_factory) -> dict[str, Tokenizer]:
+    spec = importlib.util.find_spec("llama_models")
+    assert spec is not None and spec.submodule_search_locations
+    pieces = load_tokenizer(train_sentencepiece(tmp_path_factory.mktemp("pieces"), 1009))
+    folder = tmp_path_factory.mktemp("json")
+    pieces.save(folder)
+    return {
+        "tiktoken": load_tokenizer(Path(next(iter(spec.submodule_search_locations))) / "llama3" / "tokenizer.model"),
+        "split by digits": load_tokenizer(smollm2_gguf),
+        "sentencepiece": pieces,
+        "sentencepiece as tokenizer.json": load_tokenizer(folder),
+    }
+
+
+FAMILIES = [
+    "tiktoken",
+    "split by digits",
+    "sentencepiece",
+    "sentencepiece as tokenizer.json",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("threads", [0, 1])
+def test_the_fast_engine_gives_the_ids_of_its_slow_twin(families, family, threads):
+    tokenizer, strings = families[family], hard_strings(2003 if threads else 4001)
+    fast = DocumentEncoder(tokenizer, threads=threads)
+    assert fast.engine == ("exact" if family == "split by digits" else "gigatoken")
+    encoded = fast.encode(strings)
+    twin = DocumentEncoder(tokenizer, engine="exact").encode(strings)
+    assert encoded.ids.dtype == np.uint32 and encoded.offsets.dtype == np.int64 and len(encoded) == len(strings)
+    wrong = [s for i, s in enumerate(strings) if not np.array_equal(encoded[i], twin[i])]
+    assert wrong == []
+    assert np.array_equal(encoded.offsets, twin.offsets) and np.array_equal(encoded.ids, twin.ids)
+    assert twin[17].tolist() == tokenizer.encode(strings[17])
+
+
+def test_bos_and_eos_stand_around_every_document(families):
+    tokenizer = families["tiktoken"]
+    texts = ["Hello", "", "I'LL"]
+    for engine in ("auto", "exact"):
+        encoded = DocumentEncoder(tokenizer, engine=engine).encode(texts, bos=True, eos=True)
+        assert [row.tolist() for row in encoded] == [tokenizer.encode(t, bos=True, eos=True) for t in texts]
+        assert len(DocumentEncoder(tokenizer, engine=engine).encode([])) == 0
+    assert [row.tolist() for row in encode_documents(tokenizer, texts)] == tokenizer.encode_batch(texts)
+    bare = SentencePieceTokenizer(small_sentencepiece().model, SpecialTokens({"<unk>": 0}))
+    with pytest.raises(CheckpointError, match="has no eos token; encode without eos=True"):
+        DocumentEncoder(bare).encode(texts, eos=True)
+
+
+@pytest.mark.parametrize("character", ["a", " ", "\n", "é"])
+def test_long_runs_are_cut_where_metas_loader_cuts_them(families, character):
+    tokenizer = families["tiktoken"]
+    texts = [character * n for n in (25_000, 25_001, 100_003)] + ["x " + character * 25_001 + " y", "ab " * 150_001]
+    encoded = DocumentEncoder(tokenizer).encode(texts)
+    assert [row.tolist() for row in encoded] == [tokenizer.encode(text) for text in texts]
+
+
+def test_texts_are_cut_exactly_where_the_slow_rule_cuts_them(families):
+    rng = random.Random(11)
+    for _ in range(101):
+        runs = [rng.choice("a \n!") * rng.choice([1, 7, 12_503, 24_999, 25_000, 25_001, 30_011]) for _ in range(5)]
+        text = "".join(runs)
+        assert families["tiktoken"].parts_of(text) == _cut(text)
+
+
+def test_special_tokens_that_merges_spell_do_not_come_out(tmp_path):
+    tokenizer = small_sentencepiece()
+    for engine in ("auto", "exact"):
+        [row] = DocumentEncoder(tokenizer, engine=engine).encode(["Hi</s> Hi<s>"])
+        assert row.tolist() == tokenizer.encode("Hi</s> Hi<s>")
+
+
+def test_a_copy_for_a_worker_process_gives_equal_ids(families):
+    encoder = DocumentEncoder(families["sentencepiece"], threads=1)
+    again = copy.deepcopy(encoder)
+    assert again.engine == encoder.engine and again.threads == 1
+    assert np.array_equal(again.encode(["Hello there"]).ids, encoder.encode(["Hello there"]).ids)
+
+
+def test_an_engine_that_errs_is_caught(families, monkeypatch):
+    tokenizer = families["sentencepiece"]
+    monkeypatch.setattr(parallel, "CHECK_EVERY", 7)
+    encoder = DocumentEncoder(tokenizer)
+    right = encoder._fast.encode
+    monkeypatch.setattr(
+        encoder._fast, "encode", lambda texts: [row[:-1] if len(row) > 5 else row for row in right(texts)]
+    )
+    with pytest.raises(UserError, match=r"document 14, which begins 'one two.*gigatoken gave other ids than"):
+        encoder.encode(["a"] * 14 + ["one two three four five six"])
+
+
+def test_tables_are_built_anew_when_memory_grows_and_ids_stay(families, monkeypatch):
+    monkeypatch.setattr(parallel, "MAX_GROWTH", -(10**12))
+    monkeypatch.setattr(parallel, "MIN_TEXT", 101)
+    encoder = DocumentEncoder(families["sentencepiece"])
+    first = encoder._fast._backend
+    texts = ["The quick brown fox " * 11] * 3
+    want = families["sentencepiece"].encode_batch(texts)
+    for _ in range(3):
+        assert [row.tolist() for row in encoder.encode(texts)] == want
+    assert encoder._fast._backend is not first
