@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from arriero.curate.sources import STDLIB, python_files
 from arriero.data.files import write_text
 from arriero.errors import DataError
 
@@ -38,10 +39,6 @@ PROMPT = "Write the one-sentence docstring of this Python function.\n\n```python
 SIMILARITY = 0.7  # Jaccard similarity of shingle sets from which two functions are the same to us
 SHINGLE = 3  # tokens in a shingle
 ENOUGH_PACKAGES = 20  # top-level names from which a whole package, not a file, is what is split
-SKIPPED_DIRECTORIES = frozenset({
-    "site-packages", "dist-packages", "node_modules", "__pycache__", "build", "dist", "venv",
-    "test", "tests", "testing", "idle_test", "_test",
-})  # fmt: skip
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -98,7 +95,7 @@ def build_docstrings(
     Raises DataError when the source does not exist or yields no pairs in one of the splits.
     """
     console = console or Console(stderr=True)
-    root = Path(sysconfig.get_paths()["stdlib"] if str(source) == "stdlib" else source)
+    root = Path(sysconfig.get_paths()["stdlib"] if str(source) == STDLIB else source)
     if not 0 < held_out < 0.5:
         raise DataError(f"held_out is {held_out}; it is the share for validation and for test, between 0 and 0.5")
     stats = DocstringStats(seed=seed)
@@ -144,7 +141,7 @@ def _collect(root: Path, stats: DocstringStats, max_lines: int, console: Console
     if not root.exists():
         raise DataError(f"{root}: no such file or directory; give 'stdlib' or a path to Python code")
     base = root if root.is_dir() else root.parent
-    files = sorted(_python_files(root), key=lambda path: path.relative_to(base).parts)
+    files = sorted(python_files(root), key=lambda path: path.relative_to(base).parts)
     pairs = []
     for path in track(files, "reading Python", console=console, transient=True):
         stats.files += 1
@@ -170,19 +167,6 @@ def _collect(root: Path, stats: DocstringStats, max_lines: int, console: Console
             else:
                 pairs.append(Pair(module, qualname, code, sentence))
     return pairs
-
-
-def _python_files(root: Path) -> Iterator[Path]:
-    """Python files below `root` that are neither tests nor somebody else's packages."""
-    if root.is_file():
-        yield root
-        return
-    for path in root.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            if path.name not in SKIPPED_DIRECTORIES and not path.name.startswith("."):
-                yield from _python_files(path)
-        elif path.suffix == ".py" and not re.fullmatch(r"(test_.*|.*_test|conftest)", path.stem):
-            yield path
 
 
 def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[str, Function]]:

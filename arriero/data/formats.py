@@ -1,7 +1,6 @@
 """Data files of any common layout, streamed as conversations.
 
-Containers: JSONL, JSON, CSV/TSV, Parquet and Arrow, plain or (the text ones) gzipped; a directory of them; or a Hub
-data set id, which `datasets` downloads as Arrow files. Layouts are recognised row by row from the column names:
+Containers are those of `arriero.records`. Layouts are recognised row by row from the column names:
 
     OpenAI       messages: [{role, content, tool_calls?}], tools?
     ShareGPT     conversations: [{from, value}], system?, tools?
@@ -15,20 +14,14 @@ the remedy.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
-import re
-import sys
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any
 
-from arriero.errors import DataError, require
+from arriero.errors import DataError
+from arriero.records import Record, Row, parse_row, read_records, source_files
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 ROLE_ALIASES = {
@@ -45,8 +38,6 @@ LAYOUTS = (
     "'messages' (OpenAI), 'conversations' (ShareGPT), 'instruction' + 'output' (Alpaca), "
     "'prompt' + 'completion', 'prompt' + 'response', 'question' + 'answer'"
 )
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,179 +55,11 @@ class Conversation:
         return f"row {self.row} of {self.file}"
 
 
-class Record(NamedTuple):
-    """One row as read, not yet understood."""
-
-    file: str
-    row: int
-    raw: bytes | Row  # a line of JSON, or the row itself
-    done: float  # share of the file that has been read, for progress bars
-
-
 def read_conversations(source: str | Path) -> Iterator[Conversation]:
     """Stream the conversations in a file, a directory or a Hub data set; raises DataError at the first bad row."""
     for path in source_files(source):
         for record in read_records(path):
             yield parse_record(record)
-
-
-# Containers
-
-
-def source_files(source: str | Path) -> list[Path]:
-    """The data files that `source` names, in order: itself, those in the directory, or the Hub data set's."""
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _reader(p) and not p.name.startswith("."))
-        if not files:
-            raise DataError(f"{source}: no data file in this directory; put {', '.join(_READERS)} files there")
-        return files
-    if path.exists():
-        if _reader(path) is None:
-            raise DataError(f"{source}: files ending {path.suffix!r} are not read; convert it to {', '.join(_READERS)}")
-        return [path]
-    # A path with a known ending that does not exist is a mistyped file, not a Hub id.
-    if HUB_ID.fullmatch(str(source)) and _reader(path) is None:
-        return hub_files(str(source))
-    raise DataError(f"{source}: no such file or directory; give a file, a directory, or a Hub data set id (owner/name)")
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """Stream the rows of one file; raises DataError for a damaged or empty one."""
-    reader = _reader(path)
-    assert reader is not None, path
-    row = 0
-    try:
-        for record in reader(path):
-            row = record.row
-            yield record
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: damaged gzip data after row {row} ({error}); fetch the file again") from error
-    if row == 0:
-        raise DataError(f"{path}: the file holds no rows; remove it or fill it")
-
-
-def _reader(path: Path) -> Callable[[Path], Iterator[Record]] | None:
-    return _READERS.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
-    """The file's bytes, unzipped, and a function that tells the share of the file read so far."""
-    size = max(1, path.stat().st_size)
-    with open(path, "rb") as raw:
-        if path.suffix != ".gz":
-            yield raw, lambda: raw.tell() / size
-        else:
-            with gzip.GzipFile(fileobj=raw) as stream:
-                yield cast(IO[bytes], stream), lambda: raw.tell() / size
-
-
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    with _opened(path) as (stream, done):
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield Record(str(path), number, line, done())
-
-
-def _read_json(path: Path) -> Iterator[Record]:
-    """A JSON array of rows; or JSON lines under this ending, which are common."""
-    with _opened(path) as (stream, _):
-        start = next((line.lstrip(b"\xef\xbb\xbf \t\r\n") for line in stream if line.strip()), b"")
-    if not start.startswith(b"["):
-        yield from _read_jsonl(path)
-        return
-    with _opened(path) as (stream, _):
-        try:
-            rows = json.loads(stream.read())
-        except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, too deep
-            raise DataError(
-                f"{path}: broken JSON: {error}; mend the file, or write one object a line as .jsonl"
-            ) from error
-    for number, row in enumerate(rows, start=1):
-        yield Record(str(path), number, _as_row(row, path, number), number / len(rows))
-
-
-def _read_csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)
-    delimiter = "\t" if ".tsv" in path.suffixes else ","
-    number = 0
-    with _opened(path) as (stream, done), io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        rows = csv.DictReader(text, delimiter=delimiter, strict=True)
-        try:
-            for number, row in enumerate(rows, start=1):
-                if None in row or None in row.values():
-                    raise DataError(
-                        f"row {number} of {path}: it has {'more' if None in row else 'fewer'} fields than the header's "
-                        f"{len(rows.fieldnames or ())}; quote fields that hold a {delimiter!r} or a line break"
-                    )
-                yield Record(str(path), number, row, done())
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(
-                f"row {number + 1} of {path}: broken CSV: {error}; write it as UTF-8 with quotes"
-            ) from error
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    require("pyarrow", "data")
-    import pyarrow.lib
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _arrow_records(path, file.iter_batches(batch_size=256), file.metadata.num_rows)
-    except (pyarrow.lib.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet ({error}); fetch the file again") from error
-
-
-def _read_arrow(path: Path) -> Iterator[Record]:
-    require("pyarrow", "data")
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
-            yield from _arrow_records(path, batches, 0)
-    except (pa.lib.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as an Arrow stream ({error}); fetch the file again") from error
-
-
-def _arrow_records(path: Path, batches: Any, n_rows: int) -> Iterator[Record]:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            # A column is there for every row of the table; None means that this row has none.
-            yield Record(str(path), number, _without_none(row), number / n_rows if n_rows else 0.0)
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list) else value
-
-
-def hub_files(name: str) -> list[Path]:
-    """Download the train split of `owner/name` or `owner/name:config` and return its Arrow files."""
-    datasets = require("datasets", "data")
-    repo, _, config = name.partition(":")
-    try:
-        table = datasets.load_dataset(repo, config or None, split="train")
-    except (ValueError, OSError) as error:  # unknown id, several configs, no such split, no network
-        raise DataError(
-            f"Hub data set {name}: {error}; check the id, and name a config as owner/name:config"
-        ) from error
-    return [Path(file["filename"]) for file in table.cache_files]
-
-
-_READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-}
 
 
 # Layouts
@@ -245,15 +68,7 @@ _READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = {
 def parse_record(record: Record) -> Conversation:
     """Understand one row; raises DataError where it is broken or has no known layout."""
     where = f"row {record.row} of {record.file}"
-    row = record.raw
-    if isinstance(row, bytes):
-        try:
-            row = json.loads(row.decode("utf-8-sig"))
-        except RecursionError as error:
-            raise DataError(f"{where}: the JSON is nested too deeply; flatten it or drop the line") from error
-        except ValueError as error:
-            raise DataError(f"{where}: broken JSON: {error}; mend or drop the line") from error
-        row = _as_row(row, record.file, record.row)
+    row = parse_row(record)
     messages, tools = _layout({k: v for k, v in row.items() if v is not None}, where)
     messages = [_message(m, i, where) for i, m in enumerate(messages)]
     if not messages:
@@ -264,12 +79,6 @@ def parse_record(record: Record) -> Conversation:
             "add the assistant's answer or drop that message"
         )
     return Conversation(messages, tools, record.file, record.row)
-
-
-def _as_row(value: Any, file: object, row: int) -> Row:
-    if isinstance(value, dict):
-        return value
-    raise DataError(f"row {row} of {file}: expected a JSON object, found {type(value).__name__}; one object a row")
 
 
 def _layout(row: Row, where: str) -> tuple[list[Any], list[Any] | None]:

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from arriero.data.formats import hub_files, read_conversations, source_files
+from arriero.data.formats import read_conversations
 from arriero.errors import DataError, UserError
+from arriero.records import hub_files, source_files
 
 from .conftest import turns, write_rows
 

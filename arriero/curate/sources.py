@@ -1,0 +1,408 @@
+"""Where documents come from: one stream over files of any kind, always in the same order.
+
+    .txt .md .rst ...          a document each
+    .html .htm                 the main text, found by resiliparse or trafilatura
+    .warc .warc.gz             a document for each response that is HTML or plain text, and for each text of a WET file
+    .jsonl(.gz/.zst) .parquet .arrow .json .csv      a document for each row, its text in the column `text_key`
+    .py .c .rs ...             source code, a document each
+    a directory                these below it, sorted by path (.json and .csv only where named themselves, since they
+                               are seldom documents); of one that `arriero curate` wrote, its shards
+    stdlib                     the running Python's standard library (a document each file) and its manual's topics
+    owner/name[:config]        a Hub data set
+
+A source is listed once as `SourceFile`s; reading starts at any `Position` in that list, and yields each document with
+the position after it. Nothing is held but one row (for text, HTML and code one file, for Parquet 256 rows). A row that
+cannot be used raises `DataError`, which names it, or is handed to `on_error` and passed over.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import re
+import sysconfig
+import tokenize
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from arriero.curate.document import Document
+from arriero.errors import DataError, require
+from arriero.records import HUB_ID, as_row, hub_files, is_readable, parse_row, read_records
+
+STDLIB = "stdlib"
+MANIFEST = "manifest.json"  # of a curated directory; lists its shards
+PROSE = frozenset({".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc"})
+HTML = frozenset({".html", ".htm", ".xhtml"})
+WARC = (".warc", ".warc.gz", ".warc.wet.gz", ".warc.wet")
+CODE = frozenset({
+    ".py", ".pyi", ".pyx", ".ipynb", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala",
+    ".js", ".jsx", ".mjs", ".ts", ".tsx", ".go", ".rs", ".rb", ".php", ".pl", ".pm", ".lua", ".r", ".jl", ".m",
+    ".swift", ".cs", ".fs", ".hs", ".ml", ".mli", ".clj", ".ex", ".exs", ".erl", ".el", ".lisp", ".scm", ".sh", ".bash",
+    ".zsh",    ".sql", ".proto", ".cmake", ".zig", ".d", ".dart", ".f90", ".asm", ".s", ".v", ".vhdl", ".css", ".scss",
+})  # fmt: skip
+SELDOM_DOCUMENTS = (".json", ".csv", ".tsv")
+SKIPPED_DIRECTORIES = frozenset({
+    "site-packages", "dist-packages", "node_modules", "__pycache__", "build", "dist", "venv",
+    "test", "tests", "testing", "idle_test", "_test",
+})  # fmt: skip
+NOT_LIBRARY = frozenset(
+    {"idlelib", "turtledemo", "lib2to3", "pydoc_data"}
+)  # of the standard library: programs and data
+
+Extractor = Literal["resiliparse", "trafilatura"]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source. `name` says which, in documents' ids: without the directories above what the user named."""
+
+    path: Path
+    name: str
+    source: str
+    kind: Literal["prose", "html", "warc", "rows", "code", "topics"]
+
+
+class Position(NamedTuple):
+    """How far reading has come: the file in the list, and its last row that was read (0: none)."""
+
+    file: int = 0
+    row: int = 0
+
+
+START = Position()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read."""
+
+    text_key: str = "text"
+    html: Extractor = "resiliparse"
+
+
+def read_documents(
+    sources: Sequence[str | Path],
+    text_key: str = "text",
+    *,
+    html: Extractor = "resiliparse",
+    on_error: Callable[[DataError], object] | None = None,
+) -> Iterator[Document]:
+    """Stream the documents of the sources, in order.
+
+    A row or file that cannot be used raises DataError; with `on_error` that gets the error, and reading goes on.
+    """
+    files = list_files(sources)
+    for document, _ in read_from(files, START, Reading(text_key, html), on_error=on_error):
+        yield document
+
+
+def read_from(
+    files: Sequence[SourceFile],
+    start: Position = START,
+    reading: Reading = Reading(),
+    *,
+    on_error: Callable[[DataError], object] | None = None,
+) -> Iterator[tuple[Document, Position]]:
+    """Stream the documents after `start`, each with the position at which reading goes on after it."""
+    for index in range(start.file, len(files)):
+        for row, found in read_file(files[index], start.row if index == start.file else 0, reading):
+            if isinstance(found, Document):
+                yield found, Position(index, row)
+            elif on_error is None:
+                raise found
+            else:
+                on_error(found)
+
+
+def read_file(
+    file: SourceFile, after: int = 0, reading: Reading = Reading()
+) -> Iterator[tuple[int, Document | DataError]]:
+    """Each row of a file after the one numbered `after`: its number, and its document or why there is none."""
+    reader = {"rows": _read_rows, "warc": _read_warc, "topics": _read_topics}.get(file.kind, _read_whole)
+    row = after
+    try:
+        for row, found in reader(file, after, reading):
+            yield row, found
+    except DataError as error:  # the file is damaged from here on
+        yield row + 1, error
+    except OSError as error:
+        yield row + 1, DataError(f"{file.path}: cannot be read ({error}); fetch it again or remove it")
+
+
+# Which files
+
+
+def list_files(sources: Sequence[str | Path]) -> list[SourceFile]:
+    """The files of the sources in order: sources as given, files of a directory sorted by path."""
+    files: list[SourceFile] = []
+    names: set[str] = set()
+    for source in sources:
+        name = base = _name_of(source)
+        count = 1
+        while name in names:  # two sources may have the same last name, and ids are to differ
+            count += 1
+            name = f"{base}~{count}"
+        names.add(name)
+        files += _files_of(source, name)
+    return files
+
+
+def _name_of(source: str | Path) -> str:
+    path = Path(source)
+    return path.resolve().name if path.exists() else str(source)
+
+
+def _files_of(source: str | Path, name: str) -> list[SourceFile]:
+    path = Path(source)
+    if str(source) == STDLIB:
+        return _stdlib()
+    if path.is_dir():
+        return _directory(path, name)
+    if path.exists():
+        kind = _kind(path)
+        if kind is None:
+            raise DataError(
+                f"{source}: files ending {path.suffix!r} are not read; rename plain text to .txt, or convert it to "
+                ".jsonl or .parquet"
+            )
+        return [SourceFile(path, name, _stem(name), kind)]
+    if HUB_ID.fullmatch(str(source)) and _kind(path) is None:
+        return [SourceFile(file, f"{name}/{file.name}", name, "rows") for file in hub_files(str(source))]
+    raise DataError(
+        f"{source}: no such file or directory; give a file, a directory, '{STDLIB}', or a Hub data set id (owner/name)"
+    )
+
+
+def _directory(root: Path, name: str) -> list[SourceFile]:
+    if (root / MANIFEST).exists():
+        return curated_shards(root, name)
+    files = []
+    for path in sorted(walk(root, frozenset({"__pycache__", "node_modules"})), key=lambda p: p.relative_to(root).parts):
+        kind = _kind(path)
+        if kind is not None and path.suffix not in SELDOM_DOCUMENTS:
+            files.append(SourceFile(path, f"{name}/{path.relative_to(root).as_posix()}", name, kind))
+    if not files:
+        raise DataError(
+            f"{root}: no document in this directory; put .txt, .md, .html, .warc.gz, .jsonl, .parquet or source "
+            "files there"
+        )
+    return files
+
+
+def curated_shards(root: Path, name: str) -> list[SourceFile]:
+    """The shards of a directory that `arriero curate` wrote, as its manifest lists them."""
+    try:
+        shards = [shard["file"] for shard in json.loads((root / MANIFEST).read_text(encoding="utf-8"))["shards"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{root / MANIFEST}: not the manifest of a curated directory ({error!r}); remove it, or curate again"
+        ) from error
+    for shard in shards:
+        if not (root / shard).is_file():
+            raise DataError(f"{root}: the manifest lists {shard}, which is missing; copy it again, or curate again")
+    return [SourceFile(root / shard, f"{name}/{shard}", name, "rows") for shard in shards]
+
+
+def _stdlib() -> list[SourceFile]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = SKIPPED_DIRECTORIES | NOT_LIBRARY
+    files = sorted(python_files(root, skipped), key=lambda path: path.relative_to(root).parts)
+    topics = SourceFile(root / "pydoc_data" / "topics.py", f"{STDLIB}/topics", "prose", "topics")
+    return [
+        *(SourceFile(path, f"{STDLIB}/{path.relative_to(root).as_posix()}", "code", "code") for path in files),
+        *([topics] if topics.path.exists() else []),
+    ]
+
+
+def python_files(root: Path, skipped: frozenset[str] = SKIPPED_DIRECTORIES) -> Iterator[Path]:
+    """Python files below `root` that are neither tests nor somebody else's packages."""
+    for path in [root] if root.is_file() else walk(root, skipped):
+        if path == root or (path.suffix == ".py" and not re.fullmatch(r"(test_.*|.*_test|conftest)", path.stem)):
+            yield path
+
+
+def walk(root: Path, skipped: frozenset[str]) -> Iterator[Path]:
+    """Files below `root`; hidden ones, directories of these names, and links to directories are left out."""
+    for path in root.iterdir():
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.name not in skipped and not path.is_symlink():
+            yield from walk(path, skipped)
+
+
+def _kind(path: Path) -> Any:
+    """How a file is read, by the ending of its name; None for no known one."""
+    name, suffix = path.name.lower(), path.suffix.lower()
+    if name.endswith(WARC):
+        return "warc"
+    if suffix in PROSE:
+        return "prose"
+    if suffix in HTML:
+        return "html"
+    if suffix in CODE or name in ("makefile", "dockerfile"):
+        return "code"
+    return "rows" if is_readable(path) else None
+
+
+def _stem(name: str) -> str:
+    """A file's name without its endings: prose for prose.jsonl.gz."""
+    return name.partition(".")[0] or name
+
+
+# Readers: (row, document or error) for each row after `after`
+
+Rows = Iterator[tuple[int, Document | DataError]]
+
+
+def _read_rows(file: SourceFile, after: int, reading: Reading) -> Rows:
+    for record in read_records(file.path, after):
+        try:
+            yield record.row, _from_row(parse_row(record), file, record.row, reading.text_key)
+        except DataError as error:
+            yield record.row, error
+
+
+def _from_row(row: Mapping[str, Any], file: SourceFile, number: int, text_key: str) -> Document:
+    where = f"row {number} of {file.path}"
+    rest = dict(row)
+    text = rest.pop(text_key, None)
+    if text is None:
+        columns = ", ".join(repr(name) for name in row) or "none"
+        raise DataError(f"{where}: no column {text_key!r} (there are: {columns}); name the text's with --text-key")
+    if not isinstance(text, str):
+        raise DataError(f"{where}: {text_key!r} is of type {type(text).__name__}; it must be a text")
+    meta = rest.pop("meta", None) or {}
+    if isinstance(meta, str):  # how curated shards hold it
+        try:
+            meta = as_row(json.loads(meta), file.path, number)
+        except ValueError:  # DataError is one
+            meta = {"meta": meta}
+    elif not isinstance(meta, dict):
+        meta = {"meta": meta}
+    named = {key: _word(rest.pop(key, None)) for key in ("id", "source", "url", "date")}
+    return Document(
+        _valid(text),
+        named["id"] or f"{file.name}:{number}",
+        named["source"] or ("code" if file.kind == "code" else file.source),
+        named["url"],
+        named["date"],
+        {**{key: _plain(value) for key, value in rest.items()}, **meta},
+    )
+
+
+def _word(value: Any) -> str:
+    return _valid(value) if isinstance(value, str) else "" if value is None else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it: dates and other objects of Parquet as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float) else _word(value)
+
+
+def _valid(text: str) -> str:
+    """The text with lone surrogates, which JSON can write but UTF-8 cannot, as "?"."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
+
+
+def _read_whole(file: SourceFile, after: int, reading: Reading) -> Rows:
+    """A file that is one document: prose, code, HTML."""
+    if after:
+        return
+    data = file.path.read_bytes()
+    if file.kind == "html":
+        yield 1, Document(_main_text(data, reading.html, str(file.path)), file.name, file.source)
+        return
+    try:
+        text = _decoded_code(data) if file.path.suffix == ".py" else data.decode("utf-8-sig")
+    except (UnicodeDecodeError, SyntaxError, LookupError) as error:
+        yield 1, DataError(f"{file.path}: not UTF-8 text ({error}); convert it, for example by iconv, or remove it")
+        return
+    yield 1, Document(text, file.name, "code" if file.kind == "code" else file.source)
+
+
+def _decoded_code(data: bytes) -> str:
+    """Python source by the encoding that its first lines declare."""
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+    return data.decode(encoding)
+
+
+def _read_topics(file: SourceFile, after: int, reading: Reading) -> Rows:
+    topics = importlib.import_module("pydoc_data.topics").topics
+    for number, (name, text) in enumerate(sorted(topics.items()), start=1):
+        if number > after:
+            yield number, Document(text.strip() + "\n", f"{file.name}/{name}", file.source)
+
+
+def _read_warc(file: SourceFile, after: int, reading: Reading) -> Rows:
+    """Responses with HTML or plain text, and the texts of WET files; other records are no documents."""
+    warc = require("fastwarc.warc", "data")
+    kinds = warc.WarcRecordType.response | warc.WarcRecordType.conversion
+    with open(file.path, "rb") as stream:
+        records = warc.ArchiveIterator(stream, record_types=kinds, parse_http=True, auto_decode="all")
+        for number, record in enumerate(records, start=1):
+            if number > after:
+                found = _from_warc(record, file, number, reading)
+                if found is not None:
+                    yield number, found
+
+
+def _from_warc(record: Any, file: SourceFile, number: int, reading: Reading) -> Document | DataError | None:
+    headers, http = record.headers, record.http_headers
+    is_http = "application/http" in (headers.get("Content-Type") or "")
+    kind = (
+        ((record.http_content_type if is_http else headers.get("Content-Type")) or "").partition(";")[0].strip().lower()
+    )
+    if is_http and http is not None and (http.status_code != 200 or kind not in WEB_TEXT):
+        return None
+    expected = record.content_length
+    data = record.reader.read()
+    decoded = is_http and http is not None and ("Content-Encoding" in http or "Transfer-Encoding" in http)
+    if (is_http and http is None) or (len(data) < expected and not decoded):  # fastwarc ends in silence at a cut
+        return DataError(f"row {number} of {file.path}: the file ends within this record; fetch it again")
+    if kind not in WEB_TEXT:
+        return None
+    url = headers.get("WARC-Target-URI") or ""
+    try:
+        text = _main_text(data, reading.html, url) if "html" in kind else _decoded_web(data, False)
+    except DataError as error:
+        return DataError(f"row {number} of {file.path}: {error}")
+    id_ = (record.record_id or "").strip("<>") or f"{file.name}:{number}"
+    return Document(text, id_, file.source, url, headers.get("WARC-Date") or "")
+
+
+WEB_TEXT = ("text/html", "application/xhtml+xml", "text/plain")
+
+
+# HTML
+
+
+def _main_text(data: bytes, extractor: Extractor, where: str) -> str:
+    """The main text of a page, without menus, headers and the like."""
+    page = _decoded_web(data, True)
+    if extractor == "trafilatura":
+        found = require("trafilatura", "data").extract(page, include_comments=False, include_tables=True)
+        return found or ""
+    extract = require("resiliparse.extract.html2text", "data").extract_plain_text
+    try:
+        return extract(page, main_content=True, alt_texts=False, list_bullets=True)
+    except Exception as error:
+        raise DataError(f"{where}: the HTML cannot be parsed ({error}); remove the page") from error
+
+
+def _decoded_web(data: bytes, is_html: bool) -> str:
+    """Text by the encoding that the page declares or that its bytes suggest."""
+    encoding = require("resiliparse.parse.encoding", "data")
+    return encoding.bytes_to_str(data, encoding.detect_encoding(data, from_html_meta=is_html))

@@ -1,0 +1,200 @@
+"""Every kind of source gives its documents, in one order, resumable at each of them; what is broken is named."""
+
+import gzip
+import io
+import itertools
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from arriero.curate.document import Document
+from arriero.curate.sources import Position, list_files, read_documents, read_from
+from arriero.errors import DataError
+
+TEXTS = [f"Llama number {i} hums.\nIt has {i} crias." for i in range(7)]
+PAGE = """<html><head><title>Llamas</title><meta charset="utf-8"></head>
+<body><nav><a href="/">Home</a> <a href="/x">Shop</a>
+</nav><main><article><h1>Of llamas</h1><p>{}</p><p>{}</p></article></main><footer>Copyright</footer></body></html>"""
+SENTENCE = "The llama is a domesticated South American camelid, widely used as a meat and pack animal. "
+
+
+def rows():
+    return [{"text": text, "id": f"doc-{i}", "url": f"https://x.org/{i}", "likes": i} for i, text in enumerate(TEXTS)]
+
+
+def jsonl(data=None):
+    return "".join(json.dumps(row) + "\n" for row in (data or rows())).encode()
+
+
+def warc(pages, status=200, kind="text/html; charset=utf-8"):
+    out = io.BytesIO()
+    for i, page in enumerate(pages):
+        body = page.encode()
+        http = f"HTTP/1.1 {status} OK\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        head = (
+            f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:{i}>\r\nWARC-Target-URI: https://x.org/{i}\r\n"
+            f"WARC-Date: 2024-03-0{i + 1}T00:00:00Z\r\nContent-Type: application/http; msgtype=response\r\n"
+            f"Content-Length: {len(http)}\r\n\r\n"
+        )
+        out.write(gzip.compress(head.encode() + http + b"\r\n\r\n"))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.json"])
+def test_rows_of_every_container_give_the_same_documents(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pa.parquet.write_table(pa.Table.from_pylist(rows()), path, row_group_size=3)
+    elif name.endswith("json"):
+        path.write_text(json.dumps(rows()))
+    else:
+        pack = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}.get(path.suffix[1:], bytes)
+        path.write_bytes(pack(jsonl()))
+    assert list(read_documents([path])) == [
+        Document(text, f"doc-{i}", "a", f"https://x.org/{i}", "", {"likes": i}) for i, text in enumerate(TEXTS)
+    ]
+
+
+def test_a_row_without_an_id_is_named_by_file_and_row(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl([{"content": "one", "source": "wiki"}, {"content": "two"}]))
+    first, second = read_documents([tmp_path / "a.jsonl"], "content")
+    assert (first.id, first.source) == ("a.jsonl:1", "wiki")
+    assert (second.id, second.source) == ("a.jsonl:2", "a")
+
+
+def mixed(tmp_path):
+    root = tmp_path / "corpus"
+    (root / "sub").mkdir(parents=True)
+    (root / "sub" / "z.txt").write_text("A plain text.")
+    (root / "b.md").write_text("# Title\n")
+    (root / "c.py").write_bytes("# coding: latin-1\nname = 'José'\n".encode("latin-1"))
+    (root / "d.jsonl").write_bytes(jsonl())
+    pa.parquet.write_table(pa.Table.from_pylist(rows()), root / "e.parquet", row_group_size=2)
+    (root / "f.html").write_text(PAGE.format(SENTENCE * 3, SENTENCE * 2))
+    (root / "g.warc.gz").write_bytes(warc([PAGE.format(SENTENCE * n, SENTENCE) for n in (2, 3, 5)]))
+    (root / "package.json").write_text('{"name": "not a document"}')
+    (root / ".hidden.txt").write_text("no")
+    return root
+
+
+def test_a_directory_gives_all_its_documents_sorted_by_path(tmp_path):
+    found = list(read_documents([mixed(tmp_path)]))
+    names = [document.id for document in found]
+    assert names == [
+        "corpus/b.md", "corpus/c.py", *(f"doc-{i}" for i in range(7)), *(f"doc-{i}" for i in range(7)), "corpus/f.html",
+        "urn:uuid:0", "urn:uuid:1", "urn:uuid:2", "corpus/sub/z.txt",
+    ]  # fmt: skip
+    assert found[1] == Document("# coding: latin-1\nname = 'José'\n", "corpus/c.py", "code")
+    assert found[-2].url == "https://x.org/2" and found[-2].date == "2024-03-03T00:00:00Z"
+
+
+@pytest.mark.parametrize("html", ["resiliparse", "trafilatura"])
+def test_html_gives_the_main_text_without_menus(tmp_path, html):
+    (tmp_path / "f.html").write_text(PAGE.format(SENTENCE * 3, SENTENCE * 2))
+    [document] = read_documents([tmp_path / "f.html"], html=html)
+    assert SENTENCE.strip() in document.text
+    assert "Shop" not in document.text and "Copyright" not in document.text
+
+
+def test_warc_responses_that_failed_or_are_pictures_are_no_documents(tmp_path):
+    (tmp_path / "a.warc.gz").write_bytes(warc(["gone"], status=404) + warc(["png"], kind="image/png"))
+    assert list(read_documents([tmp_path / "a.warc.gz"])) == []
+
+
+def test_reading_resumes_after_any_document(tmp_path):
+    files = list_files([mixed(tmp_path)])
+    everything = list(read_from(files))
+    for number, (_, position) in enumerate(everything):
+        assert list(read_from(files, position)) == everything[number + 1 :]
+    assert list(read_from(files, Position(0, 0))) == everything
+
+
+def test_the_standard_library_is_a_corpus_of_code_and_prose():
+    found = list(read_documents(["stdlib"]))
+    assert {"stdlib/abc.py", "stdlib/json/decoder.py"} <= {d.id for d in found if d.source == "code"}
+    assert "stdlib/topics/assert" in {d.id for d in found if d.source == "prose"}
+    assert not [d.id for d in found if "/test/" in d.id or "idlelib" in d.id or "site-packages" in d.id]
+    assert len({d.id for d in found}) == len(found)
+
+
+def test_a_curated_directory_is_read_by_its_manifest(tmp_path):
+    (tmp_path / "shard-1.jsonl").write_bytes(jsonl([{"text": "b", "id": "2", "meta": '{"n": 3}'}]))
+    (tmp_path / "shard-0.jsonl").write_bytes(jsonl([{"text": "a", "id": "1"}]))
+    (tmp_path / "stray.jsonl").write_bytes(jsonl([{"text": "c"}]))
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{"file": f"shard-{i}.jsonl"} for i in (0, 1)]}))
+    assert [(d.text, d.meta) for d in read_documents([tmp_path])] == [("a", {}), ("b", {"n": 3})]
+    (tmp_path / "shard-1.jsonl").unlink()
+    with pytest.raises(DataError, match=r"the manifest lists shard-1\.jsonl, which is missing; copy it again"):
+        list(read_documents([tmp_path]))
+
+
+def test_two_directories_of_one_name_give_distinct_ids(tmp_path):
+    for parent in "xy":
+        (tmp_path / parent / "data").mkdir(parents=True)
+        (tmp_path / parent / "data" / "a.txt").write_text(parent)
+    assert [d.id for d in read_documents([tmp_path / "x/data", tmp_path / "y/data"])] == ["data/a.txt", "data~2/a.txt"]
+
+
+def test_lone_surrogates_become_question_marks(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "bad \\ud800 pair"}\n')
+    [document] = read_documents([tmp_path / "a.jsonl"])
+    assert document.text == "bad ? pair"
+
+
+BROKEN = {
+    "broken JSON": ('{"text": "a"}\n{"text": \n{"text": "c"}\n', r"row 2 of .*a\.jsonl: broken JSON: .*; mend or drop"),
+    "no text": (
+        '{"text": "a"}\n{"body": "b", "id": 3}\n{"text": "c"}\n',
+        r"row 2 of .*a\.jsonl: no column 'text' \(there are: 'body', 'id'\); name the text's with --text-key",
+    ),
+    "no string": (
+        '{"text": "a"}\n{"text": 7}\n{"text": "c"}\n',
+        r"row 2 of .*a\.jsonl: 'text' is of type int; it must be a text",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_row_is_named_or_passed_over(tmp_path, case):
+    text, message = BROKEN[case]
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        list(read_documents([path]))
+    errors = []
+    assert [d.text for d in read_documents([path], on_error=errors.append)] == ["a", "c"]
+    assert len(errors) == 1
+
+
+def test_files_that_cannot_be_read_are_named_or_passed_over(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl())[:-20])
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(jsonl())[:-5])
+    (tmp_path / "d.warc.gz").write_bytes(warc([PAGE.format(SENTENCE * 4, SENTENCE * 2)] * 2)[:-200])
+    (tmp_path / "e.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "f.txt").write_text("good")
+    errors = []
+    found = list(read_documents([tmp_path], on_error=errors.append))
+    assert found[-1].text == "good"
+    for error, place in itertools.zip_longest(errors, ["a.txt", "b.jsonl.gz", "c.jsonl.zst", "d.warc.gz", "e.parquet"]):
+        assert place in str(error)
+    assert "not UTF-8 text" in str(errors[0]) and "convert it" in str(errors[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda p: p / "nothing.jsonl",
+            r"nothing\.jsonl: no such file or directory; give a file, a directory, 'stdlib'",
+        ),
+        (lambda p: p, r"no document in this directory; put \.txt"),
+        (lambda p: (p / "a.docx").touch() or p / "a.docx", r"files ending '\.docx' are not read; rename plain text"),
+    ],
+)
+def test_sources_that_are_none_are_refused(tmp_path, make, message):
+    with pytest.raises(DataError, match=message):
+        list_files([make(tmp_path)])
