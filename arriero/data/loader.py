@@ -56,7 +56,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         tokens, targets, bounds = (x.to(device) for x in (self.tokens, self.targets, self.cu_seqlens))
-        return Batch(tokens, targets, bounds, self.n_trained)
+        return dataclasses.replace(self, tokens=tokens, targets=targets, cu_seqlens=bounds)
 
 
 def next_token_targets(tokens: NDArray[np.int32], trained: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -151,3 +151,10 @@ def test_packed_padded_and_unpacked_rows_have_the_same_loss_for_every_token(data
     alone = losses(packing=False, pad_to=None)
     assert losses(packing=True, pad_to=None) == pytest.approx(alone, abs=1e-5)
     assert losses(packing=True, pad_to=257) == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_batch_moved_to_a_device_keeps_its_shared_prefix(dataset):
+    loader = SftLoader(dataset, 512, seed=3)
+    batch = loader.collate([loader.row(0)])
+    assert batch.prefix > 8
+    assert batch.to("cpu").prefix == batch.prefix
