@@ -1,34 +1,110 @@
-"""Wraps a model for training, from outside and in one readable order: checkpoint activations, then compile.
+"""Wraps a model for many processes, from outside and in one readable order.
 
-The model's files know nothing of this. Sharding over processes will join here, after compile.
+Pipeline stages, tensor and sequence parallel, context parallel, checkpointed activations, per-block compilation, and
+last the sharding of all parameters (FSDP2; HSDP where the shards are replicated). The model's files know nothing of
+this. A single process goes through the same function, which then only checkpoints and compiles.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from arriero.distributed.mesh import Mesh
+from arriero.distributed.stage import Stage
 from arriero.model.llama import Llama
 
+Recompute = Literal["none", "full", "selective"]
+"""What a block computes again in the backward pass: nothing, everything, or all but matmuls and attention."""
 
-def prepare(model: Llama, *, checkpoint_activations: bool = False, compile: bool = False) -> Llama:
+
+def parallelize(model: Llama, mesh: Mesh, *, recompute: Recompute = "none", compile: bool = False) -> list[Stage]:
+    """Split `model` over `mesh`, in place; returns what this process runs, one stage for each of its runs of layers.
+
+    model: with its weights (each process keeps its part) or on the meta device, adapters already added, the compute
+    type set. recompute, compile: as in `prepare`. Raises `ConfigError` where the model cannot be split so.
+    """
+    config = mesh.config
+    config.check_model(model.config)
+    runs = config.layers(model.config.n_layers)
+    mine = range(mesh.place("pp"), len(runs), config.pp)
+    stages = [Stage(model, index, runs[index]) for index in mine]
+    for stage in stages:
+        prepare(stage.model, recompute=recompute, compile=compile)
+        if mesh.distributed:
+            shard(stage, mesh)
+    return stages
+
+
+def prepare(model: Llama, *, recompute: Recompute = "none", compile: bool = False) -> Llama:
     """Apply activation checkpointing and per-block compilation in place; names of parameters stay as they are.
 
-    checkpoint_activations: keep only each block's input and recompute the block in the backward pass.
+    recompute: "full" keeps only each block's input and recomputes the block in the backward pass (about a third more
+    time); "selective" keeps the outputs of matmuls and attention too and recomputes what is cheap (Llama 1, arXiv
+    2302.13971, section 2.4).
     compile: all blocks share one compiled graph, so the price is that of one block (about half a minute on a CPU).
     """
-    for block in model.model.layers:
-        if checkpoint_activations:
+    for block in blocks(model):
+        if recompute == "full":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        elif recompute == "selective":
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=_keep_costly)
         if compile:
             block.compile()
     return model
+
+
+def blocks(model: Llama) -> list[nn.Module]:
+    """The blocks that lie on this process."""
+    return [block for block in model.model.layers if any(True for _ in block.parameters())]
+
+
+def shard(stage: Stage, mesh: Mesh) -> None:
+    """Shard every parameter over the data-parallel processes, block by block; each block is gathered while it runs.
+
+    Gathers are in the compute type, gradients are reduced in fp32 and summed, not averaged: losses are divided by the
+    trained tokens of the whole global batch already. In a pipeline blocks stay gathered from forward to backward, since
+    many micro-batches pass in between.
+    """
+    dtype = stage.model.model.compute_dtype
+    precision = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    over = mesh.sub("dp_replicate", "fsdp") if mesh.config.dp_replicate > 1 else mesh.sub("fsdp")
+    again = mesh.config.pp == 1
+    for block in blocks(stage.model):
+        fully_shard(block, mesh=over, mp_policy=precision, reshard_after_forward=again)
+    fully_shard(stage, mesh=over, mp_policy=precision, reshard_after_forward=False)
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def any_number_of_documents(cu_seqlens: Tensor) -> Tensor:
     """Tell the compiler that the next batch may hold more or fewer documents; the tensor itself is as it was."""
     torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
     return cu_seqlens
+
+
+_COSTLY = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.arriero.packed_attention_cpu.default,
+}
+
+
+def _keep_costly() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    def policy(_: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

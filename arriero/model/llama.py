@@ -51,6 +51,7 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.attend = document_attention  # over uncached tokens; replaced from outside where they lie elsewhere too
         self.q_proj = Linear(config.dim, config.n_heads * config.head_dim)
         self.k_proj = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.v_proj = Linear(config.dim, config.n_kv_heads * config.head_dim)
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         k = apply_rope(self.k_proj(x).view(heads), cos, sin)
         v = self.v_proj(x).view(heads)
         if cache is None:
-            out = document_attention(q, k, v, cu_seqlens, prefix)
+            out = self.attend(q, k, v, cu_seqlens, prefix)
         else:
             out = cached_attention(q, k, v, cache, self.layer)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
@@ -112,7 +113,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
-        self, tokens: Tensor, cu_seqlens: Tensor | None = None, prefix: int = 0, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None = None,
+        prefix: int = 0,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Run the decoder.
 
@@ -120,12 +126,13 @@ class Decoder(nn.Module):
         laid end to end (row boundaries included); positions restart and attention stops at each. None: each
         row is one document. prefix: length of the first document when every later one continues it, else 0
         (see attention.py). cache: keys and values of earlier tokens, extended by these (inference only).
+        positions: [B, T] within documents, for whoever passes a part of the tokens; else they follow from the rest.
         """
         if cache is not None:
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens and cache exclude each other: a cached row is one document")
             positions = cache.positions(tokens.shape[1])
-        else:
+        elif positions is None:
             positions = document_positions(tokens, cu_seqlens, prefix)
         cos, sin = rope_tables(self.config, positions)
         x = self.embed_tokens(tokens).to(self.compute_dtype)
@@ -167,12 +174,18 @@ class Llama(nn.Module):
         return self.lm_head(self.model(tokens, cu_seqlens, prefix, cache))
 
     @torch.no_grad()
-    def init_weights(self, std: float = 0.02, seed: int | None = None) -> Llama:
-        """Draw all matrices from N(0, std^2), norms at one. The published initialisation is unknown; this is HF's."""
+    def init_weights(self, std: float = 0.02, seed: int | None = None, *, depth_scaled: bool = False) -> Llama:
+        """Draw all matrices from N(0, std^2), norms at one. The published initialisation is unknown; this is HF's.
+
+        depth_scaled: the two projections that write into the residual stream get std / sqrt(2 n_layers), so that its
+        size does not grow with depth (GPT-2).
+        """
         generator = None if seed is None else torch.Generator(self.lm_head.weight.device).manual_seed(seed)
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.normal_(0.0, std, generator=generator)
+                writes = depth_scaled and name.endswith(("o_proj", "down_proj"))
+                scale = (2 * self.config.n_layers) ** -0.5 if writes else 1.0
+                module.weight.normal_(0.0, std * scale, generator=generator)
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
         return self

@@ -1,0 +1,118 @@
+"""The processes of a run as a mesh: who holds which part of the model, and who works on which rows.
+
+One process without torch.distributed is a mesh too, so that a training loop asks no questions. Under torchrun the
+process group is opened here and closed by the mesh's `close` (or its `with`).
+
+A mesh has five dimensions, outermost first: pp, dp_replicate, dp_shard, cp, tp. What is summed over the whole mesh
+(tokens, losses, squared norms) is counted once, by the processes that `leads` names.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from arriero.distributed.config import ParallelConfig
+
+DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+class Mesh:
+    """This process's place among all. `config` is fitted to the number of processes; `device` is where it computes."""
+
+    def __init__(self, config: ParallelConfig, device: torch.device, processes: DeviceMesh | None = None) -> None:
+        self.config, self.device, self._processes = config, device, processes
+        if processes is not None:
+            processes["dp_shard", "cp"]._flatten("fsdp")  # context parallel processes shard the weights too
+
+    @property
+    def distributed(self) -> bool:
+        """Whether there is anyone else."""
+        return self._processes is not None
+
+    @property
+    def world(self) -> int:
+        """Processes in all."""
+        return self.config.world
+
+    @property
+    def rank(self) -> int:
+        """This process's number among all."""
+        return 0 if self._processes is None else dist.get_rank()
+
+    def place(self, dimension: str) -> int:
+        """This process's coordinate along one of DIMENSIONS."""
+        return 0 if self._processes is None else self._processes.get_local_rank(dimension)
+
+    @property
+    def dp_rank(self) -> int:
+        """Which share of the rows is this process's, of `dp_size`."""
+        return self.place("dp_replicate") * self.config.dp_shard + self.place("dp_shard")
+
+    @property
+    def dp_size(self) -> int:
+        """Number of shares that a global batch is cut into."""
+        return self.config.dp
+
+    def share(self, n: int) -> range:
+        """This process's share of n things that every data-parallel process has an equal and contiguous share of."""
+        each, rest = divmod(n, self.dp_size)
+        assert rest == 0, "ParallelConfig.check_batch has seen to it"
+        return range(self.dp_rank * each, (self.dp_rank + 1) * each)
+
+    def leads(self, *dimensions: str) -> bool:
+        """Whether this process is the first along all of `dimensions`, and so counts for its peers there."""
+        return all(self.place(name) == 0 for name in dimensions)
+
+    def sub(self, *dimensions: str) -> DeviceMesh:
+        """The processes that differ from this one only along `dimensions` ("fsdp" is dp_shard with cp)."""
+        assert self._processes is not None
+        return self._processes[dimensions if len(dimensions) > 1 else dimensions[0]]
+
+    def sum(self, value: Tensor) -> Tensor:
+        """`value` summed over all processes; it is changed in place and returned."""
+        if self.distributed:
+            dist.all_reduce(value)
+        return value
+
+    def count(self, number: int) -> int:
+        """The sum of a whole number over data-parallel shares, whose other processes all hold the same."""
+        counted = number if self.leads("pp", "cp", "tp") else 0
+        return int(self.sum(torch.tensor(counted, device=self.device)))
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.distributed and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def init_mesh(config: ParallelConfig, device: str) -> Mesh:
+    """Join the processes that torchrun started (environment WORLD_SIZE, RANK, LOCAL_RANK), or be one alone.
+
+    device: "cpu" (gloo) or "cuda" (nccl, the GPU of LOCAL_RANK). Raises `ConfigError` where the degrees do not fit.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    fitted = config.fitted(world)
+    here = torch.device(device)
+    if world == 1:
+        return Mesh(fitted, here)
+    if here.type == "cuda":
+        here = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(here)
+    if not dist.is_initialized():
+        backend = "nccl" if here.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=fitted.timeout))
+    degrees = tuple(getattr(fitted, name) for name in DIMENSIONS)
+    return Mesh(fitted, here, init_device_mesh(here.type, degrees, mesh_dim_names=DIMENSIONS))

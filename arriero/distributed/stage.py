@@ -1,0 +1,88 @@
+"""What one process runs: a run of the model's layers together with the objective, as a single module.
+
+Without a pipeline that is the whole model. In one, it is the same `Llama` with the parts that lie elsewhere replaced by
+pass-throughs, so parameters keep their names and the model's file knows nothing of it: an objective that reads
+`model.model(batch.tokens, ...)` works unchanged on the last stage, where `batch.tokens` are the hidden states received.
+Model and objective are one module because sharded weights are whole only inside the forward of what shards them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arriero.data.loader import Batch
+from arriero.model.llama import Llama
+
+Objective = Callable[[nn.Module, Batch], Tensor]
+"""The loss of a batch, SUMMED over its trained tokens."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """This process's part of a micro-batch. `positions` [1, n] within documents where it holds a part of the tokens."""
+
+    batch: Batch
+    positions: Tensor | None
+    seed: int | None  # of dropout; None draws on
+
+
+class Stage(nn.Module):
+    """Layers `layers` of a Llama. `forward` gives the next stage's input, and on the last stage the loss."""
+
+    def __init__(self, model: Llama, index: int, layers: range) -> None:
+        super().__init__()
+        self.index, self.layers = index, layers
+        self.last = layers.stop == model.config.n_layers
+        self.model = model if len(layers) == model.config.n_layers else part_of(model, layers)
+        self.objective: Objective | None = None
+        self.trained = 1  # tokens that the loss is divided by
+        self.micro_batches: list[MicroBatch] = []
+        self._positions: Tensor | None = None
+        self.model.model.register_forward_pre_hook(self._give_positions, with_kwargs=True)
+
+    def forward(self, x: Tensor, index: int | Tensor) -> Tensor:
+        """x: ids [1, n] on the first stage, hidden states [1, n, D] on others; index: which micro-batch."""
+        micro = self.micro_batches[int(index)]
+        batch, self._positions = dataclasses.replace(micro.batch, tokens=x), micro.positions
+        if micro.seed is not None:
+            torch.manual_seed(micro.seed)
+        if not self.last:
+            hidden = self.model.model(batch.tokens, batch.cu_seqlens, batch.prefix)
+            assert isinstance(hidden, Tensor)
+            return hidden
+        assert self.objective is not None
+        return self.objective(self.model, batch) / self.trained
+
+    def _give_positions(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        return None if self._positions is None else (args, kwargs | {"positions": self._positions})
+
+
+class PassThrough(nn.Module):
+    """Stands where a part of the model is that lies on another stage."""
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        """x."""
+        return x
+
+
+def part_of(model: Llama, layers: range) -> Llama:
+    """A Llama that holds `layers` of `model`, the embeddings with the first of them and norm and head with the last."""
+    with torch.device("meta"):
+        part = Llama(model.config)
+    part.train(model.training)
+    part.model.compute_dtype = model.model.compute_dtype
+    part.model.embed_tokens = model.model.embed_tokens if layers.start == 0 else PassThrough()  # type: ignore[assignment]
+    for index in range(model.config.n_layers):
+        part.model.layers[index] = model.model.layers[index] if index in layers else PassThrough()
+    last = layers.stop == model.config.n_layers
+    part.model.norm = model.model.norm if last else PassThrough()  # type: ignore[assignment]
+    part.lm_head = model.lm_head if last else PassThrough()  # type: ignore[assignment]
+    return part

@@ -1,0 +1,198 @@
+"""Trains a toy model under some parallelism and records what came of it; several processes are started for that.
+
+`python -m helpers.parallel CASES.json OUT` is one process of a group. It runs one case after the other, so that the
+seconds that a process takes to start are paid once. `run_cases` starts the group and sees to its end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from arriero.data.loader import IGNORED, Batch, Row, collate, next_token_targets
+from arriero.distributed.config import ParallelConfig
+from arriero.distributed.engine import Engine
+from arriero.distributed.mesh import Mesh, init_mesh
+from arriero.distributed.parallelize import parallelize
+from arriero.model.config import LlamaConfig, LoraConfig
+from arriero.model.llama import Llama
+from arriero.model.lora import add_lora
+from arriero.optim.groups import decay_groups
+from arriero.train.objectives import lm_loss
+
+SHAPE = LlamaConfig(22, 5, 6, 2, 34, 106, 64, head_dim=10)
+STEPS = 10
+MICRO_BATCHES = 8  # of a global batch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train the toy model."""
+
+    parallel: dict = field(default_factory=dict)
+    lora: bool = False
+    tied: bool = False
+    prefix: int = 0
+    recompute: str = "none"
+    compile: bool = False
+    dtype: str = "float32"
+    micro_batches: int = MICRO_BATCHES
+
+    def name(self) -> str:
+        """As a file may be called."""
+        changed = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
+        }
+        return json.dumps(changed | {"parallel": self.parallel}, sort_keys=True).translate(
+            {ord(c): "-" for c in ' {}":,'}
+        )
+
+    def alone(self) -> Case:
+        """The same on one process."""
+        return dataclasses.replace(self, parallel={}, recompute="none", compile=False)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What training came to; `first` and `last` hold each trained tensor's gradient, `weights` the whole model."""
+
+    losses: list[float]
+    norms: list[float]
+    validation: float
+    first: dict[str, torch.Tensor]
+    last: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+
+
+def toy_batch(seed: int, prefix: int = 0) -> Batch:
+    """Three documents of 2 to 23 tokens, some of them untrained, behind a shared beginning of `prefix` tokens."""
+    rng = np.random.default_rng(seed)
+    lead = np.random.default_rng(7).integers(0, SHAPE.vocab_size, prefix).astype(np.int32)
+    rows = [Row(lead, np.full(prefix, IGNORED), np.array([prefix]))] if prefix else []
+    for length in rng.integers(2, 24, 3):
+        tokens = rng.integers(0, SHAPE.vocab_size, length).astype(np.int32)
+        rows.append(Row(tokens, next_token_targets(tokens, rng.random(length) < 0.7), np.array([length])))
+    return dataclasses.replace(collate(rows), prefix=prefix)
+
+
+def toy_model(case: Case) -> Llama:
+    """Weights that are the same on every process."""
+    model = Llama(dataclasses.replace(SHAPE, tied_embeddings=case.tied)).init_weights(std=0.1, seed=1)
+    if case.lora:
+        torch.manual_seed(2)
+        add_lora(model, LoraConfig(rank=3))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if ".lora_B." in name:  # zero at first, and then A has no gradient
+                    p.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    return model.set_compute_dtype(getattr(torch, case.dtype)).train()
+
+
+def train(case: Case, mesh: Mesh) -> Result:
+    """STEPS steps; what is returned is whole on process 0."""
+    engine = Engine(parallelize(toy_model(case), mesh, recompute=case.recompute, compile=case.compile), mesh)
+    optimizer = torch.optim.AdamW(
+        decay_groups(engine.parameters, 0.1), lr=1e-3, betas=(0.9, 0.95), eps=1e-5, fused=True
+    )
+    losses, norms, grads = [], [], []
+    for step in range(STEPS):
+        share = [
+            toy_batch(step * case.micro_batches + i, case.prefix).to(mesh.device)
+            for i in mesh.share(case.micro_batches)
+        ]
+        trained = engine.trained_tokens(share)
+        losses.append(engine.forward_backward(share, lm_loss, trained).item())
+        if step in (0, STEPS - 1):
+            grads.append({name: grad.clone() for name, grad in engine.full_gradients().items()})
+        norms.append(engine.clip_grad_norm_(1.0).item())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    held_out = [toy_batch(10_000 + i, case.prefix) for i in mesh.share(case.micro_batches)]
+    validation = engine.loss(held_out, lm_loss).item()
+    return Result(losses, norms, validation, *grads, engine.full_state_dict())
+
+
+def run_alone(case: Case) -> Result:
+    """The case on this process alone."""
+    return train(case.alone(), Mesh(ParallelConfig(dp_shard=1), torch.device("cpu")))
+
+
+def main(cases: str, out: str) -> None:
+    """One process of the group."""
+    for case in (Case(**c) for c in json.loads(Path(cases).read_text())):
+        began = time.perf_counter()
+        with_mesh = init_mesh(ParallelConfig(**case.parallel, timeout=60), "cpu")
+        result = train(case, with_mesh)
+        if with_mesh.rank == 0:
+            base = Path(out) / case.name()
+            (base.parent / (base.name + ".json")).write_text(
+                json.dumps({"losses": result.losses, "norms": result.norms, "validation": result.validation})
+            )
+            for part in ("first", "last", "weights"):
+                tensors = {k: v.contiguous().clone() for k, v in getattr(result, part).items()}
+                save_file(tensors, base.parent / f"{base.name}.{part}")
+            print(f"{time.perf_counter() - began:.1f} s {case}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_cases(cases: list[Case], world: int, out: Path, timeout: float = 240) -> dict[str, Result]:
+    """Results by case name, of `world` processes. None of them outlives this call."""
+    (out / "cases.json").write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
+    run_processes([sys.executable, "-m", "helpers.parallel", str(out / "cases.json"), str(out)], world, timeout)
+    results = {}
+    for case in cases:
+        base = out / case.name()
+        numbers = json.loads((out / f"{base.name}.json").read_text())
+        tensors = (load_file(out / f"{base.name}.{part}") for part in ("first", "last", "weights"))
+        results[case.name()] = Result(numbers["losses"], numbers["norms"], numbers["validation"], *tensors)
+    return results
+
+
+def run_processes(command: list[str], world: int, timeout: float) -> str:
+    """Run `command` once for each rank as torchrun would; returns rank 0's output. Fails when any of them does."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    try:
+        deadline = time.monotonic() + timeout
+        while any(p.poll() is None for p in processes):
+            if any(p.poll() for p in processes) or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+    finally:
+        late = [rank for rank, p in enumerate(processes) if p.poll() is None]
+        for rank in late:
+            os.killpg(processes[rank].pid, signal.SIGKILL)
+        outputs = [p.communicate()[0] for p in processes]
+    failed = [f"rank {r} ended with {p.returncode}:\n{outputs[r]}" for r, p in enumerate(processes) if p.returncode]
+    assert not failed, f"unfinished ranks: {late}\n" + "\n".join(failed)
+    return outputs[0]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
