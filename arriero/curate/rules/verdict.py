@@ -1,0 +1,55 @@
+"""From numbers of a whole batch to verdicts a person can judge: "dup_line_frac 0.41 > 0.30"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arriero.errors import ConfigError
+
+
+class Check(NamedTuple):
+    """One threshold: a document is dropped where `values` ([D]) lies on that side of `bound`."""
+
+    name: str
+    values: NDArray[Any]
+    side: Literal["<", ">"]
+    bound: float
+
+
+def verdicts(checks: Sequence[Check]) -> list[str | None]:
+    """For each document the first check that it fails, in words, or None to keep it."""
+    reasons: list[str | None] = [None] * len(checks[0].values)
+    for check in reversed(checks):
+        failed = check.values < check.bound if check.side == "<" else check.values > check.bound
+        for document in np.flatnonzero(failed).tolist():
+            value = check.values[document]
+            reasons[document] = f"{check.name} {_number(value, check.bound)} {check.side} {check.bound:g}"
+    return reasons
+
+
+def ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
+    """part / whole, [D]; 0 where there is no whole."""
+    return part / np.maximum(whole, 1)
+
+
+def check_bounds(rule: object, low: float, high: float, *fields: str) -> None:
+    """Raise `ConfigError` unless these fields of a rule lie between the bounds."""
+    for field in fields:
+        value = getattr(rule, field)
+        if not low <= value <= high:
+            raise ConfigError(f"{type(rule).__name__}.{field} is {value}; it must be from {low:g} to {high:g}")
+
+
+def _number(value: Any, bound: float) -> str:
+    """With as many digits as show on which side of the bound it lies."""
+    if isinstance(value, (int, np.integer)):
+        return str(value)
+    for digits in range(2, 9):
+        text = f"{value:.{digits}f}"
+        if float(text) != bound:
+            break
+    return text
