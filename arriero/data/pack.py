@@ -116,3 +116,39 @@ def _best_fit(descending: IntArray, capacity: int) -> IntArray:
                 put(left - rest * length, rows[full : full + 1])
                 put(left, rows[full + 1 :])
     return row_of
+
+
+def count_rows(lengths: IntArray, capacity: int) -> int:
+    """Rows that `pack` makes of these lengths [n], longer ones cut into pieces of `capacity` and empty ones left out.
+
+    The same algorithm on numbers alone: `left[r]` rows have r tokens left, and bit r of `is_open` says whether any has.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    full, rest = int((lengths // capacity).sum()), np.bincount(lengths % capacity, minlength=1)
+    sizes = np.flatnonzero(rest[1:])[::-1] + 1
+    left = [0] * (capacity + 1)
+    is_open = 0
+    n_rows = full
+    for length, n in zip(sizes.tolist(), rest[sizes].tolist(), strict=True):
+        while n:
+            candidates = is_open >> length
+            if candidates:
+                space = length + (candidates & -candidates).bit_length() - 1
+                rows, left[space] = left[space], 0
+                is_open ^= 1 << space
+            else:
+                space = capacity
+                rows = math.ceil(n / (capacity // length))
+                n_rows += rows
+            each = space // length
+            filled, more = divmod(min(n, each * rows), each)
+            n -= filled * each + more
+            for place, amount in (
+                (space - each * length, filled),
+                (space - more * length, 1 if more else 0),
+                (space, rows - filled - (1 if more else 0)),
+            ):
+                if place and amount:
+                    left[place] += amount
+                    is_open |= 1 << place
+    return n_rows

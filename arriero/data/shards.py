@@ -1,0 +1,184 @@
+"""Token shards: documents as ids in flat files that are memory-mapped, with a manifest that says what is in them.
+
+    DIR/tokenizer/             the tokenizer, in Hugging Face's layout
+    DIR/train/                 one set of shards; with sources apart: DIR/train/SOURCE/
+        manifest.json          counts, tokenizer's hash, name, size and SHA-256 of every file
+        tokens-00000.bin ...   ids end to end, uint16 (vocabularies up to 65,536) or uint32, little-endian
+        offsets.bin            int64 [n + 1]: document i is tokens offsets[i] to offsets[i + 1], counted over all files
+        bytes.bin              uint32 [n]: UTF-8 bytes of each document's text, for bits per byte
+    DIR/validation/            likewise, held out
+
+A document never spans two files. A set is whole where manifest.json lies: it is written last (`sharding.py`). The
+fingerprint is a hash of the manifest, and so of every byte; a run that resumes compares it.
+Price: 2 or 4 bytes of disk a token and 12 a document; opening reads the manifest only, and all processes of a machine
+share the same pages.
+
+n documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arriero.errors import DataError
+
+FORMAT = "arriero-shards-1"
+MANIFEST = "manifest.json"
+ONE_SOURCE = "documents"  # what the only source of a set without sources is called
+MAX_UINT16 = 2**16
+
+IntArray = NDArray[np.int64]
+
+
+class Shards:
+    """One set of documents, opened; see the module for the files. `source` is its name in a mixture."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.manifest = read_manifest(self.directory)
+        m = self.manifest
+        self.source: str = m["source"]
+        self.n_documents, self.n_tokens, self.n_bytes = (int(m[k]) for k in ("n_documents", "n_tokens", "n_bytes"))
+        self.vocab_size: int = m["vocab_size"]
+        for file in m["files"]:
+            self._check_size(file)
+        self.offsets: IntArray = self._map("offsets.bin", "<i8", self.n_documents + 1)
+        self.text_bytes: NDArray[np.uint32] = self._map("bytes.bin", "<u4", self.n_documents)
+        parts = [file for file in m["files"] if "n_tokens" in file]
+        self._parts = [self._map(part["name"], token_type(self.vocab_size), part["n_tokens"]) for part in parts]
+        self._starts = np.cumsum([0, *(part["n_tokens"] for part in parts)])
+
+    def __len__(self) -> int:
+        return self.n_documents
+
+    def tokens(self, i: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Ids start to stop of document i, all of them by default; a view of the file."""
+        first, last = int(self.offsets[i]), int(self.offsets[i + 1])
+        part = int(np.searchsorted(self._starts, first, side="right")) - 1
+        base = first - int(self._starts[part])
+        stop = last - first if stop is None else min(stop, last - first)
+        return self._parts[part][base + start : base + stop]
+
+    @cached_property
+    def lengths(self) -> IntArray:
+        """Tokens of every document, [n]; for some of them, `lengths_of` needs no memory for all."""
+        return np.diff(self.offsets)
+
+    def lengths_of(self, documents: IntArray) -> IntArray:
+        """Tokens of these documents."""
+        return self.offsets[documents + 1] - self.offsets[documents]
+
+    @property
+    def n_predicted(self) -> int:
+        """Tokens that are ever predicted: all but the first of each document (bits per byte are over these)."""
+        return self.n_tokens - self.n_documents
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest, which holds that of every file."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer that made the ids was saved."""
+        for parent in self.directory.absolute().parents:
+            if (parent / "tokenizer").is_dir():
+                return parent / "tokenizer"
+        raise DataError(
+            f"{self.directory}: no directory 'tokenizer' above it; keep the set where `arriero shard` put it, "
+            "or put the tokenizer's directory beside it again"
+        )
+
+    def verify(self) -> None:
+        """Read every byte and compare the SHA-256; raises DataError for the first file that differs."""
+        for file in self.manifest["files"]:
+            path = self.directory / file["name"]
+            with open(path, "rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            if found != file["sha256"]:
+                raise DataError(
+                    f"{path}: its SHA-256 is {found[:16]}..., the manifest says {file['sha256'][:16]}...; "
+                    "the file has changed since it was written: copy it again, or make the shards anew"
+                )
+
+    def _check_size(self, file: Mapping[str, Any]) -> None:
+        path = self.directory / file["name"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != file["size"]:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise DataError(
+                f"{path} {found}, the manifest says {file['size']:,} bytes; copy the set again, whole, or make it anew"
+            )
+
+    def _map(self, name: str, dtype: str, n: int) -> NDArray[Any]:
+        if n == 0:
+            return np.zeros(0, dtype=dtype)
+        return np.memmap(self.directory / name, dtype=dtype, mode="r", shape=(n,)).view(np.ndarray)
+
+
+def open_shards(directory: str | Path) -> Shards:
+    """Open one set, checking the size of its files; raises DataError where it is not whole."""
+    return Shards(directory)
+
+
+def open_sources(directory: str | Path) -> dict[str, Shards]:
+    """The sets in `directory` by name of their source, in the order of the names.
+
+    That is one (called "documents" unless it was named), where `directory` is a set itself.
+    Raises DataError where there is none, or where they were made with different tokenizers.
+    """
+    directory = Path(directory)
+    if (directory / MANIFEST).is_file():
+        one = Shards(directory)
+        return {one.source: one}
+    found = [Shards(path.parent) for path in directory.glob(f"*/{MANIFEST}")]
+    if not found:
+        inner = " or ".join(str(directory / s) for s in ("train", "validation") if (directory / s).is_dir())
+        hint = f"did you mean {inner}?" if inner else "`arriero shard` makes them; if it was stopped, run it again"
+        raise DataError(f"{directory}: no token shards here (no {MANIFEST}); {hint}")
+    by_name = {shards.source: shards for shards in sorted(found, key=lambda shards: shards.source)}
+    first, *others = by_name.values()
+    for other in others:
+        if other.manifest["tokenizer"] != first.manifest["tokenizer"]:
+            raise DataError(
+                f"{first.directory} and {other.directory} were made with different tokenizers; "
+                "shard both with the same one"
+            )
+    return by_name
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a set; raises DataError where there is none that this version reads."""
+    path = directory / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{directory}: no token shards here (no {MANIFEST}); `arriero shard` makes them, "
+            "and if it was stopped, running it again goes on where it was"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}); copy the set again, whole, or make it anew") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise DataError(f"{path}: its format is {found!r}, this version reads {FORMAT!r}; make the shards anew")
+    return manifest
+
+
+def token_type(vocab_size: int) -> str:
+    """The smallest of the two number types that holds every id."""
+    return "<u2" if vocab_size <= MAX_UINT16 else "<u4"
+
+
+def source_name(directory: Path) -> str:
+    """The source whose set lies in `directory`: names are percent-encoded there, for any character may be in one."""
+    return unquote(directory.name)
