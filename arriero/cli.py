@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import os
 import re
@@ -23,7 +24,7 @@ from arriero import config as configs
 from arriero.errors import ConfigError, UserError, did_you_mean
 from arriero.eval.config import EvalConfig
 from arriero.infer.config import ChatConfig, GenerateConfig
-from arriero.train.config import SftConfig
+from arriero.train.config import PretrainConfig, SftConfig
 
 NumberType = Literal["f32", "f16", "bf16"]
 StoredType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -94,21 +95,19 @@ def validate(recipe: str, config: Any) -> None:
         arriero validate mine.toml
         arriero validate mine.toml --data other.jsonl
     """
-    assert recipe == "sft", recipe
     from rich.console import Console
 
-    from arriero.train.sft import build, open_run
+    from arriero.train.recipe import open_run
 
-    console = Console(stderr=True)
-    open_run(Path(config.out), config)
-    print(build(config, console).summary())
+    open_run(config, recipe)
+    print(_recipe(recipe).build(config, Console(stderr=True)).summary())
 
 
 def plan(config: SftConfig) -> None:
     """Say what a run would cost: parameters, memory by part, tokens and time, from a short probe where data is given.
 
     Example:
-        arriero plan llama3.1-8b --rank 8 --seq-len 4096 --checkpoint-activations
+        arriero plan llama3.1-8b --rank 8 --seq-len 4096 --recompute full
         arriero plan smollm2-135m --data train.jsonl
         arriero plan mine.toml
     """
@@ -127,6 +126,16 @@ def sft(config: SftConfig) -> None:
         arriero sft my-llama --data rows.parquet --method full --lr 2e-5 --epochs 2
     """
     _start("sft", config)
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Pretrain MODEL, a shape such as 30m or a model to go on with, on token shards.
+
+    Example:
+        arriero shard documents/ --tokenizer out/tokenizer --out out/shards
+        arriero pretrain 30m --data out/shards --tokens 20e6 --out out/mine
+    """
+    _start("pretrain", config)
 
 
 def generate(config: GenerateConfig) -> None:
@@ -263,15 +272,19 @@ def data_build_docstrings(
 
 
 def _start(recipe: str, config: Any) -> None:
-    assert recipe == "sft", recipe
-    from arriero.train.sft import main as start
-
-    outcome = start(config)
+    outcome = _recipe(recipe).main(config)
     if outcome.interrupted is not None:  # the run is saved; the caller learns what ended it
         sys.exit(128 + outcome.interrupted)
 
 
+def _recipe(name: str) -> Any:
+    """The module of a recipe: build(config, console) and main(config)."""
+    assert name in presets.RECIPES, name
+    return importlib.import_module(f"arriero.train.{name}")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
+    "pretrain": pretrain,
     "sft": sft,
     "run": run,
     "validate": validate,
@@ -406,7 +419,9 @@ def _config_fields(info: Any, from_file: bool, required: Sequence[str]) -> Any:
     docs, fields = configs.field_docs(cls), []
     for name, kind in get_type_hints(cls).items():
         value = getattr(info.default, name)
-        if name in ("data", "train") and kind is str:
+        if configs.is_table_list(kind):
+            kind = Annotated[kind, tyro.conf.Suppress]  # [[tables]] stand in a file
+        elif name in ("data", "train") and kind is str:
             kind = Annotated[kind, tyro.conf.arg(name="data", aliases=["--train"] if name == "train" else [])]
         elif name in ("model", "prompt") and not from_file:
             kind = Annotated[kind, tyro.conf.Positional]
@@ -424,7 +439,7 @@ def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
     lines = [
         "usage: arriero COMMAND [ARGUMENTS]",
         "",
-        "Raises Llama models: fine-tune, evaluate, convert and chat.",
+        "Raises Llama models: curate, pretrain, fine-tune, evaluate, convert and chat.",
         "",
     ]
     width = max(map(len, names))

@@ -5,7 +5,8 @@ field) what they mean. The file may leave out whatever keeps its default. Every 
 value, what was expected, and the file and line where that is known; the ranges are the dataclasses' own business,
 checked when they are built. No torch here.
 
-Types understood: int, float, bool, str, Path, Literal, tuple, dict of such, Optional and nested dataclasses.
+Types understood: int, float, bool, str, Path, Literal, tuple, dict of such, Optional, nested dataclasses, and tuples
+of dataclasses ([[tables]] in the file; not on the command line).
 None has no TOML form: it is written and read as the string "none".
 """
 
@@ -110,6 +111,12 @@ def field_docs(cls: Any) -> dict[str, str]:
     return docs
 
 
+def is_table_list(annotation: Any) -> bool:
+    """Whether a field holds any number of dataclasses: tuple[Stage, ...], in the file [[stages]]."""
+    args = get_args(annotation)
+    return get_origin(annotation) is tuple and dataclasses.is_dataclass(args[0]) and args[-1] is Ellipsis
+
+
 def _string(node: ast.stmt) -> str | None:
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
         return node.value.value
@@ -193,6 +200,8 @@ def _convert(annotation: Any, value: Any, key: str, where: _Where, text: bool = 
         if isinstance(value, annotation):  # type: ignore[arg-type]
             return value
         return _build(annotation, value, where, key + ".")  # type: ignore[arg-type]
+    if is_table_list(annotation) and isinstance(value, list | tuple):
+        return tuple(_convert(get_args(annotation)[0], item, key, where) for item in value)
     if text and isinstance(value, str):
         value = _parse(annotation, value)
     try:
@@ -324,6 +333,11 @@ def _toml_table(config: Any, prefix: str) -> list[str]:
             key = prefix + field.name
             tables += ["", *_comment(docs.get(field.name) or inspect.getdoc(type(value)) or ""), f"[{key}]"]
             tables += _toml_table(value, key + ".")
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            key = prefix + field.name
+            tables += ["", *_comment(docs.get(field.name, ""))]
+            for item in value:
+                tables += [f"[[{key}]]", *_toml_table(item, key + "."), ""]
         else:
             lines += [*_comment(docs.get(field.name, "")), f"{field.name} = {_toml(value)}"]
     return lines + tables
@@ -374,6 +388,8 @@ def _name(annotation: Any) -> str:
         )
     if origin is dict:
         return f"a table of {_plural(args[1])}"
+    if dataclasses.is_dataclass(annotation):
+        return "a table"
     names = {
         int: "a whole number",
         float: "a number",

@@ -12,9 +12,15 @@ from typing import Any
 
 from arriero.errors import ConfigError, did_you_mean
 from arriero.model.config import LoraConfig
-from arriero.train.config import DataConfig, LoopConfig, OptimConfig, SftConfig
+from arriero.train.config import (
+    DataConfig,
+    LoopConfig,
+    OptimConfig,
+    PretrainConfig,
+    SftConfig,
+)
 
-RECIPES: dict[str, type] = {"sft": SftConfig}
+RECIPES: dict[str, type] = {"sft": SftConfig, "pretrain": PretrainConfig}
 
 TORCHTUNE_TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -64,7 +70,7 @@ def full_llama2_7b() -> SftConfig:
         method="full",
         data=DataConfig(train="train.jsonl", seq_len=4096),
         optim=OptimConfig(lr=2e-5, weight_decay=0.1),
-        loop=LoopConfig(epochs=2, batch_rows=64, checkpoint_activations=True),
+        loop=LoopConfig(epochs=2, batch_rows=64, recompute="full"),
     )
 
 
@@ -95,7 +101,7 @@ def _lora(model: str, rank: int, alpha: float) -> SftConfig:
         data=DataConfig(train="train.jsonl"),
         lora=LoraConfig(rank=rank, alpha=alpha, targets=TORCHTUNE_TARGETS),
         optim=OptimConfig(lr=3e-4, weight_decay=0.01),
-        loop=LoopConfig(batch_rows=16, micro_rows=2, checkpoint_activations=True),
+        loop=LoopConfig(batch_rows=16, micro_rows=2, recompute="full"),
     )
 
 
@@ -106,5 +112,5 @@ def _full(model: str) -> SftConfig:
         method="full",
         data=DataConfig(train="train.jsonl"),
         optim=OptimConfig(lr=2e-5),
-        loop=LoopConfig(batch_rows=16, micro_rows=2, checkpoint_activations=True),
+        loop=LoopConfig(batch_rows=16, micro_rows=2, recompute="full"),
     )

@@ -241,3 +241,42 @@ def test_the_fine_tuning_settings_have_documentation_and_unambiguous_short_names
             assert is_table or field_docs(cls).get(name), f"{cls.__name__}.{name} has no string under it"
     short = [path.rpartition(".")[2] for path in field_paths(SftConfig)]
     assert len(short) == len(set(short))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part."""
+
+    start: float = 0.5
+    """When."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """How much."""
+
+    def __post_init__(self) -> None:
+        if self.start > 1:
+            raise ConfigError(f"start is {self.start}; it must be at most 1")
+
+
+@dataclass(frozen=True)
+class Divided:
+    """Has parts."""
+
+    name: str = "x"
+    """Its name."""
+    parts: tuple[Part, ...] = ()
+    """What it is made of."""
+
+
+def test_a_list_of_tables_is_written_and_read_back(tmp_path: Path) -> None:
+    config = Divided(parts=(Part(0.25, {"a": 3}), Part(0.75)))
+    file = tmp_path / "divided.toml"
+    for each in (config, Divided()):
+        file.write_text(to_toml(each))
+        assert load(Divided, file) == each
+        assert from_dict(Divided, to_dict(each)) == each
+    file.write_text("[[parts]]\nstart = 0.5\n[[parts]]\nstart = 2.0\n")
+    with pytest.raises(ConfigError, match=r"start is 2\.0; it must be at most 1"):
+        load(Divided, file)
+    file.write_text("[[parts]]\nbegin = 0.5\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'parts\.begin'"):
+        load(Divided, file)

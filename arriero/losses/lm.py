@@ -20,14 +20,18 @@ IGNORED = -100
 CHUNK = 256  # positions a chunk: 256 x 128,256 fp32 logits are 125 MiB, and the matmul is already at full speed
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK, z_loss: float = 0.0
+) -> Tensor:
     """Sum over trained positions of -log softmax(hidden weight^T)[target], a fp32 scalar.
 
     hidden: final states [N, D]. weight: the head [V, D]. targets: ids [N], -100 where nothing is trained.
+    z_loss: adds z log^2 sum_v exp(logit_v) at each position, which keeps logits from drifting (PaLM, arXiv 2204.02311,
+    section 5; OLMo 2, 2501.00656).
     Divide by the trained tokens of the whole global batch: the sum makes accumulation exact.
     """
     kept = (targets != IGNORED).nonzero().squeeze(1)
-    return _ChunkedCrossEntropy.apply(hidden.index_select(0, kept), weight, targets.index_select(0, kept), chunk)
+    return _ChunkedCrossEntropy.apply(hidden.index_select(0, kept), weight, targets.index_select(0, kept), chunk, z_loss)
 
 
 @torch.no_grad()
@@ -43,7 +47,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int =
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, z_loss: float) -> Tensor:
         computed = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
@@ -54,9 +58,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logsumexp = logits.logsumexp(1, keepdim=True)
             picked = targets[rows, None]
             total += (logsumexp - logits.gather(1, picked)).sum()
+            if z_loss:
+                total += z_loss * logsumexp.square().sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             grad = logits.sub_(logsumexp).exp_()  # softmax, in place of the logits
+            if z_loss:
+                grad *= 1 + 2 * z_loss * logsumexp
             grad.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=grad.dtype))
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
@@ -67,11 +75,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
+            None,
             None,
             None,
         )

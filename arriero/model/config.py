@@ -76,6 +76,16 @@ class LlamaConfig:
         embeddings = self.vocab_size * self.dim * (1 if self.tied_embeddings else 2)
         return self.n_layers * block + self.dim + embeddings
 
+    def flops_per_token(self, context: float) -> float:
+        """FLOPs of forward and backward of one token that sees `context` tokens on average (itself included).
+
+        6 for each parameter of a matrix product, the head included and the embedding look-up not, and 12 H h context
+        a layer for scores and values: the model's own work, whatever is recomputed (PaLM, arXiv 2204.02311, app. B).
+        """
+        head = self.vocab_size * self.dim
+        products = self.n_params - head * (0 if self.tied_embeddings else 1)
+        return 6 * products + 12 * self.n_layers * self.n_heads * self.head_dim * context
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
         """Read a Hugging Face `config.json` of a Llama-architecture model.
@@ -218,6 +228,12 @@ def _smollm2(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: in
     )
 
 
+def _small(
+    dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int, vocab_size: int, context: int
+) -> LlamaConfig:
+    return LlamaConfig(dim, n_layers, n_heads, n_kv_heads, ffn_dim, vocab_size, context, tied_embeddings=True)
+
+
 PUBLISHED: dict[str, LlamaConfig] = {
     "llama1-7b": _llama1(4096, 32, 32, 11_008, eps=1e-6),
     "llama1-13b": _llama1(5120, 40, 40, 13_824),
@@ -237,3 +253,15 @@ PUBLISHED: dict[str, LlamaConfig] = {
     "smollm2-360m": _smollm2(960, 32, 15, 5, 2560, 100_000.0),
     "smollm2-1.7b": _smollm2(2048, 24, 32, 32, 8192, 130_000.0),
 }
+
+LADDER: dict[str, LlamaConfig] = {
+    "1m": _small(128, 4, 4, 2, 384, 2048, 1024),
+    "10m": _small(320, 6, 5, 5, 896, 8192, 1024),
+    "30m": _small(512, 8, 8, 4, 1536, 8192, 1024),
+    "124m": _small(768, 12, 12, 4, 2816, 32_768, 2048),
+    "350m": _small(1024, 28, 16, 4, 2816, 32_768, 2048),
+    "1b": _small(2048, 16, 32, 8, 8192, 32_768, 4096),
+}
+"""Our own small shapes to pretrain from nothing, named by their size; the vocabulary is the tokenizer's in a run."""
+
+SHAPES = {**LADDER, **PUBLISHED}

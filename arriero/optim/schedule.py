@@ -11,11 +11,12 @@ Shape = Literal["cosine", "linear", "wsd", "constant"]
 def lr_factor(step: int, total: int, shape: Shape, warmup: float, min_lr: float, decay: float = 0.2) -> float:
     """The share of the peak rate at `step` (0-based) of `total`.
 
-    Warmup: (step + 1) / w over the first w = ceil(warmup * total) steps. Then with p the share of the rest that
-    is done, and m = min_lr: cosine m + (1-m)(1 + cos(pi p))/2 (arXiv 1608.03983); linear 1 - (1-m)p; constant 1;
+    Warmup: (step + 1) / w over the first w = ceil(warmup * total) steps, or w = warmup where that is 1 or more. Then
+    with p the share of the rest that is done, and m = min_lr: cosine m + (1-m)(1 + cos(pi p))/2 (arXiv 1608.03983);
+    linear 1 - (1-m)p; constant 1;
     wsd (arXiv 2404.06395) 1 until the last `decay` share of all steps, then linear to m.
     """
-    warmup_steps = math.ceil(warmup * total)
+    warmup_steps = math.ceil(warmup if warmup >= 1 else warmup * total)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if shape == "constant":

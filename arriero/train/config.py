@@ -20,14 +20,16 @@ def _require(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (arXiv 1711.05101) and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw (arXiv 1711.05101); or muon (2502.16982) on the matrices of blocks, adamw on embeddings, head and norms."""
     lr: float = 2e-4
-    """Peak learning rate. LoRA likes about ten times what full fine-tuning does."""
+    """Peak learning rate. LoRA likes about ten times what full fine-tuning does; muon's updates have adamw's size."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Shape after warmup: cosine or linear down to min_lr; wsd holds, then falls linearly over the last decay share."""
     warmup: float = 0.05
-    """Share of the steps over which the rate rises linearly from zero."""
+    """Share of the steps over which the rate rises linearly from zero; 1 or more is a number of steps."""
     min_lr: float = 0.1
     """Final learning rate, as a share of the peak."""
     decay: float = 0.2
@@ -43,7 +45,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"lr is {self.lr}; it must be above 0")
-        _require(0 <= self.warmup < 1, f"warmup is {self.warmup}; it is a share of the steps, in [0, 1)")
+        _require(
+            0 <= self.warmup < 1 or (self.warmup.is_integer() and self.warmup > 0),
+            f"warmup is {self.warmup}; it is a share of the steps, in [0, 1), or a whole number of steps",
+        )
         _require(0 <= self.min_lr <= 1, f"min_lr is {self.min_lr}; it is a share of the peak, in [0, 1]")
         _require(0 < self.decay <= 1, f"decay is {self.decay}; it is a share of the steps, in (0, 1]")
         _require(self.clip >= 0, f"clip is {self.clip}; it must be at least 0 (0 switches clipping off)")
@@ -64,8 +69,9 @@ class LoopConfig:
     """Packed rows that go through the model at once; batch_rows is accumulated from these."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of activations and matmuls. Trained weights, optimizer, norms, softmax and loss are fp32 in both."""
-    checkpoint_activations: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """What a block computes again in the backward pass to save memory: full is all of it (a third more time), selective
+    all but matmuls and attention."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile each block (about half a minute once); auto does so when the run is long enough to gain by it."""
     seed: int = 0
@@ -80,6 +86,11 @@ class LoopConfig:
     """Newest checkpoints kept beside the best."""
     max_skipped: int = 10
     """Steps in a row with a non-finite loss or gradient (each is skipped and counted) before training stops."""
+    spike: float = 0.0
+    """Standard deviations above its running mean at which a loss or gradient norm is a spike: that step is skipped and
+    counted; 0 skips none (usual: 5 to 8)."""
+    average: float = 0.0
+    """Share of the steps, at the end, over which the weights are averaged for the result; 0 takes the last ones."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where metrics go besides metrics.jsonl (extra 'track')."""
 
@@ -93,8 +104,9 @@ class LoopConfig:
         )
         for name in ("log_every", "keep_last", "max_skipped"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("validate_every", "save_every"):
+        for name in ("validate_every", "save_every", "spike"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
+        _require(0 <= self.average < 1, f"average is {self.average}; it is a share of the steps, in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -141,3 +153,91 @@ class SftConfig:
 
     def __post_init__(self) -> None:
         _require(self.samples >= 0, f"samples is {self.samples}; it must be at least 0")
+
+
+@dataclass(frozen=True)
+class PretrainDataConfig:
+    """Token shards, as `arriero shard` writes them, and how they are laid into rows."""
+
+    train: str = ""
+    """Directory that `arriero shard` wrote, or any directory of shards: one set, or one below it for each source."""
+    validation: str = ""
+    """Directory of shards to validate on; empty takes what `arriero shard` held out, if it did."""
+    validation_tokens: int = 100_000
+    """Tokens of it that are measured each time."""
+    seq_len: int = 1024
+    """Tokens in a row."""
+    packing: Literal["best-fit", "concat"] = "best-fit"
+    """Whole documents laid side by side, each attending to itself only; or one endless text, as Llama 1 and 2 had."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of each source in the rows; empty gives each its share of all tokens."""
+    max_epochs: dict[str, float] = field(default_factory=dict)
+    """Passes over a source after which the others take its share; unnamed sources may repeat for ever."""
+
+    def __post_init__(self) -> None:
+        _require(self.seq_len >= 8, f"seq_len is {self.seq_len}; it must be at least 8")
+        _require(
+            self.validation_tokens >= self.seq_len,
+            f"validation_tokens is {self.validation_tokens}; it must hold a row of seq_len {self.seq_len}",
+        )
+        for name in ("weights", "max_epochs"):
+            for source, value in getattr(self, name).items():
+                _require(value >= 0, f"{name}: {source} is {value}; it must be at least 0")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A change in the middle of a run: what is not given stays as it was in the stage before."""
+
+    start: float = 0.0
+    """Share of the steps after which it begins."""
+    batch_rows: int = 0
+    """Rows in the global batch from here on; 0 keeps them."""
+    seq_len: int = 0
+    """Tokens in a row from here on; 0 keeps them."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of each source from here on (annealing, up-weighting); empty keeps them."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.start < 1, f"stage: start is {self.start}; it is a share of the steps, in (0, 1)")
+        _require(self.batch_rows >= 0, f"stage: batch_rows is {self.batch_rows}; it must be at least 0")
+        _require(self.seq_len == 0 or self.seq_len >= 8, f"stage: seq_len is {self.seq_len}; it must be at least 8")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pretraining: a Llama learns to continue text."""
+
+    model: str = ""
+    """A shape (`arriero ls models`) to begin from random weights, or a model, named as everywhere, to go on with."""
+    out: str = "out/pretrain"
+    """Run directory: config, metrics, checkpoints, report, and the model."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in the run directory."""
+    tokens: float = 0.0
+    """Tokens to train on; 0 takes steps or epochs."""
+    rope_theta: float = 0.0
+    """RoPE's base, for a model that goes on at a longer context; 0 keeps the model's (Llama 3: 5e5)."""
+    z_loss: float = 0.0
+    """Weight of the mean squared log-partition, which keeps logits small (PaLM and OLMo 2: 1e-4 and 1e-5)."""
+    prompts: tuple[str, ...] = ("The", "Once upon a time", "def ")
+    """Texts that the model continues at every validation, for the report."""
+    data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=6e-4, weight_decay=0.1, schedule="wsd", min_lr=0.0)
+    )
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    stages: tuple[Stage, ...] = ()
+    """Changes of batch, row length or mixture during the run, in order of their start."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "rope_theta", "z_loss"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
+        starts = [stage.start for stage in self.stages]
+        _require(starts == sorted(set(starts)), f"stages start at {starts}; they must be in ascending order")
+        for stage in self.stages:
+            _require(
+                stage.batch_rows % self.loop.micro_rows == 0,
+                f"stage at {stage.start}: batch_rows {stage.batch_rows} is not a multiple of micro_rows "
+                f"{self.loop.micro_rows}; change one of them",
+            )

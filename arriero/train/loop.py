@@ -3,7 +3,8 @@
 A step is: the micro-batches of one global batch, their losses summed and divided by the trained tokens of the whole
 global batch (so 1 x 8 equals 8 x 1), a clipped gradient, one optimizer step. Data order, dropout and learning
 rate are pure functions of (seed, step): a checkpoint is weights, optimizer state and a few counters, and resuming
-is exact without saving any generator's state. A step whose loss or gradient is not finite is skipped and counted.
+is exact without saving any generator's state. A step whose loss or gradient is not finite is skipped and counted, and
+so is a spike where the settings say what one is.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ from torch import Tensor, nn
 from arriero.checkpoint import native
 from arriero.data.loader import Batch
 from arriero.errors import CheckpointError, TrainingError
-from arriero.optim.groups import decay_groups, trained_parameters
+from arriero.optim.build import build_optimizer
+from arriero.optim.groups import trained_parameters
 from arriero.optim.schedule import lr_factor
 from arriero.train.config import LoopConfig, OptimConfig
+from arriero.train.guard import SpikeGuard
 from arriero.train.metrics import LiveLine, MetricsLog, memory_bytes
 
 log = logging.getLogger(__name__)
 
 Objective = Callable[[nn.Module, Batch], Tensor]  # the loss of a batch, SUMMED over its trained tokens
 BatchSource = Callable[[int], Sequence[Batch]]  # optimizer step -> the micro-batches of its global batch
+Validate = Callable[[], dict[str, Any]]  # "loss" in nats per token, and whatever else is worth recording
 
 
 @dataclass
@@ -43,6 +47,9 @@ class Progress:
     tokens: int = 0
     trained_tokens: int = 0
     skipped: int = 0  # steps whose loss or gradient was not finite
+    spikes: int = 0  # steps skipped because their loss or gradient norm was far above the usual
+    usual: list[float] = field(default_factory=list)  # what the spike guard knows
+    averaged: int = 0  # steps whose weights are in the average
     seconds: float = 0.0
     best_loss: float | None = None  # lowest validation loss so far
     best_step: int | None = None
@@ -69,14 +76,25 @@ class Trainer:
         loop: LoopConfig,
         optim: OptimConfig,
         run_dir: Path,
-        validate: Callable[[], float] | None = None,
+        validate: Validate | None = None,
+        seconds_at_peak: Callable[[Sequence[Batch]], float] | None = None,
     ) -> None:
+        """seconds_at_peak: what a global batch would take at the hardware's peak, for the metric `mfu`."""
         self.model, self.objective, self.batches, self.validate = model, objective, batches, validate
         self.total_steps, self.loop, self.optim, self.run_dir = total_steps, loop, optim, run_dir
         self.parameters = trained_parameters(model)
-        self.optimizer = torch.optim.AdamW(
-            decay_groups(self.parameters, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+        self.optimizer = build_optimizer(
+            self.parameters,
+            optim.optimizer,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
         )
+        self.seconds_at_peak = seconds_at_peak
+        self.average_from = total_steps - math.ceil(loop.average * total_steps)  # step
+        self.average: dict[str, Tensor] = {}
+        self.guard = SpikeGuard(loop.spike)
         self.progress = Progress()
         self.skipped_in_a_row = 0
 
@@ -86,6 +104,7 @@ class Trainer:
         """Do one optimizer step and return its metrics."""
         began, p = time.perf_counter(), self.progress
         micro_batches = self.batches(p.step)
+        waited = time.perf_counter() - began
         trained = sum(batch.n_trained for batch in micro_batches)
         loss = torch.zeros((), device=next(iter(self.parameters.values())).device)
         for index, batch in enumerate(micro_batches):
@@ -96,17 +115,21 @@ class Trainer:
         grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.optim.clip or math.inf)
         lr = self.optim.lr * self._lr_factor(p.step)
         finite = bool(torch.isfinite(loss + grad_norm))
-        if finite:
+        spike = finite and self.guard.is_spike(loss.item(), grad_norm.item())
+        if finite and not spike:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._count_skipped(finite)
+        p.spikes, p.usual = p.spikes + spike, self.guard.state
+        if p.step >= self.average_from:
+            self._average()
         tokens = sum(batch.tokens.numel() for batch in micro_batches)
         seconds = time.perf_counter() - began
         p.step, p.tokens, p.trained_tokens = p.step + 1, p.tokens + tokens, p.trained_tokens + trained
         p.seconds += seconds
-        return {
+        metrics = {
             "step": p.step,
             "loss": loss.item(),
             "lr": lr,
@@ -116,8 +139,21 @@ class Trainer:
             "tokens_per_s": tokens / seconds,
             "seconds": p.seconds,
             "memory_bytes": memory_bytes(),
-            "skipped": p.skipped,
+            "skipped": p.skipped + p.spikes,
+            "waited": waited,
         }
+        if self.seconds_at_peak is not None:
+            metrics["mfu"] = self.seconds_at_peak(micro_batches) / seconds
+        return metrics
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Take this step's weights into the running mean (Polyak averaging; arXiv 2407.21783, section 3.4.3)."""
+        self.progress.averaged += 1
+        if not self.average:
+            self.average = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        for name, mean in self.average.items():
+            mean.lerp_(self.parameters[name], 1 / self.progress.averaged)
 
     def _lr_factor(self, step: int) -> float:
         o = self.optim
@@ -168,10 +204,10 @@ class Trainer:
         p = self.progress
         self.model.eval()
         with torch.no_grad():
-            loss = self.validate()
+            measured = self.validate()
         self.model.train()
-        p.validation[p.step] = loss
-        record.event("validation", step=p.step, loss=loss)
+        loss = p.validation[p.step] = measured["loss"]
+        record.event("validation", step=p.step, **measured)
         if p.best_loss is not None and loss >= p.best_loss:
             return False
         p.best_loss, p.best_step = loss, p.step
@@ -185,6 +221,8 @@ class Trainer:
             "weights": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": self._optimizer_tensors(),
         }
+        if self.average:
+            groups["average"] = self.average
         keep = set() if self.progress.best_step is None else {self.progress.best_step}
         state = {**vars(self.progress), "total_steps": self.total_steps}
         return native.save(self.run_dir, self.progress.step, groups, state, keep_last=self.loop.keep_last, keep=keep)
@@ -204,9 +242,20 @@ class Trainer:
         fields = {key: value for key, value in saved.state.items() if key in Progress.__dataclass_fields__}
         self.progress = Progress(**fields)
         self.progress.validation = {int(step): loss for step, loss in self.progress.validation.items()}
+        self.guard = SpikeGuard(self.loop.spike, self.progress.usual)
+        if self.progress.averaged:
+            self.average = {name: mean.clone() for name, mean in saved.tensors("average").items()}
 
-    def load_best(self) -> None:
-        """Put the weights of the best validation loss into the model, if they are not there already."""
+    @torch.no_grad()
+    def load_result(self, record: MetricsLog) -> None:
+        """Put what the run is for into the model: the averaged weights, else those of the best validation loss."""
+        if self.average:
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.average[name])
+            if self.validate is not None:
+                self.model.eval()
+                record.event("averaged", step=self.progress.step, **self.validate())
+            return
         best = self.progress.best_step
         if best is None or best in (0, self.progress.step):  # 0: training never helped, and there is nothing to take
             return

@@ -12,7 +12,9 @@ that was never stopped. A number that is not finite is written as null: NaN is n
     tokens_per_s     of this step
     seconds          in training steps so far (not validation, not saving)
     memory_bytes     peak so far, see `memory_bytes`
-    skipped          steps passed over so far because loss or gradient was not finite
+    skipped          steps passed over so far because loss or gradient was not finite, or a spike
+    waited           seconds of this step spent waiting for its data
+    mfu              model-FLOP use: the step's useful FLOPs at the measured matmul peak, as a share of its time
 """
 
 from __future__ import annotations
@@ -225,6 +227,7 @@ class LiveLine:
             (f"  loss {shown}", "bold cyan"),
             (f"  lr {metrics['lr']:.2e}", ""),
             (f"  {metrics['tokens_per_s']:,.0f} tokens/s", "green"),
+            *([(f"  mfu {metrics['mfu']:.0%}", "green")] if "mfu" in metrics else []),
             (f"  {duration(left)} left", ""),
             (f"  {metrics['memory_bytes'] / 1e9:.2f} GB", "dim"),
         ]

@@ -10,8 +10,8 @@ from arriero.losses.lm import chunked_cross_entropy
 from arriero.model.llama import Llama
 
 
-def lm_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum of -log p(next token) over the batch's trained tokens, fp32."""
+def lm_loss(model: nn.Module, batch: Batch, z_loss: float = 0.0) -> Tensor:
+    """Sum of -log p(next token) over the batch's trained tokens, fp32; z_loss as in `chunked_cross_entropy`."""
     assert isinstance(model, Llama)
     hidden = model.model(batch.tokens, any_number_of_documents(batch.cu_seqlens), batch.prefix)
-    return chunked_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, batch.targets.flatten())
+    return chunked_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, batch.targets.flatten(), z_loss=z_loss)

@@ -97,7 +97,7 @@ def by_arithmetic(shape: LlamaConfig, config: SftConfig) -> Plan:
     if config.method == "lora":
         trained, stored = _adapter_size(shape, config), wide
     heads = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
-    kept = shape.dim if config.loop.checkpoint_activations else 6 * shape.dim + heads + 3 * shape.ffn_dim
+    kept = shape.dim if config.loop.recompute == "full" else 6 * shape.dim + heads + 3 * shape.ffn_dim
     tokens = config.loop.micro_rows * config.data.seq_len
     memory = {
         "weights": shape.n_params * stored,

@@ -76,3 +76,14 @@ def test_the_vocabulary_is_never_held_for_all_tokens():
     with Watch():
         chunked_cross_entropy(hidden, weight, torch.arange(997), 64).backward()
     assert largest <= 64 * 1009
+
+
+def test_z_loss_adds_the_squared_log_partition_and_its_gradient():
+    hidden, weight, targets = inputs()
+    logsumexp = F.linear(hidden, weight).logsumexp(1)[targets != -100]
+    expected = whole(hidden, weight, targets) + 0.03 * logsumexp.square().sum()
+    expected_grads = torch.autograd.grad(expected, (hidden, weight))
+    loss = chunked_cross_entropy(hidden, weight, targets, 7, z_loss=0.03)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

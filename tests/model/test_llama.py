@@ -196,7 +196,7 @@ def test_rms_norm_by_hand():
 
 
 @pytest.mark.filterwarnings("default")  # dynamo itself looks at .grad of non-leaf tensors
-@pytest.mark.parametrize("options", [{"compile": True}, {"checkpoint_activations": True}], ids=str)
+@pytest.mark.parametrize("options", [{"compile": True}, {"recompute": "full"}, {"recompute": "selective"}], ids=str)
 def test_prepared_blocks_equal_plain_ones(options):
     tokens, cu = ids(1, 37), boundaries(11, 13, 13)
     results = []

@@ -30,3 +30,7 @@ def test_wsd_holds_until_its_decay():
 def test_a_single_step_has_a_rate():
     for shape in ("cosine", "linear", "wsd", "constant"):
         assert lr_factor(0, 1, shape, 0.0, 0.1) > 0
+
+
+def test_a_warmup_of_one_or_more_is_a_number_of_steps():
+    assert curve("constant", warmup=4.0)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]

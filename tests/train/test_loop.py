@@ -172,12 +172,13 @@ def test_many_non_finite_steps_in_a_row_stop_with_a_clear_error(tmp_path):
 def test_the_best_checkpoint_is_kept_and_taken_up(tmp_path):
     values = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
     trainer = toy_trainer(
-        tmp_path, steps=10, validate=lambda: next(values), validate_every=2, save_every=1, keep_last=1
+        tmp_path, steps=10, validate=lambda: {"loss": next(values)}, validate_every=2, save_every=1, keep_last=1
     )
     run(trainer, tmp_path)
     assert trainer.progress.best_step == 2
     assert native.steps(tmp_path) == [2, 10]
-    trainer.load_best()
+    with MetricsLog(tmp_path, after=10) as log:
+        trainer.load_result(log)
     assert_same(weights(trainer), native.at_step(tmp_path, 2).tensors("weights"))
 
 
@@ -202,3 +203,38 @@ def test_clipping_bounds_the_gradient_of_a_step(tmp_path):
     object.__setattr__(trainer.optim, "clip", 1e-3)
     assert trainer.step()["grad_norm"] > 1e-3
     assert seen["norm"] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_spike_is_skipped_counted_and_leaves_the_weights_alone(tmp_path):
+    trainer = toy_trainer(tmp_path, steps=80, dropout=0.0, spike=6.0, batch_rows=2)
+    for _ in range(60):
+        trainer.step()
+    before, objective = weights(trainer), trainer.objective
+    trainer.objective = lambda model, batch: objective(model, batch) * 40
+    assert trainer.step()["skipped"] == 1 and trainer.progress.spikes == 1
+    assert_same(weights(trainer), before)
+    trainer.objective = objective
+    assert trainer.step()["skipped"] == 1
+
+
+def test_the_average_is_the_mean_of_the_last_steps_weights_and_survives_a_resume(tmp_path):
+    trainer = toy_trainer(tmp_path / "whole", steps=10, average=0.3, full=True)
+    seen = []
+    for _ in range(10):
+        trainer.step()
+        seen.append(weights(trainer))
+    with MetricsLog(tmp_path / "whole", after=10) as log:
+        trainer.load_result(log)
+    for name, value in weights(trainer).items():
+        torch.testing.assert_close(value, torch.stack([each[name] for each in seen[-3:]]).mean(0), msg=name)
+
+    stopped = toy_trainer(tmp_path / "parts", steps=10, average=0.3, full=True)
+    for _ in range(9):
+        stopped.step()
+    stopped.save()
+    resumed = toy_trainer(tmp_path / "parts", steps=10, average=0.3, full=True)
+    resumed.restore(native.latest(tmp_path / "parts"))
+    resumed.step()
+    with MetricsLog(tmp_path / "parts", after=10) as log:
+        resumed.load_result(log)
+    assert_same(weights(resumed), weights(trainer))

@@ -28,9 +28,7 @@ def test_lora_counts_what_the_adapter_adds():
 
 
 def test_recomputation_keeps_less():
-    plain, recomputed = (
-        plan(SftConfig(model="llama3-8b", loop=LoopConfig(checkpoint_activations=on))) for on in (False, True)
-    )
+    plain, recomputed = (plan(SftConfig(model="llama3-8b", loop=LoopConfig(recompute=on))) for on in ("none", "full"))
     name = "activations (estimate)"
     assert recomputed.memory[name] < plain.memory[name] / 8
 

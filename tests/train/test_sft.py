@@ -16,7 +16,8 @@ from arriero.errors import ConfigError
 from arriero.model.config import LoraConfig
 from arriero.train.config import DataConfig, LoopConfig, OptimConfig, SftConfig
 from arriero.train.metrics import read_records
-from arriero.train.sft import compiles, main
+from arriero.train.recipe import compiles
+from arriero.train.sft import main
 
 TOKENS = torch.arange(7, 48).view(1, -1)
 

@@ -1,0 +1,302 @@
+"""Pretraining: the recipe behind `arriero pretrain`.
+
+Next-token loss on every token of packed documents (Llama 1, arXiv 2302.13971, section 2; Llama 3, 2407.21783, section
+3.4), from random weights at a known shape or from a model that goes on. The batch, the length of rows and the mixture
+may change in the middle of a run (`Stage`); what a step reads is still a pure function of its number. Ends with
+`model/` in Hugging Face's layout.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from arriero.checkpoint.hf import save_hf
+from arriero.checkpoint.load import load
+from arriero.data.documents import PretrainLoader
+from arriero.data.documents import Stage as DataStage
+from arriero.data.loader import Batch
+from arriero.data.shards import Shards, open_sources
+from arriero.distributed.parallelize import prepare
+from arriero.errors import ConfigError, did_you_mean
+from arriero.infer.config import SamplingConfig
+from arriero.infer.generate import generate
+from arriero.model.config import LADDER, SHAPES, LlamaConfig
+from arriero.model.llama import Llama
+from arriero.tokenizer import Tokenizer, load_tokenizer
+from arriero.train.config import PretrainConfig, PretrainDataConfig
+from arriero.train.hardware import matmul_peak
+from arriero.train.loop import Outcome, Trainer
+from arriero.train.objectives import lm_loss
+from arriero.train.recipe import DTYPES, compiles, eagerly, execute
+
+SAMPLING = SamplingConfig(temperature=0.8, top_p=0.95, seed=0)
+SAMPLE_TOKENS = 64
+
+
+def main(config: PretrainConfig) -> Outcome:
+    """Pretrain as `config` says. Raises a `UserError` before step 1 for whatever cannot be trained on."""
+    return execute(config, "pretrain", build)
+
+
+@dataclass(frozen=True)
+class PretrainRun:
+    """Everything a run is made of, ready for step 1."""
+
+    config: PretrainConfig
+    model: Llama
+    tokenizer: Tokenizer
+    sources: Mapping[str, Shards]
+    phases: Sequence[Phase]
+    trainer: Trainer
+
+    def summary(self) -> str:
+        """What is about to happen, in a few lines."""
+        config, total = self.config, self.trainer.total_steps
+        tokens = tokens_of(self.phases, total)
+        held = sum(shards.n_tokens for shards in self.sources.values())
+        return (
+            f"{config.model}: {self.model.config.n_params:,} parameters ({config.loop.precision}), "
+            f"{config.optim.optimizer}\n"
+            f"{total:,} steps, {tokens:,} tokens: {tokens / held:.2f} times the {held:,} of "
+            f"{len(self.sources)} source{'s' if len(self.sources) > 1 else ''} -> {config.out}"
+        )
+
+    def data_statistics(self) -> dict[str, Any]:
+        """What is learned from: files, fingerprints, and how much."""
+        return {
+            "train": self.config.data.train,
+            "fingerprints": {name: shards.fingerprint for name, shards in self.sources.items()},
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "documents": {name: shards.n_documents for name, shards in self.sources.items()},
+            "tokens": {name: shards.n_tokens for name, shards in self.sources.items()},
+        }
+
+    def sample(self, when: Literal["before", "after"]) -> None:
+        """Nothing apart: what the model says is recorded at every validation, the first and last among them."""
+
+    def export(self) -> Path:
+        """Write the model in Hugging Face's layout; returns its directory."""
+        directory = Path(self.config.out) / "model"
+        save_hf(self.model, directory, self.tokenizer, dtype=DTYPES[self.config.loop.precision])
+        return directory
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps from `first_step` on: what one reads."""
+
+    first_step: int
+    first_row: int
+    batch_rows: int
+    seq_len: int
+    weights: Mapping[str, float]
+
+    @property
+    def tokens_a_step(self) -> int:
+        """Tokens of a global batch, padding included."""
+        return self.batch_rows * self.seq_len
+
+
+def timetable(config: PretrainConfig, weights: Mapping[str, float], total_steps: int) -> list[Phase]:
+    """The phases of a run of `total_steps`; `weights` hold until a stage changes them."""
+    phases = [Phase(0, 0, config.loop.batch_rows, config.data.seq_len, weights)]
+    for stage in config.stages:
+        last, first_step = phases[-1], round(stage.start * total_steps)
+        phases.append(
+            Phase(
+                first_step,
+                last.first_row + (first_step - last.first_step) * last.batch_rows,
+                stage.batch_rows or last.batch_rows,
+                stage.seq_len or last.seq_len,
+                stage.weights or last.weights,
+            )
+        )
+    return phases
+
+
+def durations(phases: Sequence[Phase], total_steps: int) -> list[int]:
+    """Steps of each phase."""
+    starts = [*(phase.first_step for phase in phases), total_steps]
+    return [end - start for start, end in itertools.pairwise(starts)]
+
+
+def tokens_of(phases: Sequence[Phase], total_steps: int) -> int:
+    """Tokens of a whole run, padding included."""
+    steps = durations(phases, total_steps)
+    return sum(phase.tokens_a_step * n for phase, n in zip(phases, steps, strict=True))
+
+
+def count_steps(config: PretrainConfig, held_tokens: int) -> int:
+    """Steps that reach `tokens`, or `steps` as given, or `epochs` passes over `held_tokens`."""
+    if config.loop.steps and not config.tokens:
+        return config.loop.steps
+    fine = 1_000_000  # a run of so many steps, for the mean tokens of a step whatever the stages
+    mean = tokens_of(timetable(config, {}, fine), fine) / fine
+    return max(1, round((config.tokens or config.loop.epochs * held_tokens) / mean))
+
+
+def build(config: PretrainConfig, console: Console) -> PretrainRun:
+    """Open the shards, make or load the model, wrap it: everything up to step 1."""
+    loop, data = config.loop, config.data
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    train, validation = directories(data)
+    sources = open_sources(train)
+    tokenizer = load_tokenizer(next(iter(sources.values())).tokenizer_directory)
+    weights = mixture(config, sources)
+    total_steps = count_steps(config, sum(shards.n_tokens for shards in sources.values()))
+    phases = timetable(config, weights, total_steps)
+    model = make_model(config, tokenizer, max(phase.seq_len for phase in phases)).to(device)
+    model.set_compute_dtype(DTYPES[loop.precision]).train()
+    compiled = compiles(loop, tokens_of(phases, total_steps))
+    prepare(model, recompute=loop.recompute, compile=compiled)
+    stages = [DataStage(phase.first_row, phase.seq_len, dict(phase.weights)) for phase in phases]
+    loader = PretrainLoader(sources, stages, loop.seed, data.packing, data.max_epochs)
+    starts = [phase.first_step for phase in phases]
+
+    def batches(step: int) -> list[Batch]:
+        phase = phases[bisect.bisect_right(starts, step) - 1]
+        first = phase.first_row + (step - phase.first_step) * phase.batch_rows
+        groups = (range(i, i + loop.micro_rows) for i in range(first, first + phase.batch_rows, loop.micro_rows))
+        pad_to = loop.micro_rows * phase.seq_len if compiled else None  # compiled code wants one shape
+        return [loader.collate([loader.row(i) for i in rows], pad_to).to(device) for rows in groups]
+
+    held_out = open_sources(validation) if validation else {}
+    validate = Validation(config, model, tokenizer, held_out, device, compiled)
+    trainer = Trainer(
+        model,
+        functools.partial(lm_loss, z_loss=config.z_loss),
+        batches,
+        total_steps,
+        loop,
+        config.optim,
+        Path(config.out),
+        validate if held_out else None,
+        seconds_at_peak(model.config, device, DTYPES[loop.precision]),
+    )
+    return PretrainRun(config, model, tokenizer, sources, phases, trainer)
+
+
+def directories(data: PretrainDataConfig) -> tuple[Path, Path | None]:
+    """Shards to train on and to validate on: what `arriero shard` wrote holds both, as train and validation."""
+    train = Path(data.train)
+    if data.validation:
+        return train, Path(data.validation)
+    if (train / "train").is_dir():
+        train = train / "train"
+    beside = train.parent / "validation"
+    return train, beside if train.name == "train" and beside.is_dir() else None
+
+
+def mixture(config: PretrainConfig, sources: Mapping[str, Shards]) -> dict[str, float]:
+    """Weights by source: as given, else by size. Raises `ConfigError` for a source that is not there."""
+    for named in (config.data.weights, config.data.max_epochs, *(stage.weights for stage in config.stages)):
+        for name in named:
+            if name not in sources:
+                raise ConfigError(
+                    f"no source {name!r} in {config.data.train}{did_you_mean(name, sources)} "
+                    f"(there are: {', '.join(sources)})"
+                )
+    return config.data.weights or {name: float(shards.n_tokens) for name, shards in sources.items()}
+
+
+def make_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> Llama:
+    """A new model of the shape that `config.model` names, or the model of that name, stored in fp32.
+
+    A shape of the ladder gets the tokenizer's vocabulary; a published one keeps its own, if that holds the tokenizer's.
+    """
+    if (shape := SHAPES.get(config.model)) is None:
+        model = load(config.model, dtype=torch.float32)[0]
+        _check_vocabulary(config.model, model.config.vocab_size, tokenizer)
+        changes: dict[str, Any] = {"max_context": max(seq_len, model.config.max_context)}
+        if config.rope_theta:
+            changes["rope_theta"] = config.rope_theta
+        model.config = model.model.config = dataclasses.replace(model.config, **changes)
+        return model
+    if config.model in LADDER:
+        shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)
+    _check_vocabulary(config.model, shape.vocab_size, tokenizer)
+    theta = config.rope_theta or shape.rope_theta
+    shape = dataclasses.replace(shape, max_context=max(seq_len, shape.max_context), rope_theta=theta)
+    return Llama(shape).init_weights(seed=config.loop.seed, depth_scaled=True)
+
+
+def _check_vocabulary(name: str, size: int, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > size:
+        raise ConfigError(
+            f"{name} has {size:,} tokens, the shards were made with a tokenizer of {tokenizer.vocab_size:,}; "
+            "shard the data with the model's own tokenizer (arriero shard --tokenizer), or choose another shape"
+        )
+
+
+def seconds_at_peak(shape: LlamaConfig, device: str, dtype: torch.dtype) -> Callable[[Sequence[Batch]], float]:
+    """How long a global batch would take at the measured speed of large matrix products: the numerator of `mfu`."""
+    peak = matmul_peak(device, dtype)
+
+    def seconds(batches: Sequence[Batch]) -> float:
+        flops = 0.0
+        for batch in batches:
+            lengths = batch.cu_seqlens.diff().double()
+            context = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())  # causal, within documents
+            flops += batch.n_trained * shape.flops_per_token(context)
+        return flops / peak
+
+    return seconds
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss and bits per byte on held-out rows, by source where there are several, and what the model says now."""
+
+    config: PretrainConfig
+    model: Llama
+    tokenizer: Tokenizer
+    held_out: Mapping[str, Shards]
+    device: str
+    compiled: bool
+
+    def __call__(self) -> dict[str, Any]:
+        nats, tokens, bits_per_byte = 0.0, 0, {}
+        total = sum(shards.n_tokens for shards in self.held_out.values())
+        for name, shards in self.held_out.items():
+            share = math.ceil(self.config.data.validation_tokens * shards.n_tokens / total)
+            loss, count = self._measure(name, shards, share)
+            nats, tokens = nats + loss, tokens + count
+            bits_per_byte[name] = loss / count / math.log(2) * shards.n_predicted / shards.n_bytes
+        predicted = sum(shards.n_predicted for shards in self.held_out.values())
+        n_bytes = sum(shards.n_bytes for shards in self.held_out.values())
+        out = {"loss": nats / tokens, "bits_per_byte": nats / tokens / math.log(2) * predicted / n_bytes}
+        if len(self.held_out) > 1:
+            out |= {f"bits_per_byte_{name}": value for name, value in bits_per_byte.items()}
+        return out | {"samples": self._samples()}
+
+    def _measure(self, name: str, shards: Shards, n_tokens: int) -> tuple[float, int]:
+        """Sum of -log p in nats, and the tokens it is over, on the first rows that hold `n_tokens`."""
+        seq_len, nats, count = self.config.data.seq_len, 0.0, 0
+        loader = PretrainLoader({name: shards}, [DataStage(0, seq_len, {name: 1.0})], seed=0)
+        for index in range(loader.rows_in_epoch(name)):
+            if count >= n_tokens:
+                break
+            batch = loader.collate([loader.row(index)], seq_len if self.compiled else None).to(self.device)
+            nats += lm_loss(self.model, batch).item()
+            count += batch.n_trained
+        return nats, count
+
+    def _samples(self) -> list[str]:
+        """Each prompt and how the model goes on."""
+        prompts = [self.tokenizer.encode(text, bos=self.tokenizer.bos_id is not None) for text in self.config.prompts]
+        if not prompts:
+            return []
+        with eagerly():
+            answers = generate(self.model, self.tokenizer, prompts, SAMPLING, SAMPLE_TOKENS)
+        return [text + answer.text for text, answer in zip(self.config.prompts, answers, strict=True)]

@@ -1,0 +1,141 @@
+"""From settings to files: what all recipes do around the loop.
+
+A recipe is a configuration and a `build` that loads, tokenises and wraps: everything up to step 1, so that all that can
+be refused is refused before it. The run directory is a complete record (layout in train/report.py) and is claimed,
+resumed, trained and reported on here, once for all recipes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from rich.console import Console
+
+from arriero import config as configs
+from arriero.checkpoint import native
+from arriero.checkpoint.files import write_json
+from arriero.errors import ConfigError
+from arriero.train.config import LoopConfig
+from arriero.train.environment import describe
+from arriero.train.loop import Outcome, Trainer
+from arriero.train.metrics import MetricsLog
+from arriero.train.report import write_report
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+COMPILE_FROM = 300_000  # tokens of a run above which compiling (half a minute to a minute) pays on two cores
+FREE = ("resume", "out", "loop.trackers", "data.workers")  # settings that may differ when a run is resumed
+
+
+class Run(Protocol):
+    """Everything a run is made of, ready for step 1."""
+
+    @property
+    def trainer(self) -> Trainer:
+        """Model, optimizer and progress."""
+
+    def summary(self) -> str:
+        """What is about to happen, in a few lines."""
+
+    def data_statistics(self) -> dict[str, Any]:
+        """What is learned from: files, fingerprints, and how much. For data.json."""
+
+    def sample(self, when: Literal["before", "after"]) -> None:
+        """Write what the model says before step 1, and what after the last, to samples.jsonl."""
+
+    def export(self) -> Path:
+        """Write the trained adapter or model; returns its directory."""
+
+
+Build = Callable[[Any, Console], Run]
+
+
+def execute(config: Any, recipe: str, build: Build) -> Outcome:
+    """Run a recipe as `config` says. Raises a `UserError` before step 1 for whatever cannot be trained on."""
+    console = Console(stderr=True)
+    run_dir = Path(config.out)
+    saved = open_run(config, recipe)
+    run = build(config, console)
+    record(config, recipe, run)
+    console.print(run.summary(), markup=False)
+    trainer = run.trainer
+    if saved is not None:
+        trainer.restore(saved)
+        console.print(f"resuming at step {saved.step} from {saved.path}", markup=False)
+    if trainer.progress.step == 0:
+        run.sample("before")
+    with MetricsLog(run_dir, config.loop.trackers, after=trainer.progress.step) as log:
+        outcome = trainer.run(log)
+        if outcome.interrupted is not None:
+            console.print(
+                f"stopped by {outcome.interrupted.name} after step {outcome.progress.step} of {trainer.total_steps}; "
+                f"go on with: arriero run {run_dir / 'config.toml'} --resume",
+                markup=False,
+            )
+            return outcome
+        trainer.load_result(log)
+    run.sample("after")
+    final = run.export()
+    report = write_report(run_dir)
+    console.print(f"saved {final}\nreport {report}", markup=False)
+    return outcome
+
+
+def open_run(config: Any, recipe: str) -> native.Saved | None:
+    """Claim the run directory: refuse one in use, or find the checkpoint to resume from."""
+    run_dir = Path(config.out)
+    record_file = run_dir / "config.toml"
+    if not config.model or not config.data.train:
+        missing = "model" if not config.model else "data.train"
+        raise ConfigError(f"{missing} is not set; say what to train: arriero {recipe} MODEL --data PATH")
+    if not config.resume:
+        if record_file.exists():
+            raise ConfigError(
+                f"{run_dir} holds a run already; add --resume to go on with it, choose another --out, or delete it"
+            )
+        return None
+    if not record_file.exists():
+        raise ConfigError(f"{run_dir} holds no run to resume; leave --resume out to start one")
+    cls = type(config)
+    _, earlier = configs.load_recipe({recipe: cls}, record_file)
+    now, then = configs.to_dict(config), configs.to_dict(earlier)
+    differing = [p for p in configs.field_paths(cls) if p not in FREE and _at(now, p) != _at(then, p)]
+    if differing:
+        raise ConfigError(
+            f"{record_file}: this run was started with other settings ({', '.join(differing)}); an exact resume needs "
+            f"the same ones: arriero run {record_file} --resume"
+        )
+    return native.latest(run_dir)
+
+
+def record(config: Any, recipe: str, run: Run) -> None:
+    """Write what decides the run, before step 1: config.toml, data.json, environment.json."""
+    run_dir = Path(config.out)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    settled = dataclasses.replace(config, resume=False)
+    (run_dir / "config.toml").write_text(configs.to_toml(settled, recipe), encoding="utf-8")
+    write_json(run_dir / "environment.json", describe())
+    write_json(run_dir / "data.json", run.data_statistics())
+
+
+def compiles(loop: LoopConfig, tokens: int) -> bool:
+    """Whether to compile the blocks: as told, or when the run is long enough and a C++ compiler is at hand."""
+    if loop.compile != "auto":
+        return loop.compile == "on"
+    return tokens >= COMPILE_FROM and (torch.cuda.is_available() or shutil.which("g++") is not None)
+
+
+def eagerly() -> AbstractContextManager[None]:
+    """Leaves compiled blocks aside: text is generated in shapes that would each compile them again."""
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
+
+
+def _at(values: dict[str, Any], path: str) -> Any:
+    for key in path.split("."):
+        values = values[key]
+    return values
