@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple
 
 from arriero.curate.document import Document
 from arriero.errors import DataError, require
-from arriero.records import HUB_ID, as_row, hub_files, is_readable, parse_row, read_records
+from arriero.records import HUB_ID, Record, as_row, hub_files, is_readable, parse_row, read_records
 
 STDLIB = "stdlib"
 MANIFEST = "manifest.json"  # of a curated directory; lists its shards
@@ -262,9 +262,14 @@ Rows = Iterator[tuple[int, Document | DataError]]
 def _read_rows(file: SourceFile, after: int, reading: Reading) -> Rows:
     for record in read_records(file.path, after):
         try:
-            yield record.row, _from_row(parse_row(record), file, record.row, reading.text_key)
+            yield record.row, from_record(record, file, reading)
         except DataError as error:
             yield record.row, error
+
+
+def from_record(record: Record, file: SourceFile, reading: Reading = Reading()) -> Document:
+    """The document in a row that `read_records` gave; apart from reading, so that other processes can do it."""
+    return _from_row(parse_row(record), file, record.row, reading.text_key)
 
 
 def _from_row(row: Mapping[str, Any], file: SourceFile, number: int, text_key: str) -> Document:
