@@ -16,7 +16,7 @@ enum WordKind : uint8_t { HAS_LETTER = 1, IS_SYMBOL = 2, AFTER_SPACE = 4, ENDS_S
 enum LineKind : uint8_t { BLANK = 1, ENDS_TERMINAL = 2, STARTS_BULLET = 4, ENDS_ELLIPSIS = 8 };
 
 constexpr uint64_t MULTIPLIER = 0x9E3779B97F4A7C15ull, FINAL = 0xD6E8FEB86659FD93ull;
-constexpr int64_t LONGEST_UNIT = 4;
+constexpr int64_t LONGEST_UNIT = 4, LONGEST_WHOLE = 8;  // characters, of the lists in lexicon.py
 
 inline uint64_t step(uint64_t hash, uint64_t value) { return (hash ^ value) * MULTIPLIER; }
 
@@ -57,7 +57,7 @@ struct Scanner {
     const uint16_t *classes;
     const uint32_t *folds;
     int64_t limit;
-    Hashes abbreviations, contracting, units;
+    Hashes whole, contracting, units;
     Pieces words, lines, paragraphs;
     uint64_t *folded;
     std::vector<int64_t> tails;  // where each suffix begins, from the right
@@ -115,13 +115,20 @@ struct Scanner {
         return i - from;
     }
 
-    // Where to cut an abbreviation (at its end) or a contraction; 0 for anything else.
+    bool cannot(int64_t from, int64_t to) const {
+        const char *word = "annot";
+        if (to - from != 6 || (s[from] | 32) != 'c') return false;
+        for (int i = 0; i < 5; ++i)
+            if (s[from + 1 + i] != uint32_t(word[i])) return false;
+        return true;
+    }
+
+    // Where to cut what stays whole (at its end) or a contraction; 0 for anything else.
     int64_t special(int64_t from, int64_t to) const {
         int64_t length = to - from;
-        if (s[to - 1] == '.') {
-            bool single = length == 2 && is(from, LOWER) && !is(from, UPPER);
-            return single || (length < 8 && abbreviations.has(hash(from, to))) ? to : 0;
-        }
+        if (length == 2 && s[to - 1] == '.' && is(from, LOWER) && !is(from, UPPER)) return to;
+        if (length <= LONGEST_WHOLE && whole.has(hash(from, to))) return to;
+        if (cannot(from, to)) return from + 3;
         int64_t at = length >= 2 && is(to - 2, APOSTROPHE) ? to - 2 : to - 3;
         if (at <= from || !is(at, APOSTROPHE)) return 0;
         auto lower = [&](int64_t i) { return s[i] >= 'A' && s[i] <= 'Z' ? s[i] + 32 : s[i]; };
@@ -134,6 +141,7 @@ struct Scanner {
 
     // Length of what comes off the beginning; 0 for nothing.
     int64_t prefix(int64_t from, int64_t to) const {
+        if (to - from > 1 && s[from] == '\'' && s[from + 1] == '\'') return 2;
         if (is(from, PREFIX)) return s[from] == '+' && from + 1 < to && is(from + 1, DIGIT) ? 0 : 1;
         int64_t run = dots(from, to);
         return run > 1 ? run : 0;
@@ -143,7 +151,7 @@ struct Scanner {
     int64_t suffix(int64_t from, int64_t to) const {
         uint32_t last = s[to - 1];
         uint16_t before = to - from > 1 ? bits(to - 2) : 0;
-        if (is(to - 1, SUFFIX)) return 1;
+        if (is(to - 1, SUFFIX)) return to - from > 1 && last == '\'' && s[to - 2] == '\'' ? 2 : 1;
         if ((last == 's' || last == 'S') && before & APOSTROPHE) return 2;
         if (last == '.') {
             int64_t run = 1;
@@ -171,7 +179,11 @@ struct Scanner {
         int64_t slash = from;
         while (slash < to && s[slash] != '/') ++slash;
         if (slash < from + 1 || slash + 1 >= to) return false;
-        if (s[slash - 1] == ':' && s[slash + 1] == '/') return slash > from + 1;
+        if (s[slash - 1] == ':' && s[slash + 1] == '/') {
+            for (int64_t i = from; i < slash - 1; ++i)
+                if (!is(i, ALPHA)) return false;
+            return slash > from + 1;
+        }
         int64_t dot = slash - 1;
         while (dot > from && s[dot] != '.') {
             if (!is(dot, ALPHA)) return false;
@@ -209,10 +221,11 @@ struct Scanner {
         if (from < to) word(from, to);
     }
 
-    // A run without white space.
-    void cut(int64_t from, int64_t to) {
+    // A run without white space, and the bits that some and all of its characters have.
+    void cut(int64_t from, int64_t to, uint16_t some, uint16_t all) {
         tails.clear();
         after_space = AFTER_SPACE;
+        if (all & ALPHA && !(some & UNSPACED) && !cannot(from, to)) return word(from, to);
         int64_t at = 0, end = to;
         while (from < end && !(at = special(from, end))) {
             if (int64_t length = prefix(from, end)) {
@@ -265,17 +278,19 @@ struct Scanner {
 
     int64_t document(int64_t from, int64_t to) {
         int64_t alphanumeric = 0, run = -1, last = from;
+        uint16_t some = 0, all = 0;  // bits of any and of every character in the run
         for (int64_t i = from; i < to; ++i) {
             uint16_t kind = bits(i);
             alphanumeric += (kind & ALNUM) > 0;
             if (kind & SPACE) {
-                if (run >= 0) cut(run, i), run = -1;
+                if (run >= 0) cut(run, i, some, all), run = -1;
                 if (s[i] == '\n') line(last, i), last = i + 1;
-            } else if (run < 0) {
-                run = i;
+            } else {
+                if (run < 0) run = i, some = 0, all = 0xFFFF;
+                some |= kind, all &= kind;
             }
         }
-        if (run >= 0) cut(run, to);
+        if (run >= 0) cut(run, to, some, all);
         line(last, to);
 
         int64_t left = from, right = to;
@@ -296,14 +311,14 @@ struct Scanner {
 
 // sizes: of the character tables, and of the three sorted lists of hashes. Each `first` begins with 0.
 extern "C" void scan(const uint32_t *points, const int64_t *documents, int64_t count, const uint16_t *classes,
-                     const uint32_t *folds, const uint64_t *abbreviations, const uint64_t *contracting,
+                     const uint32_t *folds, const uint64_t *whole, const uint64_t *contracting,
                      const uint64_t *units, const int64_t *sizes,
                      int64_t *word_start, int64_t *word_length, uint64_t *word_hash, uint8_t *word_kind, int64_t *word_first,
                      int64_t *line_start, int64_t *line_length, uint64_t *line_hash, uint8_t *line_kind, int64_t *line_first,
                      int64_t *paragraph_start, int64_t *paragraph_length, uint64_t *paragraph_hash,
                      uint8_t *paragraph_kind, int64_t *paragraph_first, uint64_t *folded, int64_t *alphanumeric) {
     Scanner scanner{points, classes, folds, sizes[0],
-                    {abbreviations, sizes[1]}, {contracting, sizes[2]}, {units, sizes[3]},
+                    {whole, sizes[1]}, {contracting, sizes[2]}, {units, sizes[3]},
                     {word_start, word_length, word_hash, word_kind, word_first, 0},
                     {line_start, line_length, line_hash, line_kind, line_first, 0},
                     {paragraph_start, paragraph_length, paragraph_hash, paragraph_kind, paragraph_first, 0},

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.curate import characters as ch
-from arriero.curate.lexicon import ABBREVIATIONS, CONTRACTING, UNITS
+from arriero.curate.lexicon import CONTRACTING, UNITS, WHOLE
 from arriero.curate.spans import (
     AFTER_SPACE,
     BLANK,
@@ -176,10 +176,11 @@ def _cut(s: str) -> list[Token]:
 
 
 def _special(s: str) -> int:
-    """Where to cut an abbreviation (at its end) or a contraction; 0 for anything else."""
-    if s.endswith("."):
-        single = len(s) == 2 and _is(s[0], ch.LOWER) and not _is(s[0], ch.UPPER)
-        return len(s) if single or s in ABBREVIATIONS else 0
+    """Where to cut what stays whole (at its end) or a contraction; 0 for anything else."""
+    if s in WHOLE or (len(s) == 2 and s[1] == "." and _is(s[0], ch.LOWER) and not _is(s[0], ch.UPPER)):
+        return len(s)
+    if s in ("cannot", "Cannot"):
+        return 3
     at = len(s) - 2 if _is(s[-2:-1], ch.APOSTROPHE) else len(s) - 3
     if at < 1 or not _is(s[at], ch.APOSTROPHE):
         return 0
@@ -195,6 +196,8 @@ def _dots(s: str) -> int:
 
 def _prefix(s: str) -> int:
     """Length of what comes off the beginning; 0 for nothing."""
+    if s.startswith("''"):
+        return 2
     if _is(s[0], ch.PREFIX):
         return 0 if s[0] == "+" and _is(s[1:2], ch.DIGIT) else 1
     dots = _dots(s)
@@ -205,7 +208,7 @@ def _suffix(s: str) -> int:
     """Length of what comes off the end; 0 for nothing."""
     last, before = s[-1], s[-2:-1]
     if _is(last, ch.SUFFIX):
-        return 1
+        return 2 if s.endswith("''") else 1
     if last in "sS" and _is(before, ch.APOSTROPHE):
         return 2
     if last == ".":
@@ -235,7 +238,7 @@ def _is_address(s: str) -> bool:
     if slash < 1 or slash + 1 >= len(s):
         return False
     if s[slash - 1] == ":" and s[slash + 1] == "/":
-        return slash > 1
+        return slash > 1 and all(_is(c, ch.ALPHA) for c in s[: slash - 1])
     dot = s.rfind(".", 0, slash)
     return dot > 0 and slash - dot > 2 and all(_is(c, ch.ALPHA) for c in s[dot + 1 : slash])
 

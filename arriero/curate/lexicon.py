@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 from arriero.curate.spans import hash_text
 
-# keep their full stop, which ends no sentence; single letters do by rule
-_ABBREVIATIONS = """
+# stay whole: abbreviations, whose full stop ends no sentence (single letters do by rule), and a few odd ones
+_WHOLE = """
     Mr. Mrs. Ms. Dr. St. Mt. Jr. Sr. Prof. Gen. Gov. Sen. Rep. Rev. Adm. Messrs. Ph.D. Co. co. Corp. Inc. Ltd. Bros.
     vs. v.s. e.g. i.e. E.g. I.e. E.G. I.E. a.m. p.m. A.M. P.M. Jan. Feb. Mar. Apr. Jun. Jul. Aug. Sep. Sept. Oct. Nov.
     Dec. Ala. Ariz. Ark. Calif. Colo. Conn. Del. Fla. Ga. Ill. Ind. Kan. Ky. La. Mass. Md. Mich. Minn. Miss. Mo. Mont.
     Neb. Nev. Okla. Ore. Pa. Tenn. Va. Wash. Wis. D.C. N.C. N.D. N.H. N.J. N.M. N.Y. S.C.
+    's 'S ’s ’S 'll ’ll 're ’re 've ’ve 'd ’d 'em ’em and/or w/o C++ o'clock o’clock ma'am ma’am
+    :) :( ;) :D :P :-) :-( ;-) =) 8) <3
 """
 # may carry 'd 'll 'm 're 've
 _CONTRACTING = """
@@ -30,13 +32,13 @@ _UNITS = """
     kb KB gb GB tb TB T G M K %
 """
 
-ABBREVIATIONS, CONTRACTING, UNITS = (frozenset(words.split()) for words in (_ABBREVIATIONS, _CONTRACTING, _UNITS))
+WHOLE, CONTRACTING, UNITS = (frozenset(words.split()) for words in (_WHOLE, _CONTRACTING, _UNITS))
 
 
 class Lexicon(NamedTuple):
     """Sorted hashes, uint64."""
 
-    abbreviations: NDArray[np.uint64]
+    whole: NDArray[np.uint64]
     contracting: NDArray[np.uint64]
     units: NDArray[np.uint64]
 
@@ -44,5 +46,5 @@ class Lexicon(NamedTuple):
 @functools.cache
 def lexicon() -> Lexicon:
     """The lists above, hashed; `contracting` of folded words."""
-    lists = (ABBREVIATIONS, CONTRACTING, UNITS)
+    lists = (WHOLE, CONTRACTING, UNITS)
     return Lexicon(*(np.sort(np.array(list(map(hash_text, words)), np.uint64)) for words in lists))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from arriero.curate.analysis import Analysis, analyse
 from arriero.curate.ngrams import ngram_coverage
 from arriero.curate.rules.verdict import Check, check_bounds, ratio, verdicts
-from arriero.curate.spans import MULTIPLIER
+from arriero.curate.spans import IS_SYMBOL, MULTIPLIER
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class NgramCoverage:
     max_coverage: float = 0.5
     """Greatest share of a line's characters in repeated n-grams."""
     min_words: int = 20
-    """Lines with fewer words are left alone."""
+    """Lines with fewer words, symbols aside, are left alone."""
 
     def __post_init__(self) -> None:
         check_bounds(self, 0, 1, "max_coverage")
@@ -49,7 +49,8 @@ class NgramCoverage:
         covered = ngram_coverage(words.hash, words.length, bounds, (self.ngram,))[:, 0]
         letters = np.append(0, np.cumsum(words.length))
         share = ratio(covered, letters[bounds[1:]] - letters[bounds[:-1]])
-        bad = (share > self.max_coverage) & (np.diff(bounds) >= self.min_words)
+        proper = np.append(0, np.cumsum(~words.having(IS_SYMBOL)))  # a ruled line of 70 "=" is no line of words
+        bad = (share > self.max_coverage) & (proper[bounds[1:]] - proper[bounds[:-1]] >= self.min_words)
         results: list[tuple[str, str | None]] = [(text, None) for text in analysis.texts]
         for document in np.unique(lines.document[bad]).tolist():
             which = slice(int(lines.first[document]), int(lines.first[document + 1]))
@@ -157,8 +158,13 @@ class TokenOutlier:
 
     name: ClassVar[str] = "token-outlier"
 
-    max_divergence: float = 8.0
-    """Greatest divergence, bits."""
+    max_divergence: float = 10.0
+    """Greatest divergence, bits. On 6,000 documents of prose, manuals and code: median 4 to 6, random letters 12."""
+    min_words: int = 50
+    """Documents with fewer words are left alone: so few are far from any distribution."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, 0, 64, "max_divergence")
 
     def count(self, analysis: Analysis) -> NDArray[np.int64]:
         """Words of a batch by bucket, int64 [2**20]; the sum over batches is the corpus distribution."""
@@ -166,7 +172,8 @@ class TokenOutlier:
 
     def judge(self, analysis: Analysis, corpus: NDArray[np.int64]) -> list[str | None]:
         """For each document, None to keep it or the reason to drop it. corpus: the sum of `count`."""
-        return verdicts([Check("divergence", self.divergence(analysis, corpus), ">", self.max_divergence)])
+        enough = np.diff(analysis.content[1]) >= self.min_words
+        return verdicts([Check("divergence", self.divergence(analysis, corpus) * enough, ">", self.max_divergence)])
 
     def divergence(self, analysis: Analysis, corpus: NDArray[np.int64]) -> NDArray[np.float64]:
         """KL of each document, bits, [D]; 0 for one without words. Corpus counts are smoothed by one."""

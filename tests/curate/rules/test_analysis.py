@@ -52,8 +52,9 @@ def assert_twins_agree(texts: list[str]) -> None:
 # pieces that the rules of the tokeniser speak of, so that random texts meet them
 PIECES = st.sampled_from(
     ["Mr.", "don't", "N’T", "it's", "we'll", "l'll", "...", "…", "10km", "5%", "+5", "3+4", "a-b", "--", "U.S.",
-     "http://a.b", "www.", "x.org/y", "$5", "5$", "€", "•", "-", "(", ")", '"', "'", "\n", "\n\n", " ", "\t", "\r\n", "世界",
-     "。", "ไทย", "é", "e\u0301", "😀", "٣", "İ", "ﬁ", "\ud800", "\x00", "\u2028", "a:b", "<b>", "a.B", "=", "_", "#", ","]
+     "http://a.b", "www.", "x.org/y", "$5", "5$", "€", "•", "-", "(", ")", '"', "'", "\n", "\n\n", " ", "\t", "\r\n",
+     "世界", "。", "ไทย", "é", "e\u0301", "😀", "٣", "İ", "ﬁ", "\ud800", "\x00", "\u2028", "a:b", "<b>", "a.B",
+     "=", "_", "#", ","]
 )  # fmt: skip
 TEXTS = st.lists(st.one_of(PIECES, st.characters(), st.text("abcXYZ059.'-", max_size=5)), max_size=40).map("".join)
 
