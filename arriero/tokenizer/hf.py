@@ -38,7 +38,7 @@ class HfTokenizer(Tokenizer):
         self._state = json.loads(backend.to_str())
         self.prefix_rule = _prefix_rule(self._state)
         self._continuing = backend if self.prefix_rule == "never" else _without_prefix(self._state)
-        self._byte_level = _decodes_bytes(self._state)
+        self.byte_level = _decodes_bytes(self._state)
         self.strips_space = any(step["type"] == "Strip" for step in _parts(self._state["decoder"], "decoders"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ class HfTokenizer(Tokenizer):
     def _token_table(self) -> list[bytes]:
         table = [b""] * self.vocab_size
         for token, i in self.backend.get_vocab(with_added_tokens=False).items():
-            table[i] = (byte_level_bytes if self._byte_level else marked_bytes)(token)
+            table[i] = (byte_level_bytes if self.byte_level else marked_bytes)(token)
         for i, added in self.backend.get_added_tokens_decoder().items():
             table[i] = added.content.encode()
         return table

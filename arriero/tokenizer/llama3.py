@@ -43,12 +43,15 @@ _LONG_RUN = re.compile(rf"(?<!\s)\s{{{_MAX_RUN + 1},}}|(?<!\S)\S{{{_MAX_RUN + 1}
 _SPACE, _OTHER = re.compile(r"\s"), re.compile(r"\S")
 
 
-def special_tokens(n_ranks: int, *, version_3_0: bool = False) -> SpecialTokens:
-    """Return the special block that follows `n_ranks` ordinary tokens, as Llama 3.1 names it, or 3.0."""
+def special_tokens(n_ranks: int, *, version_3_0: bool = False, count: int = N_SPECIAL) -> SpecialTokens:
+    """Return the special block that follows `n_ranks` ordinary tokens, as Llama 3.1 names it, or 3.0.
+
+    count: tokens in the block; a small vocabulary keeps fewer of those in reserve.
+    """
     names = _NAMES_3_0 if version_3_0 else _NAMES_3_1
     ids: dict[str, int] = {}
     reserved = 0
-    for offset in range(N_SPECIAL):
+    for offset in range(count):
         if offset in names:
             text = names[offset]
         else:
@@ -147,7 +150,10 @@ def load_tiktoken_model(path: Path) -> TiktokenTokenizer:
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise CheckpointError(f"{path}: its {len(ranks)} ranks are not 0, 1, 2, ...; the file is cut or damaged")
     params = files.read_json(path.parent / "params.json")
-    special = special_tokens(len(ranks), version_3_0=bool(params) and not params.get("use_scaled_rope", False))
+    version_3_0 = bool(params) and not params.get("use_scaled_rope", False)
+    left = params.get("vocab_size", 0) - len(ranks)  # Meta's files say -1 where the tokenizer decides
+    count = left if 0 < left < N_SPECIAL else N_SPECIAL
+    special = special_tokens(len(ranks), version_3_0=version_3_0, count=count)
     return TiktokenTokenizer(ranks, special, files.read_chat_template(path.parent, special))
 
 

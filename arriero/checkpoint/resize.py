@@ -1,0 +1,87 @@
+"""A checkpoint given rows for the new ids of a grown vocabulary, written as a Hugging Face directory.
+
+A new token's embedding is the mean of the embeddings of the base tokens that spell it, and so is its row in the head:
+the model begins by reading it as the average of what it read before, and by predicting it about as readily as its
+parts. (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models", shows why a mean and not
+noise: a random row can take the probability of all others.) Old rows are untouched, so texts without new tokens have
+the same hidden states and the same logits at old ids.
+
+Price: the two matrices in memory once, in fp32 while means are taken; all else is copied tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from arriero.checkpoint.convert import check_destination
+from arriero.checkpoint.hf import generation_ids, write_hf
+from arriero.checkpoint.load import open_weights
+from arriero.checkpoint.source import resolve
+from arriero.checkpoint.weights import EMBEDDINGS, HEAD, Entry, Weights
+from arriero.errors import CheckpointError
+from arriero.tokenizer.base import Tokenizer
+from arriero.tokenizer.extend import Extension
+
+
+def resized(weights: Weights, n_base: int, parts: Mapping[int, Sequence[int]]) -> Weights:
+    """Return `weights` with rows for the new ids `parts`, each the mean of the rows of its parts.
+
+    n_base: ids of the base tokenizer. A checkpoint may have more rows than that (padding); new ids then take those.
+    Raises CheckpointError when it has fewer.
+    """
+    n_rows = weights.config.vocab_size
+    if n_rows < n_base:
+        raise CheckpointError(
+            f"{weights.source}: the model has {n_rows} embeddings, the tokenizer {n_base} ids; extend the tokenizer "
+            "that the model was trained with"
+        )
+    assert all(i >= n_base and ids and max(ids) < n_base for i, ids in parts.items())
+    n_new_rows = max(n_rows, max(parts, default=0) + 1)
+    entries = dict(weights.entries)
+    for name in (EMBEDDINGS, HEAD):
+        if name in entries:  # a tied head is not among them
+            entries[name] = Entry((n_new_rows, *entries[name].shape[1:]), entries[name].dtype)
+
+    def read(name: str) -> Tensor:
+        tensor = weights.read(name)
+        return _with_rows(tensor, n_new_rows, parts) if name in (EMBEDDINGS, HEAD) else tensor
+
+    return Weights(weights.source, replace(weights.config, vocab_size=n_new_rows), entries, read)
+
+
+def _with_rows(matrix: Tensor, n_rows: int, parts: Mapping[int, Sequence[int]]) -> Tensor:
+    """Return [n_rows, D]: the old rows, then means of them, in the matrix's type."""
+    grown = torch.zeros(n_rows, matrix.shape[1], dtype=matrix.dtype)
+    grown[: len(matrix)] = matrix
+    ids = torch.tensor([i for row in parts.values() for i in row])
+    starts = torch.tensor([0, *(len(row) for row in parts.values())]).cumsum(0)[:-1]
+    means = torch.nn.functional.embedding_bag(ids, matrix.float(), starts, mode="mean")
+    grown[torch.tensor(list(parts))] = means.to(matrix.dtype)
+    return grown
+
+
+def resize(model: str | Path, dst: Path, base: Tokenizer, extension: Extension) -> None:
+    """Write `model` (path, Hub id or built-in name) at `dst` with rows for the new ids, and the grown tokenizer.
+
+    All or nothing, in Hugging Face's layout and the stored number type (quantised weights become f32), with progress.
+    """
+    source = resolve(model)
+    check_destination(source, dst, force=True)  # writing over the source is refused in any case
+    weights = resized(open_weights(source), base.vocab_size, extension.parts)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"{source.name} -> {weights.config.vocab_size:,} ids", total=len(weights.entries))
+        write_hf(
+            weights,
+            dst,
+            save_tokenizer=extension.tokenizer.save,
+            generation=generation_ids(extension.tokenizer),
+            progress=lambda name: bar.advance(task),
+        )

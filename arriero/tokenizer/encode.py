@@ -1,0 +1,130 @@
+"""`arriero tokenizer encode`, `compare` and `extend` as the command line runs them: what is read, printed and shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from arriero.errors import DataError
+from arriero.tokenizer import show
+from arriero.tokenizer.base import Tokenizer
+from arriero.tokenizer.compare import By, compare, group_of
+from arriero.tokenizer.extend import Extension, backend_of, extend
+from arriero.tokenizer.sample import draw_sample, showing
+
+View = Literal["ids", "count", "show", "decode"]
+
+
+def run_encode(
+    tokenizer: Tokenizer,
+    words: Sequence[str],
+    file: Path | None,
+    view: View,
+    *,
+    lines: bool = False,
+    special: bool = False,
+    bos: bool = False,
+    eos: bool = False,
+) -> None:
+    """Print what `view` asks for, of the words given, of a file, or of standard input."""
+    texts = _texts(words, file, lines or view == "decode")
+    if view == "decode":
+        for text in texts:
+            print(tokenizer.decode(_ids(text, tokenizer.vocab_size), skip_special=not special))
+        return
+    before = [tokenizer.bos_id] if bos else []
+    after = [tokenizer.eos_id] if eos else []
+    tokenizer.encode("", bos=bos, eos=eos)  # refuses what the tokenizer lacks
+    total = 0
+    for text in texts:
+        ids = tokenizer.encode_rendered(text) if special else tokenizer.encode(text)
+        ids = [i for i in (*before, *ids, *after) if i is not None]
+        total += len(ids)
+        if view == "ids":
+            print(" ".join(map(str, ids)))
+        elif view == "show":
+            _show(tokenizer, text, ids)
+        elif lines:
+            print(len(ids))
+    if view == "count" and not lines:
+        print(total)
+
+
+def _show(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(show.token_view(tokenizer, ids, colour=console.is_terminal))
+    console.print(" ".join(map(str, ids)))
+    n_bytes = len(text.encode("utf-8", "replace"))
+    console.print(
+        f"{len(ids)} tokens, {len(text)} characters, {n_bytes} bytes ({n_bytes / max(len(ids), 1):.2f} a token)"
+    )
+
+
+def _texts(words: Sequence[str], file: Path | None, lines: bool) -> Iterator[str]:
+    """Yield the texts to encode. Bytes that are not UTF-8 come out as U+FFFD."""
+    if words:
+        whole = " ".join(words)
+        yield from whole.splitlines() if lines else [whole]
+        return
+    try:
+        source = sys.stdin.buffer if file is None else file.open("rb")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+    with source:
+        if lines:
+            for line in source:
+                yield line.decode("utf-8", "replace").rstrip("\r\n")
+        else:
+            yield source.read().decode("utf-8", "replace")
+
+
+def _ids(text: str, vocab_size: int) -> list[int]:
+    ids = []
+    for word in text.replace(",", " ").replace("[", " ").replace("]", " ").split():
+        if not word.isdecimal() or int(word) >= vocab_size:
+            raise DataError(f"{word!r} is not an id of this tokenizer; ids are whole numbers below {vocab_size}")
+        ids.append(int(word))
+    return ids
+
+
+def run_compare(
+    tokenizers: Mapping[str, Tokenizer],
+    documents: Iterable[tuple[str, str]],
+    by: By,
+    limit: int,
+    threads: int,
+    *,
+    as_json: bool,
+) -> None:
+    """Print a comparison on (source, text) documents, as a table or as JSON."""
+    with showing("encoding", unit=True) as progress:
+
+        def grouped() -> Iterator[tuple[str, str]]:
+            read = 0
+            for source, text in documents:
+                size = len(text.encode("utf-8", "replace"))
+                read += size
+                if read > limit:
+                    return
+                progress(size)
+                yield group_of(by, text, source), text
+
+        results = compare(tokenizers, grouped(), threads)
+    if as_json:
+        print(json.dumps([result.as_dict() for result in results]))
+    else:
+        Console().print(show.comparison_view(results))
+
+
+def run_extend(base: Tokenizer, texts: Iterable[str], n_new: int, limit: int) -> Extension:
+    """Sample the texts and learn from them, with progress shown."""
+    backend_of(base)  # refuses the wrong kind before anything is read
+    with showing("reading", unit=True) as progress:
+        sample = draw_sample(texts, limit, progress)
+    with showing(f"learning {n_new:,} tokens from {sample.training_bytes / 1e6:,.1f} MB"):
+        return extend(base, (data.decode() for data in sample.training), n_new)
