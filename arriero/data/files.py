@@ -20,9 +20,7 @@ def replaced(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     try:
         yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -31,6 +29,13 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as UTF-8; a reader sees the old file or the new one, never a part."""
     with replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n", errors="surrogatepass")
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Sync `temporary` and rename it to `path`; when this returns, a power cut changes nothing."""
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -1,15 +1,15 @@
-"""Text to token shards: `arriero shard`. Files are as `shards.py` describes them.
+"""Text to token shards: `arriero shard`. The files are as `shards.py` describes them.
 
-The reader hands chunks of documents to worker processes, which encode them; one writer puts the results into files in
-the order of the documents. So the bytes are the same for any number of workers. Documents become durable a part at a
-time (about `part_bytes` of text): a part's files are synced and renamed, then progress.json, which holds the position
-after its last document, is replaced. Killed anywhere, even by SIGKILL or a power cut, the next run goes on from there:
-nothing is lost, repeated or half written. The manifests come last.
+One process reads, as little as it can: lines of JSONL go to the workers unparsed, and files that are one document
+unopened. The workers make documents of them, decide which are held out, and encode (`tokenizer/parallel.py`). One
+writer puts the results into files in the order of the documents (`shard_writer.py`), so the bytes are the same for any
+number of workers, and a run that was killed goes on from the last part that was durable.
 
 Every document stands between the tokens that its tokenizer's family puts there (`document_marks`). Documents without
-text are left out. Which are held out for validation is decided by a hash of the text: equal texts lie on one side.
+text are left out. Which are held out is decided by a hash of the text: equal texts lie on one side.
 
-Price: little but the encoding, whose speed and share are in docs/log.md; memory for a few chunks a worker.
+Price: encoding, at the speed of `tokenizer/parallel.py` on every core; the rest is counted in docs/log.md. Memory for
+about four chunks a worker.
 """
 
 from __future__ import annotations
@@ -17,39 +17,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context, parent_process
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from arriero.curate.document import Document
-from arriero.curate.sources import Position, Reading, list_files, read_from
-from arriero.data.files import replaced, write_text
-from arriero.data.shards import FORMAT, MANIFEST, ONE_SOURCE, Shards, open_sources, token_type
+from arriero.curate.sources import Position, Reading, SourceFile, from_record, list_files, read_documents, read_file
+from arriero.data.shard_writer import Encoded, SetName, ShardWriter
+from arriero.data.shards import FORMAT, ONE_SOURCE, Shards, open_sources, token_type
+from arriero.data.workers import in_order
 from arriero.errors import DataError
+from arriero.records import Record, read_records
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.parallel import DocumentEncoder
 
-CHUNK = 2**20  # characters that a worker gets at once
-PART = 2**28  # characters of text that become durable at once
-PROGRESS = "progress.json"
+CHUNK = 2**20  # bytes of source that a worker gets at once
+PART = 2**28  # bytes of source that become durable at once
+IN_PROCESS = 2**23  # bytes of source below which they are encoded here: starting workers would take longer
 TRAIN, VALIDATION = "train", "validation"
-
-Stream = Callable[[Position], Iterator[tuple[Document, Position]]]  # documents after a position, each with its own
+ONE_DOCUMENT = ("prose", "html", "code")  # kinds of files that workers open
 
 
 def document_marks(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
@@ -83,23 +76,33 @@ def shard_sources(
     part_size: int = PART,
     console: Console | None = None,
 ) -> dict[str, dict[str, Shards]]:
-    """Tokenise the documents of the sources (`curate/sources.py` reads them) into `out`; go on where a run was stopped.
+    """Tokenise the documents of `sources` (`curate/sources.py` says what may be one) into `out`, or go on with that.
 
     validation: the share of documents to hold out, by a hash of their text, or a source of held-out documents, whose
     texts are then left out of training. by_source: a set for each `Document.source`, so that they can be weighted.
-    workers: encoding processes, 0 for one a core. part_size: characters of text between two points to go on from.
+    workers: encoding processes, 0 for one a core. part_size: bytes of source that become durable at once.
     Returns {"train": {source: shards}, "validation": ...}. Raises DataError.
     """
-    share, held_out_source = _validation(validation)
-    files = list_files(sources)
+    share, held_out_source = parse_validation(validation)
     held_out_files = list_files([held_out_source]) if held_out_source is not None else []
-    every = [*held_out_files, *files]
+    files = [*held_out_files, *list_files(sources)]
+    sizes = [file.path.stat().st_size for file in files]
     reading = Reading(text_key)
-    what = hashlib.sha256(json.dumps([[f.name, f.path.stat().st_size] for f in every]).encode()).hexdigest()
-    plan = Plan(tokenizer, share, by_source, part_size, what, len(held_out_files))
-    sizes = [f.path.stat().st_size for f in every]
-    held_out = frozenset(text_hash(d.text) for d, _ in read_from(held_out_files, reading=reading))
-    return _shard(lambda start: read_from(every, start, reading), plan, held_out, Path(out), workers, sizes, console)
+    listed = [[file.name, size] for file, size in zip(files, sizes, strict=True)]
+    request = {
+        "files": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
+        "text_key": text_key,
+        "validation": str(validation),
+    }
+    texts = read_documents([held_out_source], text_key) if held_out_source is not None else ()
+    encode = Encode(tokenizer, reading, share, by_source, frozenset(text_hash(d.text) for d in texts))
+    if not workers and sum(sizes) < IN_PROCESS:
+        workers = 1
+
+    def items(start: Position) -> Iterator[Item]:
+        return read_items(files, start, reading, n_held_out=len(held_out_files))
+
+    return _shard(items, encode, Path(out), request, part_size, workers, sizes, console)
 
 
 def shard_documents(
@@ -113,38 +116,21 @@ def shard_documents(
     part_size: int = PART,
     console: Console | None = None,
 ) -> dict[str, dict[str, Shards]]:
-    """As `shard_sources`, for documents or texts from Python; stopped and called again, it passes over those done."""
+    """As `shard_sources`, for documents or texts in Python; stopped and called again, it passes over those done."""
 
-    def stream(start: Position) -> Iterator[tuple[Document, Position]]:
+    def items(start: Position) -> Iterator[Item]:
         for i, document in enumerate(documents):
             if i >= start.row:
                 whole = Document(document, str(i)) if isinstance(document, str) else document
-                yield whole, Position(0, i + 1)
+                yield Item(whole, len(whole.text), Position(0, i + 1))
 
-    plan = Plan(tokenizer, validation, by_source, part_size, "documents", 0)
-    return _shard(stream, plan, frozenset(), Path(out), workers, [0], console)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What decides the bytes of the result, for given documents."""
-
-    tokenizer: Tokenizer
-    validation: float
-    by_source: bool
-    part_size: int
-    sources: str  # SHA-256 of the files' names and sizes
-    n_held_out_files: int  # first files of the stream, which are validation whole
-
-    def request(self) -> dict[str, Any]:
-        """As progress.json keeps it, to be compared when a run goes on."""
-        bos, eos = document_marks(self.tokenizer)
-        own = {"tokenizer": self.tokenizer.fingerprint, "bos": bos, "eos": eos, "format": FORMAT}
-        return own | {name: getattr(self, name) for name in ("validation", "by_source", "part_size", "sources")}
+    share, _ = parse_validation(float(validation))
+    encode = Encode(tokenizer, Reading(), share, by_source, frozenset())
+    return _shard(items, encode, Path(out), {"validation": str(validation)}, part_size, workers, [], console)
 
 
-def _validation(validation: str | float) -> tuple[float, str | None]:
-    """(share, "") or (0, source)."""
+def parse_validation(validation: str | float) -> tuple[float, str | None]:
+    """(share, None), or (0, the source that it names)."""
     try:
         share = float(validation)
     except ValueError:
@@ -154,359 +140,212 @@ def _validation(validation: str | float) -> tuple[float, str | None]:
     return share, None
 
 
+def summary_table(sets: dict[str, dict[str, Shards]]) -> Table:
+    """What was written, as a table for the terminal."""
+    table = Table(title="token shards")
+    for column in ("split", "source", "documents", "tokens", "bytes a token"):
+        table.add_column(column, justify="left" if column in ("split", "source") else "right")
+    for split, by_source in sets.items():
+        for name, s in by_source.items():
+            table.add_row(split, name, f"{s.n_documents:,}", f"{s.n_tokens:,}", f"{s.n_bytes / s.n_tokens:.2f}")
+    return table
+
+
 def text_hash(text: str) -> int:
-    """64 bits of a text's SHA-256: which side of the split it falls on."""
+    """64 bits of a text's SHA-256: on which side of the split it falls."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little")
 
 
-# Encoding
+# Reading: as little as has to be done in one process
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that a worker makes a document of, and the position after it."""
+
+    what: Document | SourceFile | tuple[SourceFile, Record]
+    size: int  # bytes of source, or characters
+    position: Position
+    done: float = 0.0  # share of the position's file that has been read
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive documents on their way to a worker; `position` is that after the last, which may end a part."""
+    """Consecutive items on their way to a worker, all held out by their file or none."""
 
-    texts: list[str]
-    sources: list[str]
-    held_out: bool
-    size: int  # characters
-    position: Position
+    items: list[Item]
     ends_part: bool
 
 
+def read_items(files: Sequence[SourceFile], start: Position, reading: Reading, n_held_out: int = 0) -> Iterator[Item]:
+    """What documents are made of, after `start`; the first `n_held_out` files are held out."""
+    for i in range(start.file, len(files)):
+        file, after = files[i], start.row if i == start.file else 0
+        held_out = i < n_held_out
+        if file.kind == "rows":
+            for record in read_records(file.path, after):
+                size = len(record.raw if isinstance(record.raw, bytes) else str(record.raw.get(reading.text_key)))
+                yield Item((file, record), size, Position(i, record.row), record.done, held_out)
+        elif file.kind in ONE_DOCUMENT:
+            if not after:
+                yield Item(file, file.path.stat().st_size, Position(i, 1), 1.0, held_out)
+        else:
+            for row, found in read_file(file, after, reading):
+                if isinstance(found, DataError):
+                    raise found
+                yield Item(found, len(found.text), Position(i, row), 0.0, held_out)
+
+
+def chunked(items: Iterable[Item], part_size: int) -> Iterator[Chunk]:
+    """Group items; a part ends with the chunk that fills it, so a run that goes on after a part groups as before."""
+    chunk: list[Item] = []
+    size = part = 0
+    for item in items:
+        if chunk and (size >= CHUNK or item.held_out != chunk[-1].held_out):
+            part += size
+            yield Chunk(chunk, ends_part=part >= part_size)
+            chunk, size, part = [], 0, 0 if part >= part_size else part
+        chunk.append(item)
+        size += item.size
+    if chunk:
+        yield Chunk(chunk, ends_part=True)
+
+
+# Encoding: in the workers
+
+
 @dataclass(frozen=True)
-class Encoded:
-    """Consecutive documents of one set as ids, marks included."""
+class Result:
+    """A chunk's documents as ids, by set; how many were left out, by reason; UTF-8 bytes of all texts."""
 
-    tokens: NDArray[Any]
-    lengths: NDArray[np.int64]  # tokens of each
-    text_bytes: NDArray[np.uint32]  # UTF-8 bytes of each
-
-
-Result = tuple[dict[tuple[str, str], Encoded], dict[str, int]]  # by (split, source); counts of what was left out
+    encoded: dict[SetName, Encoded]
+    left_out: dict[str, int]
+    n_bytes: int
 
 
-class Encoder:
-    """Encodes chunks; one in each worker process."""
+@dataclass(frozen=True)
+class Encode:
+    """Makes ids of a chunk. held_out: hashes of texts that are not to be trained on."""
 
-    def __init__(self, plan: Plan, held_out: frozenset[int]) -> None:
-        self.plan, self.held_out = plan, held_out
-        self.encoder = DocumentEncoder(plan.tokenizer, threads=1)
-        self.marks = document_marks(plan.tokenizer)
-        self.dtype = token_type(plan.tokenizer.vocab_size)
-        self.threshold = int(plan.validation * 2**64)
+    tokenizer: Tokenizer
+    reading: Reading
+    validation: float
+    by_source: bool
+    held_out: frozenset[int]
 
     def __call__(self, chunk: Chunk) -> Result:
-        chosen: dict[tuple[str, str], list[str]] = {}
-        left_out = {"empty": 0, "held_out": 0}
-        for text, source in zip(chunk.texts, chunk.sources, strict=True):
-            hash_ = text_hash(text)
-            if not text.strip():
-                left_out["empty"] += 1
-            elif not chunk.held_out and hash_ in self.held_out:
-                left_out["held_out"] += 1
+        by_set: dict[SetName, list[str]] = {}
+        left_out: dict[str, int] = {}
+        for item in chunk.items:
+            document = self._document(item)
+            split = self._split(document.text, item.held_out)
+            if split in (TRAIN, VALIDATION):
+                name = document.source if self.by_source and document.source else ONE_SOURCE
+                by_set.setdefault((split, name), []).append(document.text)
             else:
-                split = VALIDATION if chunk.held_out or hash_ < self.threshold else TRAIN
-                name = source if self.plan.by_source and source else ONE_SOURCE
-                chosen.setdefault((split, name), []).append(text)
-        return {key: self._encode(texts) for key, texts in chosen.items()}, left_out
+                left_out[split] = left_out.get(split, 0) + 1
+        encoded = {name: self._encode(texts) for name, texts in by_set.items()}
+        return Result(encoded, left_out, sum(int(e.text_bytes.sum()) for e in encoded.values()))
+
+    def _document(self, item: Item) -> Document:
+        if isinstance(item.what, Document):
+            return item.what
+        if isinstance(item.what, SourceFile):
+            [(_, found)] = read_file(item.what, reading=self.reading)
+            if isinstance(found, DataError):
+                raise found
+            return found
+        file, record = item.what
+        return from_record(record, file, self.reading)
+
+    def _split(self, text: str, held_out: bool) -> str:
+        """The split that a text goes to, or the reason why it goes to none."""
+        if not text or text.isspace():
+            return "empty"
+        if held_out:
+            return VALIDATION
+        hash_ = text_hash(text)
+        if hash_ in self.held_out:
+            return "held out"
+        return VALIDATION if hash_ < int(self.validation * 2**64) else TRAIN
 
     def _encode(self, texts: list[str]) -> Encoded:
-        encoded = self.encoder.encode(texts)
-        bos, eos = ([] if mark is None else [mark] for mark in self.marks)
-        lengths = np.diff(encoded.offsets) + len(bos) + len(eos)
+        encoded = self._encoder.encode(texts)
+        bos, eos = document_marks(self.tokenizer)
+        lengths = np.diff(encoded.offsets) + sum(mark is not None for mark in (bos, eos))
         ends = np.cumsum(lengths)
-        tokens = np.empty(int(ends[-1]), dtype=self.dtype)
+        tokens = np.empty(int(ends[-1]), dtype=token_type(self.tokenizer.vocab_size))
         plain = np.ones(len(tokens), dtype=bool)
         for mark, places in ((bos, ends - lengths), (eos, ends - 1)):
-            if mark:
-                tokens[places], plain[places] = mark[0], False
+            if mark is not None:
+                tokens[places], plain[places] = mark, False
         tokens[plain] = encoded.ids
-        sizes = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
-        return Encoded(tokens, lengths, np.array(sizes, dtype=np.uint32))
+        return Encoded(tokens, lengths, np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts]))
 
-
-_encoder: Encoder | None = None  # one for each worker process: sending it takes longer than a chunk
-
-
-def _start_worker(plan: Plan, held_out: frozenset[int]) -> None:
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(plan, held_out)
-
-
-def _end_with_parent() -> None:
-    """A parent killed by SIGKILL cannot end its workers, which would wait for ever."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(chunk: Chunk) -> Result:
-    assert _encoder is not None
-    return _encoder(chunk)
-
-
-def _encode_all(
-    chunks: Iterator[Chunk], plan: Plan, held_out: frozenset[int], workers: int
-) -> Iterator[tuple[Chunk, Result]]:
-    """Each chunk with its result, in order; a few chunks for each worker are under way."""
-    if workers == 1:
-        encoder = Encoder(plan, held_out)
-        yield from ((chunk, encoder(chunk)) for chunk in chunks)
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (plan, held_out))
-    waiting: deque[tuple[Chunk, Future[Result]]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(_encode_in_worker, chunk)))
-            if len(waiting) > 3 * workers:
-                chunk, future = waiting.popleft()
-                yield chunk, future.result()
-        while waiting:
-            chunk, future = waiting.popleft()
-            yield chunk, future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"one of {workers} tokenising processes died: out of memory, or started from a script whose main part is "
-            'not under `if __name__ == "__main__":`; put it there, or set workers to 1, and run again to go on'
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-# Writing
-
-
-@dataclass
-class State:
-    """progress.json: what is durable, and the position after it."""
-
-    request: dict[str, Any]
-    position: list[int] = field(default_factory=lambda: [0, 0])
-    parts: list[dict[str, Any]] = field(default_factory=list)  # by "split/source": counts and hash of its files
-    left_out: dict[str, int] = field(default_factory=lambda: {"empty": 0, "held_out": 0})
-    characters: int = 0
-    complete: bool = False
-
-
-class SetWriter:
-    """The files of one set in one part, under temporary names until `commit`."""
-
-    def __init__(self, directory: Path, part: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self.path, self.index_path = directory / f"tokens-{part:05d}.bin", directory / f"index-{part:05d}.bin"
-        self._files = ExitStack()
-        temporary = self._files.enter_context(replaced(self.path))
-        self._file = self._files.enter_context(temporary.open("wb"))
-        self._hash = hashlib.sha256()
-        self._index: list[NDArray[np.int64]] = []
-
-    def add(self, encoded: Encoded) -> None:
-        """Append documents."""
-        data = encoded.tokens.tobytes()
-        self._file.write(data)
-        self._hash.update(data)
-        self._index.append(np.stack([encoded.lengths, encoded.text_bytes.astype(np.int64)], axis=1))
-
-    def commit(self) -> dict[str, Any]:
-        """Put the files in place; returns what the manifest says of the tokens."""
-        index = np.concatenate(self._index).astype("<i8")
-        with replaced(self.index_path) as path:
-            path.write_bytes(index.tobytes())
-        size = self._file.tell()
-        self._files.close()
-        n_tokens, n_bytes = (int(x) for x in index.sum(axis=0))
-        counts = {"n_documents": len(index), "n_tokens": n_tokens, "n_bytes": n_bytes}
-        return {"name": self.path.name, "size": size, "sha256": self._hash.hexdigest(), **counts}
-
-
-class Writer:
-    """All sets under `out`, part by part, and progress.json."""
-
-    def __init__(self, out: Path, plan: Plan) -> None:
-        self.out, self.plan = out, plan
-        self.state = self._begin(State(plan.request()))
-        self._open: dict[tuple[str, str], SetWriter] = {}
-
-    def _begin(self, fresh: State) -> State:
-        """Claim `out`, or take up what a run before left there."""
-        path = self.out / PROGRESS
-        if not path.is_file():
-            if self.out.exists() and any(self.out.iterdir()):
-                raise DataError(f"{self.out} exists and holds something else; give another --out, or empty it")
-            self.out.mkdir(parents=True, exist_ok=True)
-            _write_json(path, asdict(fresh))
-            return fresh
-        state = State(**json.loads(path.read_text(encoding="utf-8")))
-        for name, asked in fresh.request.items():
-            if state.request.get(name) != asked:
-                began = state.request.get(name)
-                raise DataError(
-                    f"{self.out} was begun with {_WORDS.get(name, name)} {began!r}, now it is {asked!r}; "
-                    "go on as it was begun, or give another --out"
-                )
-        for stray in self.out.glob("*/**/.*.tmp"):  # of a run that was killed
-            stray.unlink()
-        return state
-
-    def add(self, chunk: Chunk, result: Result) -> None:
-        """Append a chunk's documents, and make the part durable where the chunk ends it."""
-        encoded, left_out = result
-        for key, documents in encoded.items():
-            if key not in self._open:
-                self._open[key] = SetWriter(self.directory(*key), len(self.state.parts))
-            self._open[key].add(documents)
-        for reason, n in left_out.items():
-            self.state.left_out[reason] += n
-        self.state.characters += chunk.size
-        self.state.position = list(chunk.position)
-        if chunk.ends_part:
-            self.commit()
-
-    def commit(self) -> None:
-        """Make what was added durable."""
-        if not self._open:
-            return
-        self.state.parts.append({"/".join(key): writer.commit() for key, writer in self._open.items()})
-        self._open = {}
-        self._save()
-
-    def directory(self, split: str, source: str) -> Path:
-        """Where a set lies; any character may be in a source's name, so it is percent-encoded."""
-        return (
-            self.out / split / quote(source, safe=" ").replace(".", "%2E") if self.plan.by_source else self.out / split
-        )
-
-    def finish(self) -> None:
-        """Join the parts' indices and write the manifests."""
-        names = sorted({key for part in self.state.parts for key in part})
-        for split in {TRAIN} | ({VALIDATION} if self.plan.validation or self.plan.n_held_out_files else set()):
-            if not any(name.startswith(split + "/") for name in names):
-                raise DataError(
-                    f"{self.out}: none of the documents went to {split} (validation is {self.plan.validation}); "
-                    "give more documents, or another share"
-                )
-        if not (self.out / "tokenizer").is_dir():
-            with TemporaryDirectory(dir=self.out, prefix=".tokenizer-") as directory:
-                self.plan.tokenizer.save(directory)
-                os.rename(directory, self.out / "tokenizer")
-                Path(directory).mkdir()  # for the context to remove
-        for name in names:
-            self._finish_set(name)
-        self.state.complete = True
-        self._save()
-        for index in self.out.glob("*/**/index-*.bin"):
-            index.unlink()
-
-    def _finish_set(self, name: str) -> None:
-        split, _, source = name.partition("/")
-        directory = self.directory(split, source)
-        parts = [part[name] for part in self.state.parts if name in part]
-        columns = {"offsets.bin": hashlib.sha256(), "bytes.bin": hashlib.sha256()}
-        with ExitStack() as stack:
-            files = {
-                name: stack.enter_context(open(stack.enter_context(replaced(directory / name)), "wb"))
-                for name in columns
-            }
-
-            def write(name: str, values: NDArray[Any]) -> None:
-                files[name].write(values.tobytes())
-                columns[name].update(values.tobytes())
-
-            write("offsets.bin", np.zeros(1, dtype="<i8"))
-            n_tokens = 0
-            for part in parts:
-                index = np.fromfile(directory / part["name"].replace("tokens", "index"), dtype="<i8").reshape(-1, 2)
-                write("offsets.bin", (n_tokens + np.cumsum(index[:, 0])).astype("<i8"))
-                write("bytes.bin", index[:, 1].astype("<u4"))
-                n_tokens += part["n_tokens"]
-            sizes = {name: file.tell() for name, file in files.items()}
-        joined = [{"name": name, "size": sizes[name], "sha256": columns[name].hexdigest()} for name in columns]
-        request = self.state.request
-        manifest = {
-            "format": FORMAT,
-            "split": split,
-            "source": source,
-            **{key: request[key] for key in ("tokenizer", "bos", "eos")},
-            "vocab_size": self.plan.tokenizer.vocab_size,
-            "dtype": {"<u2": "uint16", "<u4": "uint32"}[token_type(self.plan.tokenizer.vocab_size)],
-            **{key: sum(part[key] for part in parts) for key in ("n_documents", "n_tokens", "n_bytes")},
-            "files": [*parts, *joined],
-        }
-        _write_json(directory / MANIFEST, manifest)
-
-    def _save(self) -> None:
-        _write_json(self.out / PROGRESS, asdict(self.state))
-
-
-_WORDS = {
-    "tokenizer": "the tokenizer",
-    "bos": "the token before documents",
-    "eos": "the token after documents",
-    "validation": "--validation",
-    "by_source": "--by-source",
-    "part_size": "part_size",
-    "sources": "files whose names and sizes have the hash",
-}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    @cached_property
+    def _encoder(self) -> DocumentEncoder:
+        return DocumentEncoder(self.tokenizer, threads=1)
 
 
 # The whole
 
 
 def _shard(
-    stream: Stream,
-    plan: Plan,
-    held_out: frozenset[int],
+    items: Any,
+    encode: Encode,
     out: Path,
+    request: dict[str, Any],
+    part_size: int,
     workers: int,
     sizes: Sequence[int],
     console: Console | None,
 ) -> dict[str, dict[str, Shards]]:
+    """items: what documents are made of, after a position. sizes: bytes of each file, for the progress bar."""
+    bos, eos = document_marks(encode.tokenizer)
+    own = {"format": FORMAT, "tokenizer": encode.tokenizer.fingerprint, "bos": bos, "eos": eos}
+    request = own | request | {"by_source": encode.by_source, "part_size": part_size}
     workers = workers or os.cpu_count() or 1
-    writer = Writer(out, plan)
-    if not writer.state.complete:
-        start = Position(*writer.state.position)
-        chunks = _chunks(stream(start), plan)
-        with _progress(console or Console(stderr=True)) as progress:
-            bar = progress.add_task("sharding", total=sum(sizes), rate=0.0)
-            begun = writer.state.characters
-            for chunk, result in _encode_all(chunks, plan, held_out, workers):
-                writer.add(chunk, result)
-                rate = (writer.state.characters - begun) / (progress.tasks[bar].elapsed or 1e-9) / 1e6
-                progress.update(bar, completed=sum(sizes[: chunk.position.file]), rate=rate)
-            writer.commit()
-        writer.finish()
+    before = np.cumsum([0, *sizes])
+    try:
+        with (
+            ShardWriter(out, encode.tokenizer, request, encode.by_source) as writer,
+            _progress(console or Console(stderr=True)) as progress,
+        ):
+            bar = progress.add_task("sharding", total=sum(sizes) or None, rate=0.0)
+            n_bytes = 0
+            if not writer.state.complete:
+                chunks = chunked(items(Position(*writer.state.position)), part_size)
+                for chunk, result in in_order(encode, chunks, workers, "tokenising"):
+                    last = chunk.items[-1]
+                    writer.add(result.encoded, result.left_out, last.position)
+                    if chunk.ends_part:
+                        writer.commit()
+                    n_bytes += result.n_bytes
+                    rate = n_bytes / 1e6 / (progress.tasks[bar].elapsed or 1e-9)
+                    if sizes:
+                        done = before[last.position.file] + last.done * sizes[last.position.file]
+                        progress.update(bar, completed=float(done), rate=rate)
+                _check_splits(writer, encode)
+                writer.finish()
+    except OSError as error:
+        if error.errno is None or error.filename is None:
+            raise
+        raise DataError(
+            f"{error.filename}: {error.strerror}; mend that and run again: it goes on from there"
+        ) from error
     return {split: open_sources(out / split) for split in (TRAIN, VALIDATION) if (out / split).is_dir()}
 
 
-def _chunks(documents: Iterator[tuple[Document, Position]], plan: Plan) -> Iterator[Chunk]:
-    """Group documents; a part ends with the chunk that fills it, wherever the run began."""
-    texts: list[str] = []
-    sources: list[str] = []
-    size = part = 0
-    held_out = False
-    position = Position()
-    for document, after in documents:
-        now_held_out = after.file < plan.n_held_out_files
-        if texts and (size >= CHUNK or now_held_out != held_out):
-            part += size
-            ends_part = part >= plan.part_size
-            yield Chunk(texts, sources, held_out, size, position, ends_part)
-            texts, sources, size, part = [], [], 0, 0 if ends_part else part
-        held_out, position = now_held_out, after
-        texts.append(document.text)
-        sources.append(document.source)
-        size += len(document.text)
-    if texts:
-        yield Chunk(texts, sources, held_out, size, position, False)
+def _check_splits(writer: ShardWriter, encode: Encode) -> None:
+    found = {name.partition("/")[0] for part in writer.state.parts for name in part}
+    if TRAIN not in found:
+        raise DataError(f"{writer.out}: no document is left to train on (left out: {writer.state.left_out or 'none'})")
+    if encode.validation and VALIDATION not in found:
+        raise DataError(
+            f"{writer.out}: a validation share of {encode.validation} holds out none of these few documents; "
+            "raise it, name a file of held-out documents, or give 0; and give another --out"
+        )
 
 
 def _progress(console: Console) -> Progress:
@@ -514,7 +353,7 @@ def _progress(console: Console) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.fields[rate]:.1f} MB/s"),
+        TextColumn("{task.fields[rate]:.1f} MB/s of text"),
         TimeRemainingColumn(),
         console=console,
         transient=True,

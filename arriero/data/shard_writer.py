@@ -1,0 +1,233 @@
+"""The files of token shards, written so that a run killed anywhere goes on without loss, repetition or half a file.
+
+Documents become durable a part at a time: the files of a part are synced and renamed, then progress.json, which says
+what is in all parts and where reading goes on, is replaced. What a killed run wrote after that is written again, with
+the same bytes. At the end the parts' indices are joined, every set gets its manifest, and progress.json says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arriero.data.files import put_in_place, replaced, temporary_name, write_text
+from arriero.data.shards import FORMAT, MANIFEST
+from arriero.errors import DataError
+from arriero.tokenizer.base import Tokenizer
+
+PROGRESS = "progress.json"
+LOCK = ".lock"
+
+SetName = tuple[str, str]  # (split, source)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Consecutive documents of one set as ids, with the tokens that mark their ends."""
+
+    tokens: NDArray[Any]  # all, end to end
+    lengths: NDArray[np.int64]  # tokens of each
+    text_bytes: NDArray[np.int64]  # UTF-8 bytes of each
+
+
+@dataclass
+class State:
+    """progress.json: what was asked for, what is durable, and the position after it."""
+
+    request: dict[str, Any]
+    position: tuple[int, int] = (0, 0)
+    parts: list[dict[str, dict[str, Any]]] = field(default_factory=list)  # by "split/source": its file and counts
+    left_out: dict[str, int] = field(default_factory=dict)  # documents, by reason
+    complete: bool = False
+
+
+class ShardWriter:
+    """Writes sets under `out`, beginning or going on; a context manager, for `out` is locked meanwhile.
+
+    request: everything that decides the bytes, with the words that an error message has for each.
+    """
+
+    def __init__(self, out: Path, tokenizer: Tokenizer, request: Mapping[str, Any], by_source: bool) -> None:
+        self.out, self.tokenizer, self.by_source = out, tokenizer, by_source
+        self._stack = ExitStack()
+        self._open: dict[SetName, _SetPart] = {}
+        self._left_out: dict[str, int] = {}
+        self._position: tuple[int, int] | None = None
+        self._request = dict(request)
+
+    def __enter__(self) -> ShardWriter:
+        begun = (self.out / PROGRESS).is_file()
+        if not begun and self.out.exists() and any(path.name != LOCK for path in self.out.iterdir()):
+            raise DataError(f"{self.out} holds something else; give another --out, or empty it")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._stack.enter_context(_locked(self.out))
+        self.state = self._read_state() if begun else State(self._request)
+        if not begun:
+            self._save()
+        for stray in (*self.out.glob("**/.*.tmp"), *self.out.glob("**/.tokenizer-*/*")):  # of a run that was killed
+            stray.unlink()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for part in self._open.values():
+            part.abandon()
+        self._stack.close()
+
+    def add(self, documents: Mapping[SetName, Encoded], left_out: Mapping[str, int], position: tuple[int, int]) -> None:
+        """Append documents; `position` is where reading goes on after them."""
+        for name, encoded in documents.items():
+            if name not in self._open:
+                self._open[name] = _SetPart(self.directory(name), len(self.state.parts))
+            self._open[name].add(encoded)
+        for reason, n in left_out.items():
+            self._left_out[reason] = self._left_out.get(reason, 0) + n
+        self._position = position
+
+    def commit(self) -> None:
+        """Make what was added durable."""
+        if self._position is None:
+            return
+        self.state.position = self._position
+        for reason, n in self._left_out.items():
+            self.state.left_out[reason] = self.state.left_out.get(reason, 0) + n
+        self.state.parts.append({"/".join(name): part.commit() for name, part in self._open.items()})
+        self._open, self._left_out, self._position = {}, {}, None
+        self._save()
+
+    def finish(self) -> None:
+        """Save the tokenizer, join the parts' indices, write the manifests."""
+        if not (self.out / "tokenizer").is_dir():
+            with TemporaryDirectory(dir=self.out, prefix=".tokenizer-") as directory:
+                self.tokenizer.save(directory)
+                os.rename(directory, self.out / "tokenizer")
+                Path(directory).mkdir()  # for the context to remove
+        for name in sorted({name for part in self.state.parts for name in part}):
+            split, _, source = name.partition("/")
+            self._finish_set(split, source, [part[name] for part in self.state.parts if name in part])
+        self.state.complete = True
+        self._save()
+        for index in self.out.glob("**/index-*.bin"):
+            index.unlink()
+
+    def directory(self, name: SetName) -> Path:
+        """Where a set lies; any character may be in a source's name, so it is percent-encoded."""
+        split, source = name
+        return self.out / split / quote(source, safe=" ").replace(".", "%2E") if self.by_source else self.out / split
+
+    def _finish_set(self, split: str, source: str, parts: list[dict[str, Any]]) -> None:
+        directory, total = self.directory((split, source)), 0
+        offsets, sizes = _HashedFile(directory / "offsets.bin"), _HashedFile(directory / "bytes.bin")
+        offsets.write(np.zeros(1, dtype="<i8").tobytes())
+        for part in parts:
+            index = np.fromfile(directory / part["name"].replace("tokens", "index"), dtype="<i8").reshape(-1, 2)
+            offsets.write((total + np.cumsum(index[:, 0])).astype("<i8").tobytes())
+            sizes.write(index[:, 1].astype("<u4").tobytes())
+            total += part["n_tokens"]
+        manifest = {
+            "format": FORMAT,
+            "split": split,
+            "source": source,
+            **{key: self.state.request[key] for key in ("tokenizer", "bos", "eos")},
+            "vocab_size": self.tokenizer.vocab_size,
+            **{key: sum(part[key] for part in parts) for key in ("n_documents", "n_tokens", "n_bytes")},
+            "files": [*parts, offsets.commit(), sizes.commit()],
+        }
+        _write_json(directory / MANIFEST, manifest)
+
+    def _read_state(self) -> State:
+        path = self.out / PROGRESS
+        try:
+            state = State(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}: not readable ({error}); remove {self.out} and begin again") from error
+        for what, asked in self._request.items():
+            if (before := state.request.get(what)) != asked:
+                raise DataError(
+                    f"{self.out} was begun with {what} = {before!r}, now it is {asked!r}; "
+                    "go on with what it was begun with, or give another --out"
+                )
+        return state
+
+    def _save(self) -> None:
+        _write_json(self.out / PROGRESS, asdict(self.state))
+
+
+class _HashedFile:
+    """A file that `commit` puts in place whole, telling what a manifest says of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._temporary, self._hash = path, temporary_name(path), hashlib.sha256()
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 -- commit or abandon closes it
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+
+    def commit(self) -> dict[str, Any]:
+        size = self._file.tell()
+        self._file.close()
+        put_in_place(self._temporary, self._path)
+        return {"name": self._path.name, "size": size, "sha256": self._hash.hexdigest()}
+
+    def abandon(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class _SetPart:
+    """One set's documents in one part."""
+
+    def __init__(self, directory: Path, number: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._tokens = _HashedFile(directory / f"tokens-{number:05d}.bin")
+        self._index_path = directory / f"index-{number:05d}.bin"
+        self._index: list[NDArray[np.int64]] = []
+
+    def add(self, encoded: Encoded) -> None:
+        self._tokens.write(encoded.tokens.tobytes())
+        self._index.append(np.stack([encoded.lengths, encoded.text_bytes], axis=1))
+
+    def commit(self) -> dict[str, Any]:
+        """Put the files in place; returns the manifest's entry."""
+        index = np.concatenate(self._index)
+        with replaced(self._index_path) as path:
+            path.write_bytes(index.astype("<i8").tobytes())
+        n_tokens, n_bytes = (int(x) for x in index.sum(axis=0))
+        counts = {"n_documents": len(index), "n_tokens": n_tokens, "n_bytes": n_bytes}
+        return self._tokens.commit() | counts
+
+    def abandon(self) -> None:
+        self._tokens.abandon()
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other processes from writing here; the lock goes with the process, however it ends."""
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    with open(directory / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(
+                f"{directory}: another process is writing shards there; wait for it, or give another --out"
+            ) from None
+        yield
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
