@@ -47,6 +47,8 @@ class ParallelConfig:
             raise ConfigError(f"dp_shard is {self.dp_shard}; it must be at least 1, or -1 for all that are left")
         if self.pp_chunks > 1 and self.pp == 1:
             raise ConfigError(f"pp_chunks is {self.pp_chunks} but pp is 1; there is no pipeline to interleave")
+        if self.reduce_every and self.pp > 1:
+            raise ConfigError(f"reduce_every is on but pp is {self.pp}; a pipeline reduces after its last micro-batch")
         if self.timeout <= 0:
             raise ConfigError(f"timeout is {self.timeout}; it must be above 0 seconds")
 

@@ -7,17 +7,23 @@ tokens of the whole GLOBAL batch, so any number of processes gives the losses an
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate
 
 from arriero.data.loader import Batch
+from arriero.distributed.context import held_tokens, padded, without_prefix
 from arriero.distributed.mesh import Mesh
+from arriero.distributed.pipeline import Pipeline
 from arriero.distributed.stage import MicroBatch, Objective, Stage
+from arriero.model.attention import document_positions
 from arriero.optim.groups import trained_parameters
 
 
@@ -26,6 +32,7 @@ class Engine:
 
     def __init__(self, stages: list[Stage], mesh: Mesh) -> None:
         self.stages, self.mesh = stages, mesh
+        self._pipeline = Pipeline(stages, mesh) if mesh.config.pp > 1 else None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -53,6 +60,8 @@ class Engine:
         micro-batch's dropout. Every process has to call it, with equally many micro-batches.
         """
         micro = self._begin(micro_batches, objective, trained, seeds)
+        if self._pipeline is not None:
+            return self._summed(self._pipeline.run(micro, backward=True))
         stage, last = self.stages[0], len(micro) - 1
         total = torch.zeros((), device=self.mesh.device)
         for index, one in enumerate(micro):
@@ -67,6 +76,8 @@ class Engine:
     def loss(self, micro_batches: Sequence[Batch], objective: Objective) -> Tensor:
         """The loss of a global batch summed over its trained tokens, fp32, no gradient. Every process calls it."""
         micro = self._begin(micro_batches, objective, 1, None)
+        if self._pipeline is not None:
+            return self._summed(self._pipeline.run(micro, backward=False))
         total = torch.zeros((), device=self.mesh.device)
         for index, one in enumerate(micro):
             total += self.stages[0](one.batch.tokens, index)
@@ -76,10 +87,36 @@ class Engine:
         self, micro_batches: Sequence[Batch], objective: Objective, trained: int, seeds: Sequence[int] | None
     ) -> list[MicroBatch]:
         given = [None] * len(micro_batches) if seeds is None else seeds
-        micro = [MicroBatch(batch, None, seed) for batch, seed in zip(micro_batches, given, strict=True)]
+        parts = self._local(micro_batches)
+        micro = [MicroBatch(*part, seed) for part, seed in zip(parts, given, strict=True)]
         for stage in self.stages:
             stage.micro_batches, stage.objective, stage.trained = micro, objective, trained
         return micro
+
+    def _local(self, batches: Sequence[Batch]) -> list[tuple[Batch, Tensor | None]]:
+        """This process's part of each batch, and where in their documents its tokens stand (None: the model knows).
+
+        `cu_seqlens` keeps to the whole batch. Batches are filled up to a length that can be split, and in a pipeline
+        to one length for all, since what a stage receives has one shape.
+        """
+        c = self.mesh.config
+        if c.cp > 1:
+            batches = [without_prefix(batch) for batch in batches]
+        parts = 2 * c.cp * c.tp if c.cp > 1 else c.tp
+        lengths = [-(-batch.tokens.shape[1] // parts) * parts for batch in batches]
+        if c.pp > 1:
+            lengths = [max(lengths)] * len(lengths)
+        batches = [padded(batch, length) for batch, length in zip(batches, lengths, strict=True)]
+        if c.cp == c.pp == 1:
+            return [(batch, None) for batch in batches]
+        positions = [document_positions(b.tokens, b.cu_seqlens, b.prefix) for b in batches]
+        if c.cp == 1:
+            return list(zip(batches, positions, strict=True))
+        held = [held_tokens(length, self.mesh.place("cp"), c.cp).to(self.mesh.device) for length in lengths]
+        return [
+            (dataclasses.replace(b, tokens=b.tokens[:, mine], targets=b.targets[:, mine]), at[:, mine])
+            for b, at, mine in zip(batches, positions, held, strict=True)
+        ]
 
     def _summed(self, loss: Tensor) -> Tensor:
         """The loss summed over rows and parts of rows."""
@@ -121,10 +158,40 @@ class Engine:
 
     @torch.no_grad()
     def _whole(self, here: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in here.items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if self.mesh.rank == 0:
-                yield name, whole.cpu()
+        mesh = self.mesh
+        for place in range(mesh.config.pp):
+            leader = place * (mesh.world // mesh.config.pp)  # the pipeline is the outermost dimension
+            if mesh.place("pp") == place:
+                if mesh.rank == leader != 0:
+                    _send_names(here, mesh.device)
+                for name, tensor in here.items():
+                    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                    if mesh.rank == 0:
+                        yield name, whole.cpu()
+                    elif mesh.rank == leader:
+                        dist.send(whole.contiguous(), 0)
+            elif mesh.rank == 0:
+                for name, tensor in _receive_names(leader, mesh.device).items():
+                    dist.recv(tensor, leader)
+                    yield name, tensor.cpu()
+
+
+def _send_names(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Tell process 0 which tensors will come."""
+    rows = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
+    encoded = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(device)
+    dist.send(torch.tensor([len(encoded)], device=device), 0)
+    dist.send(encoded, 0)
+
+
+def _receive_names(source: int, device: torch.device) -> dict[str, Tensor]:
+    """Empty tensors for what `source` will send."""
+    length = torch.zeros(1, dtype=torch.long, device=device)
+    dist.recv(length, source)
+    encoded = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    dist.recv(encoded, source)
+    rows = json.loads(bytes(encoded.tolist()))
+    return {name: torch.empty(shape, dtype=getattr(torch, dtype), device=device) for name, dtype, shape in rows}
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from arriero.distributed.context import ContextAttention
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.stage import Stage
+from arriero.distributed.tensor import split_matrices
 from arriero.model.llama import Llama
 
 Recompute = Literal["none", "full", "selective"]
@@ -36,6 +38,10 @@ def parallelize(model: Llama, mesh: Mesh, *, recompute: Recompute = "none", comp
     mine = range(mesh.place("pp"), len(runs), config.pp)
     stages = [Stage(model, index, runs[index]) for index in mine]
     for stage in stages:
+        if config.tp > 1:
+            split_matrices(stage.model, mesh.sub("tp"))
+        if config.cp > 1:
+            split_tokens(stage.model, mesh)
         prepare(stage.model, recompute=recompute, compile=compile)
         if mesh.distributed:
             shard(stage, mesh)
@@ -58,6 +64,13 @@ def prepare(model: Llama, *, recompute: Recompute = "none", compile: bool = Fals
         if compile:
             block.compile()
     return model
+
+
+def split_tokens(model: Llama, mesh: Mesh) -> None:
+    """Let attention gather the keys and values of the tokens that other context-parallel processes hold."""
+    attend = ContextAttention(mesh.sub("cp").get_group())
+    for block in blocks(model):
+        block.self_attn.attend = attend  # type: ignore[union-attr]
 
 
 def blocks(model: Llama) -> list[nn.Module]:

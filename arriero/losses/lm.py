@@ -5,6 +5,9 @@ while they are at hand. Positions with target -100 cost nothing: they are droppe
 Price: the head's forward once (checkpointing would make it twice) and one [chunk, V] fp32 buffer.
 Idea: Cut Your Losses (arXiv 2411.09009) and Liger's fused loss (2410.10989).
 
+Where the head is split over processes by vocabulary (a DTensor), each makes the logits of its part, and only three
+numbers a position are exchanged: the largest logit, the sum of exponentials and the target's logit.
+
 Twin: `F.cross_entropy` on whole logits. Shapes: N positions, D model width, V vocabulary.
 """
 
@@ -13,8 +16,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 IGNORED = -100
 CHUNK = 256  # positions a chunk: 256 x 128,256 fp32 logits are 125 MiB, and the matmul is already at full speed
@@ -25,13 +30,17 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum over trained positions of -log softmax(hidden weight^T)[target], a fp32 scalar.
 
-    hidden: final states [N, D]. weight: the head [V, D]. targets: ids [N], -100 where nothing is trained.
+    hidden: final states [N, D]. weight: the head [V, D]; where it is split by vocabulary, hidden's gradient is of this
+    process's part only and has to be summed. targets: ids [N], -100 where nothing is trained.
     z_loss: adds z log^2 sum_v exp(logit_v) at each position, which keeps logits from drifting (PaLM, arXiv 2204.02311,
     section 5; OLMo 2, 2501.00656).
     Divide by the trained tokens of the whole global batch: the sum makes accumulation exact.
     """
     kept = (targets != IGNORED).nonzero().squeeze(1)
-    return _ChunkedCrossEntropy.apply(hidden.index_select(0, kept), weight, targets.index_select(0, kept), chunk, z_loss)
+    vocabulary = Vocabulary.of(weight)
+    weight = weight.to_local() if isinstance(weight, DTensor) else weight
+    hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, z_loss, vocabulary)
 
 
 @torch.no_grad()
@@ -39,15 +48,52 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int =
     """log softmax(hidden weight^T)[target] for each position, fp32 [N]; 0 where the target is -100."""
     out = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
     kept = (targets != IGNORED).nonzero().squeeze(1)
+    vocabulary = Vocabulary.of(weight)
+    weight = weight.to_local() if isinstance(weight, DTensor) else weight
     for rows in kept.split(chunk):
         logits = F.linear(hidden[rows], weight.to(hidden.dtype)).float()
-        out[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(1)
+        logsumexp, chosen, _, _ = vocabulary.look_up(logits, targets[rows])
+        out[rows] = (chosen - logsumexp).squeeze(1)
     return out
+
+
+class Vocabulary:
+    """The part of the vocabulary that this process's rows of the head are for: all of it, or one of equal parts."""
+
+    def __init__(self, first: int = 0, group: dist.ProcessGroup | None = None) -> None:
+        self.first, self.group = first, group
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Vocabulary:
+        """That of a head [V, D], plain or a DTensor split over one dimension of processes."""
+        if not isinstance(weight, DTensor):
+            return cls()
+        assert weight.placements == (Shard(0),), "a split head is split by vocabulary"
+        group = weight.device_mesh.get_group()
+        return cls(group.rank() * (weight.shape[0] // group.size()), group)
+
+    def look_up(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log sum exp and the target's logit over the WHOLE vocabulary, from this part's logits [n, V'].
+
+        Each [n, 1]; then the targets as columns of `logits`, and whether they are there (else the column is 0).
+        """
+        picked = targets[:, None] - self.first
+        if self.group is None:
+            return logits.logsumexp(1, keepdim=True), logits.gather(1, picked), picked, torch.ones_like(picked)
+        here = (picked >= 0) & (picked < logits.shape[1])
+        picked = picked.where(here, 0)
+        largest = logits.amax(1, keepdim=True)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        sums = torch.cat(((logits - largest).exp().sum(1, keepdim=True), logits.gather(1, picked) * here), 1)
+        dist.all_reduce(sums, group=self.group)
+        return largest + sums[:, :1].log(), sums[:, 1:], picked, here.long()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, z_loss: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, z_loss: float, vocabulary: Vocabulary
+    ) -> Tensor:
         computed = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
@@ -55,9 +101,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
             logits = F.linear(hidden[rows], computed).float()
-            logsumexp = logits.logsumexp(1, keepdim=True)
-            picked = targets[rows, None]
-            total += (logsumexp - logits.gather(1, picked)).sum()
+            logsumexp, chosen, picked, here = vocabulary.look_up(logits, targets[rows])
+            total += (logsumexp - chosen).sum()
             if z_loss:
                 total += z_loss * logsumexp.square().sum()
             if grad_hidden is None and grad_weight is None:
@@ -65,7 +110,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad = logits.sub_(logsumexp).exp_()  # softmax, in place of the logits
             if z_loss:
                 grad *= 1 + 2 * z_loss * logsumexp
-            grad.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=grad.dtype))
+            grad.scatter_add_(1, picked, -here.to(grad.dtype))
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ computed
@@ -75,11 +120,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
+            None,
             None,
             None,
             None,
