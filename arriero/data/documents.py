@@ -154,6 +154,9 @@ class Run(Protocol):
     def rows_until(self, epochs: Fraction) -> int:
         """Rows from the run's first to where the source has been gone through so many times."""
 
+    def epochs(self, n: int) -> float:
+        """How often n rows go through the source."""
+
     def resized(self, k: int, seq_len: int) -> Run:
         """The run that goes on at row k with rows of another length."""
 
@@ -197,9 +200,15 @@ class BestFit:
         """Rows from the run's first to where the source has been gone through so many times."""
         return max(0, math.floor(epochs * self.rows_in_epoch) - self._base + self._n_head)
 
+    def epochs(self, n: int) -> float:
+        """How often n rows go through the source."""
+        return n / self.rows_in_epoch
+
     def resized(self, k: int, seq_len: int) -> BestFit:
         """The run that goes on at row k with rows of another length."""
         packed, r = self._find(k)
+        if r == 0 and packed.times == 1:  # nothing of the window has been given out
+            return BestFit(self.windows, seq_len, packed.epoch, packed.after - 1)
         rest = packed.pieces.take(packed.packing.examples[packed.packing.bounds[r] :]).cut(seq_len)
         key = self.windows.key(self._window(packed.epoch, packed.after - 1)) + packed.times
         packing = pack(rest.stop - rest.start, seq_len, key, packed.epoch)
@@ -274,6 +283,10 @@ class Concat:
         """Rows from the run's first to where the source has been gone through so many times."""
         return max(0, (math.floor(epochs * self.n_tokens) - self.offset) // self.seq_len)
 
+    def epochs(self, n: int) -> float:
+        """How often n rows go through the source."""
+        return n * self.seq_len / self.n_tokens
+
     def resized(self, k: int, seq_len: int) -> Concat:
         """The run that goes on at row k with rows of another length."""
         return Concat(self.windows, seq_len, self.offset + k * self.seq_len)
@@ -345,6 +358,9 @@ class PretrainLoader:
         self._phases: list[_Phase] = []
         self.n_rows: int | None = None
         self._plan(bounds)
+        if not self._phases:
+            given = ", ".join(f"{name}: {float(epochs)}" for name, epochs in bounds.items())
+            raise ConfigError(f"max_epochs ({given}) leaves not one row of {self.stages[0].seq_len:,} tokens; raise it")
         self._firsts = [phase.first_row for phase in self._phases]
 
     def row(self, index: int) -> Row:
@@ -367,13 +383,11 @@ class PretrainLoader:
     def epochs(self, n_rows: int) -> dict[str, float]:
         """How often the first n_rows go through each source."""
         done = dict.fromkeys(self.sources, 0.0)
-        ends = [*self._firsts[1:], n_rows]
-        for phase, end in zip(self._phases, ends, strict=True):
-            used = phase.used_at(
-                min(max(end, phase.first_row), n_rows) if n_rows > phase.first_row else phase.first_row
-            )
-            for name, run in phase.runs.items():
-                done[name] += (used[name] - phase.used[name]) / run.rows_in_epoch
+        for phase, end in zip(self._phases, [*self._firsts[1:], n_rows], strict=True):
+            if phase.first_row < n_rows:
+                after = phase.used_at(min(end, n_rows))
+                for name, run in phase.runs.items():
+                    done[name] += run.epochs(after[name] - phase.used[name])
         return done
 
     def collate(self, rows: Sequence[Row], pad_to: int | None = None) -> Batch:
@@ -398,32 +412,31 @@ class PretrainLoader:
     def _plan(self, bounds: Mapping[str, Fraction]) -> None:
         """Cut the line of rows into phases: where a stage begins, and where a source is used up."""
         make = BestFit if self.packing == "best-fit" else Concat
-        runs: dict[str, Run] = {}
-        used: dict[str, int] = {}
-        seq_len = None
-        for stage, end in zip(self.stages, [*(s.first_row for s in self.stages[1:]), None], strict=True):
-            if seq_len is None:
-                runs = {name: make(windows, stage.seq_len) for name, windows in self._windows.items()}
-            elif seq_len != stage.seq_len:
-                runs = {name: run.resized(used[name], stage.seq_len) for name, run in runs.items()}
-            if seq_len != stage.seq_len:
+        ends = [*(stage.first_row for stage in self.stages[1:]), None]
+        used_up: set[str] = set()
+        at = 0
+        for stage, end in zip(self.stages, ends, strict=True):
+            if not self._phases:
+                runs: dict[str, Run] = {name: make(w, stage.seq_len) for name, w in self._windows.items()}
                 used = dict.fromkeys(runs, 0)
-                seq_len = stage.seq_len
-            at = stage.first_row
+            elif stage.seq_len != self._phases[-1].seq_len:
+                runs = {name: run.resized(used[name], stage.seq_len) for name, run in runs.items()}
+                used = dict.fromkeys(runs, 0)
+            limits = {name: runs[name].rows_until(bound) for name, bound in bounds.items()}
             while end is None or at < end:
-                limits = {name: runs[name].rows_until(bound) for name, bound in bounds.items()}
-                active = {n: w for n, w in stage.weights.items() if w > 0 and used[n] < limits.get(n, math.inf)}
+                used_up |= {name for name, limit in limits.items() if used[name] >= limit}
+                active = {name: w for name, w in stage.weights.items() if w > 0 and name not in used_up}
                 if not active:
                     self.n_rows = at
                     return
                 schedule = Schedule(active)
-                self._phases.append(_Phase(at, seq_len, schedule, runs, used))
-                lasts = [at + schedule.position(n, limits[n] - used[n] - 1) + 1 for n in active if n in limits]
-                stop = min([*lasts, *([end] if end is not None else [])], default=None)
-                if stop is None:
+                self._phases.append(_Phase(at, stage.seq_len, schedule, runs, used))
+                stops = [at + schedule.position(n, limits[n] - used[n] - 1) + 1 for n in active if n in limits]
+                stops += [] if end is None else [end]
+                if not stops:
                     return
-                used = self._phases[-1].used_at(stop)
-                at = stop
+                at = min(stops)
+                used = self._phases[-1].used_at(at)
 
 
 def _check(sources: Mapping[str, Shards], stages: Sequence[Stage], bounds: Mapping[str, Fraction]) -> None:

@@ -143,3 +143,12 @@ def collate(rows: Sequence[Row], pad_to: int | None = None) -> Batch:
         cu_seqlens=torch.from_numpy(bounds).int(),
         n_trained=int((targets != IGNORED).sum()),
     )
+
+
+def rows_of_rank(first: int, n: int, rank: int, world: int) -> range:
+    """Which of the rows first to first + n of a global batch a process takes: neighbours, all but equally many each.
+
+    Put together in the order of the ranks they are the global batch, for any world size.
+    """
+    assert 0 <= rank < world
+    return range(first + n * rank // world, first + n * (rank + 1) // world)

@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,6 +178,21 @@ def token_type(vocab_size: int) -> str:
     return "<u2" if vocab_size <= MAX_UINT16 else "<u4"
 
 
-def source_name(directory: Path) -> str:
-    """The source whose set lies in `directory`: names are percent-encoded there, for any character may be in one."""
-    return unquote(directory.name)
+def refuse_changed(recorded: Mapping[str, str], sources: Mapping[str, Shards], resume: str) -> None:
+    """Raise DataError where `sources` are not those of the recorded fingerprints: order and rows would be others.
+
+    resume: what cannot go on, for the message.
+    """
+    for name in sorted(recorded.keys() | sources.keys()):
+        if name not in sources:
+            raise DataError(f"{resume} was trained on a source {name!r}, which is not in the data; put it back")
+        if name not in recorded:
+            raise DataError(
+                f"{resume} was not trained on {sources[name].directory}: source {name!r} is new; "
+                "take it away, or begin a new run"
+            )
+        if recorded[name] != (found := sources[name].fingerprint):
+            raise DataError(
+                f"{sources[name].directory / MANIFEST} has changed since {resume} began (fingerprint {found[:16]}..., "
+                f"recorded {recorded[name][:16]}...): rows would be others; put the shards back, or begin a new run"
+            )
