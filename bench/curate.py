@@ -11,9 +11,9 @@ their own:
     pip install --target DIR spacy loguru humanize multiprocess "xxhash<4"
 
 datatrove's filters and signatures are called directly, without its pipeline's statistics and files, document by
-document, so that filters share the words it caches. Documents: prose of ../shared/data in pieces of web-like length,
-modules and docstrings of the standard library, `pydoc_data.topics`, the texts of installed packages' metadata, and files
-under /usr/share/doc; what is absent is left out. Prints one JSON line.
+document, so that filters share the words it caches. Documents: prose and WikiText of ../shared/data in pieces of
+web-like length, modules and docstrings of the standard library, `pydoc_data.topics`, the descriptions of installed
+packages, and files under /usr/share/doc; what is absent is left out. Prints one JSON line.
 """
 
 from __future__ import annotations
