@@ -122,7 +122,11 @@ SOURCES: dict[str, Callable[[random.Random], Iterator[str]]] = {
 
 
 def ours(texts: list[str]) -> tuple[Verdicts, int]:
-    judges = GopherQuality(), GopherRepetition(), FineWebRules()
+    judges = (
+        GopherQuality(),
+        GopherRepetition(),
+        FineWebRules(max_dup_line_char_frac=0.01),
+    )  # datatrove's, not the paper's
     c4, config = C4Rules(), minhash.MinHashConfig()
     kept: Verdicts = {rule.name: [] for rule in (*judges, c4)}
     signed = 0

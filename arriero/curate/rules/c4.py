@@ -38,7 +38,7 @@ class C4Rules:
     min_sentences: int = 5
     """Fewest sentences in the lines that stay; a document with fewer is dropped."""
     line_ends: tuple[str, ...] = (".", "?", "!", '"', "'")
-    """A line must end in one of these (and not in ...), or is removed."""
+    """A line must end in one of these (and not in ...), or is removed; empty to keep all, as FineWeb does."""
     remove_citations: bool = True
     """Take out [1], [edit] and [citation needed]."""
 
@@ -80,7 +80,7 @@ class C4Rules:
             line = line.strip()
             if cited:
                 line = CITATION.sub("", line)
-            if not line.endswith(self.line_ends) or line.endswith("..."):
+            if self.line_ends and (not line.endswith(self.line_ends) or line.endswith("...")):
                 continue
             if suspicious or dropped_for:
                 low = line.lower()

@@ -28,8 +28,8 @@ class FineWebRules:
     """Greatest share of short lines."""
     short_line: int = 30
     """A line of at most so many characters is short."""
-    max_dup_line_char_frac: float = 0.01
-    """Greatest share of characters in lines that occur earlier in the document."""
+    max_dup_line_char_frac: float = 0.1
+    """Greatest share of characters in lines that occur earlier in the document; datatrove's code has 0.01."""
     max_line_breaks: float = 0.3
     """Most line breaks for each token."""
 
