@@ -90,3 +90,8 @@ def train_sentencepiece(folder: Path, vocab_size: int) -> Path:
         minloglevel=2,
     )
     return folder / "tokenizer.model"
+
+
+def well_formed(text: str) -> str:
+    """Return the text as tiktoken reads it, for references that refuse lone surrogates."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
