@@ -1,0 +1,401 @@
+"""Rows to pretrain on: nothing lost, nothing repeated, the same for whoever asks, from any row on."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.shards import write_shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arriero.data.documents import PretrainLoader, Stage, Windows, permuted
+from arriero.data.loader import IGNORED, Row, collate, rows_of_rank
+from arriero.data.mix import LLAMA1
+from arriero.data.pack import count_rows, pack
+from arriero.data.prefetch import Prefetched
+from arriero.data.shards import Shards
+from arriero.errors import ConfigError, DataError
+
+S, WINDOW = 31, 13  # tokens of a row, documents of a window
+LENGTHS = st.lists(st.one_of(st.integers(2, 19), st.integers(2, 4 * S)), min_size=1, max_size=67)
+
+
+def web_like(n: int, seed: int = 0, median: float = 9.0) -> list[int]:
+    """Log-normal lengths with a long tail, as web pages have."""
+    drawn = np.random.default_rng(seed).lognormal(np.log(median), 1.2, n)
+    return np.clip(drawn, 2, 7 * S).astype(int).tolist()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Shards]:
+    """Three sources of 101, 37 and 17 documents, no two tokens of which are equal."""
+    root = tmp_path_factory.mktemp("shards")
+    return {
+        "web": write_shards(root / "web", web_like(101), "web"),
+        "books": write_shards(root / "books", web_like(17, 1, 40.0), "books", first=10_000),
+        "code": write_shards(root / "code", web_like(37, 2), "code", first=20_000),
+    }
+
+
+def written(lengths: list[int], name: str = "documents") -> Shards:
+    return write_shards(Path(tempfile.mkdtemp()) / name, lengths, name)
+
+
+def one(shards: Shards, seq_len: int = S, seed: int = 3, **settings_) -> PretrainLoader:
+    return PretrainLoader({"documents": shards}, [Stage(0, seq_len, {"documents": 1.0})], seed, **settings_)
+
+
+def pairs(rows: list[Row]) -> Counter:
+    """Every (token, next token) that is trained; tokens are all different, so this tells the place in its document."""
+    return Counter(p for row in rows for p in zip(row.tokens.tolist(), row.targets.tolist(), strict=True))
+
+
+def all_pairs(shards: Shards) -> Counter:
+    documents = (shards.tokens(i).tolist() for i in range(len(shards)))
+    return Counter(pair for document in documents for pair in itertools.pairwise(document))
+
+
+def same(a: Row, b: Row) -> bool:
+    return all(np.array_equal(getattr(a, x), getattr(b, x)) for x in ("tokens", "targets", "lengths"))
+
+
+# The stateless permutation
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 700), st.integers(0, 2**64 - 1))
+def test_the_stateless_permutation_sends_every_document_to_a_place_of_its_own(n, key):
+    assert sorted(permuted(np.arange(n), n, key).tolist()) == list(range(n))
+
+
+def test_the_stateless_permutation_needs_only_the_indices_asked_for():
+    n = 10**12 + 39
+    some = np.array([0, 1, 2, n - 1, 123_456_789_012])
+    places = permuted(some, n, key=5)
+    assert len(set(places.tolist())) == 5 and places.min() >= 0 and places.max() < n
+    assert [int(permuted(some[i : i + 1], n, key=5)[0]) for i in range(5)] == places.tolist()
+
+
+def test_the_permutation_looks_random():
+    n = 10_007
+    orders = np.stack([permuted(np.arange(n), n, key) for key in range(23)])
+    for order in orders:  # neighbours do not stay neighbours, and thirds of the input spread over thirds of the output
+        assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
+        counts = np.histogram2d(np.arange(n) * 3 // n, order * 3 // n, bins=3)[0]
+        assert np.abs(counts / (n / 9) - 1).max() < 0.1
+    assert (orders[:-1] == orders[1:]).mean() < 0.001
+
+
+def test_the_permutation_is_the_same_on_every_machine():
+    # Written down once: a change would break the resume of runs that are under way.
+    assert permuted(np.arange(11), 11, key=17).tolist() == [5, 4, 10, 2, 9, 6, 3, 0, 1, 8, 7]
+
+
+def test_windows_are_of_one_size_to_within_a_document():
+    windows = Windows(written([2] * 101), "documents", seed=1, size=WINDOW)
+    sizes = [len(windows.documents(w)) for w in range(windows.n)]
+    assert windows.n == 8 and set(sizes) == {12, 13}
+    assert sorted(d for w in range(8) for d in windows.documents(w).tolist()) == list(range(101))
+
+
+# Packing
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 5 * S), max_size=211))
+def test_rows_are_counted_as_they_are_packed(lengths):
+    pieces = [min(S, n - at) for n in lengths for at in range(0, n, S)]
+    assert count_rows(np.array(lengths, dtype=np.int64), S) == len(pack(np.array(pieces, dtype=np.int64), S, 0, 0))
+
+
+@settings(max_examples=50, deadline=None)
+@given(LENGTHS, st.integers(0, 2**31), st.integers(0, 2))
+def test_an_epoch_trains_every_token_but_the_first_of_each_document_exactly_once(lengths, seed, epoch):
+    shards = written(lengths)
+    loader = one(shards, seed=seed, window=WINDOW)
+    n = loader.rows_in_epoch("documents")
+    rows = [loader.row(i) for i in range(epoch * n, (epoch + 1) * n)]
+    assert pairs(rows) == all_pairs(shards)
+    for row in rows:
+        assert 0 < len(row.tokens) == row.lengths.sum() <= S and row.lengths.min() > 0
+
+
+def test_a_document_attends_to_itself_only_and_documents_that_fit_are_whole():
+    lengths = web_like(101)
+    shards = written(lengths)
+    loader = one(shards, window=WINDOW)
+    starts = {int(shards.tokens(i)[0]): n for i, n in enumerate(lengths)}
+    ends = {int(shards.tokens(i)[-1]) for i in range(len(shards))}
+    for k in range(loader.rows_in_epoch("documents")):
+        row = loader.row(k)
+        for piece in np.split(row.tokens, np.cumsum(row.lengths)[:-1]):
+            assert np.array_equal(np.diff(piece), np.ones(len(piece) - 1))  # one document's own ids, in order
+            if (n := starts.get(int(piece[0]))) is not None:
+                assert len(piece) == min(S, n - 1)
+            assert not ends & set(piece.tolist())  # an end of text predicts nothing, so it is no input
+    assert IGNORED not in pairs([loader.row(0)]).values()
+
+
+def test_padding_stays_under_three_percent_at_4096_on_lengths_as_the_web_has_them():
+    lengths = np.clip(np.random.default_rng(7).lognormal(np.log(500), 1.2, 3000), 2, None).astype(int)
+    rows = count_rows(lengths - 1, 4096)
+    assert 1 - (lengths - 1).sum() / (rows * 4096) < 0.03
+
+
+@settings(max_examples=50, deadline=None)
+@given(LENGTHS, st.integers(0, 2**31))
+def test_concatenation_is_the_documents_end_to_end_cut_where_a_row_is_full(lengths, seed):
+    shards = written(lengths)
+    loader = one(shards, seed=seed, packing="concat", window=WINDOW)
+    n_epochs = 2 + 2 * S // shards.n_tokens
+    text = [t for epoch in range(n_epochs + 1) for t in concatenated(shards, seed, epoch)]  # the slow twin
+    for k in range((n_epochs * shards.n_tokens) // S):
+        row = loader.row(k)
+        assert row.tokens.tolist() == text[k * S : (k + 1) * S]
+        assert row.targets.tolist() == text[k * S + 1 : (k + 1) * S + 1]
+        assert row.lengths.tolist() == [S]
+
+
+def concatenated(shards: Shards, seed: int, epoch: int) -> list[int]:
+    """An epoch's text, window by window; its documents are checked to be each there once."""
+    windows = Windows(shards, "documents", seed, WINDOW)
+    loader = one(shards, seed=seed, packing="concat", window=WINDOW)
+    run = loader._phases[0].runs["documents"]
+    order = [int(d) for at in range(windows.n) for d in run._laid_out(epoch, at)[0]]
+    assert sorted(order) == list(range(len(shards)))
+    return [t for d in order for t in shards.tokens(d).tolist()]
+
+
+def test_epochs_differ_in_order_and_company():
+    shards = written(web_like(2003))
+    loader = one(shards)
+    n = loader.rows_in_epoch("documents")
+    epochs = [[loader.row(e * n + k) for k in range(n)] for e in (0, 1)]
+    companies = [{frozenset(row.tokens.tolist()) for row in rows if len(row.lengths) > 1} for rows in epochs]
+    assert [r.tokens.tolist() for r in epochs[0]] != [r.tokens.tolist() for r in epochs[1]]
+    assert len(companies[0] & companies[1]) < len(companies[0]) / 20
+    assert not same(one(shards, seed=4).row(0), loader.row(0))
+
+
+# A pure function of the index
+
+
+STAGES = (
+    Stage(0, S, {"web": 3, "books": 1}),
+    Stage(29, S, {"web": 1, "code": 2}),
+    Stage(53, 2 * S, {"web": 1, "books": 4}),
+)
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "concat"])
+def test_a_row_is_the_same_whoever_asks_and_whatever_was_asked_before(sources, packing):
+    one_, other = (PretrainLoader(sources, STAGES, 5, packing, window=WINDOW) for _ in range(2))
+    indices = [0, 97, 28, 29, 52, 53, 54, 5, 301, 12]
+    first = {i: one_.row(i) for i in indices}
+    for i in reversed(indices):
+        assert same(first[i], other.row(i))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    first=st.integers(0, 90),
+    n_rows=st.integers(1, 17),
+    world=st.sampled_from([1, 2, 3, 4, 8]),
+    workers=st.integers(0, 2),
+    packing=st.sampled_from(["best-fit", "concat"]),
+)
+def test_the_global_batch_is_the_same_on_any_number_of_processes_and_threads(
+    sources, first, n_rows, world, workers, packing
+):
+    def loader() -> PretrainLoader:
+        return PretrainLoader(sources, STAGES, 5, packing, window=WINDOW)
+
+    whole = loader()
+    expected = [collate([whole.row(i) for i in range(f, f + n_rows)]) for f in (first, first + n_rows)]
+    parts = []
+    for rank in range(world):
+        own = loader()
+
+        def make(step: int, own=own, rank=rank) -> list[Row]:
+            return [own.row(i) for i in rows_of_rank(first + step * n_rows, n_rows, rank, world)]
+
+        prefetched = Prefetched(make, last=2, workers=workers)
+        parts.append([prefetched(step) for step in range(2)])
+        prefetched.close()
+    for step, batch in enumerate(expected):
+        found = collate([row for part in parts for row in part[step]])
+        assert found.tokens.tolist() == batch.tokens.tolist() and found.targets.tolist() == batch.targets.tolist()
+        assert found.cu_seqlens.tolist() == batch.cu_seqlens.tolist()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 120), st.integers(1, 19), st.sampled_from([1, 2, 3, 4, 8]))
+def test_resume_from_any_row_with_another_batch_size_and_world_size_is_exact(sources, at, n_rows, world):
+    before = PretrainLoader(sources, STAGES, 5, window=WINDOW)
+    undisturbed = [before.row(i) for i in range(at + 2 * n_rows)][at:]
+    after = PretrainLoader(sources, STAGES, 5, window=WINDOW)
+    steps = [[rows_of_rank(at + s * n_rows, n_rows, rank, world) for rank in range(world)] for s in range(2)]
+    resumed = [after.row(i) for step in steps for rows in step for i in rows]
+    assert len(resumed) == len(undisturbed) and all(map(same, resumed, undisturbed))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**9), st.integers(0, 100), st.sampled_from([1, 2, 3, 4, 8]))
+def test_ranks_share_a_global_batch_evenly_and_in_order(first, n, world):
+    parts = [rows_of_rank(first, n, rank, world) for rank in range(world)]
+    assert [i for part in parts for i in part] == list(range(first, first + n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# Stages and bounds
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=LENGTHS,
+    seq_lens=st.lists(st.sampled_from([7, 17, S, 2 * S, 5 * S]), min_size=2, max_size=4),
+    rows=st.integers(1, 40),
+)
+def test_a_change_of_row_length_in_the_middle_of_an_epoch_loses_and_repeats_nothing(lengths, seq_lens, rows):
+    shards = written(lengths)
+    stages = [Stage(k * rows, seq_len, {"documents": 1.0}) for k, seq_len in enumerate(seq_lens)]
+    loader = PretrainLoader({"documents": shards}, stages, 3, max_epochs={"documents": 2}, window=WINDOW)
+    assert loader.n_rows is not None
+    found = [loader.row(i) for i in range(loader.n_rows)]
+    assert all(len(row.tokens) <= loader.seq_len(i) for i, row in enumerate(found))
+    # Where a piece was cut, it was cut in both epochs, but every pair is there, and exactly twice.
+    assert pairs(found) == Counter(dict.fromkeys(all_pairs(shards), 2))
+
+
+def test_a_change_of_row_length_goes_on_at_the_next_token_of_the_text():
+    shards = written(web_like(37))
+    stages = [Stage(0, S, {"documents": 1.0}), Stage(5, 17, {"documents": 1.0})]
+    loader = PretrainLoader({"documents": shards}, stages, 3, "concat", window=WINDOW)
+    rows = [loader.row(i) for i in range(9)]
+    assert [len(row.tokens) for row in rows] == [S] * 5 + [17] * 4
+    text = concatenated(shards, 3, 0)
+    assert [t for row in rows for t in row.tokens.tolist()] == text[: 5 * S + 4 * 17]
+
+
+def test_the_mixture_changes_at_its_rows_and_keeps_its_weights_in_each_stage(sources):
+    loader = PretrainLoader(sources, STAGES, 5, window=WINDOW)
+    had = [Counter(loader.source(i) for i in range(a, b)) for a, b in ((0, 28), (29, 53), (53, 153))]
+    assert had == [{"web": 21, "books": 7}, {"web": 8, "code": 16}, {"web": 20, "books": 80}]
+    assert {loader.seq_len(i) for i in range(53)} == {S} and loader.seq_len(53) == 2 * S
+    for i in range(0, 153, 7):
+        first = int(loader.row(i).tokens[0])
+        assert loader.source(i) == ("web" if first < 10_000 else "books" if first < 20_000 else "code")
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "concat"])
+def test_a_source_that_is_used_up_gives_way_to_the_others(sources, packing):
+    bounds = {"books": 1, "code": 2.5, "web": 2}
+    stages = [Stage(0, S, {"web": 1, "books": 8, "code": 2})]
+    loader = PretrainLoader(sources, stages, 5, packing, bounds, window=WINDOW)
+    assert loader.n_rows is not None
+    order = [loader.source(i) for i in range(loader.n_rows)]
+    counts = Counter(order)
+    for name, bound in bounds.items():
+        assert counts[name] == pytest.approx(bound * loader.rows_in_epoch(name), abs=1 if packing == "concat" else 0.5)
+    epochs = loader.epochs(loader.n_rows)
+    assert all(0 <= bounds[name] - epochs[name] < 0.06 for name in bounds), epochs
+    first_gone = loader.n_rows - order[::-1].index("books")
+    then = Counter(order[first_gone : first_gone + 6])  # web and code go on as 1 to 2
+    assert then == {"web": 2, "code": 4}
+    if packing == "best-fit":
+        used_whole = [loader.row(i) for i, name in enumerate(order) if name == "books"]
+        assert pairs(used_whole) == all_pairs(sources["books"])
+    with pytest.raises(
+        DataError, match=rf"row {loader.n_rows} does not exist: .*used up after {loader.n_rows} rows; raise"
+    ):
+        loader.row(loader.n_rows)
+
+
+def test_a_source_used_up_in_one_stage_stays_so_in_the_next(sources):
+    stages = [Stage(0, S, {"books": 1, "web": 1}), Stage(200, 2 * S, {"books": 1, "web": 1})]
+    loader = PretrainLoader(sources, stages, 5, max_epochs={"books": 0.5}, window=WINDOW)
+    assert {loader.source(i) for i in range(200, 300)} == {"web"} and loader.n_rows is None
+
+
+def test_llama_1s_table_comes_out_epochs_and_all(tmp_path):
+    # Sources of such sizes that 10,000 rows of the published shares come to the published epochs.
+    n_rows, seq_len = 10_000, 11
+    sources = {}
+    for name, (share, epochs) in LLAMA1.items():
+        documents = round(share / 100 * n_rows / epochs)
+        sources[name] = write_shards(tmp_path / name, [seq_len + 1] * documents, name)
+    weights = {name: share for name, (share, _) in LLAMA1.items()}
+    loader = PretrainLoader(sources, [Stage(0, seq_len, weights)], seed=0)
+    epochs = loader.epochs(n_rows)
+    assert all(epochs[name] == pytest.approx(published, rel=0.01) for name, (_, published) in LLAMA1.items())
+    counts = Counter(loader.source(i) for i in range(n_rows))
+    assert all(counts[name] == 100 * share for name, share in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("stages", "bounds", "error", "message"),
+    [
+        ([Stage(3, S, {"web": 1})], {}, ConfigError, "the first stage must begin at row 0"),
+        ([], {}, ConfigError, "the first stage must begin at row 0"),
+        (
+            [Stage(0, S, {"web": 1}), Stage(7, S, {"web": 1}), Stage(7, S, {"books": 1})],
+            {},
+            ConfigError,
+            "a stage begins at row 7, the one before it at 7; give stages in their order, each of one row at least",
+        ),
+        (
+            [Stage(0, S, {"wbe": 1})],
+            {},
+            ConfigError,
+            r"no source 'wbe'; did you mean 'web'\? \(there are: web, books, code\)",
+        ),
+        ([Stage(0, S, {"web": 1})], {"wiki": 2}, ConfigError, "no source 'wiki'"),
+        ([Stage(0, S, {"web": 1})], {"web": 0}, ConfigError, "max_epochs of 'web' is 0.0; give a number above 0"),
+        ([Stage(0, S, {"web": 1})], {"web": 1e-4}, ConfigError, r"max_epochs \(web: 0.0001\) leaves not one row of 31"),
+        ([Stage(0, 0, {"web": 1})], {}, ConfigError, "seq_len is 0; a row holds 1 token at least"),
+        ([Stage(0, S, {"web": 0})], {}, ConfigError, "max_epochs|no source has a weight above 0"),
+    ],
+)
+def test_stages_that_make_no_sense_are_refused(sources, stages, bounds, error, message):
+    with pytest.raises(error, match=message):
+        PretrainLoader(sources, stages, 0, max_epochs=bounds)
+
+
+def test_a_source_without_anything_to_learn_is_refused(tmp_path):
+    with pytest.raises(DataError, match="source 'documents' has no documents to learn from; leave it out"):
+        one(write_shards(tmp_path / "ones", [1, 1, 1]))
+
+
+# Prefetching
+
+
+def test_prefetched_batches_come_in_any_order_asked_and_nothing_is_made_behind_the_last():
+    made = []
+
+    def make(step: int) -> int:
+        made.append(step)
+        return step * step
+
+    for workers in (0, 1, 2):
+        prefetched = Prefetched(make, last=11, workers=workers)
+        assert [prefetched(step) for step in (0, 1, 2, 7, 8, 3, 10)] == [0, 1, 4, 49, 64, 9, 100]
+        prefetched.close()
+    assert max(made) == 10
+
+
+def test_what_making_a_batch_raises_is_raised_where_it_is_asked_for():
+    def make(step: int) -> int:
+        if step == 3:
+            raise DataError("row 3 does not exist")
+        return step
+
+    prefetched = Prefetched(make, last=5)
+    assert [prefetched(step) for step in range(3)] == [0, 1, 2]
+    with pytest.raises(DataError, match="row 3 does not exist"):
+        prefetched(3)
+    prefetched.close()
