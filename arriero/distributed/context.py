@@ -102,8 +102,8 @@ class ContextAttention:
 def _document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The last queries [t, H, h] of a document over its keys and values [s, K, h]."""
     mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
-    heads = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, spans: list[tuple[slice, slice]]) -> Tensor:

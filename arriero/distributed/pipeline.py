@@ -1,8 +1,8 @@
 """Pipeline parallelism: micro-batches stream through stages of layers, one forward one backward (1F1B).
 
-Schedules are torch's (1F1B, arXiv 2006.09503; interleaved, 2104.04473). Their private details end in this file: they are
-told the shape that passes between stages beforehand, so nothing is run for show, and each stage reads its
-micro-batch's documents from what the engine gave it, so only hidden states travel.
+Schedules are torch's (1F1B, arXiv 2006.09503; interleaved, 2104.04473). They are told the shape that passes between
+stages beforehand, so nothing is run for show, and each stage reads its micro-batch's documents from what the engine
+gave it, so only hidden states travel.
 Price: of s stages a process p times n micro-batches, the bubble is (p - 1) / (n s + p - 1) of the time; a process holds
 the activations of up to p micro-batches (interleaved: more).
 """
@@ -47,7 +47,7 @@ class Pipeline:
     def _new_schedule(self, n_micro: int, length: int, backward: bool) -> Schedule:
         stages = [self._place(stage, length) for stage in self.stages]
         if len(stages) > 1:
-            return ScheduleInterleaved1F1B(stages, n_micro, loss_fn=_loss, scale_grads=False)
+            return ScheduleInterleaved1F1B([*stages], n_micro, loss_fn=_loss, scale_grads=False)
         kind = Schedule1F1B if backward else ScheduleGPipe
         return kind(stages[0], n_micro, loss_fn=_loss, scale_grads=False)
 

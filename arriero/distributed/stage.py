@@ -51,7 +51,7 @@ class Stage(nn.Module):
         micro = self.micro_batches[int(index)]
         batch, self._positions = dataclasses.replace(micro.batch, tokens=x), micro.positions
         if micro.seed is not None:
-            torch.manual_seed(micro.seed)
+            torch.manual_seed(micro.seed + self.index)
         if not self.last:
             hidden = self.model.model(batch.tokens, batch.cu_seqlens, batch.prefix)
             assert isinstance(hidden, Tensor)

@@ -55,7 +55,7 @@ def split_matrices(model: Llama, mesh: DeviceMesh) -> None:
         if any(True for _ in layer.parameters()):
             parallelize_module(layer, mesh, block, src_data_rank=None)
     if isinstance(model.model.embed_tokens, nn.Embedding):
-        style = RowwiseParallel(input_layouts=Replicate(), output_layouts=SEQUENCE)
+        style = Embeddings(input_layouts=Replicate(), output_layouts=SEQUENCE)
         parallelize_module(model.model.embed_tokens, mesh, style, src_data_rank=None)
     if any(True for _ in model.lm_head.parameters()):
         parallelize_module(model.model.norm, mesh, WholeNorm(), src_data_rank=None)
@@ -79,6 +79,17 @@ class Rows(RowwiseParallel):
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         _place(module, device_mesh, Replicate() if name == "lora_B" else Shard(1))
+
+
+class Embeddings(RowwiseParallel):
+    """Embeddings split by vocabulary. Their output is waited for: compiled code would lose its gradient."""
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
+    ) -> Tensor:
+        assert isinstance(outputs, DTensor)
+        return outputs.redistribute(placements=output_layouts).to_local()
 
 
 class WholeNorm(SequenceParallel):

@@ -49,6 +49,7 @@ class Case:
     recompute: str = "none"
     compile: bool = False
     dtype: str = "float32"
+    dropout: float = 0.0
     micro_batches: int = MICRO_BATCHES
 
     def name(self) -> str:
@@ -93,11 +94,11 @@ def toy_model(case: Case) -> Llama:
     model = Llama(dataclasses.replace(SHAPE, tied_embeddings=case.tied)).init_weights(std=0.1, seed=1)
     if case.lora:
         torch.manual_seed(2)
-        add_lora(model, LoraConfig(rank=3))
+        add_lora(model, LoraConfig(rank=3, dropout=case.dropout))
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if ".lora_B." in name:  # zero at first, and then A has no gradient
-                    p.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+                    p.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
     return model.set_compute_dtype(getattr(torch, case.dtype)).train()
 
 
@@ -109,17 +110,16 @@ def train(case: Case, mesh: Mesh) -> Result:
     )
     losses, norms, grads = [], [], []
     for step in range(STEPS):
-        share = [
-            toy_batch(step * case.micro_batches + i, case.prefix).to(mesh.device)
-            for i in mesh.share(case.micro_batches)
-        ]
+        seeds = [step * case.micro_batches + i for i in mesh.share(case.micro_batches)]
+        share = [toy_batch(seed, case.prefix) for seed in seeds]
         trained = engine.trained_tokens(share)
-        losses.append(engine.forward_backward(share, lm_loss, trained).item())
+        losses.append(engine.forward_backward(share, lm_loss, trained, seeds).item())
         if step in (0, STEPS - 1):
             grads.append({name: grad.clone() for name, grad in engine.full_gradients().items()})
         norms.append(engine.clip_grad_norm_(1.0).item())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    engine.train(False)
     held_out = [toy_batch(10_000 + i, case.prefix) for i in mesh.share(case.micro_batches)]
     validation = engine.loss(held_out, lm_loss).item()
     return Result(losses, norms, validation, *grads, engine.full_state_dict())
