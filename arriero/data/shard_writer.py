@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -120,6 +121,12 @@ class ShardWriter:
         for index in self.out.glob("**/index-*.bin"):
             index.unlink()
 
+    def discard(self) -> None:
+        """Take away all that was written: it is of no use, and another try is to find the place empty."""
+        for split in {name.partition("/")[0] for part in self.state.parts for name in part}:
+            shutil.rmtree(self.out / split)
+        (self.out / PROGRESS).unlink()
+
     def directory(self, name: SetName) -> Path:
         """Where a set lies; any character may be in a source's name, so it is percent-encoded."""
         split, source = name
@@ -127,13 +134,14 @@ class ShardWriter:
 
     def _finish_set(self, split: str, source: str, parts: list[dict[str, Any]]) -> None:
         directory, total = self.directory((split, source)), 0
-        offsets, sizes = _HashedFile(directory / "offsets.bin"), _HashedFile(directory / "bytes.bin")
-        offsets.write(np.zeros(1, dtype="<i8").tobytes())
-        for part in parts:
-            index = np.fromfile(directory / part["name"].replace("tokens", "index"), dtype="<i8").reshape(-1, 2)
-            offsets.write((total + np.cumsum(index[:, 0])).astype("<i8").tobytes())
-            sizes.write(index[:, 1].astype("<u4").tobytes())
-            total += part["n_tokens"]
+        with _HashedFile(directory / "offsets.bin") as offsets, _HashedFile(directory / "bytes.bin") as sizes:
+            offsets.write(np.zeros(1, dtype="<i8").tobytes())
+            for part in parts:
+                index = np.fromfile(directory / part["name"].replace("tokens", "index"), dtype="<i8").reshape(-1, 2)
+                offsets.write((total + np.cumsum(index[:, 0])).astype("<i8").tobytes())
+                sizes.write(index[:, 1].astype("<u4").tobytes())
+                total += part["n_tokens"]
+            columns = [offsets.commit(), sizes.commit()]
         manifest = {
             "format": FORMAT,
             "split": split,
@@ -141,7 +149,7 @@ class ShardWriter:
             **{key: self.state.request[key] for key in ("tokenizer", "bos", "eos")},
             "vocab_size": self.tokenizer.vocab_size,
             **{key: sum(part[key] for part in parts) for key in ("n_documents", "n_tokens", "n_bytes")},
-            "files": [*parts, offsets.commit(), sizes.commit()],
+            "files": [*parts, *columns],
         }
         _write_json(directory / MANIFEST, manifest)
 
@@ -164,11 +172,17 @@ class ShardWriter:
 
 
 class _HashedFile:
-    """A file that `commit` puts in place whole, telling what a manifest says of it."""
+    """A file that `commit` puts in place whole, telling what a manifest says of it; as a context it leaves no other."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._temporary, self._hash = path, temporary_name(path), hashlib.sha256()
         self._file = open(self._temporary, "wb")  # noqa: SIM115 -- commit or abandon closes it
+
+    def __enter__(self) -> _HashedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abandon()
 
     def write(self, data: bytes) -> None:
         self._file.write(data)
@@ -181,6 +195,7 @@ class _HashedFile:
         return {"name": self._path.name, "size": size, "sha256": self._hash.hexdigest()}
 
     def abandon(self) -> None:
+        """Leave nothing behind, unless it is in place already."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 

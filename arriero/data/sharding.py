@@ -30,7 +30,7 @@ from rich.table import Table
 
 from arriero.curate.document import Document
 from arriero.curate.sources import Position, Reading, SourceFile, from_record, list_files, read_documents, read_file
-from arriero.data.shard_writer import Encoded, SetName, ShardWriter
+from arriero.data.shard_writer import Encoded, SetName, ShardWriter, State
 from arriero.data.shards import FORMAT, ONE_SOURCE, Shards, open_sources, token_type
 from arriero.data.workers import in_order
 from arriero.errors import DataError
@@ -326,7 +326,9 @@ def _shard(
                     if sizes:
                         done = before[last.position.file] + last.done * sizes[last.position.file]
                         progress.update(bar, completed=float(done), rate=rate)
-                _check_splits(writer, encode)
+                if refusal := _refusal(writer.state, encode):
+                    writer.discard()
+                    raise DataError(f"{out}: {refusal}")
                 writer.finish()
     except OSError as error:
         if error.errno is None or error.filename is None:
@@ -337,15 +339,17 @@ def _shard(
     return {split: open_sources(out / split) for split in (TRAIN, VALIDATION) if (out / split).is_dir()}
 
 
-def _check_splits(writer: ShardWriter, encode: Encode) -> None:
-    found = {name.partition("/")[0] for part in writer.state.parts for name in part}
+def _refusal(state: State, encode: Encode) -> str:
+    """Why what was written is of no use, or nothing."""
+    found = {name.partition("/")[0] for part in state.parts for name in part}
     if TRAIN not in found:
-        raise DataError(f"{writer.out}: no document is left to train on (left out: {writer.state.left_out or 'none'})")
+        return f"no document is left to train on (left out: {state.left_out or 'none'})"
     if encode.validation and VALIDATION not in found:
-        raise DataError(
-            f"{writer.out}: a validation share of {encode.validation} holds out none of these few documents; "
-            "raise it, name a file of held-out documents, or give 0; and give another --out"
+        return (
+            f"a validation share of {encode.validation} holds out none of these few documents; "
+            "raise it, name a file of held-out documents, or give 0"
         )
+    return ""
 
 
 def _progress(console: Console) -> Progress:

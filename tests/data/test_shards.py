@@ -1,0 +1,437 @@
+"""Token shards: right ids, the same bytes from any number of workers, whole after any crash, refused when changed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tokenizers
+from helpers.shards import write_shards
+from rich.console import Console
+
+from arriero.curate.document import Document
+from arriero.data import files, sharding
+from arriero.data.sharding import document_marks, shard_documents, shard_sources, text_hash
+from arriero.data.shards import Shards, open_shards, open_sources, refuse_changed
+from arriero.errors import DataError
+from arriero.tokenizer.base import SpecialTokens, Tokenizer, load_tokenizer
+
+QUIET = Console(file=io.StringIO())
+END = 0  # <|endoftext|> of SmolLM2
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks, so that parts may end anywhere and workers overtake each other."""
+    monkeypatch.setattr(sharding, "CHUNK", 3_000)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Tokenizer:
+    """A byte-level vocabulary in Llama 3's manner; real, but opened in a moment."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|begin_of_text|>", "<|end_of_text|>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=311, special_tokens=special, initial_alphabet=alphabet)
+    bpe.train_from_iterator([row["text"] for row in corpus(101)], trainer)
+    directory = tmp_path_factory.mktemp("tokenizer")
+    bpe.save(str(directory / "tokenizer.json"))
+    roles = {"bos_token": special[0], "eos_token": special[1], "tokenizer_class": "PreTrainedTokenizerFast"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(roles))
+    return load_tokenizer(directory)
+
+
+def corpus(n: int) -> list[dict[str, str]]:
+    """n different documents of three sources, some of them empty."""
+    counted = " ".join(map(str, range(300)))
+    rows = []
+    for i in range(n):
+        text = f"Document {i}. " + counted[: (i * 7919) % 1009] if i % 23 != 5 else " \n"
+        rows.append({"text": text, "source": ("web", "books", "a/b.c")[i % 3], "id": f"d{i}"})
+    return rows
+
+
+def write_corpus(path: Path, n: int) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in corpus(n)), encoding="utf-8")
+    return path
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def texts_of(shards: Shards, tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode(shards.tokens(i)[:-1].tolist()) for i in range(len(shards))]
+
+
+def shard(source: Path | list[Path], tokenizer: Tokenizer, out: Path, **settings):
+    sources = source if isinstance(source, list) else [source]
+    return shard_sources(sources, tokenizer, out, **{"console": QUIET, "workers": 1, **settings})
+
+
+# What is written
+
+
+def test_shards_hold_the_ids_of_every_document_in_order_with_its_end(tmp_path, tokenizer):
+    path = write_corpus(tmp_path / "c.jsonl", 101)
+    train = shard(path, tokenizer, tmp_path / "out", validation=0, part_size=9_000)["train"]["documents"]
+    expected = [row["text"] for row in corpus(101) if row["text"].strip()]
+    assert len(train) == len(expected) and len(list((tmp_path / "out/train").glob("tokens-*.bin"))) > 3
+    for i, text in enumerate(expected):
+        assert train.tokens(i).tolist() == [*tokenizer.encode(text), END]
+        assert train.text_bytes[i] == len(text.encode())
+    assert train.tokens(0).dtype == np.uint16 and train.vocab_size == 49_152
+    assert train.lengths.tolist() == [len(train.tokens(i)) for i in range(len(train))]
+    assert train.lengths_of(np.array([7, 3])).tolist() == train.lengths[[7, 3]].tolist()
+    assert train.tokens(3, 2, 5).tolist() == train.tokens(3).tolist()[2:5]
+    assert (train.n_tokens, train.n_bytes) == (train.lengths.sum(), sum(len(t.encode()) for t in expected))
+    assert train.n_predicted == train.n_tokens - len(train)
+    train.verify()
+    assert load_tokenizer(train.tokenizer_directory).fingerprint == tokenizer.fingerprint == train.manifest["tokenizer"]
+    state = json.loads((tmp_path / "out/progress.json").read_text())
+    assert state["complete"] and state["left_out"] == {"empty": 101 - len(expected)}
+
+
+def test_text_from_python_text_files_and_rows_become_the_same_shards(tmp_path, small):
+    texts = [row["text"] for row in corpus(29) if row["text"].strip()]
+    for i, text in enumerate(texts):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{i:03d}.txt").write_text(text)
+    made = [
+        shard_documents(texts, small, tmp_path / "a", validation=0.2, console=QUIET),
+        shard_documents([Document(t, "x") for t in texts], small, tmp_path / "b", validation=0.2, console=QUIET),
+        shard(tmp_path / "texts", small, tmp_path / "c", validation=0.2),
+    ]
+    for split in ("train", "validation"):
+        first, *others = (
+            [s[split]["documents"].tokens(i).tolist() for i in range(len(s[split]["documents"]))] for s in made
+        )
+        assert first and all(other == first for other in others)
+
+
+def test_the_marks_around_documents_are_those_of_the_tokenizers_family(tokenizer):
+    class Named(Tokenizer):
+        vocab_size = 7
+        _encode_plain = _token_table = _identity = save = None
+
+    def marks(bos: str | None, eos: str | None, *others: str) -> tuple[int | None, int | None]:
+        names = dict.fromkeys(name for name in (bos, eos, *others) if name)
+        return document_marks(Named(SpecialTokens({name: i for i, name in enumerate(names)}, bos=bos, eos=eos), None))
+
+    assert document_marks(tokenizer) == (None, END)  # an instruct model's own eos is <|im_end|>
+    assert marks("<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>") == (0, 2)
+    assert marks("<s>", "</s>") == (0, 1)
+    assert marks(None, "</s>") == (None, 0)
+    with pytest.raises(DataError, match=r"no token that ends a text.*name one as its eos token \(.*tokens: <s>\)"):
+        marks("<s>", None)
+
+
+def test_both_marks_stand_where_the_family_has_both(tmp_path, small):
+    texts = ["one", "two three", "<|end_of_text|>"]
+    shards = shard_documents(texts, small, tmp_path / "out", validation=0, console=QUIET)["train"]["documents"]
+    assert [shards.tokens(i).tolist() for i in range(3)] == [[0, *small.encode(text), 1] for text in texts]
+    assert (shards.tokens(2) == 1).sum() == 1  # the text of a special token is not the token
+
+
+def test_sources_are_kept_apart_whatever_their_names(tmp_path, small):
+    path = write_corpus(tmp_path / "c.jsonl", 67)
+    sets = shard(path, small, tmp_path / "out", by_source=True, validation=0.3)
+    assert list(sets["train"]) == ["a/b.c", "books", "web"]
+    assert list(open_sources(tmp_path / "out/train")) == list(sets["train"])
+    for name in sets["train"]:
+        found = [text for split in sets.values() for text in texts_of(split[name], small)]
+        assert sorted(found) == sorted(r["text"] for r in corpus(67) if r["source"] == name and r["text"].strip())
+    apart = {p.name for p in (tmp_path / "out/train").iterdir()}
+    assert apart == {"a%2Fb%2Ec", "books", "web"}
+
+
+def test_a_share_is_held_out_by_content_so_that_equal_texts_lie_on_one_side(tmp_path, small):
+    texts = [row["text"] for row in corpus(211) if row["text"].strip()]
+    sets = shard_documents([*texts, *reversed(texts)], small, tmp_path / "out", validation=0.2, console=QUIET)
+    train, held_out = (texts_of(sets[split]["documents"], small) for split in ("train", "validation"))
+    assert set(train) | set(held_out) == set(texts) and not set(train) & set(held_out)
+    assert len(train) + len(held_out) == 2 * len(texts)
+    assert all((text_hash(text) < 0.2 * 2**64) == (text in held_out) for text in texts)
+    assert 0.1 < len(set(held_out)) / len(texts) < 0.3
+
+
+def test_a_file_is_held_out_and_its_texts_left_out_of_training(tmp_path, small):
+    path = write_corpus(tmp_path / "c.jsonl", 67)
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(row) + "\n" for row in [*corpus(67)[30:40], {"text": "only here"}]))
+    sets = shard(path, small, tmp_path / "out", validation=str(held))
+    train, held_out = (texts_of(sets[split]["documents"], small) for split in ("train", "validation"))
+    texts = [row["text"] for row in corpus(67)]
+    assert held_out == [t for t in [*texts[30:40], "only here"] if t.strip()]
+    assert train == [t for i, t in enumerate(texts) if t.strip() and not 30 <= i < 40]
+    assert json.loads((tmp_path / "out/progress.json").read_text())["left_out"]["held out"] == len(held_out) - 1
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, small):
+    path = write_corpus(tmp_path / "c.jsonl", 401)
+    for workers in (1, 2, 3):
+        shard([path, "stdlib"] if False else path, small, tmp_path / f"{workers}", workers=workers, part_size=30_000)
+    assert tree(tmp_path / "1") == tree(tmp_path / "2") == tree(tmp_path / "3")
+
+
+# Crashes
+
+
+class Killed(BaseException):
+    """Stands for the power going: nothing catches it."""
+
+
+def test_a_run_killed_at_any_of_its_writes_goes_on_to_the_same_bytes(tmp_path, small, monkeypatch):
+    path = write_corpus(tmp_path / "c.jsonl", 71)
+    settings = {"by_source": True, "validation": 0.2, "part_size": 12_000}
+    shard(path, small, tmp_path / "whole", **settings)
+    expected = tree(tmp_path / "whole")
+    replace, calls = os.replace, 0
+
+    def dying(source, target):
+        nonlocal calls
+        calls += 1
+        if calls == die_at:
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", dying)
+    out, die_at, n_deaths = tmp_path / "out", 0, 0
+    while True:
+        die_at, calls = die_at + 1, 0
+        if die_at % 5 == 1:  # sometimes from scratch, else it goes on from the death before
+            shutil.rmtree(out, ignore_errors=True)
+        try:
+            shard(path, small, out, **settings)
+        except Killed:
+            n_deaths += 1
+            for stray in out.rglob(".*.tmp"):  # what a process that was killed could not remove would lie there
+                stray.write_bytes(b"half")
+        else:
+            assert tree(out) == expected
+            if die_at % 5 == 1:
+                break
+    assert n_deaths > 30
+
+
+def killed_in(script: str, *args: str, part: int, out: Path) -> bool:
+    """Run a script that shards, and SIGKILL it once `part` parts are durable; whether that came before its end."""
+    process = subprocess.Popen([sys.executable, "-c", script, *args])
+    workers: list[psutil.Process] = []
+    try:
+        while process.poll() is None:
+            workers = workers or psutil.Process(process.pid).children(recursive=True)
+            if (out / "progress.json").is_file() and len(
+                json.loads((out / "progress.json").read_text())["parts"]
+            ) >= part:
+                workers = psutil.Process(process.pid).children(recursive=True)
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                break
+            time.sleep(0.005)
+    except psutil.NoSuchProcess:
+        process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive, "workers outlive a parent that was killed"
+    return process.returncode != 0
+
+
+SCRIPT = """
+import sys, io
+from rich.console import Console
+from arriero.data import sharding
+from arriero.tokenizer import load_tokenizer
+if __name__ == "__main__":
+    sharding.CHUNK = 3_000
+    quiet = Console(file=io.StringIO())
+    tokenizer = load_tokenizer(sys.argv[2])
+    sharding.shard_sources([sys.argv[1]], tokenizer, sys.argv[3], workers=2, part_size=40_000, console=quiet)
+"""
+
+
+def test_a_run_killed_by_sigkill_goes_on_to_the_same_bytes_and_leaves_no_worker_behind(tmp_path, small, monkeypatch):
+    path = write_corpus(tmp_path / "c.jsonl", 1009)
+    small.save(tmp_path)
+    out = tmp_path / "out"
+    kills = sum(killed_in(SCRIPT, str(path), str(tmp_path), str(out), part=part, out=out) for part in (1, 4))
+    assert kills == 2
+    shard(path, load_tokenizer(tmp_path), out, part_size=40_000)
+    shard(path, load_tokenizer(tmp_path), tmp_path / "whole", part_size=40_000)
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_running_a_finished_run_again_changes_nothing_and_reads_nothing(tmp_path, small, monkeypatch):
+    path = write_corpus(tmp_path / "c.jsonl", 67)
+    first = shard(path, small, tmp_path / "out", validation=0.2)
+    before = tree(tmp_path / "out")
+    monkeypatch.setattr(sharding, "read_items", None)
+    again = shard(path, small, tmp_path / "out", validation=0.2)
+    assert tree(tmp_path / "out") == before
+    assert again["train"]["documents"].fingerprint == first["train"]["documents"].fingerprint
+
+
+def test_a_bad_row_is_named_and_once_mended_the_run_goes_on(tmp_path, small):
+    path = write_corpus(tmp_path / "c.jsonl", 67)
+    shard(path, small, tmp_path / "whole", validation=0, part_size=3_000)
+    whole = path.read_text()
+    path.write_text(whole.replace('"text": "Document 50.', '"TEXT": "Document 50.'))
+    with pytest.raises(
+        DataError, match=r"row 51 of .*c\.jsonl: no column 'text' \(there are: 'TEXT', 'source', 'id'\)"
+    ):
+        shard(path, small, tmp_path / "out", validation=0, part_size=3_000)
+    assert not list((tmp_path / "out").rglob(".*.tmp"))
+    assert json.loads((tmp_path / "out/progress.json").read_text())["parts"]
+    path.write_text(whole)  # of the same size, so taken for the same file
+    shard(path, small, tmp_path / "out", validation=0, part_size=3_000)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+# Refusals
+
+
+def test_other_settings_documents_or_tokenizers_are_not_mixed_into_what_was_begun(tmp_path, small):
+    path = write_corpus(tmp_path / "c.jsonl", 29)
+    shard(path, small, tmp_path / "out", validation="0.1")
+    with pytest.raises(DataError, match=r"was begun with validation = '0.1', now it is '0.2'; go on with what"):
+        shard(path, small, tmp_path / "out", validation=0.2)
+    with pytest.raises(DataError, match="was begun with by_source = False, now it is True"):
+        shard(path, small, tmp_path / "out", validation="0.1", by_source=True)
+    write_corpus(path, 31)
+    with pytest.raises(DataError, match=r"was begun with files = '[0-9a-f]{64}', now it is '[0-9a-f]{64}'"):
+        shard(path, small, tmp_path / "out", validation="0.1")
+
+
+def test_a_directory_that_holds_something_else_is_left_alone(tmp_path, small):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("mine")
+    with pytest.raises(DataError, match=r"out holds something else; give another --out, or empty it"):
+        shard_documents(["a"], small, tmp_path / "out", console=QUIET)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_two_processes_do_not_write_to_one_directory(tmp_path, small):
+    def second():
+        yield "one text"
+        with pytest.raises(DataError, match="another process is writing shards there; wait for it, or give another"):
+            shard_documents(["a"], small, tmp_path / "out", validation=0, console=QUIET)
+        yield "another text"
+
+    sets = shard_documents(second(), small, tmp_path / "out", validation=0, console=QUIET)
+    assert len(sets["train"]["documents"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("texts", "validation", "message"),
+    [
+        (["", " \n"], 0, r"no document is left to train on \(left out: \{'empty': 2\}\)"),
+        (["a", "b"], 0.001, "a validation share of 0.001 holds out none of these few documents; raise it"),
+        (["a"], 1.5, "validation is 1.5; give a share of the documents from 0 to below 1, or a source"),
+    ],
+)
+def test_sets_that_would_be_empty_are_refused(tmp_path, small, texts, validation, message):
+    with pytest.raises(DataError, match=message):
+        shard_documents(texts, small, tmp_path / "out", validation=validation, console=QUIET)
+    shard_documents(["a", "b"], small, tmp_path / "out", validation=0, console=QUIET)  # nothing is in the way
+
+
+def test_a_full_disk_is_named_with_the_remedy(tmp_path, small, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / "out/x"))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(
+        DataError, match=r"out/x: No space left on device; mend that and run again: it goes on from there"
+    ):
+        shard_documents(["a"], small, tmp_path / "out", validation=0, console=QUIET)
+
+
+def test_sets_that_are_not_whole_or_not_there_are_refused(tmp_path):
+    with pytest.raises(
+        DataError, match=r"nowhere: no token shards here \(no manifest.json\); `arriero shard` makes them"
+    ):
+        open_sources(tmp_path / "nowhere")
+    write_shards(tmp_path / "sets/train", [5, 7, 11])
+    with pytest.raises(
+        DataError, match=r"sets: no token shards here .*did you mean .*sets/train\?|no token shards"
+    ) as e:
+        open_sources(tmp_path / "sets/none")
+    assert "no token shards" in str(e.value)
+    shards = open_shards(tmp_path / "sets/train")
+    tokens = tmp_path / "sets/train/tokens-00001.bin"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole[:-2])
+    with pytest.raises(
+        DataError, match=r"tokens-00001.bin has 34 bytes, the manifest says 36 bytes; copy the set again"
+    ):
+        open_shards(tmp_path / "sets/train")
+    tokens.write_bytes(b"\xff" + whole[1:])
+    open_shards(tmp_path / "sets/train")
+    with pytest.raises(DataError, match=r"tokens-00001.bin: its SHA-256 is [0-9a-f]{16}\.\.\., the manifest says"):
+        shards.verify()
+    tokens.unlink()
+    with pytest.raises(DataError, match=r"tokens-00001.bin is missing"):
+        open_shards(tmp_path / "sets/train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format": "arriero-shards-9"}', "its format is 'arriero-shards-9', this version reads 'arriero-shards-1'"),
+        ("[]", "its format is 'list'"),
+        ('{"format": ', "not valid JSON"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, text, message):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_shards(tmp_path)
+
+
+def test_a_changed_manifest_is_refused_on_resume(tmp_path):
+    sources = {name: write_shards(tmp_path / name, [5, 7], name) for name in ("web", "books")}
+    recorded = {name: shards.fingerprint for name, shards in sources.items()}
+    refuse_changed(recorded, sources, "run out/mine")
+    changed = {**sources, "web": write_shards(tmp_path / "web", [5, 8], "web")}
+    with pytest.raises(
+        DataError, match=r"web/manifest.json has changed since run out/mine began .*put the shards back"
+    ):
+        refuse_changed(recorded, changed, "run out/mine")
+    with pytest.raises(DataError, match="run out/mine was trained on a source 'web', which is not in the data"):
+        refuse_changed(recorded, {"books": sources["books"]}, "run out/mine")
+    with pytest.raises(DataError, match=r"run out/mine was not trained on .*web: source 'web' is new"):
+        refuse_changed({"books": recorded["books"]}, sources, "run out/mine")
+
+
+def test_sources_of_different_tokenizers_are_not_mixed(tmp_path):
+    write_shards(tmp_path / "sets/a", [5, 7], "a")
+    write_shards(tmp_path / "sets/b", [5, 7], "b")
+    manifest = tmp_path / "sets/b/manifest.json"
+    manifest.write_text(manifest.read_text().replace("0" * 64, "1" * 64))
+    with pytest.raises(DataError, match=r"sets/a and .*sets/b were made with different tokenizers; shard both"):
+        open_sources(tmp_path / "sets")
+
+
+def test_the_tokenizer_of_a_set_that_was_moved_away_from_it_is_missed(tmp_path):
+    with pytest.raises(DataError, match=r"no directory 'tokenizer' above it; keep the set where"):
+        _ = write_shards(tmp_path / "set", [3]).tokenizer_directory
+
+
+def test_large_vocabularies_take_four_bytes_a_token(tmp_path):
+    shards = write_shards(tmp_path / "big", [11, 13], first=2**16 + 1)
+    assert shards.tokens(1).dtype == np.uint32 and shards.tokens(1).tolist() == list(range(65_548, 65_561))
