@@ -139,6 +139,47 @@ def pretrain(config: PretrainConfig) -> None:
     _start("pretrain", config)
 
 
+def shard(
+    sources: list[str],
+    *,
+    tokenizer: str,
+    out: Path,
+    text_key: str = "text",
+    validation: str = "0.01",
+    by_source: bool = False,
+    workers: int = 0,
+) -> None:
+    """Tokenise documents into shards that pretraining reads; a run that was stopped goes on where it was.
+
+    Example:
+        arriero shard documents/ --tokenizer out/tokenizer --out out/shards
+        arriero shard web.jsonl.zst books/ stdlib --tokenizer my-llama --out out/shards --by-source
+
+    Args:
+        sources: Files, directories, Hub data sets, or "stdlib"; what `arriero curate` wrote, or any documents.
+        tokenizer: A model's directory or name, or a tokenizer.json, tokenizer.model or .gguf file.
+        out: Directory for the shards: train, validation, and the tokenizer.
+        text_key: Column that holds the text, in files of rows.
+        validation: Share of the documents to hold out, or a source of held-out documents.
+        by_source: Keep sources apart, so that they can be weighted.
+        workers: Encoding processes; 0 means one per core.
+    """
+    from rich.console import Console
+
+    from arriero.data.sharding import shard_sources, summary_table
+
+    sets = shard_sources(
+        sources,
+        _tokenizer(tokenizer),
+        out,
+        text_key=text_key,
+        validation=validation,
+        by_source=by_source,
+        workers=workers,
+    )
+    Console().print(summary_table(sets))
+
+
 def generate(config: GenerateConfig) -> None:
     """Answer one prompt with MODEL, printing as it comes; without PROMPT it is read from standard input.
 
@@ -467,6 +508,7 @@ def _recipe(name: str) -> Any:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "shard": shard,
     "pretrain": pretrain,
     "sft": sft,
     "run": run,

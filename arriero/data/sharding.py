@@ -89,8 +89,9 @@ def shard_sources(
     sizes = [file.path.stat().st_size for file in files]
     reading = Reading(text_key)
     listed = [[file.name, size] for file, size in zip(files, sizes, strict=True)]
+    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     request = {
-        "files": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
+        "files": f"{len(files):,} with {sum(sizes):,} bytes ({digest[:16]})",
         "text_key": text_key,
         "validation": str(validation),
     }

@@ -227,7 +227,7 @@ def test_a_run_killed_at_any_of_its_writes_goes_on_to_the_same_bytes(tmp_path, s
             assert tree(out) == expected
             if die_at % 5 == 1:
                 break
-    assert n_deaths > 30
+    assert n_deaths > 15
 
 
 def killed_in(script: str, *args: str, part: int, out: Path) -> bool:
@@ -313,7 +313,10 @@ def test_other_settings_documents_or_tokenizers_are_not_mixed_into_what_was_begu
     with pytest.raises(DataError, match="was begun with by_source = False, now it is True"):
         shard(path, small, tmp_path / "out", validation="0.1", by_source=True)
     write_corpus(path, 31)
-    with pytest.raises(DataError, match=r"was begun with files = '[0-9a-f]{64}', now it is '[0-9a-f]{64}'"):
+    with pytest.raises(
+        DataError,
+        match=r"with files = '1 with [\d,]+ bytes \([0-9a-f]{16}\)', now it is '1 with [\d,]+ bytes \([0-9a-f]{16}\)'",
+    ):
         shard(path, small, tmp_path / "out", validation="0.1")
 
 
