@@ -13,18 +13,14 @@ n examples, T tokens.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
-import signal
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import chain
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +31,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from arriero.data.files import temporary_name
 from arriero.data.formats import Conversation, Record, parse_record, read_records, source_files
 from arriero.data.pack import pack
+from arriero.data.workers import in_order
 from arriero.errors import DataError
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_training
@@ -289,21 +286,6 @@ def encode_records(tokenizer: Tokenizer, records: Sequence[Record]) -> Encoded:
     )
 
 
-_worker_tokenizer: Tokenizer | None = None  # one per worker process: sending it takes longer than a chunk
-
-
-def _start_worker(tokenizer: Tokenizer) -> None:
-    global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker_tokenizer = tokenizer
-
-
-def _encode_in_worker(records: list[Record]) -> Encoded:
-    assert _worker_tokenizer is not None
-    return encode_records(_worker_tokenizer, records)
-
-
 def encode_files(files: Sequence[Path], tokenizer: Tokenizer, workers: int, console: Console) -> Iterator[Encoded]:
     """Encode all rows of the files, in order, with a progress bar; small sources in this process."""
     workers = workers or os.cpu_count() or 1
@@ -326,40 +308,15 @@ def encode_files(files: Sequence[Path], tokenizer: Tokenizer, workers: int, cons
                 if chunk:
                     yield chunk
 
-        if workers == 1 or sum(sizes.values()) < IN_PROCESS_BYTES:
-            encoded: Iterable[Encoded] = (encode_records(tokenizer, chunk) for chunk in chunks())
-        else:
-            encoded = _encode_in_workers(chunks(), tokenizer, workers)
+        if sum(sizes.values()) < IN_PROCESS_BYTES:
+            workers = 1
         n_rows = 0
-        for part in encoded:
+        for _, part in in_order(functools.partial(encode_records, tokenizer), chunks(), workers, "tokenising"):
             n_rows += len(part.lengths)
             elapsed = progress.tasks[task].elapsed or 1e-9
             progress.update(task, rows=n_rows, rate=n_rows / elapsed)
             yield part
         progress.update(task, completed=sum(sizes.values()))
-
-
-def _encode_in_workers(chunks: Iterator[list[Record]], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """Results in the order of the chunks, with a few chunks for each worker under way: memory stays bounded.
-
-    Workers are spawned, not forked: torch's threads do not survive a fork.
-    """
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer,))
-    waiting: deque[Future[Encoded]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, chunk))
-            if len(waiting) > 3 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"one of {workers} tokenising processes died: out of memory, or started from a script whose main part is "
-            'not under `if __name__ == "__main__":`; put it there, or set workers to 1'
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _progress(console: Console) -> Progress:
