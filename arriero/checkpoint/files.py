@@ -14,20 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import CheckpointError
-
-
-@contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+from arriero.files import replaced_file as replaced_file
+from arriero.files import sync
 
 
 @contextmanager
@@ -60,17 +48,6 @@ def replaced_directory(path: Path, replaces: str | None = None) -> Iterator[Path
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's entries, are on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open directories, and orders renames by itself
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,38 +17,20 @@ Any part may be missing: the report of an interrupted run shows what there is.
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 import tomllib
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from arriero.checkpoint import native
+from arriero.page import DARK, LIGHT, Theme, dress, png, template
 from arriero.train.metrics import duration, read_records
 
 SMOOTHING = 0.8  # weight of a step in the mean at its neighbour
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of the curves, on a light or a dark page."""
-
-    background: str
-    text: str
-    grid: str
-    train: str
-    validation: str
-
-
-LIGHT = Theme("#ffffff", "#3d3a35", "#e8e4dc", "#2f6f8f", "#c4622d")
-DARK = Theme("#211f1c", "#cfc8bc", "#37332e", "#6fb3d2", "#e8935f")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -61,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
         curves = {name: curves_png(steps, validation, theme) for name, theme in (("light", LIGHT), ("dark", DARK))}
         (run_dir / "loss.png").write_bytes(curves["light"])
     config_text = _text(run_dir / "config.toml")
-    page = _template().render(
+    page = template("arriero.train", "report.html").render(
         title=_title(tomllib.loads(config_text), run_dir),
         summary=_summary(steps, validation, run_dir),
         tiles=_tiles(steps, validation),
@@ -87,12 +69,12 @@ def curves_png(steps: list[dict[str, Any]], validation: list[dict[str, Any]], th
     x = [record["step"] for record in steps]
     losses = [math.nan if record["loss"] is None else record["loss"] for record in steps]
     if steps:
-        top.plot(x, losses, color=theme.train, alpha=0.3, linewidth=1)
-        top.plot(x, smoothed(losses), color=theme.train, linewidth=2, label="training, smoothed")
+        top.plot(x, losses, color=theme.first, alpha=0.3, linewidth=1)
+        top.plot(x, smoothed(losses), color=theme.first, linewidth=2, label="training, smoothed")
         bottom.plot(x, [record["lr"] for record in steps], color=theme.text, linewidth=1.5)
     if validation:
         points = [record["step"] for record in validation], [record["loss"] for record in validation]
-        top.plot(*points, color=theme.validation, linewidth=2, marker="o", markersize=4.5, label="validation")
+        top.plot(*points, color=theme.second, linewidth=2, marker="o", markersize=4.5, label="validation")
         best = min(validation, key=lambda record: record["loss"])
         top.annotate(
             f"{best['loss']:.3f}",
@@ -100,7 +82,7 @@ def curves_png(steps: list[dict[str, Any]], validation: list[dict[str, Any]], th
             xytext=(0, -15),
             textcoords="offset points",
             ha="center",
-            color=theme.validation,
+            color=theme.second,
             fontweight="bold",
         )
         top.margins(y=0.12)
@@ -111,16 +93,9 @@ def curves_png(steps: list[dict[str, Any]], validation: list[dict[str, Any]], th
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     bottom.yaxis.get_offset_text().set_color(theme.text)
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (top, bottom):
-        axes.set_facecolor(theme.background)
-        axes.grid(color=theme.grid, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=theme.text, length=0)
-        axes.spines[:].set_visible(False)
+    dress((top, bottom), theme)
     top.legend(frameon=False, labelcolor=theme.text, loc="upper right")
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png(figure)
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -251,9 +226,3 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(_text(path) or "{}")
     except json.JSONDecodeError:
         return {}
-
-
-def _template() -> Any:
-    source = resources.files("arriero.train").joinpath("report.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source)
