@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,21 +131,21 @@ def open_shards(directory: str | Path) -> Shards:
 
 
 def open_sources(directory: str | Path) -> dict[str, Shards]:
-    """The sets in `directory` by name of their source, in the order of the names.
+    """The sets in `directory` by the name of the source, which is that of the set's own directory; sorted.
 
-    That is one (called "documents" unless it was named), where `directory` is a set itself.
+    One, by the name that its manifest has ("documents" where sources were not kept apart), if `directory` is a set.
     Raises DataError where there is none, or where they were made with different tokenizers.
     """
     directory = Path(directory)
     if (directory / MANIFEST).is_file():
         one = Shards(directory)
         return {one.source: one}
-    found = [Shards(path.parent) for path in directory.glob(f"*/{MANIFEST}")]
+    found = {unquote(path.parent.name): Shards(path.parent) for path in directory.glob(f"*/{MANIFEST}")}
     if not found:
         inner = " or ".join(str(directory / s) for s in ("train", "validation") if (directory / s).is_dir())
         hint = f"did you mean {inner}?" if inner else "`arriero shard` makes them; if it was stopped, run it again"
         raise DataError(f"{directory}: no token shards here (no {MANIFEST}); {hint}")
-    by_name = {shards.source: shards for shards in sorted(found, key=lambda shards: shards.source)}
+    by_name = dict(sorted(found.items()))
     first, *others = by_name.values()
     for other in others:
         if other.manifest["tokenizer"] != first.manifest["tokenizer"]:
