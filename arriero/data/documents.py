@@ -18,8 +18,8 @@ position never goes to waste on an end of text that predicts nothing; the end of
 is not its document's last still predicts the token after it.
 
 When a stage changes the length of rows in the middle of an epoch, what the current window has not yet given out is
-packed again at the new length: no document is lost or repeated. Llama 3's stages (arXiv 2407.21783, section 3.4)
-are such.
+joined, cut and packed again at the new length: no document is lost or repeated. Llama 3's stages (arXiv 2407.21783,
+section 3.4) are such.
 
 Price: one look at every document's length when a loader is made, to count rows (docs/log.md has the seconds); packing a
 window, about 0.2 s, when its first row is asked for, and about 4 MB while it is kept.
@@ -140,6 +140,15 @@ class Pieces:
         start = np.repeat(self.start, each) + (np.arange(len(first)) - first) * seq_len
         return Pieces(np.repeat(self.document, each), start, np.minimum(start + seq_len, np.repeat(self.stop, each)))
 
+    def joined(self) -> Pieces:
+        """The same inputs in as few pieces as can be: what lies side by side in a document becomes one."""
+        order = np.lexsort((self.start, self.document))
+        document, start, stop = self.document[order], self.start[order], self.stop[order]
+        first = np.ones(len(order), dtype=bool)
+        first[1:] = (document[1:] != document[:-1]) | (start[1:] != stop[:-1])
+        last = np.append(first[1:], True)[: len(order)]
+        return Pieces(document[first], start[first], stop[last])
+
     def take(self, index: IntArray) -> Pieces:
         """These of the pieces."""
         return Pieces(self.document[index], self.start[index], self.stop[index])
@@ -209,7 +218,7 @@ class BestFit:
         packed, r = self._find(k)
         if r == 0 and packed.times == 1:  # nothing of the window has been given out
             return BestFit(self.windows, seq_len, packed.epoch, packed.after - 1)
-        rest = packed.pieces.take(packed.packing.examples[packed.packing.bounds[r] :]).cut(seq_len)
+        rest = packed.pieces.take(packed.packing.examples[packed.packing.bounds[r] :]).joined().cut(seq_len)
         key = self.windows.key(self._window(packed.epoch, packed.after - 1)) + packed.times
         packing = pack(rest.stop - rest.start, seq_len, key, packed.epoch)
         head = _Packed(rest, packing, packed.epoch, packed.after, packed.times + 1)

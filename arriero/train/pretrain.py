@@ -26,8 +26,11 @@ from arriero.checkpoint.load import load
 from arriero.data.documents import PretrainLoader
 from arriero.data.documents import Stage as DataStage
 from arriero.data.loader import Batch
+from arriero.data.prefetch import Prefetched
 from arriero.data.shards import Shards, open_sources
-from arriero.distributed.parallelize import prepare
+from arriero.distributed.engine import Engine
+from arriero.distributed.mesh import Mesh
+from arriero.distributed.parallelize import parallelize
 from arriero.errors import ConfigError, did_you_mean
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import generate
@@ -159,7 +162,8 @@ def build(config: PretrainConfig, console: Console) -> PretrainRun:
     model = make_model(config, tokenizer, max(phase.seq_len for phase in phases)).to(device)
     model.set_compute_dtype(DTYPES[loop.precision]).train()
     compiled = compiles(loop, tokens_of(phases, total_steps))
-    prepare(model, recompute=loop.recompute, compile=compiled)
+    mesh = Mesh.alone(device)
+    engine = Engine(parallelize(model, mesh, recompute=loop.recompute, compile=compiled), mesh)
     stages = [DataStage(phase.first_row, phase.seq_len, dict(phase.weights)) for phase in phases]
     loader = PretrainLoader(sources, stages, loop.seed, data.packing, data.max_epochs)
     starts = [phase.first_step for phase in phases]
@@ -174,9 +178,9 @@ def build(config: PretrainConfig, console: Console) -> PretrainRun:
     held_out = open_sources(validation) if validation else {}
     validate = Validation(config, model, tokenizer, held_out, device, compiled)
     trainer = Trainer(
-        model,
+        engine,
         functools.partial(lm_loss, z_loss=config.z_loss),
-        batches,
+        Prefetched(batches, total_steps),
         total_steps,
         loop,
         config.optim,

@@ -1,0 +1,167 @@
+"""The recipe from shards to a model, on a toy shape with a vocabulary of its own."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file
+
+from arriero.checkpoint import native
+from arriero.checkpoint.hf import save_hf
+from arriero.checkpoint.load import load
+from arriero.data.shards import open_sources
+from arriero.errors import ConfigError
+from arriero.model import config as shapes
+from arriero.model.config import LlamaConfig
+from arriero.model.llama import Llama
+from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig, Stage
+from arriero.train.metrics import read_records
+from arriero.train.pretrain import Phase, build, count_steps, durations, main, timetable
+
+SHAPE = LlamaConfig(44, 2, 11, 11, 29, 101, 64, tied_embeddings=True)
+
+
+@pytest.fixture(autouse=True)
+def toy_shape(monkeypatch):
+    monkeypatch.setitem(shapes.LADDER, "toy", SHAPE)
+    monkeypatch.setitem(shapes.SHAPES, "toy", SHAPE)
+
+
+def settings(shards: Path, out: Path, **changes) -> PretrainConfig:
+    config = PretrainConfig(
+        model="toy",
+        out=str(out),
+        prompts=("The",),
+        data=PretrainDataConfig(train=str(shards), seq_len=64, validation_tokens=2000),
+        optim=OptimConfig(lr=1e-2, warmup=2.0),
+        loop=LoopConfig(steps=6, batch_rows=4, micro_rows=2, precision="fp32", validate_every=3),
+    )
+    return replace(config, **changes)
+
+
+def records(out: Path, event: str | None = None):
+    return [record for record in read_records(out / "metrics.jsonl") if record.get("event") == event]
+
+
+def test_a_run_learns_and_leaves_a_model_that_transformers_opens(shards, tmp_path):
+    out = tmp_path / "run"
+    assert main(settings(shards, out)).progress.step == 6
+    steps = records(out)
+    assert steps[-1]["loss"] < steps[0]["loss"] and steps[0]["mfu"] > 0
+    validation = records(out, "validation")
+    assert [record["step"] for record in validation] == [0, 3, 6]
+    assert validation[-1]["loss"] < validation[0]["loss"]
+    assert validation[0].keys() >= {"bits_per_byte", "bits_per_byte_long", "bits_per_byte_short", "samples"}
+    assert validation[-1]["samples"][0].startswith("The")
+
+    ours, tokenizer = load(out / "model")
+    assert ours.config.vocab_size == tokenizer.vocab_size == 512
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    theirs_tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
+    ids = tokenizer.encode("def f(x): return x")
+    assert theirs_tokenizer.encode("def f(x): return x", add_special_tokens=False) == ids
+    with torch.no_grad():
+        torch.testing.assert_close(ours(torch.tensor([ids])), theirs(torch.tensor([ids])).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_bits_per_byte_are_those_of_whole_documents_each_alone(shards, tmp_path):
+    config = settings(shards, tmp_path / "run")
+    config = replace(config, data=replace(config.data, seq_len=8192, validation_tokens=10**9))
+    run = build(config, None)
+    measured = run.trainer.validate()
+    nats, n_bytes = 0.0, 0
+    for source in open_sources(shards / "validation").values():
+        n_bytes += source.n_bytes
+        for i in range(len(source)):
+            ids = torch.tensor(source.tokens(i).astype("int64"))
+            with torch.no_grad():
+                nats += F.cross_entropy(run.model(ids[None])[0, :-1], ids[1:], reduction="sum").item()
+    assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stopped_and_resumed_gives_the_same_weights_across_a_stage(shards, tmp_path, optimizer):
+    stages = (Stage(start=0.5, batch_rows=2, seq_len=128, weights={"short": 1.0}),)
+    changes = dict(stages=stages, optim=OptimConfig(optimizer=optimizer, lr=1e-2), z_loss=1e-4)
+    loop = LoopConfig(steps=6, batch_rows=4, micro_rows=2, precision="fp32", save_every=1, keep_last=9, average=0.5)
+    whole, parts = (settings(shards, tmp_path / name, loop=loop, **changes) for name in ("whole", "parts"))
+    main(whole)
+    main(parts)
+    for step in (3, 4, 5, 6):  # as if it had been killed in step 3
+        for file in native.path_of(tmp_path / "parts", step).iterdir():
+            file.unlink()
+        native.path_of(tmp_path / "parts", step).rmdir()
+    main(replace(parts, resume=True))
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    losses = [[record["loss"] for record in records(tmp_path / name)] for name in ("whole", "parts")]
+    assert losses[0] == losses[1]
+
+
+def test_a_stage_changes_what_a_step_reads(shards, tmp_path):
+    config = settings(shards, tmp_path / "run", stages=(Stage(start=0.5, batch_rows=2, seq_len=128),))
+    batches = build(config, None).trainer.batches
+    assert [len(batches(step)) for step in (0, 2, 3, 5)] == [2, 2, 1, 1]
+    longest = [max(int(batch.cu_seqlens.diff().max()) for batch in batches(step)) for step in range(6)]
+    assert max(longest[:3]) <= 64 < max(longest[3:]) <= 128
+
+
+def test_the_timetable_counts_rows_by_hand():
+    config = settings(
+        Path("x"), Path("y"), stages=(Stage(0.25, batch_rows=8), Stage(0.5, seq_len=128, weights={"a": 1.0}))
+    )
+    phases = timetable(config, {"a": 1.0, "b": 3.0}, 20)
+    assert phases == [
+        Phase(0, 0, 4, 64, {"a": 1.0, "b": 3.0}),
+        Phase(5, 20, 8, 64, {"a": 1.0, "b": 3.0}),
+        Phase(10, 60, 8, 128, {"a": 1.0}),
+    ]
+    assert durations(phases, 20) == [5, 5, 10]
+    # a quarter at 256 tokens a step, a quarter at 512, half at 1024: 704 on average
+    assert count_steps(replace(config, tokens=7040.0), 0) == 10
+    assert count_steps(config, 0) == 6
+    assert count_steps(replace(config, loop=LoopConfig(epochs=2.0, batch_rows=4)), 3520) == 10
+
+
+def test_going_on_with_a_model_keeps_its_weights_and_takes_a_longer_context(shards, tmp_path):
+    main(settings(shards, tmp_path / "first"))
+    config = settings(shards, tmp_path / "second", model=str(tmp_path / "first" / "model"), rope_theta=5e5)
+    run = build(replace(config, data=replace(config.data, seq_len=256)), None)
+    assert (run.model.config.max_context, run.model.config.rope_theta) == (256, 5e5)
+    first = load(tmp_path / "first" / "model")[0]
+    assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), first.parameters(), strict=True))
+
+
+def test_what_cannot_be_trained_on_is_refused_before_step_1(shards, tmp_path):
+    config = settings(shards, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"no source 'shrot'.*did you mean 'short'"):
+        main(replace(config, data=replace(config.data, weights={"shrot": 1.0})))
+    with pytest.raises(ConfigError, match="stages start at"):
+        replace(config, stages=(Stage(0.5), Stage(0.25)))
+    with pytest.raises(ConfigError, match="batch_rows 3 is not a multiple of micro_rows 2"):
+        replace(config, stages=(Stage(0.5, batch_rows=3),))
+    tokenizer = load_toy_tokenizer(shards)
+    small = Llama(replace(SHAPE, vocab_size=128)).init_weights(seed=1)
+    save_hf(small, tmp_path / "small", tokenizer)
+    with pytest.raises(ConfigError, match=r"has 128 tokens, the shards were made with a tokenizer of 512"):
+        main(replace(config, model=str(tmp_path / "small")))
+    assert not (tmp_path / "run").exists()
+
+
+def load_toy_tokenizer(shards: Path):
+    from arriero.tokenizer import load_tokenizer
+
+    return load_tokenizer(shards / "tokenizer")
+
+
+def test_the_record_names_the_data(shards, tmp_path):
+    main(settings(shards, tmp_path / "run", loop=LoopConfig(steps=1, batch_rows=2, precision="fp32")))
+    data = json.loads((tmp_path / "run" / "data.json").read_text())
+    sources = open_sources(shards / "train")
+    assert data["fingerprints"] == {name: source.fingerprint for name, source in sources.items()}
+    assert data["tokens"] == {name: source.n_tokens for name, source in sources.items()}
