@@ -110,9 +110,9 @@ class Run:
         examples: Json = {}
         for record in records[1:]:
             best_examples(examples, record["examples"], self.config.examples)
-        toml = configs.to_toml(replace(self.config, workers=0, ray=""), "curate")  # who works does not matter
-        write_report(self.out, manifest, examples, toml)
-        write_text(self.out / "config.toml", toml)
+        settings = replace(self.config, workers=0, ray="")  # who works does not matter, nor where
+        write_report(self.out, manifest, examples, configs.to_toml(replace(settings, out=""), "curate"))
+        write_text(self.out / "config.toml", configs.to_toml(settings, "curate"))
         for stray in self.out.glob(".*.tmp"):  # of a killed run's shards
             stray.unlink()
         write_json(self.out / MANIFEST, manifest)
