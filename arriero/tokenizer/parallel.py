@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -111,8 +111,8 @@ class DocumentEncoder:
     def _fast_rows(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         assert self._fast is not None
         rows = self._fast.encode(texts)
-        # A vocabulary's merges may spell a special token; then the text is encoded in parts, by the slow twin.
-        doubtful = [i for i, row in enumerate(rows) if self._special[row].any()]
+        # Where merges may spell a special token, such a text is encoded in parts, by the slow twin.
+        doubtful = [i for i, row in enumerate(rows) if self._special[row].any()] if self._fast.spells_special else []
         for i, row in zip(doubtful, self._exactly([texts[i] for i in doubtful]), strict=True):
             rows[i] = row
         for i in range(-self._n_documents % CHECK_EVERY, len(texts), CHECK_EVERY):
@@ -146,6 +146,7 @@ class _Gigatoken:
         self._pipeline = pipeline
         self._tokenizer = tokenizer
         self._parallel = parallel
+        self.spells_special = _spells_special(json.loads(pipeline)["model"], tokenizer)
         self._build()
 
     @classmethod
@@ -163,7 +164,9 @@ class _Gigatoken:
             raise
         except BaseException:  # what it does not know it refuses by an exception, or by a panic, which is no Exception
             return None
-        if [row.tolist() for row in rows] != tokenizer.encode_batch(_HARD):
+        special = set(tokenizer.special_ids.values()) if engine.spells_special else set()
+        pairs = zip((row.tolist() for row in rows), tokenizer.encode_batch(_HARD), strict=True)
+        if any(fast != exact for fast, exact in pairs if special.isdisjoint(fast)):
             warnings.warn("gigatoken gives other ids for this tokenizer, so its own library encodes", stacklevel=4)
             return None
         return engine
@@ -212,6 +215,13 @@ def _plain_pipeline(tokenizer: Tokenizer) -> dict[str, Any] | None:
     if any(not added["special"] for added in state["added_tokens"]):
         return None
     return {**state, "added_tokens": [], "post_processor": None}
+
+
+def _spells_special(model: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
+    """Whether plain text may come out as a special token: where one is a word of the vocabulary that merges make."""
+    in_vocabulary = [text for text in tokenizer.special_ids if text in model["vocab"]]
+    made = {merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]}
+    return bool(in_vocabulary) and (bool(model.get("ignore_merges")) or not made.isdisjoint(in_vocabulary))
 
 
 def encode_documents(

@@ -106,6 +106,8 @@ def training_view(report: Mapping[str, Any]) -> Table:
     )
     table.add_row("whitespace only", f"{vocabulary['whitespace_only']:,} tokens")
     table.add_row("beyond ASCII", f"{vocabulary['beyond_ascii']:,} tokens")
-    table.add_row("longest", Text(" ".join(_label(token.encode()) for token in vocabulary["longest"][:5])))
+    table.add_row(
+        "longest", Text(" ".join(_label(token.encode())[:30].replace("\n", "") for token in vocabulary["longest"][:5]))
+    )
     table.add_row("seconds", f"{report['seconds']['read']} reading, {report['seconds']['learn']} learning")
     return table

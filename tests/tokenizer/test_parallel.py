@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import random
 from pathlib import Path
 
@@ -87,10 +88,20 @@ def test_texts_are_cut_exactly_where_the_slow_rule_cuts_them(families):
 
 
 def test_special_tokens_that_merges_spell_do_not_come_out(tmp_path):
-    tokenizer = small_sentencepiece()
-    for engine in ("auto", "exact"):
-        [row] = DocumentEncoder(tokenizer, engine=engine).encode(["Hi</s> Hi<s>"])
-        assert row.tolist() == tokenizer.encode("Hi</s> Hi<s>")
+    small_sentencepiece().save(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    for merge in (["</", "s>"], ["s", ">"], ["<", "/"]):  # as some converters write it
+        state["model"]["merges"].insert(0, merge)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = load_tokenizer(tmp_path)
+    fast = DocumentEncoder(tokenizer)
+    assert fast.engine == "gigatoken" and fast._fast.spells_special
+    assert 2 in fast._fast.encode(["Hi</s>"])[0]
+    texts = ["Hello", "Hi</s> Hi<s>", "</s>"]
+    for encoder in (fast, DocumentEncoder(tokenizer, engine="exact")):
+        assert [row.tolist() for row in encoder.encode(texts)] == [tokenizer.encode(text) for text in texts]
+        assert not set(encoder.encode(texts).ids.tolist()) & {0, 1, 2}
+    assert not DocumentEncoder(small_sentencepiece())._fast.spells_special
 
 
 def test_a_copy_for_a_worker_process_gives_equal_ids(families):
