@@ -1,10 +1,15 @@
 """Checkpoints of a run: groups of tensors and a JSON state, of which a whole one can always be found.
 
     RUN/checkpoints/step-00000020/
-        weights.safetensors        one file per group, of any number of groups
-        optimizer.safetensors
-        state.json                 counters and whatever else is not a tensor
-        manifest.json              bytes and SHA-256 of the files above
+        weights/model.safetensors           a folder for each group, of any number of groups; from many processes
+        optimizer/optimizer.safetensors       model-00001-of-00004.safetensors ... with model.safetensors.index.json
+        state.json                          counters and whatever else is not a tensor
+        manifest.json                       bytes and SHA-256 of the files above
+
+`weights` lies as Hugging Face has it (with config.json and a tokenizer, where a whole model is trained, transformers
+opens that folder). Other groups may hold tensors in pieces: each file's header says where its pieces begin, in the
+words of torch.distributed.checkpoint's safetensors storage, through which any number of processes reads them back. One
+process writes here, many in sharded.py, by the same steps: `begin`, `write`, `finish`.
 
 A checkpoint is written under a temporary name (it begins with a dot), each file fsynced, then renamed: a crash or
 a full disk leaves the earlier ones as they were. Reading hashes every file before any of it is used, so a flipped
@@ -24,10 +29,11 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -36,7 +42,8 @@ from torch import Tensor
 from arriero.checkpoint.files import read_json, sync, write_json
 from arriero.errors import CheckpointError
 
-FORMAT = 1  # of manifest.json
+FORMAT = 2  # of manifest.json
+WEIGHTS = "weights"  # the group that holds whole tensors by the model's own names
 CHUNK = 1 << 23  # bytes hashed and written at a time
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota and file-size limit
 
@@ -67,14 +74,44 @@ class Saved:
     state: dict[str, Any]
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """Read one group, on the CPU."""
-        file = self.path / _file(group)
-        if not file.exists():
+        """Read one group, on the CPU, every tensor whole."""
+        files = self._files(group)
+        if len(files) == 1:
+            return load_file(files[0])
+        whole = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in self.shapes(group).items()}
+        self.read(group, whole)
+        return whole
+
+    def shapes(self, group: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of every tensor of one group, from the headers alone."""
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        known = _storage(self._files(group)[0].parent).read_metadata().state_dict_metadata
+        return {
+            name: (tuple(tensor.size), tensor.properties.dtype)
+            for name, tensor in known.items()
+            if isinstance(tensor, TensorStorageMetadata)
+        }
+
+    def read(self, group: str, into: Mapping[str, Tensor]) -> None:
+        """Fill the tensors of `into` in place, on any device; of a DTensor its own process's part is read, no more.
+
+        `into` has any of the group's names, each in the shape that `shapes` gives.
+        """
+        from torch.distributed import checkpoint as dcp
+
+        with warnings.catch_warnings():  # that each process reads for itself is meant
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(dict(into), storage_reader=_storage(self._files(group)[0].parent), no_dist=True)
+
+    def _files(self, group: str) -> list[Path]:
+        files = sorted((self.path / group).glob("*.safetensors"))
+        if not files:
+            there = sorted({file.parent.name for file in self.path.glob("*/*.safetensors")})
             raise CheckpointError(
-                f"{self.path}: it holds no '{group}', only {sorted(f.stem for f in self.path.glob('*.safetensors'))}; "
-                "resume with the recipe that wrote it"
+                f"{self.path}: it holds no '{group}', only {there}; resume with the recipe that wrote it"
             )
-        return load_file(file)
+        return files
 
 
 def save(
@@ -89,24 +126,86 @@ def save(
 
     `state` is anything that JSON holds. Raises `CheckpointError` when the disk is full: nothing is lost then.
     """
-    assert keep_last >= 1, keep_last
-    target = path_of(run_dir, step)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target.parent)
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = begin(run_dir, step)
     try:
-        temporary.mkdir()
-        files = {_file(group): _write(temporary / _file(group), tensors) for group, tensors in groups.items()}
-        write_json(temporary / "state.json", dict(state))
-        files["state.json"] = _fingerprint(temporary / "state.json")
-        write_json(temporary / "manifest.json", {"format": FORMAT, "step": step, "files": files})
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
+        written: dict[str, Any] = {}
+        for group, tensors in groups.items():
+            written |= write(temporary, group, tensors)
+        return finish(run_dir, step, written, state, keep_last, keep)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        abandon(run_dir, step)
         if error.errno in FULL:
-            _refuse_full(run_dir, step, groups, error)
+            needed = sum(n_bytes(tensors) for tensors in groups.values())
+            raise no_room(run_dir, step, needed, error.strerror) from error
         raise
+
+
+# -- the three steps of a save -----------------------------------------------------------------------------------
+
+
+def begin(run_dir: Path, step: int) -> Path:
+    """Make the temporary directory that the checkpoint of `step` is written in, and remove what kills left behind."""
+    temporary = temporary_of(run_dir, step)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(temporary.parent)
+    temporary.mkdir()
+    return temporary
+
+
+def write(
+    temporary: Path,
+    group: str,
+    tensors: Mapping[str, Tensor],
+    offsets: Mapping[str, Sequence[int]] | None = None,
+    part: int = 0,
+    parts: int = 1,
+) -> dict[str, Any]:
+    """Write file `part` of `parts` of one group; returns {path within the checkpoint: fingerprint}.
+
+    offsets: where in the whole tensor each one begins, for those that are pieces of one.
+    """
+    assert re.fullmatch(r"[\w-]+", group), group
+    (temporary / group).mkdir(exist_ok=True)
+    name = f"{group}/{_file(group, part, parts)}"
+    fingerprint = _write(temporary / name, tensors, offsets)
+    sync(temporary / name)
+    return {name: fingerprint}
+
+
+def finish(
+    run_dir: Path,
+    step: int,
+    files: Mapping[str, Any],
+    state: Mapping[str, Any],
+    keep_last: int = 2,
+    keep: Collection[int] = (),
+    companions: Callable[[Path], None] | None = None,
+    holders: Mapping[str, str] | None = None,
+) -> Path:
+    """Make a checkpoint of what was written: add state and manifest, rename, remove the old; returns its directory.
+
+    files: what every `write` returned. companions(directory): writes what stands beside weights, such as config.json.
+    holders: file of each weight, where there are several files.
+    """
+    assert keep_last >= 1, keep_last
+    temporary, target = temporary_of(run_dir, step), path_of(run_dir, step)
+    for name, expected in files.items():
+        if not (temporary / name).exists() or (temporary / name).stat().st_size != expected["bytes"]:
+            raise CheckpointError(
+                f"{temporary / name}: written by another process, but not to be seen by the first; "
+                "the run directory has to lie on a file system that all machines share"
+            )
+    if companions is not None:
+        companions(temporary / WEIGHTS)
+    if holders:
+        write_json(temporary / WEIGHTS / "model.safetensors.index.json", {"metadata": {}, "weight_map": dict(holders)})
+    write_json(temporary / "state.json", dict(state))
+    every = {path.relative_to(temporary).as_posix(): path for path in temporary.rglob("*") if path.is_file()}
+    prints = {name: files.get(name) or _fingerprint(path) for name, path in sorted(every.items())}
+    write_json(temporary / "manifest.json", {"format": FORMAT, "step": step, "files": prints})
+    for path in (*temporary.rglob("*"), temporary):
+        if path.relative_to(temporary).as_posix() not in files:  # those are on the disk already
+            sync(path)
     if target.exists():  # damaged, or of a history that was abandoned
         _remove(target)
     os.rename(temporary, target)
@@ -115,18 +214,54 @@ def save(
     return target
 
 
+def abandon(run_dir: Path, step: int) -> None:
+    """Remove what was written of a checkpoint that did not come to be."""
+    shutil.rmtree(temporary_of(run_dir, step), ignore_errors=True)
+
+
+def no_room(run_dir: Path, step: int, needed: int, reason: str | None) -> CheckpointError:
+    """What to say when the disk is full. needed: bytes of the checkpoint. reason: the system's word for it."""
+    free, found = shutil.disk_usage(run_dir).free, steps(run_dir)
+    return CheckpointError(
+        f"{run_dir}: no room for the checkpoint of step {step} ({reason}): it needs {needed / 1e6:.1f} MB and "
+        f"{free / 1e6:.1f} MB are free; make room, then resume. "
+        + (f"The checkpoint of step {found[-1]} is whole" if found else "There is no earlier checkpoint")
+    )
+
+
+def size_of(run_dir: Path, step: int) -> int:
+    """Bytes on the disk of one step's checkpoint."""
+    return sum(file.stat().st_size for file in path_of(run_dir, step).rglob("*") if file.is_file())
+
+
+def n_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes that a group takes."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
 def latest(run_dir: Path) -> Saved | None:
     """Return the newest whole checkpoint, or None when there is none at all.
 
     A damaged one is logged as a warning that names the file and what is wrong with it, and the one before it is
     taken. Raises `CheckpointError` when all are damaged.
     """
+    return newest_whole(run_dir, steps(run_dir), lambda step: at_step(run_dir, step))
+
+
+def newest_whole(
+    run_dir: Path, found: Sequence[int], look: Callable[[int], Saved | None], quiet: bool = False
+) -> Saved | None:
+    """`latest` among the steps `found`, ascending, each of which is read by `look`; `quiet` logs nothing."""
     damage = []
-    for step in reversed(steps(run_dir)):
+    for step in reversed(found):
         try:
-            return at_step(run_dir, step)
+            return look(step)
         except CheckpointError as error:
-            log.warning("%s; trying the checkpoint before it", error)
+            if not quiet:
+                log.warning("%s; trying the checkpoint before it", error)
             damage.append(str(error))
     if damage:
         raise CheckpointError(
@@ -135,8 +270,11 @@ def latest(run_dir: Path) -> Saved | None:
     return None
 
 
-def at_step(run_dir: Path, step: int) -> Saved | None:
-    """Return the checkpoint of one step, or None. Raises `CheckpointError` naming the file when it is damaged."""
+def at_step(run_dir: Path, step: int, share: int = 0, shares: int = 1) -> Saved | None:
+    """Return the checkpoint of one step, or None. Raises `CheckpointError` naming the file when it is damaged.
+
+    share, shares: hash only every `shares`-th file, where several processes divide that work.
+    """
     path = path_of(run_dir, step)
     if not path.is_dir():
         return None
@@ -144,8 +282,11 @@ def at_step(run_dir: Path, step: int) -> Saved | None:
     files = manifest.get("files")
     if manifest.get("format") != FORMAT or manifest.get("step") != step or not isinstance(files, dict):
         raise CheckpointError(f"{path / 'manifest.json'}: it is not the manifest of step {step} in format {FORMAT}")
-    for name in {"state.json"} | files.keys():
+    for name in sorted({"state.json"} | files.keys())[share::shares]:
         _verify(path / name, files.get(name))
+    for file in path.rglob("*.safetensors"):
+        if file.relative_to(path).as_posix() not in files:  # it would be read with the others
+            raise CheckpointError(f"{file}: not in manifest.json; it does not belong here: delete it")
     return Saved(path, step, read_json(path / "state.json"))
 
 
@@ -163,30 +304,35 @@ def steps(run_dir: Path) -> list[int]:
 # -- one file ----------------------------------------------------------------------------------------------------
 
 
-def _file(group: str) -> str:
-    assert re.fullmatch(r"[\w-]+", group), group
-    return f"{group}.safetensors"
+def _file(group: str, part: int, parts: int) -> str:
+    stem = "model" if group == WEIGHTS else group
+    return f"{stem}.safetensors" if parts == 1 else f"{stem}-{part + 1:05d}-of-{parts:05d}.safetensors"
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write one group in the safetensors format, hashing on the way; return its fingerprint.
+def _write(path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] | None) -> dict[str, Any]:
+    """Write one file in the safetensors format, hashing on the way; return its fingerprint.
 
     The format is a length (8 bytes), that many bytes of JSON, and the tensors. The library's own writer would need a
-    second pass to hash, brings all tensors from the GPU at once, and refuses those that share memory.
+    second pass to hash, brings all tensors from the GPU at once, and refuses those that share memory; torch's storage
+    writer holds every file in memory a second time before it writes.
     """
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
-        for chunk in _chunks(tensors):
+        for chunk in _chunks(tensors, offsets):
             digest.update(chunk)
             file.write(chunk)
             size += len(chunk)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def _chunks(tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] | None) -> Iterator[bytes | memoryview]:
     # the widest types first: each tensor then begins at a multiple of its own width
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    if offsets is not None:
+        begins = {name: {"saved_offsets": list(offsets[name])} for name in names}
+        header["__metadata__"] |= {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(begins)}
+    offset = 0
     for name in names:
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
@@ -204,6 +350,13 @@ def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(data), CHUNK):
             yield data[start : start + CHUNK]
+
+
+def _storage(directory: Path) -> Any:
+    """torch's reader of a folder of safetensors files, whose tensors may be in pieces."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # a second: only who resumes pays it
+
+    return HuggingFaceStorageReader(str(directory))
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -228,6 +381,12 @@ def _verify(path: Path, expected: Any) -> None:
 # -- the folder --------------------------------------------------------------------------------------------------
 
 
+def temporary_of(run_dir: Path, step: int) -> Path:
+    """Return the directory that the checkpoint of one step is written in before it is whole."""
+    target = path_of(run_dir, step)
+    return target.with_name(f".{target.name}.tmp")
+
+
 def _prune(run_dir: Path, step: int, keep_last: int, keep: Collection[int]) -> None:
     found = steps(run_dir)
     newest = [s for s in found if s <= step][-keep_last:]
@@ -247,14 +406,3 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove what a kill in the middle of a save left behind."""
     for path in folder.glob(".step-*.tmp"):
         shutil.rmtree(path)
-
-
-def _refuse_full(run_dir: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], error: OSError) -> NoReturn:
-    needed = sum(t.numel() * t.element_size() for tensors in groups.values() for t in tensors.values())
-    free = shutil.disk_usage(run_dir).free
-    found = steps(run_dir)
-    raise CheckpointError(
-        f"{run_dir}: no room for the checkpoint of step {step} ({error.strerror}): it needs {needed / 1e6:.1f} MB and "
-        f"{free / 1e6:.1f} MB are free; make room, then resume. "
-        + (f"The checkpoint of step {found[-1]} is whole" if found else "There is no earlier checkpoint")
-    ) from error

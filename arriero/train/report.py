@@ -180,7 +180,7 @@ def _checkpoints(run_dir: Path, validation: list[dict[str, Any]]) -> list[dict[s
         {
             "step": f"{step:,}",
             "loss": f"{losses[step]:.4f}" if step in losses else "",
-            "size": size(sum(file.stat().st_size for file in native.path_of(run_dir, step).iterdir())),
+            "size": size(native.size_of(run_dir, step)),
             "best": "best" if step == best else "",
         }
         for step in native.steps(run_dir)

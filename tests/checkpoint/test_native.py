@@ -55,14 +55,14 @@ def test_every_type_shape_and_layout_is_read_back_by_the_safetensors_library(tmp
     tensors |= {"transposed": base.T, "slice": base[3:5, 2:9], "scalar": torch.tensor(17.0), "empty": torch.empty(0, 5)}
     tensors |= {"shared": base, "nan": torch.tensor([float("nan"), float("-inf")]), "ä 'name'\n": torch.ones(3)}
     path = native.save(tmp_path, 5, {"weights": tensors, "none": {}}, {})
-    read = load_file(path / "weights.safetensors")
+    read = load_file(path / "weights/model.safetensors")
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype
         assert read[name].shape == tensor.shape
         raw = tensor.contiguous().reshape(-1).view(torch.uint8)
         assert torch.equal(read[name].reshape(-1).view(torch.uint8), raw), name
-    assert load_file(path / "none.safetensors") == {}
+    assert load_file(path / "none/none.safetensors") == {}
 
 
 def test_parameters_that_require_gradients_are_saved(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_damaged_later_checkpoints_never_push_out_the_good_one(tmp_path: Path) -
 # -- damage ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("file", ["weights/model.safetensors", "optimizer/optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "longer", "missing"])
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
@@ -163,7 +163,7 @@ def test_one_flipped_bit_anywhere_gives_the_same_content_or_a_refusal(
     run_dir = tmp_path_factory.getbasetemp() / "flipped"
     if not run_dir.exists():
         save(run_dir, 20)
-    files = sorted((run_dir / "checkpoints/step-00000020").iterdir())
+    files = sorted(p for p in (run_dir / "checkpoints/step-00000020").rglob("*") if p.is_file())
     where %= sum(file.stat().st_size for file in files)
     file = next(f for f in files if (where := where - f.stat().st_size) < 0)
     content = file.read_bytes()
@@ -184,7 +184,7 @@ def test_one_flipped_bit_anywhere_gives_the_same_content_or_a_refusal(
 
 def test_when_all_are_damaged_each_is_named(tmp_path: Path) -> None:
     for step in (10, 20):
-        (save(tmp_path, step) / "weights.safetensors").write_bytes(b"")
+        (save(tmp_path, step) / "weights/model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"every checkpoint is damaged; start the run again.*20/.*10/weights"):
         native.latest(tmp_path)
 
