@@ -32,13 +32,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
-    """Sync `temporary` and rename it to `path`; when this returns, a power cut changes nothing."""
-    _sync(temporary)
+    """Sync a file or directory and rename it to `path`; when this returns, a power cut changes nothing."""
+    sync(temporary)
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's entries, are on the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open directories, and orders renames by itself
     descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)

@@ -15,14 +15,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arriero.data.files import put_in_place, replaced, temporary_name, write_text
+from arriero.data.files import put_in_place, replaced, sync, temporary_name, write_text
 from arriero.data.shards import FORMAT, MANIFEST
 from arriero.errors import DataError
 from arriero.tokenizer.base import Tokenizer
@@ -56,12 +55,11 @@ class State:
 class ShardWriter:
     """Writes sets under `out`, beginning or going on; a context manager, for `out` is locked meanwhile.
 
-    request: everything that decides the bytes, with the words that an error message has for each.
+    request: all that decides the bytes but the documents themselves; a run that goes on has to ask for the same.
     """
 
     def __init__(self, out: Path, tokenizer: Tokenizer, request: Mapping[str, Any], by_source: bool) -> None:
         self.out, self.tokenizer, self.by_source = out, tokenizer, by_source
-        self._stack = ExitStack()
         self._open: dict[SetName, _SetPart] = {}
         self._left_out: dict[str, int] = {}
         self._position: tuple[int, int] | None = None
@@ -72,12 +70,14 @@ class ShardWriter:
         if not begun and self.out.exists() and any(path.name != LOCK for path in self.out.iterdir()):
             raise DataError(f"{self.out} holds something else; give another --out, or empty it")
         self.out.mkdir(parents=True, exist_ok=True)
-        self._stack.enter_context(_locked(self.out))
-        self.state = self._read_state() if begun else State(self._request)
-        if not begun:
-            self._save()
-        for stray in (*self.out.glob("**/.*.tmp"), *self.out.glob("**/.tokenizer-*/*")):  # of a run that was killed
-            stray.unlink()
+        with ExitStack() as stack:
+            stack.enter_context(_locked(self.out))
+            self.state = self._read_state() if begun else State(self._request)
+            if not begun:
+                self._save()
+            for stray in self.out.glob("**/.*.tmp"):  # of a run that was killed
+                stray.unlink()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,11 +108,7 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Save the tokenizer, join the parts' indices, write the manifests."""
-        if not (self.out / "tokenizer").is_dir():
-            with TemporaryDirectory(dir=self.out, prefix=".tokenizer-") as directory:
-                self.tokenizer.save(directory)
-                os.rename(directory, self.out / "tokenizer")
-                Path(directory).mkdir()  # for the context to remove
+        self._save_tokenizer()
         for name in sorted({name for part in self.state.parts for name in part}):
             split, _, source = name.partition("/")
             self._finish_set(split, source, [part[name] for part in self.state.parts if name in part])
@@ -131,6 +127,17 @@ class ShardWriter:
         """Where a set lies; any character may be in a source's name, so it is percent-encoded."""
         split, source = name
         return self.out / split / quote(source, safe=" ").replace(".", "%2E") if self.by_source else self.out / split
+
+    def _save_tokenizer(self) -> None:
+        if (self.out / "tokenizer").is_dir():
+            return
+        temporary = self.out / ".tokenizer"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        self.tokenizer.save(temporary)
+        for file in temporary.iterdir():
+            sync(file)
+        put_in_place(temporary, self.out / "tokenizer")
 
     def _finish_set(self, split: str, source: str, parts: list[dict[str, Any]]) -> None:
         directory, total = self.directory((split, source)), 0

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -293,7 +293,7 @@ class Encode:
 
 
 def _shard(
-    items: Any,
+    items: Callable[[Position], Iterator[Item]],
     encode: Encode,
     out: Path,
     request: dict[str, Any],
