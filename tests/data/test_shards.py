@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -14,12 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tokenizers
 from helpers.shards import write_shards
 from rich.console import Console
 
 from arriero.curate.document import Document
+from arriero.curate.sources import read_documents
 from arriero.data import files, sharding
 from arriero.data.sharding import document_marks, shard_documents, shard_sources, text_hash
 from arriero.data.shards import Shards, open_shards, open_sources, refuse_changed
@@ -149,6 +153,29 @@ def test_both_marks_stand_where_the_family_has_both(tmp_path, small):
     assert (shards.tokens(2) == 1).sum() == 1  # the text of a special token is not the token
 
 
+def test_files_of_every_kind_become_the_documents_that_their_reader_gives(tmp_path, small):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    write_corpus(folder / "rows.jsonl", 29)
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress((folder / "rows.jsonl").read_bytes()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(corpus(31)), folder / "rows.parquet", row_group_size=7)
+    (folder / "note.md").write_text("# Llamas\n\nThey hum.\n")
+    (folder / "code.py").write_text("# -*- coding: latin-1 -*-\nname = 'Andr\xe9'\n", encoding="latin-1")
+    (folder / "page.html").write_text("<html><body><p>" + "A page about llamas. " * 20 + "</p></body></html>")
+    warc_page = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\nplain text from the web"
+    head = (
+        f"WARC/1.0\r\nWARC-Type: response\r\nContent-Type: application/http\r\nContent-Length: {len(warc_page)}\r\n\r\n"
+    )
+    (folder / "crawl.warc").write_bytes(head.encode() + warc_page + b"\r\n\r\n")
+    expected = [document.text for document in read_documents([folder]) if document.text.strip()]
+    assert len(expected) > 80 and "plain text from the web" in expected
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        shards = shard(folder, small, out, validation=0, workers=workers, part_size=2_000)["train"]["documents"]
+        assert [small.decode(shards.tokens(i)) for i in range(len(shards))] == expected
+    assert tree(tmp_path / "out1") == tree(tmp_path / "out2")
+
+
 def test_sources_are_kept_apart_whatever_their_names(tmp_path, small):
     path = write_corpus(tmp_path / "c.jsonl", 67)
     sets = shard(path, small, tmp_path / "out", by_source=True, validation=0.3)
@@ -271,6 +298,18 @@ def test_a_run_killed_by_sigkill_goes_on_to_the_same_bytes_and_leaves_no_worker_
     out = tmp_path / "out"
     kills = sum(killed_in(SCRIPT, str(path), str(tmp_path), str(out), part=part, out=out) for part in (1, 4))
     assert kills == 2
+    shard(path, load_tokenizer(tmp_path), out, part_size=40_000)
+    shard(path, load_tokenizer(tmp_path), tmp_path / "whole", part_size=40_000)
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_killed_by_sigkill_twenty_times_ends_with_the_same_bytes(tmp_path, small):
+    path = write_corpus(tmp_path / "c.jsonl", 5003)
+    small.save(tmp_path)
+    out = tmp_path / "out"
+    kills = [killed_in(SCRIPT, str(path), str(tmp_path), str(out), part=part, out=out) for part in range(1, 21)]
+    assert sum(kills) == 20
     shard(path, load_tokenizer(tmp_path), out, part_size=40_000)
     shard(path, load_tokenizer(tmp_path), tmp_path / "whole", part_size=40_000)
     assert tree(out) == tree(tmp_path / "whole")
