@@ -24,6 +24,7 @@ from arriero.distributed.mesh import Mesh
 from arriero.distributed.pipeline import Pipeline
 from arriero.distributed.stage import MicroBatch, Objective, Stage
 from arriero.model.attention import document_positions
+from arriero.model.llama import Llama
 from arriero.optim.groups import trained_parameters
 
 
@@ -33,6 +34,17 @@ class Engine:
     def __init__(self, stages: list[Stage], mesh: Mesh) -> None:
         self.stages, self.mesh = stages, mesh
         self._pipeline = Pipeline(stages, mesh) if mesh.config.pp > 1 else None
+
+    @classmethod
+    def alone(cls, model: Llama) -> Engine:
+        """One process with the whole model, as it is."""
+        mesh = Mesh.alone(model.device)
+        return cls([Stage(model, 0, range(model.config.n_layers))], mesh)
+
+    @property
+    def model(self) -> Llama:
+        """The model, of which this process holds a part where there are many."""
+        return self.stages[0].model
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -46,18 +58,13 @@ class Engine:
 
     # -- loss and gradients --------------------------------------------------------------------------------------
 
-    def trained_tokens(self, micro_batches: Sequence[Batch]) -> int:
-        """Trained tokens of the whole global batch, of which `micro_batches` are this process's share."""
-        here = sum(batch.n_trained for batch in micro_batches)
-        return self.mesh.count(here) if self.mesh.distributed else here
-
     def forward_backward(
         self, micro_batches: Sequence[Batch], objective: Objective, trained: int, seeds: Sequence[int] | None = None
     ) -> Tensor:
         """Add the gradient of the global batch to the parameters; returns its loss a trained token, fp32, detached.
 
-        micro_batches: this data-parallel share's. trained: `trained_tokens` of the whole batch. seeds: of each
-        micro-batch's dropout. Every process has to call it, with equally many micro-batches.
+        micro_batches: this data-parallel share's. trained: trained tokens of the whole batch (`Mesh.count`). seeds: of
+        each micro-batch's dropout. Every process has to call it, with equally many micro-batches.
         """
         micro = self._begin(micro_batches, objective, trained, seeds)
         if self._pipeline is not None:

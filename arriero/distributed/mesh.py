@@ -41,6 +41,11 @@ class Mesh:
         """Processes in all."""
         return self.config.world
 
+    @classmethod
+    def alone(cls, device: torch.device | str) -> Mesh:
+        """The mesh of one process."""
+        return cls(ParallelConfig(dp_shard=1), torch.device(device))
+
     @property
     def rank(self) -> int:
         """This process's number among all."""
@@ -81,10 +86,16 @@ class Mesh:
             dist.all_reduce(value)
         return value
 
-    def count(self, number: int) -> int:
-        """The sum of a whole number over data-parallel shares, whose other processes all hold the same."""
-        counted = number if self.leads("pp", "cp", "tp") else 0
-        return int(self.sum(torch.tensor(counted, device=self.device)))
+    def count(self, *numbers: int) -> list[int]:
+        """Each number summed over the data-parallel shares; the other processes of a share hold the same."""
+        if not self.distributed:
+            return list(numbers)
+        own = torch.tensor(numbers, device=self.device)
+        return self.sum(own if self.leads("pp", "cp", "tp") else torch.zeros_like(own)).tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any process, so that all can act alike."""
+        return bool(self.sum(torch.tensor(int(flag), device=self.device))) if self.distributed else flag
 
     def close(self) -> None:
         """Leave the process group."""

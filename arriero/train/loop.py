@@ -1,10 +1,10 @@
 """The one training loop; every recipe calls it with an objective, a source of batches and a run directory.
 
 A step is: the micro-batches of one global batch, their losses summed and divided by the trained tokens of the whole
-global batch (so 1 x 8 equals 8 x 1), a clipped gradient, one optimizer step. Data order, dropout and learning
-rate are pure functions of (seed, step): a checkpoint is weights, optimizer state and a few counters, and resuming
-is exact without saving any generator's state. A step whose loss or gradient is not finite is skipped and counted, and
-so is a spike where the settings say what one is.
+global batch (so 1 x 8 equals 8 x 1, and any number of processes equals one: distributed/engine.py runs them), a clipped
+gradient, one optimizer step. Data order, dropout and learning rate are pure functions of (seed, step): a checkpoint is
+weights, optimizer state and a few counters, and resuming is exact without saving any generator's state. A step whose
+loss or gradient is not finite is skipped and counted, and so is a spike where the settings say what one is.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from rich.console import Console
+from torch import Tensor
 
 from arriero.checkpoint import native
 from arriero.data.loader import Batch
+from arriero.distributed.engine import Engine
+from arriero.distributed.stage import Objective
 from arriero.errors import CheckpointError, TrainingError
 from arriero.optim.build import build_optimizer
-from arriero.optim.groups import trained_parameters
 from arriero.optim.schedule import lr_factor
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.guard import SpikeGuard
@@ -34,8 +36,7 @@ from arriero.train.metrics import LiveLine, MetricsLog, memory_bytes
 
 log = logging.getLogger(__name__)
 
-Objective = Callable[[nn.Module, Batch], Tensor]  # the loss of a batch, SUMMED over its trained tokens
-BatchSource = Callable[[int], Sequence[Batch]]  # optimizer step -> the micro-batches of its global batch
+BatchSource = Callable[[int], Sequence[Batch]]  # optimizer step -> this process's micro-batches of its global batch
 Validate = Callable[[], dict[str, Any]]  # "loss" in nats per token, and whatever else is worth recording
 
 
@@ -69,7 +70,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        engine: Engine,
         objective: Objective,
         batches: BatchSource,
         total_steps: int,
@@ -80,9 +81,9 @@ class Trainer:
         seconds_at_peak: Callable[[Sequence[Batch]], float] | None = None,
     ) -> None:
         """seconds_at_peak: what a global batch would take at the hardware's peak, for the metric `mfu`."""
-        self.model, self.objective, self.batches, self.validate = model, objective, batches, validate
+        self.engine, self.objective, self.batches, self.validate = engine, objective, batches, validate
         self.total_steps, self.loop, self.optim, self.run_dir = total_steps, loop, optim, run_dir
-        self.parameters = trained_parameters(model)
+        self.parameters = engine.parameters
         self.optimizer = build_optimizer(
             self.parameters,
             optim.optimizer,
@@ -105,14 +106,14 @@ class Trainer:
         began, p = time.perf_counter(), self.progress
         micro_batches = self.batches(p.step)
         waited = time.perf_counter() - began
-        trained = sum(batch.n_trained for batch in micro_batches)
-        loss = torch.zeros((), device=next(iter(self.parameters.values())).device)
-        for index, batch in enumerate(micro_batches):
-            torch.manual_seed(_mix(self.loop.seed, p.step, index))  # dropout, as a pure function of the step
-            part = self.objective(self.model, batch) / trained
-            part.backward()
-            loss += part.detach()
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.optim.clip or math.inf)
+        mesh = self.engine.mesh
+        trained, tokens = mesh.count(
+            sum(batch.n_trained for batch in micro_batches), sum(batch.tokens.numel() for batch in micro_batches)
+        )
+        indices = mesh.share(len(micro_batches) * mesh.dp_size)
+        seeds = [_mix(self.loop.seed, p.step, index) for index in indices]  # dropout, as a pure function of the step
+        loss = self.engine.forward_backward(micro_batches, self.objective, trained, seeds)
+        grad_norm = self.engine.clip_grad_norm_(self.optim.clip or math.inf)
         lr = self.optim.lr * self._lr_factor(p.step)
         finite = bool(torch.isfinite(loss + grad_norm))
         spike = finite and self.guard.is_spike(loss.item(), grad_norm.item())
@@ -125,7 +126,6 @@ class Trainer:
         p.spikes, p.usual = p.spikes + spike, self.guard.state
         if p.step >= self.average_from:
             self._average()
-        tokens = sum(batch.tokens.numel() for batch in micro_batches)
         seconds = time.perf_counter() - began
         p.step, p.tokens, p.trained_tokens = p.step + 1, p.tokens + tokens, p.trained_tokens + trained
         p.seconds += seconds
@@ -143,7 +143,7 @@ class Trainer:
             "waited": waited,
         }
         if self.seconds_at_peak is not None:
-            metrics["mfu"] = self.seconds_at_peak(micro_batches) / seconds
+            metrics["mfu"] = self.seconds_at_peak(micro_batches) / seconds * mesh.dp_size / mesh.world
         return metrics
 
     @torch.no_grad()
@@ -182,8 +182,9 @@ class Trainer:
         saved_at = p.step
         if p.step == 0:
             self._validate(record)
-        with _signals() as stop, LiveLine(self.total_steps, start=p.step) as line:
-            while p.step < self.total_steps and not stop:
+        console = Console(stderr=True, quiet=self.engine.mesh.rank > 0)
+        with _signals() as stop, LiveLine(self.total_steps, p.step, console) as line:
+            while p.step < self.total_steps and not self.engine.mesh.any(bool(stop)):
                 metrics = self.step()
                 line.update(metrics)
                 if p.step % self.loop.log_every == 0 or p.step == self.total_steps:
@@ -195,6 +196,8 @@ class Trainer:
                     saved_at = p.step
             if saved_at != p.step:
                 self.save()
+        if not stop and p.step < self.total_steps:
+            stop.append(signal.SIGTERM)  # that another process was sent
         return Outcome(p, stop[0] if stop else None)
 
     def _validate(self, record: MetricsLog) -> bool:
@@ -202,10 +205,10 @@ class Trainer:
         if self.validate is None:
             return False
         p = self.progress
-        self.model.eval()
+        self.engine.train(False)
         with torch.no_grad():
             measured = self.validate()
-        self.model.train()
+        self.engine.train()
         loss = p.validation[p.step] = measured["loss"]
         record.event("validation", step=p.step, **measured)
         if p.best_loss is not None and loss >= p.best_loss:
@@ -253,7 +256,7 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.average[name])
             if self.validate is not None:
-                self.model.eval()
+                self.engine.train(False)
                 record.event("averaged", step=self.progress.step, **self.validate())
             return
         best = self.progress.best_step

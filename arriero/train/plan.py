@@ -151,7 +151,7 @@ def probe(config: SftConfig) -> dict[str, Any]:
         tenth = math.ceil(trainer.total_steps / 10)
         validations = 1 + math.ceil(trainer.total_steps / (loop.validate_every or tenth))
         start = time.perf_counter()
-        trainer.model.eval()
+        trainer.engine.train(False)
         trainer.validate()
         seconds += validations * (time.perf_counter() - start)
     return {

@@ -19,7 +19,9 @@ from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load
 from arriero.data.loader import Batch, SftLoader
 from arriero.data.sft import SftDataset, build_splits, data_stats
-from arriero.distributed.parallelize import prepare
+from arriero.distributed.engine import Engine
+from arriero.distributed.mesh import Mesh
+from arriero.distributed.parallelize import parallelize
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
 from arriero.tokenizer.base import Tokenizer
@@ -115,7 +117,8 @@ def build(config: SftConfig, console: Console) -> SftRun:
         add_lora(model, config.lora)
     model.set_compute_dtype(DTYPES[loop.precision]).train()
     compiled = compiles(loop, steps * loop.batch_rows * config.data.seq_len)
-    prepare(model, recompute=loop.recompute, compile=compiled)
+    mesh = Mesh.alone(device)
+    engine = Engine(parallelize(model, mesh, recompute=loop.recompute, compile=compiled), mesh)
     pad_to = loop.micro_rows * config.data.seq_len if compiled else None  # compiled code wants one shape
 
     def batches(step: int) -> list[Batch]:
@@ -128,7 +131,7 @@ def build(config: SftConfig, console: Console) -> SftRun:
     if validation is not None:
         held_out = SftLoader(validation, config.data.seq_len, seed=0)
         validate = Validation(model, held_out, pad_to=config.data.seq_len if compiled else None, device=device)
-    trainer = Trainer(model, lm_loss, batches, steps, loop, config.optim, Path(config.out), validate)
+    trainer = Trainer(engine, lm_loss, batches, steps, loop, config.optim, Path(config.out), validate)
     return SftRun(config, model, tokenizer, training, validation, loader, trainer)
 
 

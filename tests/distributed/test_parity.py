@@ -8,11 +8,11 @@ import torch
 from helpers.parallel import Case, Result, run_alone, run_cases
 
 TWO = [
-    Case({"dp_shard": 2, "reduce_every": True}, tied=True, prefix=11, recompute="selective"),
-    Case({"dp_replicate": 2}, lora=True, dropout=0.1),
-    Case({"tp": 2}, prefix=11),
-    Case({"cp": 2}, prefix=11, recompute="full"),
-    Case({"pp": 2, "pp_light_ends": True}),
+    Case({"dp_shard": 2, "reduce_every": True}, tied=True, prefix=11, recompute="selective", micro_batches=4),
+    Case({"dp_replicate": 2}, lora=True, dropout=0.1, micro_batches=4),
+    Case({"tp": 2}, prefix=11, micro_batches=2),
+    Case({"cp": 2}, prefix=11, recompute="full", micro_batches=4),
+    Case({"pp": 2, "pp_light_ends": True}, micro_batches=4),
 ]
 
 FOUR = [
@@ -78,6 +78,7 @@ def test_two_processes_equal_one(tmp_path):
     check(TWO, 2, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_four_processes_equal_one(tmp_path):
     check(FOUR, 4, tmp_path)

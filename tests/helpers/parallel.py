@@ -112,7 +112,7 @@ def train(case: Case, mesh: Mesh) -> Result:
     for step in range(STEPS):
         seeds = [step * case.micro_batches + i for i in mesh.share(case.micro_batches)]
         share = [toy_batch(seed, case.prefix) for seed in seeds]
-        trained = engine.trained_tokens(share)
+        (trained,) = mesh.count(sum(batch.n_trained for batch in share))
         losses.append(engine.forward_backward(share, lm_loss, trained, seeds).item())
         if step in (0, STEPS - 1):
             grads.append({name: grad.clone() for name, grad in engine.full_gradients().items()})
@@ -127,14 +127,14 @@ def train(case: Case, mesh: Mesh) -> Result:
 
 def run_alone(case: Case) -> Result:
     """The case on this process alone."""
-    return train(case.alone(), Mesh(ParallelConfig(dp_shard=1), torch.device("cpu")))
+    return train(case.alone(), Mesh.alone("cpu"))
 
 
 def main(cases: str, out: str) -> None:
     """One process of the group."""
     for case in (Case(**c) for c in json.loads(Path(cases).read_text())):
         began = time.perf_counter()
-        with_mesh = init_mesh(ParallelConfig(**case.parallel, timeout=60), "cpu")
+        with_mesh = init_mesh(ParallelConfig(**case.parallel, timeout=240), "cpu")
         result = train(case, with_mesh)
         if with_mesh.rank == 0:
             base = Path(out) / case.name()
@@ -149,7 +149,7 @@ def main(cases: str, out: str) -> None:
     dist.destroy_process_group()
 
 
-def run_cases(cases: list[Case], world: int, out: Path, timeout: float = 240) -> dict[str, Result]:
+def run_cases(cases: list[Case], world: int, out: Path, timeout: float = 280) -> dict[str, Result]:
     """Results by case name, of `world` processes. None of them outlives this call."""
     (out / "cases.json").write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
     run_processes([sys.executable, "-m", "helpers.parallel", str(out / "cases.json"), str(out)], world, timeout)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from arriero.data.loader import SftLoader
+from arriero.distributed.engine import Engine
 from arriero.model.config import LlamaConfig, LoraConfig
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
@@ -69,4 +70,4 @@ def toy_trainer(
         ]
 
     optim = OptimConfig(lr=1e-2)
-    return Trainer(model.train(), lm_loss, batches, steps, loop, optim, run_dir, validate)
+    return Trainer(Engine.alone(model.train()), lm_loss, batches, steps, loop, optim, run_dir, validate)
