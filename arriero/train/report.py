@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import statistics
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def write_report(run_dir: Path) -> Path:
         tiles=_tiles(steps, validation),
         curves={name: base64.b64encode(png).decode() for name, png in curves.items()},
         samples=read_records(run_dir / "samples.jsonl"),
+        continuations=_continuations(validation),
         data=_rows(_json(run_dir / "data.json")),
         config=config_text,
         environment=_rows(_json(run_dir / "environment.json")),
@@ -159,7 +161,10 @@ def _tiles(steps: list[dict[str, Any]], validation: list[dict[str, Any]]) -> lis
     """The few numbers to see first: (name, value)."""
     tiles = []
     if validation:
-        tiles.append(("best validation loss", f"{min(record['loss'] for record in validation):.3f}"))
+        best = min(validation, key=lambda record: record["loss"])
+        tiles.append(("best validation loss", f"{best['loss']:.3f}"))
+        if "bits_per_byte" in best:
+            tiles.append(("bits per byte", f"{best['bits_per_byte']:.3f}"))
     if steps:
         last = steps[-1]
         tiles += [
@@ -168,9 +173,22 @@ def _tiles(steps: list[dict[str, Any]], validation: list[dict[str, Any]]) -> lis
             ("tokens/s", f"{last['tokens'] / last['seconds']:,.0f}"),
             ("peak memory", size(last["memory_bytes"])),
         ]
+        if "mfu" in last:
+            tiles.append(("model-FLOP use", f"{statistics.median(record['mfu'] for record in steps):.0%}"))
         if last["skipped"]:
             tiles.append(("steps skipped", f"{last['skipped']:,}"))
     return tiles
+
+
+def _continuations(validation: list[dict[str, Any]]) -> list[list[tuple[int, str]]]:
+    """For each prompt of a pretraining run what the model said to it, as (step, text), at up to four validations."""
+    spoken = [record for record in validation if record.get("samples")]
+    last = len(spoken) - 1
+    shown = [spoken[i] for i in sorted({round(last * share) for share in (0, 1 / 3, 2 / 3, 1)})] if spoken else []
+    return [
+        [(record["step"], text) for record, text in zip(shown, texts, strict=True)]
+        for texts in zip(*(record["samples"] for record in shown), strict=True)
+    ]
 
 
 def _checkpoints(run_dir: Path, validation: list[dict[str, Any]]) -> list[dict[str, str]]:

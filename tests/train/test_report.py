@@ -173,3 +173,18 @@ def test_the_environment_is_json_and_names_versions_hardware_and_command() -> No
     assert environment["cpu"]
     assert environment["commit"] == commit()
     assert environment["commit"] is None or re.fullmatch(r"[0-9a-f]{40,64}(\+changes)?", environment["commit"])
+
+
+def test_a_pretraining_run_shows_bits_per_byte_and_what_the_model_says_from_step_to_step(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path) as log:
+        for step in range(10):
+            texts = [f"Once {step}", f"def {step} {EVIL}"]
+            log.event("validation", step=step, loss=3.0 - step / 10, bits_per_byte=1.5 - step / 10, samples=texts)
+        log.step(
+            {"step": 9, "loss": 2.0, "lr": 1e-3, "tokens": 7, "trained_tokens": 7, "seconds": 1.0}
+            | {"memory_bytes": 1, "skipped": 0, "mfu": 0.53}
+        )
+    page = Page(write_report(tmp_path).read_text())
+    assert "0.600 bits per byte" in page.text and "53% model-FLOP use" in page.text
+    assert all(f"step {step} Once {step}" in page.text for step in (0, 3, 6, 9)) and "Once 4" not in page.text
+    assert page.tags.count("script") == 0
