@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import ast
 import gzip
+import hashlib
 import importlib.metadata
 import json
 import pydoc_data.topics
@@ -30,8 +31,11 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from arriero.curate import minhash
 from arriero.curate.analysis import analyse
@@ -39,7 +43,6 @@ from arriero.curate.rules import C4Rules, FineWebRules, GopherQuality, GopherRep
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BATCH = 256  # documents analysed together
-Verdicts = dict[str, list[bool]]
 
 # ---- documents
 
@@ -121,71 +124,137 @@ SOURCES: dict[str, Callable[[random.Random], Iterator[str]]] = {
 # ---- the two
 
 
-def ours(texts: list[str]) -> tuple[Verdicts, int]:
-    judges = (
-        GopherQuality(),
-        GopherRepetition(),
-        FineWebRules(max_dup_line_char_frac=0.01),
-    )  # datatrove's, not the paper's
-    c4, config = C4Rules(), minhash.MinHashConfig()
-    kept: Verdicts = {rule.name: [] for rule in (*judges, c4)}
-    signed = 0
-    for start in range(0, len(texts), BATCH):
-        analysis = analyse(texts[start : start + BATCH])
-        for rule in judges:
-            kept[rule.name] += [reason is None for reason in rule.judge(analysis)]
-        kept[c4.name] += [reason is None for _, reason in c4.edit(analysis)]
-        signed += int((minhash.signatures(analysis, config)[:, 0] != minhash.NO_SHINGLE).sum())
-    return kept, signed
+@dataclass
+class Outcome:
+    """What one of the two makes of the documents it was given, in their order."""
+
+    kept: dict[str, list[bool]] = field(default_factory=dict)
+    """For each rule the verdict on each document."""
+    c4_texts: list[str] = field(default_factory=list)
+    """Each document after C4's edits, "" where it is dropped."""
+    bands: list[list[bytes]] = field(default_factory=list)
+    """The bands of each signature, none where a document is too short for one."""
+
+
+class Arriero:
+    """Our rules, with datatrove's threshold where it is not the paper's."""
+
+    def __init__(self) -> None:
+        self.judges = GopherQuality(), GopherRepetition(), FineWebRules(max_dup_line_char_frac=0.01)
+        self.c4, self.config = C4Rules(), minhash.MinHashConfig()
+
+    def __call__(self, texts: list[str]) -> tuple[Outcome, list[np.ndarray]]:
+        out = Outcome({rule.name: [] for rule in (*self.judges, self.c4)})
+        signed = []
+        for start in range(0, len(texts), BATCH):
+            analysis = analyse(texts[start : start + BATCH])
+            for rule in self.judges:
+                out.kept[rule.name] += [reason is None for reason in rule.judge(analysis)]
+            edited = self.c4.edit(analysis)
+            out.kept[self.c4.name] += [reason is None for _, reason in edited]
+            out.c4_texts += [text if reason is None else "" for text, reason in edited]
+            signed.append(minhash.signatures(analysis, self.config))
+        return out, signed
+
+    def bands(self, signed: list[np.ndarray]) -> list[list[bytes]]:
+        rows = [row for batch in signed for row in batch]
+        return [_split(row) if (row != minhash.NO_SHINGLE).any() else [] for row in rows]
 
 
 class Datatrove:
     """Its filters under our rules' names."""
 
-    def __init__(self, peers: Path | None) -> None:
-        if peers:
-            sys.path.append(str(peers))
-        try:
-            from datatrove.data import Document
-            from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
-            from datatrove.pipeline.filters import (
-                C4QualityFilter,
-                FineWebQualityFilter,
-                GopherQualityFilter,
-                GopherRepetitionFilter,
-            )
+    def __init__(self) -> None:
+        from datatrove.data import Document
+        from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+        from datatrove.pipeline.filters import (
+            C4QualityFilter,
+            FineWebQualityFilter,
+            GopherQualityFilter,
+            GopherRepetitionFilter,
+        )
 
-            __import__("spacy")
-        except ImportError as error:
-            assert __doc__ is not None
-            how = "\n".join(line for line in __doc__.splitlines() if line.startswith("    pip install"))
-            sys.exit(f"datatrove is not to be had ({error}); into a directory DIR, which --peers then names:\n{how}")
+        __import__("spacy")
         self.document: Any = Document
         self.filters = {
             GopherQuality.name: GopherQualityFilter(),
             GopherRepetition.name: GopherRepetitionFilter(),
             FineWebRules.name: FineWebQualityFilter(),
-            C4Rules.name: C4QualityFilter(),
         }
+        self.c4 = C4QualityFilter()
         self.signature = MinhashDedupSignature("memory://signatures", MinhashConfig(n_grams=5))
 
-    def __call__(self, texts: list[str]) -> tuple[Verdicts, int]:
-        kept: Verdicts = {name: [] for name in self.filters}
-        signed = 0
+    def __call__(self, texts: list[str]) -> tuple[Outcome, list[list[list[int]]]]:
+        out = Outcome({name: [] for name in (*self.filters, C4Rules.name)})
+        signed = []
         for text in texts:
             for name, rule in self.filters.items():
-                kept[name].append(self._keeps(rule, text))
+                out.kept[name].append(self._keeps(rule, self.document(text=text, id="")))
+            document = self.document(text=text, id="")
+            out.kept[C4Rules.name].append(self._keeps(self.c4, document))
+            out.c4_texts.append(document.text if out.kept[C4Rules.name][-1] else "")
             shingles = self.signature.get_shingles(text)
-            if shingles.size:
-                self.signature.get_signature(shingles)
-                signed += 1
-        return kept, signed
+            signed.append(self.signature.get_signature(shingles) if shingles.size else [])
+        return out, signed
 
-    def _keeps(self, rule: Any, text: str) -> bool:
+    def _keeps(self, rule: Any, document: Any) -> bool:
         try:
-            return rule.filter(self.document(text=text, id="")) is True
+            return rule.filter(document) is True
         except ZeroDivisionError:  # FineWeb's filter divides by the number of words
             return False
+
+    def bands(self, signed: list[list[list[int]]]) -> list[list[bytes]]:
+        return [[np.array(band, np.uint64).tobytes() for band in bands] for bands in signed]
+
+
+def _split(row: np.ndarray) -> list[bytes]:
+    return [band.tobytes() for band in np.split(row, minhash.MinHashConfig().bands)]
+
+
+def near_duplicates(bands: list[list[bytes]]) -> list[bool]:
+    """Which documents are the first of those that share any band, directly or through others, as datatrove has it."""
+    keys = np.zeros((len(bands), minhash.MinHashConfig().bands), np.uint64)
+    for i, row in enumerate(bands):
+        keys[i, : len(row)] = [int.from_bytes(hashlib.blake2b(band, digest_size=8).digest()) for band in row]
+    return minhash.keep(keys).tolist()
+
+
+# ---- the comparison
+
+
+def run(texts: list[str], rounds: int, peers: list[Any]) -> tuple[list[Outcome], list[list[float]]]:
+    """Each peer's outcome for all texts, and its CPU seconds for each of `rounds` parts of them, taken in turn."""
+    outcomes, seconds = [Outcome() for _ in peers], [[0.0] * rounds for _ in peers]
+    for peer in peers:
+        peer(texts[:7])  # compile, load tables
+    size = -(-len(texts) // rounds)
+    for part in range(rounds):
+        for peer, outcome, times in zip(peers, outcomes, seconds, strict=True):
+            started = time.process_time()
+            found, signed = peer(texts[part * size : (part + 1) * size])
+            times[part] = time.process_time() - started
+            for name, verdicts in found.kept.items():
+                outcome.kept.setdefault(name, []).extend(verdicts)
+            outcome.c4_texts += found.c4_texts
+            outcome.bands += peer.bands(signed)
+    return outcomes, seconds
+
+
+def comparison(ours: Outcome, theirs: Outcome) -> dict[str, object]:
+    """How far the two agree, as shares of the documents."""
+    equal = {name: share(verdicts, theirs.kept[name]) for name, verdicts in ours.kept.items()}
+    duplicates = [near_duplicates(outcome.bands) for outcome in (ours, theirs)]
+    return {
+        "equal verdicts": equal,
+        "equal verdicts, all four": round(statistics.mean(equal.values()), 5),
+        "equal texts after C4's edits": share(ours.c4_texts, theirs.c4_texts),
+        "equal verdicts on near duplicates": share(*duplicates),
+        "near duplicates": [len(kept) - sum(kept) for kept in duplicates],
+    }
+
+
+def share(a: list[Any], b: list[Any]) -> float:
+    return round(sum(x == y for x, y in zip(a, b, strict=True)) / len(a), 5)
 
 
 def main() -> None:
@@ -197,42 +266,40 @@ def main() -> None:
     args = parser.parse_args()
     chosen = documents(args.documents)
     names, texts = [name for name, _ in chosen], [text for _, text in chosen]
-    datatrove = Datatrove(args.peers)
-    ours(texts[:7]), datatrove(texts[:7])  # compile, load tables
-    both: list[Verdicts] = [{}, {}]
-    seconds: list[list[float]] = [[], []]
-    for part in range(args.rounds):
-        for which, run in enumerate((ours, datatrove)):
-            started = time.process_time()
-            kept, _ = run(texts[part :: args.rounds])
-            seconds[which].append(time.process_time() - started)
-            for name, verdicts in kept.items():
-                both[which].setdefault(name, [False] * len(texts))[part :: args.rounds] = verdicts
-    mine, theirs = both
-    equal = {name: [a == b for a, b in zip(mine[name], theirs[name], strict=True)] for name in mine}
-    ratios = [b / a for a, b in zip(*seconds, strict=True)]
+    peers: list[Any] = [Arriero()]
+    if args.peers:
+        sys.path.append(str(args.peers))
+    try:
+        peers.append(Datatrove())
+    except ImportError as error:
+        assert __doc__ is not None
+        how = "\n".join(line for line in __doc__.splitlines() if line.startswith("    pip install"))
+        print(f"no comparison, {error}; into a directory DIR, for --peers DIR:\n{how}", file=sys.stderr)
+    outcomes, seconds = run(texts, args.rounds, peers)
     megacharacters = sum(map(len, texts)) / 1e6
-    report = {
+    report: dict[str, object] = {
         "bench": "curate",
         "documents": len(texts),
         "sources": {name: names.count(name) for name in SOURCES},
         "megacharacters": round(megacharacters, 2),
-        "documents/s": round(len(texts) / sum(seconds[0])),
-        "datatrove documents/s": round(len(texts) / sum(seconds[1]), 1),
-        "megacharacters/s": round(megacharacters / sum(seconds[0]), 1),
-        "datatrove megacharacters/s": round(megacharacters / sum(seconds[1]), 3),
-        "times faster": round(statistics.median(ratios)),
-        "times faster, worst and best part": [round(min(ratios)), round(max(ratios))],
-        "equal verdicts": {name: round(sum(same) / len(same), 5) for name, same in equal.items()},
-        "kept": {name: round(sum(verdicts) / len(verdicts), 3) for name, verdicts in mine.items()},
-        "equal verdicts, all": round(sum(map(sum, equal.values())) / (len(texts) * len(equal)), 5),
+        "kept": {name: round(statistics.mean(verdicts), 3) for name, verdicts in outcomes[0].kept.items()},
     }
-    if args.differences:
-        with open(args.differences, "w", encoding="utf-8") as file:
-            for name, same in equal.items():
-                for i in (i for i, one in enumerate(same) if not one):
-                    row = {"rule": name, "source": names[i], "ours": mine[name][i], "text": texts[i]}
-                    file.write(json.dumps(row) + "\n")
+    for peer, times in zip(peers, seconds, strict=True):
+        report[f"{type(peer).__name__} documents/s"] = round(len(texts) / sum(times), 1)
+        report[f"{type(peer).__name__} megacharacters/s"] = round(megacharacters / sum(times), 3)
+    if len(peers) > 1:
+        ratios = sorted(theirs / ours for ours, theirs in zip(*seconds, strict=True))
+        report["times faster: median, least, most"] = [
+            round(x) for x in (statistics.median(ratios), ratios[0], ratios[-1])
+        ]
+        report |= comparison(*outcomes)
+        if args.differences:
+            with open(args.differences, "w", encoding="utf-8") as file:
+                for name, verdicts in outcomes[0].kept.items():
+                    for i, (a, b) in enumerate(zip(verdicts, outcomes[1].kept[name], strict=True)):
+                        if a != b:
+                            row = {"rule": name, "source": names[i], "ours": a, "text": texts[i]}
+                            file.write(json.dumps(row) + "\n")
     print(json.dumps(report))
 
 

@@ -132,10 +132,11 @@ struct Scanner {
         int64_t at = length >= 2 && is(to - 2, APOSTROPHE) ? to - 2 : to - 3;
         if (at <= from || !is(at, APOSTROPHE)) return 0;
         auto lower = [&](int64_t i) { return s[i] >= 'A' && s[i] <= 'Z' ? s[i] + 32 : s[i]; };
-        uint32_t a = lower(at + 1), b = at + 2 < to ? lower(at + 2) : 0;
-        if (a == 't' && !b)
+        bool two = at + 2 < to;
+        uint32_t a = lower(at + 1), b = two ? lower(at + 2) : 0;
+        if (a == 't' && !two)
             return at - from >= 2 && (s[at - 1] | 32) == 'n' && is(at - 2, ALPHA) ? at - 1 : 0;
-        bool tail = b ? (a == 'l' && b == 'l') || (a == 'r' && b == 'e') || (a == 'v' && b == 'e') : a == 'd' || a == 'm';
+        bool tail = two ? (a == 'l' && b == 'l') || (a == 'r' && b == 'e') || (a == 'v' && b == 'e') : a == 'd' || a == 'm';
         return tail && contracting.has(fold_hash(from, at)) ? at : 0;
     }
 

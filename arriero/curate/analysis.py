@@ -89,7 +89,8 @@ def _scan(library: ctypes.CDLL, texts: list[str], documents: NDArray[np.int64]) 
     """`analysis_twin.scan` in C++, into arrays as long as it could need: a page never touched costs nothing."""
     points = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
     count = len(texts)
-    words, lines, paragraphs = (_room(len(points) + count, count) for _ in range(3))
+    most_lines = count + sum(text.count("\n") for text in texts)
+    words, lines, paragraphs = (_room(most, count) for most in (len(points), most_lines, most_lines))
     folded, alphanumeric = np.empty(len(points), np.uint64), np.empty(count, np.int64)
     tables = (classes(), fold(), *lexicon())
     sizes = [LIMIT, *(len(hashes) for hashes in lexicon())]

@@ -64,6 +64,7 @@ TEXTS = st.lists(st.one_of(PIECES, st.characters(), st.text("abcXYZ059.'-", max_
 @example([])
 @example(["", "\n", " \n ", "\n\n\n"])
 @example(["\U0010ffff" * 3 + "a"])
+@example(["don't\x00 I'd\x00"])
 def test_cpp_and_python_cut_any_texts_alike(texts: list[str]) -> None:
     assert_twins_agree(texts)
 

@@ -157,7 +157,8 @@ def test_a_bucket_may_hold_several_clusters() -> None:
     """Documents that share a band with an unlike first one are still compared with each other."""
     random = np.random.default_rng(11)
     signed = np.repeat(random.integers(0, 2**31, (3, CONFIG.hashes)).astype(np.uint32), 3, axis=0)
-    signed[:, :8] = signed[0, :8]
+    signed[:, :8] = signed[0, :8]  # all agree in the first band
+    signed[:, 8::8] = np.arange(9)[:, None]  # and none in another one whole
     signed = signed[[0, 3, 6, 1, 4, 7, 2, 5, 8]]
     assert clusters(band_keys(signed, CONFIG), signed, CONFIG).tolist() == [0, 1, 2] * 3
 
