@@ -7,8 +7,8 @@ batch; rows here are packed, so the same number of rows holds more examples.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from arriero.errors import ConfigError, did_you_mean
 from arriero.model.config import LoraConfig
@@ -20,7 +20,30 @@ from arriero.train.config import (
     SftConfig,
 )
 
-RECIPES: dict[str, type] = {"sft": SftConfig, "pretrain": PretrainConfig}
+if TYPE_CHECKING:
+    from arriero.curate.config import CurateConfig
+
+
+class _Recipes(Mapping[str, type]):
+    """Each recipe's name and its class; that of curation is loaded when asked for, since its rules need numpy."""
+
+    _light: ClassVar[dict[str, type]] = {"sft": SftConfig, "pretrain": PretrainConfig}
+
+    def __getitem__(self, name: str) -> type:
+        if name != "curate":
+            return self._light[name]
+        from arriero.curate.config import CurateConfig
+
+        return CurateConfig
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._light, "curate"])
+
+    def __len__(self) -> int:
+        return len(self._light) + 1
+
+
+RECIPES: Mapping[str, type] = _Recipes()
 
 TORCHTUNE_TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -74,9 +97,53 @@ def full_llama2_7b() -> SftConfig:
     )
 
 
+def curate_web() -> CurateConfig:
+    """Web pages as FineWeb keeps them (arXiv 2406.17557), with Llama 3's line and URL deduplication."""
+    from arriero.curate.config import CurateConfig
+    from arriero.curate.rules import C4Rules
+
+    return CurateConfig(
+        on_error="skip",
+        steps=(
+            "normalise", "url-dedup", "exact-dedup", "language", "gopher-repetition", "c4", "gopher-quality", "fineweb",
+            "ngram-coverage", "licence", "code", "line-dedup", "near-dedup", "scrub",
+        ),
+        c4=C4Rules(line_ends=("",)),  # FineWeb took all of C4's rules but that lines must end in punctuation
+    )  # fmt: skip
+
+
+def curate_prose() -> CurateConfig:
+    """Books, speeches, manuals: texts that somebody edited. Duplicates, other languages and repetition go."""
+    from arriero.curate.config import CurateConfig
+
+    return CurateConfig(
+        steps=("normalise", "language", "gopher-repetition", "licence", "code", "exact-dedup", "near-dedup", "scrub"),
+    )
+
+
+def curate_code() -> CurateConfig:
+    """Source code as Llama 1 filters it (arXiv 2302.13971, 2.1): licence, line length, alphanumeric share."""
+    from arriero.curate.config import CurateConfig
+
+    return CurateConfig(
+        steps=("normalise", "licence", "code", "exact-dedup", "near-dedup", "scrub"),
+    )
+
+
 PRESETS: dict[str, Callable[[], Any]] = {
     function.__name__.replace("_", "-"): function
-    for function in (sft_docstrings_demo, lora_1b, lora_8b, lora_70b, full_1b, full_8b, full_llama2_7b)
+    for function in (
+        sft_docstrings_demo,
+        lora_1b,
+        lora_8b,
+        lora_70b,
+        full_1b,
+        full_8b,
+        full_llama2_7b,
+        curate_web,
+        curate_prose,
+        curate_code,
+    )
 }
 
 

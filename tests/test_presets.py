@@ -22,9 +22,9 @@ def test_lora_presets_follow_torchtunes_published_settings(name: str, rank: int,
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
-def test_every_preset_names_a_model_and_data_and_says_what_it_is_for(name: str) -> None:
-    _, config = presets.get(name)
-    assert config.model and config.data.train and config.out
+def test_every_preset_names_a_model_and_data_or_steps_and_says_what_it_is_for(name: str) -> None:
+    recipe, config = presets.get(name)
+    assert (config.steps and not config.sources) if recipe == "curate" else (config.model and config.data.train)
     assert presets.summary(name).endswith(".")
 
 

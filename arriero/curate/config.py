@@ -54,8 +54,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
 """The steps, and which documents each judges."""
 
 GENERAL = (
-    "normalise", "language", "gopher-repetition", "gopher-quality", "licence", "code", "exact-dedup",
-    "near-dedup", "scrub",
+    "normalise", "language", "gopher-repetition", "licence", "code", "exact-dedup", "near-dedup", "scrub",
 )  # fmt: skip
 
 
