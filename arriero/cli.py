@@ -25,6 +25,7 @@ from arriero.errors import ConfigError, UserError, did_you_mean
 from arriero.eval.config import EvalConfig
 from arriero.infer.config import ChatConfig, GenerateConfig
 from arriero.train.config import PretrainConfig, SftConfig
+from arriero.train.scaling.config import SweepConfig
 
 NumberType = Literal["f32", "f16", "bf16"]
 StoredType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -49,11 +50,11 @@ def ls(what: Literal["models", "presets"]) -> None:
         for name in presets.PRESETS:
             print(f"{name:<{width}}  {presets.summary(name)}")
         return
-    from arriero.model.config import PUBLISHED
+    from arriero.model.config import SHAPES
 
     heads = ("parameters", "layers", "width", "heads", "KV", "vocabulary", "context")
     print("{:<16} {:>15} {:>6} {:>6} {:>5} {:>4} {:>10} {:>8}".format("model", *heads))
-    for name, c in PUBLISHED.items():
+    for name, c in SHAPES.items():
         shape = f"{c.n_layers:>6} {c.dim:>6} {c.n_heads:>5} {c.n_kv_heads:>4} {c.vocab_size:>10,} {c.max_context:>8,}"
         print(f"{name:<16} {c.n_params:>15,} {shape}")
 
@@ -178,71 +179,6 @@ def shard(
         workers=workers,
     )
     Console().print(summary_table(sets))
-
-
-def curate(
-    sources: tuple[str, ...],
-    *,
-    out: str | None = None,
-    preset: str = "curate-prose",
-    steps: tuple[str, ...] | None = None,
-    set: tuple[str, ...] = (),
-    text_key: str | None = None,
-    on_error: Literal["stop", "skip"] | None = None,
-    format: Literal["parquet", "jsonl.zst"] | None = None,
-    workers: int | None = None,
-    ray: str | None = None,
-) -> None:
-    """Clean raw documents by published rules, deduplicate and decontaminate them, with a report to judge the rules by.
-
-    A run that was stopped goes on where it was; the result is the same for any number of workers.
-
-    Example:
-        arriero curate stdlib prose.jsonl.gz --out out/corpus
-        arriero curate crawl/ --preset curate-web --out out/web --set language.keep=en,de gopher_quality.min_words=30
-        arriero cp curate-web mine.toml && arriero curate pages.warc.gz --preset mine.toml --out out/mine
-
-    Args:
-        sources: Files (text, .html, .warc.gz, .jsonl.zst, .parquet, code), directories, "stdlib", Hub data set ids.
-        out: Directory for the shards, manifest.json and report.html.
-        preset: A preset's name (arriero ls presets), or a file written by `arriero cp`.
-        steps: Names of the steps, in order, in place of the preset's.
-        set: Other settings, as NAME=VALUE; `arriero cp curate-web FILE` writes all of them, explained.
-        text_key: Column of the text in JSONL and Parquet.
-        on_error: Stop at a row that cannot be read, or skip and count it.
-        format: Format of the shards.
-        workers: Processes; 0 means one per core.
-        ray: Address of a Ray cluster that shares the file system, or "local".
-    """
-    from rich.console import Console
-
-    from arriero.curate.config import CurateConfig
-    from arriero.curate.engine import curate as start
-    from arriero.curate.report import funnel_table
-
-    if preset in presets.PRESETS:
-        _, config = presets.get(preset)
-    elif preset.endswith(".toml"):
-        _, config = configs.load_recipe(presets.RECIPES, preset)
-    else:
-        raise ConfigError(f"no preset {preset!r}{did_you_mean(preset, presets.PRESETS)} (or give a .toml file)")
-    if not isinstance(config, CurateConfig):
-        raise ConfigError(f"{preset} is no preset of curation; `arriero ls presets` lists them")
-    given = dict(
-        sources=sources or None, out=out, steps=steps, text_key=text_key, on_error=on_error, format=format,
-        workers=workers, ray=ray,
-    )  # fmt: skip
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    for assignment in set:
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {assignment}: write NAME=VALUE, such as language.keep=en,de")
-        changes[name] = value
-    console = Console(stderr=True)
-    manifest = start(configs.apply_overrides(config, changes), console)
-    console.print(funnel_table(manifest))
-    written = changes.get("out", config.out)
-    print(f"{written} written: {manifest['documents']:,} documents; look at {Path(written) / 'report.html'}")
 
 
 def generate(config: GenerateConfig) -> None:
@@ -546,6 +482,89 @@ def tokenizer_extend(
     print(f"{out} written: {old.vocab_size:,} ids became {extension.tokenizer.vocab_size:,}")
 
 
+def scaling_sweep(config: SweepConfig) -> None:
+    """Train small models of several sizes for each budget of compute, to fit scaling laws to; resumable.
+
+    Example:
+        arriero scaling sweep --data out/shards --budgets 1e12 3e12 1e13 --out out/sweep
+        arriero scaling sweep --data out/shards --budgets 1e17 3e17 1e18 1e19 --optimizer muon --seq-len 2048
+    """
+    from arriero.train.scaling.sweep import sweep
+
+    _end(sweep(config))
+
+
+def scaling_fit(sweep: Path, *, resamples: int = 1000, seed: int = 0, json: bool = False) -> None:
+    """Fit laws to a sweep's losses, with bootstrap intervals and a picture: the best size and tokens for any compute.
+
+    Example:
+        arriero scaling fit out/sweep
+        arriero scaling fit losses.jsonl --resamples 5000 --json
+
+    Args:
+        sweep: Directory of a sweep, or a file of JSON lines with params, tokens, loss and flops.
+        resamples: Bootstrap draws for the intervals.
+        seed: Decides the draws.
+        json: Print JSON.
+    """
+    from arriero.train.scaling.fit import run_fit
+
+    run_fit(sweep, resamples, seed, as_json=json)
+
+
+def scaling_plan(
+    law: str,
+    *,
+    flops: float = 0.0,
+    hours: float = 0.0,
+    cost: float = 0.0,
+    device: str = "this",
+    devices: int = 1,
+    mfu: float = 0.4,
+    price: float = 0.0,
+    batch_tokens: int = 0,
+    json: bool = False,
+) -> None:
+    """Say what to train with a budget: size, tokens, steps, time and cost on named hardware.
+
+    Example:
+        arriero scaling plan llama3 --flops 3.8e25 --device h100 --devices 16384
+        arriero scaling plan out/sweep --hours 24 --device h100 --devices 8 --price 2.5
+        arriero scaling plan chinchilla --hours 8 --json
+
+    Args:
+        law: Directory of a fitted sweep, or a published law: llama3, chinchilla, chinchilla-2022.
+        flops: The budget in FLOPs;
+        hours: or in hours of all devices;
+        cost: or in money.
+        device: this (measured), a100, h100, h100-pcie, h200, b200, l4, l40s, rtx3090, rtx4090, rtx5090, mi250x, mi300x.
+        devices: How many of them.
+        mfu: Share of their peak that training reaches.
+        price: Of one device for an hour.
+        batch_tokens: Tokens in a global batch; 0 takes 0.292 C^0.3271 (DeepSeek LLM).
+        json: Print JSON.
+    """
+    from rich.console import Console
+
+    from arriero.train.scaling.budget import make_plan
+
+    found = make_plan(
+        law,
+        flops=flops,
+        hours=hours,
+        cost=cost,
+        device=device,
+        devices=devices,
+        mfu=mfu,
+        price=price,
+        batch_tokens=batch_tokens,
+    )
+    if json:
+        print(found.json())
+    else:
+        Console().print(found.table())
+
+
 def _documents(sources: Sequence[str], text_key: str) -> Any:
     from arriero.curate.sources import read_documents
 
@@ -561,8 +580,11 @@ def _tokenizer(name: str) -> Any:
 
 
 def _start(recipe: str, config: Any) -> None:
-    outcome = _recipe(recipe).main(config)
-    if outcome.interrupted is not None:  # the run is saved; the caller learns what ended it
+    _end(_recipe(recipe).main(config))
+
+
+def _end(outcome: Any) -> None:
+    if outcome is not None and outcome.interrupted is not None:  # it is saved; the caller learns what ended it
         sys.exit(128 + outcome.interrupted)
 
 
@@ -573,7 +595,6 @@ def _recipe(name: str) -> Any:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "curate": curate,
     "shard": shard,
     "pretrain": pretrain,
     "sft": sft,
@@ -591,6 +612,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tokenizer encode": tokenizer_encode,
     "tokenizer compare": tokenizer_compare,
     "tokenizer extend": tokenizer_extend,
+    "scaling sweep": scaling_sweep,
+    "scaling fit": scaling_fit,
+    "scaling plan": scaling_plan,
     "ls": ls,
     "cp": cp,
 }
@@ -650,13 +674,6 @@ def _call(name: str, args: list[str]) -> None:
             raise UserError(f"{name}: the first argument must be a file, such as one written by `arriero cp`")
     else:
         recipe, config = configs.load_recipe(presets.RECIPES, args[0])
-        if recipe == "curate":  # its steps have settings of the same name, so that flags cannot be read off its fields
-            if name != "run":
-                raise ConfigError(
-                    f"{args[0]} configures a curation, which has nothing to {name}: arriero run {args[0]}"
-                )
-            _call("curate", ["--preset", *args])
-            return
         command(recipe, _tyro(command, type(config), f"{name} {args[0]}", args[1:], default=config))
 
 

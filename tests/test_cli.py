@@ -16,7 +16,7 @@ import pytest
 
 from arriero import cli, presets
 from arriero.config import load_recipe
-from arriero.model.config import PUBLISHED
+from arriero.model.config import SHAPES
 
 COMMANDS = list(cli.COMMANDS)
 
@@ -93,7 +93,7 @@ def test_the_examples_of_every_command_parse(name: str, monkeypatch: pytest.Monk
 def test_ls_models_gives_the_published_parameter_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ls", "models"]) == 0
     rows = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]}
-    assert rows.keys() == PUBLISHED.keys()
+    assert rows.keys() == SHAPES.keys()
     assert rows["llama2-70b"] == "68,976,648,192"
     assert rows["llama3.1-405b"] == "405,853,388,800"
     assert rows["smollm2-135m"] == "134,515,008"

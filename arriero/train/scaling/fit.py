@@ -1,0 +1,351 @@
+"""From the losses of a sweep to laws, in the two ways that are published, each with bootstrap intervals.
+
+isoFLOP: for each budget a parabola of loss over log N has its minimum at the best size; the tokens that go with these
+sizes follow D = A C^alpha, a line in log-log (Chinchilla, arXiv 2203.15556, approach 2; Llama 3, 2407.21783, 3.2.1).
+Parametric: L(N, D) = E + A/N^alpha + B/D^beta by Huber loss on log L, from a grid of beginnings (Chinchilla, approach
+3). Its optimizer has to be run to the end: stopped early it gave Chinchilla its own odd constants (arXiv 2404.10102).
+
+Intervals: runs are drawn again with replacement within each budget, everything is fitted again, and the middle 95% is
+kept. Price: about 5 ms a resample for two dozen runs.
+
+C FLOPs, N parameters, D tokens, n runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console, Group, RenderableType
+from rich.progress import track
+from rich.table import Table
+
+from arriero.errors import ConfigError, DataError, require
+from arriero.files import replaced_file
+from arriero.train.metrics import read_records
+from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, LossLaw, PowerLaw
+
+FIT, PICTURE = "fit.json", "fit.png"
+LEVEL = 95  # per cent of the resamples that an interval holds
+HUBER = 1e-3  # residual of log L from which it counts by its size, not its square (Chinchilla)
+BEGINNINGS = 24  # of the grid's points, those of lowest objective that the search is begun from
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Measured runs: arrays of one length, and the budget that each was meant for."""
+
+    flops: Array
+    params: Array
+    tokens: Array
+    loss: Array
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def take(self, rows: NDArray[np.int64]) -> Runs:
+        """Some of them, in this order."""
+        return Runs(self.flops[rows], self.params[rows], self.tokens[rows], self.loss[rows])
+
+    @property
+    def budgets(self) -> Array:
+        """The budgets, in ascending order."""
+        return np.unique(self.flops)
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """The bottom of a budget's parabola, loss = loss_at + curvature (ln N - ln params)^2."""
+
+    flops: float
+    params: float
+    loss: float
+    curvature: float
+    inside: bool  # between the smallest and the largest model of the budget
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Both laws, the minima that the first rests on, and what resampling made of them."""
+
+    runs: Runs
+    minima: list[Minimum]
+    power: PowerLaw
+    loss: LossLaw
+    powers: list[PowerLaw]  # resampled
+    losses: list[LossLaw]  # resampled
+    discarded: int  # resamples in which some budget had no minimum
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON, resamples included: what `arriero scaling plan` reads."""
+        return {
+            "runs": len(self.runs),
+            "minima": [dataclasses.asdict(minimum) for minimum in self.minima],
+            "power_law": _with_intervals(self.power, self.powers),
+            "loss_law": _with_intervals(self.loss, self.losses),
+            "resamples": {
+                "power_law": [list(dataclasses.astuple(law)) for law in self.powers],
+                "loss_law": [list(dataclasses.astuple(law)) for law in self.losses],
+                "discarded": self.discarded,
+            },
+        }
+
+    def view(self) -> RenderableType:
+        """As people read it."""
+        return Group(self._minima_table(), self._laws_table())
+
+    def _minima_table(self) -> Table:
+        table = Table(title="the best model of each budget")
+        headings = (
+            "FLOPs",
+            "runs",
+            "parameters",
+            "loss",
+            "parameters by the law",
+            f"{LEVEL}% interval",
+            "tokens",
+            "D/N",
+        )
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        outside = False
+        for m in self.minima:
+            outside |= not m.inside
+            low, high = interval([law.params(m.flops) for law in self.powers])
+            params, tokens = self.power.params(m.flops), self.power.tokens(m.flops)
+            table.add_row(
+                f"{m.flops:.3g}",
+                str(int((self.runs.flops == m.flops).sum())),
+                f"{m.params:,.0f}" + ("" if m.inside else " *"),
+                f"{m.loss:.4f}",
+                f"{params:,.0f}",
+                f"{low:,.0f} to {high:,.0f}",
+                f"{tokens:,.0f}",
+                f"{tokens / params:.1f}",
+            )
+        if outside:
+            table.caption = "* beyond the models that were run: extrapolated; give the sweep a larger --spread"
+        return table
+
+    def _laws_table(self) -> Table:
+        table = Table(title=f"laws, with {LEVEL}% intervals of {len(self.powers)} resamples", show_header=False)
+        laws: dict[str, tuple[Any, Sequence[Any]]] = {
+            "isoFLOP: D = coefficient C^exponent": (self.power, self.powers),
+            "parametric: L = floor + a / N^alpha + b / D^beta": (self.loss, self.losses),
+        }
+        for title, (law, resampled) in laws.items():
+            table.add_row(f"[bold]{title}[/bold]", "", "")
+            for name, value in dataclasses.asdict(law).items():
+                _add(table, name, value, [getattr(other, name) for other in resampled])
+            _add(table, "N grows as C to the", _growth(law), [_growth(other) for other in resampled])
+        if self.discarded:
+            table.caption = f"{self.discarded} resamples were left out: a budget's losses had no minimum"
+        return table
+
+
+def run_fit(path: Path, resamples: int, seed: int, as_json: bool = False) -> Fit:
+    """Fit what `path` holds, print it, and write fit.json and fit.png: into the directory, or beside the file."""
+    from arriero.train.scaling.plot import fit_png
+
+    if resamples < 1:
+        raise ConfigError(f"resamples is {resamples}; it must be at least 1 (usual: 1000)")
+    found = fit(read_runs(path), resamples, seed)
+    directory = path if path.is_dir() else path.parent
+    for name, content in ((FIT, json.dumps(found.summary(), indent=1).encode() + b"\n"), (PICTURE, fit_png(found))):
+        with replaced_file(directory / name) as temporary:
+            temporary.write_bytes(content)
+    if as_json:
+        print(json.dumps({key: value for key, value in found.summary().items() if key != "resamples"}, indent=1))
+        return found
+    console = Console()
+    console.print(found.view())
+    console.print(
+        f"{directory / FIT} and {directory / PICTURE} written; plan with it: arriero scaling plan {directory} ..."
+    )
+    return found
+
+
+def read_runs(path: Path) -> Runs:
+    """Read runs.jsonl, or that of a sweep's directory: lines with params, tokens, loss, and flops (else 6 N D to two
+    digits, since runs of one budget must have one number).
+
+    Raises `DataError` naming the line for what is missing or not a positive number.
+    """
+    file = path / "runs.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; `arriero scaling sweep --out {path}` writes it, run by run")
+    rows = []
+    for number, record in enumerate(read_records(file), start=1):
+        values = {name: record.get(name) for name in ("flops", "params", "tokens", "loss")}
+        if values["flops"] is None and values["params"] and values["tokens"]:
+            values["flops"] = float(f"{FLOPS_PER_PARAMETER * values['params'] * values['tokens']:.1e}")
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise DataError(f"{file}, line {number}: {name} is {value!r}; it must be a number above 0")
+        rows.append(list(values.values()))
+    columns = np.array(rows, dtype=np.float64).reshape(-1, 4).T
+    return Runs(*columns)
+
+
+def fit(runs: Runs, resamples: int = 1000, seed: int = 0) -> Fit:
+    """Fit both laws, and again to `resamples` draws. Raises `DataError` where the runs do not determine them."""
+    _check(runs)
+    found = [_minimum(runs, flops) for flops in runs.budgets]
+    for flops, minimum in zip(runs.budgets, found, strict=True):
+        if minimum is None:
+            raise DataError(
+                f"budget {flops:.3g}: its losses have no minimum over the model's size (the parabola opens downwards); "
+                "run more sizes, over a larger --spread, or more --seeds"
+            )
+    minima = [minimum for minimum in found if minimum is not None]
+    best = fit_loss(runs)
+    rng = np.random.default_rng(seed)
+    powers, losses, discarded = [], [], 0
+    for _ in track(range(resamples), description="resampling", disable=resamples < 100, transient=True):
+        drawn = runs.take(_draw(runs, rng))
+        again = [_minimum(drawn, flops) for flops in runs.budgets]
+        kept = [minimum for minimum in again if minimum is not None]
+        if len(kept) < len(again):
+            discarded += 1
+            continue
+        powers.append(fit_power(kept))
+        losses.append(fit_loss(drawn, beginning=best))
+    if len(powers) < max(1, resamples // 2):
+        raise DataError(
+            f"in {discarded} of {resamples} resamples some budget's losses had no minimum: the runs do not say where "
+            "it is; run more sizes, over a larger --spread, or more --seeds"
+        )
+    return Fit(runs, minima, fit_power(minima), best, powers, losses, discarded)
+
+
+def fit_power(minima: Sequence[Minimum]) -> PowerLaw:
+    """The least-squares line through log D over log C, for at least two budgets."""
+    x = np.log([m.flops for m in minima])
+    y = x - np.log([FLOPS_PER_PARAMETER * m.params for m in minima])
+    exponent, constant = np.polyfit(x - x.mean(), y, 1)
+    return PowerLaw(math.exp(constant - exponent * x.mean()), float(exponent))
+
+
+def fit_loss(runs: Runs, beginning: LossLaw | None = None) -> LossLaw:
+    """E, A, alpha, B, beta that minimise sum Huber(log L(N, D) - log loss), from a grid, or from one law.
+
+    log L is a log-sum-exp of e, a - alpha log N and b - beta log D with E = exp(e), A = exp(a), B = exp(b), so that
+    all three stay positive.
+    """
+    optimize = require("scipy.optimize", "scaling")
+    log_n, log_d, log_l = np.log(runs.params), np.log(runs.tokens), np.log(runs.loss)
+
+    def objective(p: Array) -> tuple[float, Array]:
+        return _objective(p, log_n, log_d, log_l)
+
+    if beginning is None:
+        # The grid of the paper, section D.1: e, a, alpha, b, beta.
+        axes = [np.linspace(-1, 1, 5), np.arange(0, 26, 5), np.linspace(0, 2, 5)]
+        grid = np.stack(np.meshgrid(*axes, *axes[1:], indexing="ij"), axis=-1).reshape(-1, 5)
+        order = np.argsort([objective(p)[0] for p in grid], kind="stable")
+        beginnings = grid[order[:BEGINNINGS]]
+    else:
+        law = beginning
+        beginnings = np.array([[math.log(law.floor), math.log(law.a), law.alpha, math.log(law.b), law.beta]])
+    options = {"maxiter": 5000, "maxfun": 20_000, "ftol": 1e-14, "gtol": 1e-8}
+    ends = [optimize.minimize(objective, p, jac=True, method="L-BFGS-B", options=options) for p in beginnings]
+    e, a, alpha, b, beta = min(ends, key=lambda end: end.fun).x
+    return LossLaw(math.exp(e), math.exp(a), float(alpha), math.exp(b), float(beta))
+
+
+def _objective(p: Array, log_n: Array, log_d: Array, log_l: Array) -> tuple[float, Array]:
+    """The sum of Huber's function of residual / HUBER, and its gradient, at p = (e, a, alpha, b, beta).
+
+    In units of HUBER, so that the gradient is of the size that the optimizer's tolerances are meant for.
+    """
+    e, a, alpha, b, beta = p
+    terms = np.stack([np.full_like(log_n, e), a - alpha * log_n, b - beta * log_d])
+    top = terms.max(axis=0)
+    weights = np.exp(terms - top)
+    total = weights.sum(axis=0)
+    residual = (top + np.log(total) - log_l) / HUBER
+    size = np.abs(residual)
+    value = np.where(size <= 1, 0.5 * residual**2, size - 0.5).sum()
+    shares = weights / total  # of the three terms in L: d log L / d term
+    slope = np.clip(residual, -1, 1) / HUBER
+    by_term = shares * slope
+    gradient = [by_term[0], by_term[1], -by_term[1] * log_n, by_term[2], -by_term[2] * log_d]
+    return float(value), np.array([part.sum() for part in gradient])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The middle LEVEL per cent."""
+    outside = (100 - LEVEL) / 2
+    low, high = np.percentile(values, [outside, 100 - outside])
+    return float(low), float(high)
+
+
+def _minimum(runs: Runs, flops: float) -> Minimum | None:
+    """The bottom of the parabola through one budget's losses; None where it opens downwards."""
+    own = runs.flops == flops
+    x, y = np.log(runs.params[own]), runs.loss[own]
+    middle = x.mean()
+    curvature, slope, constant = np.polyfit(x - middle, y, 2)
+    if curvature <= 0:
+        return None
+    offset = -slope / (2 * curvature)
+    at = float(middle + offset)
+    loss = float(constant - curvature * offset**2)
+    return Minimum(float(flops), math.exp(at), loss, float(curvature), bool(x.min() <= at <= x.max()))
+
+
+def _draw(runs: Runs, rng: np.random.Generator) -> NDArray[np.int64]:
+    """As many runs of each budget as there are, drawn with replacement, and again until three sizes are among them."""
+    drawn = []
+    for flops in runs.budgets:
+        group = np.flatnonzero(runs.flops == flops)
+        rows = rng.choice(group, len(group))
+        while len(np.unique(runs.params[rows])) < 3:
+            rows = rng.choice(group, len(group))
+        drawn.append(rows)
+    return np.concatenate(drawn)
+
+
+def _check(runs: Runs) -> None:
+    if len(runs.budgets) < 2:
+        raise DataError(
+            f"{len(runs)} runs of {len(runs.budgets)} budget{'' if len(runs.budgets) == 1 else 's'}; a law needs at "
+            "least two budgets: let the sweep finish, or give it more --budgets"
+        )
+    for flops in runs.budgets:
+        sizes = len(np.unique(runs.params[runs.flops == flops]))
+        if sizes < 4:
+            raise DataError(
+                f"budget {flops:.3g}: models of {sizes} sizes; a parabola needs at least 4: let the sweep finish, "
+                "or run more --sizes"
+            )
+
+
+def _with_intervals(law: Any, resampled: Sequence[Any]) -> dict[str, Any]:
+    return {
+        name: {"value": value, f"interval_{LEVEL}": interval([getattr(other, name) for other in resampled])}
+        for name, value in dataclasses.asdict(law).items()
+    }
+
+
+def _growth(law: PowerLaw | LossLaw) -> float:
+    """The exponent of N over C."""
+    return 1 - law.exponent if isinstance(law, PowerLaw) else law.beta / (law.alpha + law.beta)
+
+
+def _add(table: Table, name: str, value: float, resampled: Sequence[float]) -> None:
+    low, high = interval(resampled)
+    table.add_row(f"  {name}", _short(value), f"{_short(low)} to {_short(high)}")
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.3g}"

@@ -1,0 +1,258 @@
+"""Laws against what their authors say of them, fits against laws they were made from, plans against paper."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arriero import cli
+from arriero.errors import ConfigError, DataError
+from arriero.train.scaling.budget import PEAKS, THIS, make_plan, peak_of
+from arriero.train.scaling.fit import Runs, _objective, fit, fit_loss, fit_power, interval, read_runs
+from arriero.train.scaling.laws import PUBLISHED_LAWS, LossLaw, PowerLaw, suggested_batch, suggested_lr
+
+LAW = LossLaw(floor=1.83, a=479.0, alpha=0.353, b=2081.0, beta=0.367)
+BUDGETS = (1e18, 1e19, 1e20, 1e21)
+
+
+def measured(noise: float, seed: int = 0, sizes: int = 7, law: LossLaw = LAW) -> Runs:
+    """A sweep of models 5 times smaller to 3 times larger than the best, with noise in the log of the loss."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for flops in BUDGETS:
+        for params in law.params(flops) * np.geomspace(1 / 5, 3, sizes):
+            tokens = flops / (6 * params)
+            rows.append((flops, params, tokens, law.loss(params, tokens) * math.exp(noise * rng.normal())))
+    return Runs(*np.array(rows).T)
+
+
+# -- published laws ----------------------------------------------------------------------------------------------
+
+
+def test_llama_3s_law_gives_its_tokens_and_nearly_its_size() -> None:
+    law = PUBLISHED_LAWS["llama3"]
+    assert law.tokens(3.8e25) == pytest.approx(16.55e12, rel=0.02)  # constants of three digits
+    assert law.params(3.8e25) == pytest.approx(402e9, rel=0.04)  # 6 N D of its answer is 3.99e25 itself
+    rounded_in_the_text = PowerLaw(0.29, 0.53)
+    assert rounded_in_the_text.tokens(3.8e25) < 0.7 * 16.55e12
+
+
+def test_chinchillas_data_ask_for_about_twenty_tokens_a_parameter_at_its_budget() -> None:
+    law = PUBLISHED_LAWS["chinchilla"]
+    flops = 5.76e23
+    assert law.tokens(flops) / law.params(flops) == pytest.approx(20, rel=0.1)
+    assert law.params(flops) == pytest.approx(70e9, rel=0.05)
+    printed = PUBLISHED_LAWS["chinchilla-2022"]  # the constants in the paper contradict its text
+    assert printed.tokens(flops) / printed.params(flops) > 80
+
+
+@pytest.mark.parametrize("name", PUBLISHED_LAWS)
+def test_size_and_tokens_spend_the_budget(name: str) -> None:
+    law = PUBLISHED_LAWS[name]
+    for flops in (1e13, 7e19, 3.8e25):
+        assert 6 * law.params(flops) * law.tokens(flops) == pytest.approx(flops, rel=1e-12)
+
+
+def test_the_closed_form_of_the_best_size_is_where_no_other_size_does_better() -> None:
+    for flops in (1e17, 1e21):
+        sizes = LAW.params(flops) * np.geomspace(0.5, 2, 10_001)
+        losses = [LAW.loss(n, flops / (6 * n)) for n in sizes]
+        assert sizes[int(np.argmin(losses))] == pytest.approx(LAW.params(flops), rel=2e-4)
+
+
+def test_rate_and_batch_are_near_those_of_published_runs() -> None:
+    # Llama 1 7B: 1T tokens, 3e-4, 4M tokens a batch; DeepSeek's own 7B: 2T tokens, 4.2e-4, 2304 rows of 4096.
+    flops = 6 * 6.9e9 * 2e12
+    assert suggested_lr(flops) == pytest.approx(4.2e-4, rel=0.3)
+    assert suggested_batch(flops) == pytest.approx(2304 * 4096, rel=1.0)
+
+
+# -- fits --------------------------------------------------------------------------------------------------------
+
+
+def test_the_parametric_fit_recovers_the_law_that_made_the_losses() -> None:
+    found = fit_loss(measured(noise=0.0))
+    for name in ("floor", "a", "alpha", "b", "beta"):
+        assert getattr(found, name) == pytest.approx(getattr(LAW, name), rel=1e-6), name
+
+
+def test_one_wild_run_hardly_moves_the_parametric_fit() -> None:
+    runs = measured(noise=0.0)
+    runs.loss[11] *= 1.3
+    assert fit_loss(runs).alpha == pytest.approx(LAW.alpha, rel=0.03)  # Huber's loss; least squares misses by far more
+
+
+def test_the_isoflop_law_recovers_losses_that_are_parabolas() -> None:
+    truth = PowerLaw(3.7, 0.513)
+    rows = []
+    for flops in BUDGETS:
+        for params in truth.params(flops) * np.geomspace(1 / 5, 3, 7):
+            loss = 3 - 0.05 * math.log10(flops) + 0.071 * math.log(params / truth.params(flops)) ** 2
+            rows.append((flops, params, flops / (6 * params), loss))
+    found = fit(Runs(*np.array(rows).T), resamples=3)
+    assert found.power.exponent == pytest.approx(truth.exponent, rel=1e-9)
+    assert found.power.coefficient == pytest.approx(truth.coefficient, rel=1e-6)
+    for minimum in found.minima:
+        assert minimum.params == pytest.approx(truth.params(minimum.flops), rel=1e-9)
+        assert minimum.curvature == pytest.approx(0.071, rel=1e-9)
+        assert minimum.loss == pytest.approx(3 - 0.05 * math.log10(minimum.flops), rel=1e-9)
+        assert minimum.inside
+
+
+def test_with_noise_the_truth_lies_in_the_intervals_and_they_are_of_use() -> None:
+    exact = fit(measured(noise=0.0), resamples=1)
+    found = fit(measured(noise=0.002, seed=3, sizes=11), resamples=150)
+    low, high = interval([law.exponent for law in found.powers])
+    assert low < exact.power.exponent < high
+    assert high - low < 0.1
+    for name in ("floor", "alpha", "beta"):
+        low, high = interval([getattr(law, name) for law in found.losses])
+        assert low < getattr(LAW, name) < high, name
+        assert high - low < 0.3 * getattr(LAW, name), name
+
+
+def test_the_same_seed_gives_the_same_intervals() -> None:
+    first, second, other = (fit(measured(0.002), resamples=5, seed=seed) for seed in (7, 7, 8))
+    assert first.summary() == second.summary() != other.summary()
+
+
+def test_the_gradient_of_the_objective_is_that_of_its_values() -> None:
+    runs = measured(noise=0.01)
+    logs = np.log(runs.params), np.log(runs.tokens), np.log(runs.loss)
+    at = np.array([0.5, 6.1, 0.37, 7.3, 0.35])
+    _, gradient = _objective(at, *logs)
+    for i in range(5):
+        step = np.zeros(5)
+        step[i] = 1e-7
+        slope = (_objective(at + step, *logs)[0] - _objective(at - step, *logs)[0]) / 2e-7
+        assert gradient[i] == pytest.approx(slope, rel=1e-4), i
+
+
+def test_two_budgets_are_joined_by_the_line_through_them() -> None:
+    found = fit(measured(noise=0.0).take(np.arange(14)), resamples=2)
+    law = fit_power(found.minima)
+    for minimum in found.minima:
+        assert law.params(minimum.flops) == pytest.approx(minimum.params, rel=1e-9)
+
+
+def test_a_minimum_beyond_the_models_that_were_run_is_marked() -> None:
+    runs = measured(noise=0.0)
+    kept = np.flatnonzero((runs.flops > 1e18) | (runs.params < 0.8 * LAW.params(1e18)))
+    found = fit(runs.take(kept), resamples=2)
+    assert [minimum.inside for minimum in found.minima] == [False, True, True, True]
+
+
+def test_runs_that_determine_no_law_are_refused_with_what_is_missing() -> None:
+    runs = measured(noise=0.0)
+    with pytest.raises(DataError, match=r"7 runs of 1 budget; a law needs at least two budgets: let the sweep finish"):
+        fit(runs.take(np.arange(7)))
+    with pytest.raises(DataError, match=r"budget 1e\+19: models of 3 sizes; a parabola needs at least 4"):
+        fit(runs.take(np.arange(10)))
+    upside_down = Runs(runs.flops, runs.params, runs.tokens, 5 - runs.loss)
+    with pytest.raises(DataError, match=r"budget 1e\+18: its losses have no minimum .* run more sizes, over a larger"):
+        fit(upside_down)
+
+
+def write_runs(path: Path, runs: Runs, with_flops: bool = True) -> None:
+    with open(path, "w") as file:
+        for flops, params, tokens, loss in zip(runs.flops, runs.params, runs.tokens, runs.loss, strict=True):
+            record = {"params": params, "tokens": tokens, "loss": loss} | ({"flops": flops} if with_flops else {})
+            file.write(json.dumps(record) + "\n")
+
+
+def test_losses_from_elsewhere_are_read_and_a_bad_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "losses.jsonl"
+    write_runs(file, measured(0.0), with_flops=False)
+    assert tuple(read_runs(file).budgets) == BUDGETS
+    with open(file, "a") as lines:
+        lines.write('{"params": 7, "tokens": 11, "loss": null}\n')
+    with pytest.raises(DataError, match=r"losses\.jsonl, line 29: loss is None; it must be a number above 0"):
+        read_runs(file)
+    with pytest.raises(DataError, match=r"no such file; `arriero scaling sweep --out .*none` writes it"):
+        read_runs(tmp_path / "none")
+
+
+# -- plans -------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_arithmetic_that_paper_can_check() -> None:
+    plan = make_plan(
+        "chinchilla", flops=5.76e23, device="a100", devices=1024, mfu=0.5, price=2.0, batch_tokens=4_000_000
+    )
+    assert plan.seconds == pytest.approx(5.76e23 / (1024 * 312e12 * 0.5))
+    assert plan.cost == pytest.approx(2.0 * 1024 * plan.seconds / 3600)
+    assert plan.steps == round(plan.tokens / 4e6)
+    assert plan.nearest_shape == "llama3-70b"
+    assert plan.loss == pytest.approx(1.97, abs=0.01)
+    assert json.loads(plan.json())["tokens_per_parameter"] == pytest.approx(18.4, abs=0.1)
+
+
+def test_a_budget_of_time_or_of_money_is_one_of_compute() -> None:
+    on = dict(device="h100", devices=8, mfu=0.4, price=3.0)
+    by_time = make_plan("llama3", hours=5, **on)
+    assert by_time.flops == pytest.approx(5 * 3600 * 8 * 989e12 * 0.4)
+    assert by_time.cost == pytest.approx(5 * 8 * 3.0)
+    assert make_plan("llama3", cost=120, **on).flops == pytest.approx(by_time.flops)
+
+
+def test_this_machine_is_measured() -> None:
+    assert 1e9 < peak_of(THIS) < 1e15
+    assert all(7e13 < peak < 3e15 for peak in PEAKS.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({}, "give the budget as one of --flops, --hours or --cost"),
+        ({"flops": 1e20, "hours": 3}, "give the budget as one of --flops, --hours or --cost"),
+        ({"cost": 100}, "cost 100 is a budget only with a price; give --price, per device-hour"),
+        ({"flops": -1e20}, r"flops is -1e\+20; it must be above 0"),
+        ({"flops": 1e20, "mfu": 40}, r"mfu is 40; it is a share of the peak, in \(0, 1\]"),
+        ({"flops": 1e20, "devices": 0}, "devices is 0; it must be at least 1"),
+        ({"flops": 1e20, "device": "h10"}, r"device 'h10' is unknown; did you mean 'h100'.* \(known: this, a100"),
+        ({"flops": 1e20, "law": "chinchila"}, r"chinchila: neither a published law .*; did you mean 'chinchilla'"),
+    ],
+)
+def test_a_plan_refuses_what_it_cannot_use(arguments: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make_plan(**({"law": "llama3", "device": "h100"} | arguments))  # type: ignore[arg-type]
+
+
+def test_fit_and_plan_on_the_command_line_end_in_files_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_runs(tmp_path / "runs.jsonl", measured(0.001))
+    with pytest.raises(ConfigError, match=r"nor a sweep with a fit\.json; run: arriero scaling fit "):
+        make_plan(str(tmp_path), flops=1e22, device="h100")
+    assert cli.main(["scaling", "fit", str(tmp_path), "--resamples", "20"]) == 0
+    shown = capsys.readouterr().out
+    assert "the best model of each budget" in shown and "N grows as C to the" in shown
+    assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["scaling", "plan", str(tmp_path), "--flops", "1e22", "--device", "h100", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    low, high = plan["params_interval"]
+    assert low < plan["params"] < high
+    assert plan["params"] == pytest.approx(LAW.params(1e22), rel=0.2)
+    assert plan["loss"] == pytest.approx(LAW.loss(plan["params"], plan["tokens"]), rel=0.01)
+    assert cli.main(["scaling", "plan", str(tmp_path), "--flops", "1e22", "--device", "h100"]) == 0
+    assert "95% interval" in capsys.readouterr().out
+    (tmp_path / "fit.json").write_text("{}")
+    assert cli.main(["scaling", "plan", str(tmp_path), "--flops", "1e22"]) == 2
+    assert "not what `arriero scaling fit` writes" in capsys.readouterr().err
+
+
+def test_the_picture_shows_every_budget_and_both_laws(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    from arriero.train.scaling.plot import fit_png
+
+    (tmp_path / "fit.png").write_bytes(fit_png(fit(measured(0.002), resamples=20)))
+    pixels = imread(tmp_path / "fit.png")[:, :, :3]
+    half = pixels.shape[1] // 2
+    marks = (np.abs(pixels - np.array([0xC4, 0x62, 0x2D]) / 255).max(-1) < 0.01).any(0)
+    for side in (marks[:half], marks[half:]):
+        assert np.count_nonzero(np.diff(side.astype(int)) == 1) >= 4  # a minimum for each budget
