@@ -181,6 +181,71 @@ def shard(
     Console().print(summary_table(sets))
 
 
+def curate(
+    sources: tuple[str, ...],
+    *,
+    out: str | None = None,
+    preset: str = "curate-prose",
+    steps: tuple[str, ...] | None = None,
+    set: tuple[str, ...] = (),
+    text_key: str | None = None,
+    on_error: Literal["stop", "skip"] | None = None,
+    format: Literal["parquet", "jsonl.zst"] | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+) -> None:
+    """Clean raw documents by published rules, deduplicate and decontaminate them, with a report to judge the rules by.
+
+    A run that was stopped goes on where it was; the result is the same for any number of workers.
+
+    Example:
+        arriero curate stdlib prose.jsonl.gz --out out/corpus
+        arriero curate crawl/ --preset curate-web --out out/web --set language.keep=en,de gopher_quality.min_words=30
+        arriero cp curate-web mine.toml && arriero curate pages.warc.gz --preset mine.toml --out out/mine
+
+    Args:
+        sources: Files (text, .html, .warc.gz, .jsonl.zst, .parquet, code), directories, "stdlib", Hub data set ids.
+        out: Directory for the shards, manifest.json and report.html.
+        preset: A preset's name (arriero ls presets), or a file written by `arriero cp`.
+        steps: Names of the steps, in order, in place of the preset's.
+        set: Other settings, as NAME=VALUE; `arriero cp curate-web FILE` writes all of them, explained.
+        text_key: Column of the text in JSONL and Parquet.
+        on_error: Stop at a row that cannot be read, or skip and count it.
+        format: Format of the shards.
+        workers: Processes; 0 means one per core.
+        ray: Address of a Ray cluster that shares the file system, or "local".
+    """
+    from rich.console import Console
+
+    from arriero.curate.config import CurateConfig
+    from arriero.curate.engine import curate as start
+    from arriero.curate.report import funnel_table
+
+    if preset in presets.PRESETS:
+        _, config = presets.get(preset)
+    elif preset.endswith(".toml"):
+        _, config = configs.load_recipe(presets.RECIPES, preset)
+    else:
+        raise ConfigError(f"no preset {preset!r}{did_you_mean(preset, presets.PRESETS)} (or give a .toml file)")
+    if not isinstance(config, CurateConfig):
+        raise ConfigError(f"{preset} is no preset of curation; `arriero ls presets` lists them")
+    given = dict(
+        sources=sources or None, out=out, steps=steps, text_key=text_key, on_error=on_error, format=format,
+        workers=workers, ray=ray,
+    )  # fmt: skip
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    for assignment in set:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: write NAME=VALUE, such as language.keep=en,de")
+        changes[name] = value
+    console = Console(stderr=True)
+    manifest = start(configs.apply_overrides(config, changes), console)
+    console.print(funnel_table(manifest))
+    written = changes.get("out", config.out)
+    print(f"{written} written: {manifest['documents']:,} documents; look at {Path(written) / 'report.html'}")
+
+
 def generate(config: GenerateConfig) -> None:
     """Answer one prompt with MODEL, printing as it comes; without PROMPT it is read from standard input.
 
@@ -595,6 +660,7 @@ def _recipe(name: str) -> Any:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "curate": curate,
     "shard": shard,
     "pretrain": pretrain,
     "sft": sft,
@@ -674,6 +740,13 @@ def _call(name: str, args: list[str]) -> None:
             raise UserError(f"{name}: the first argument must be a file, such as one written by `arriero cp`")
     else:
         recipe, config = configs.load_recipe(presets.RECIPES, args[0])
+        if recipe == "curate":  # its steps have settings of the same name, so that flags cannot be read off its fields
+            if name != "run":
+                raise ConfigError(
+                    f"{args[0]} configures a curation, which has nothing to {name}: arriero run {args[0]}"
+                )
+            _call("curate", ["--preset", *args])
+            return
         command(recipe, _tyro(command, type(config), f"{name} {args[0]}", args[1:], default=config))
 
 
