@@ -136,6 +136,13 @@ def test_fineweb_drops_for(text: str, expected: str | None) -> None:
     assert reason(FineWebRules(), PROSE, text) == expected
 
 
+def test_fineweb_compares_repeated_lines_with_all_characters_but_line_breaks() -> None:
+    line, rest = "x" * 50 + ".", "y" * 402 + "."  # 51 of 505 characters, or of 513 with the line breaks
+    assert reason(FineWebRules(max_line_breaks=9), f"{line}{chr(10) * 4}{rest}{chr(10) * 4}{line}") == (
+        "dup_line_char_frac 0.101 > 0.1"
+    )
+
+
 def test_a_line_of_thirty_characters_is_short_and_any_script_ends_sentences() -> None:
     rule = FineWebRules(max_short_lines=0.5)
     assert reason(rule, "x" * 29 + ".\n" + PROSE) is None
@@ -199,7 +206,7 @@ def test_dirty_words_are_counted_in_any_case_and_as_phrases() -> None:
     rule = DirtyWords(words=("mud", "Wet Clay", "café"), max_count=2, max_share=0.05)
     assert reason(rule, "Mud and wet clay.") is None
     assert reason(rule, "MUD, mud! and (wet\nCLAY)") == "dirty_words 3 > 2"
-    assert reason(rule, "mud mud wet", "clay mud") is None  # not across documents
+    assert DirtyWords(words=("wet clay",), max_count=0).judge(analyse(["wet", "clay wet", "clay"])) == [None] * 3
     assert reason(rule, "Mud mud CAFÉ " + "clean " * 60) is None  # 3 of 63 words
     assert reason(rule, "mud muddy muds wet claying") is None
     assert reason(replace(rule, max_count=0, max_share=0), "a cafe " + "clean " * 60) == "dirty_words 1 > 0"
