@@ -16,6 +16,7 @@ takes the same cores as the training.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -79,7 +80,7 @@ class Checkpoints:
         """
         self.wait()
         parts = {group: self._part(group, tensors) for group, tensors in groups.items()}
-        arguments = step, parts, dict(state), tuple(keep)
+        arguments = step, parts, json.loads(json.dumps(state)), tuple(keep)  # a copy, all the way down
         if not self.behind:
             self._write(*arguments)
             return

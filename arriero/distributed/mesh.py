@@ -51,6 +51,12 @@ class Mesh:
         """This process's number among all."""
         return 0 if self._processes is None else dist.get_rank()
 
+    @property
+    def stage_ranks(self) -> range:
+        """The processes that hold the same layers as this one, in parts or in copies."""
+        size = self.world // self.config.pp  # the pipeline is the outermost dimension
+        return range(self.place("pp") * size, (self.place("pp") + 1) * size)
+
     def place(self, dimension: str) -> int:
         """This process's coordinate along one of DIMENSIONS."""
         return 0 if self._processes is None else self._processes.get_local_rank(dimension)

@@ -24,15 +24,18 @@ from rich.console import Console
 from torch import Tensor
 
 from arriero.checkpoint import native
+from arriero.checkpoint.sharded import Checkpoints
 from arriero.data.loader import Batch
 from arriero.distributed.engine import Engine
 from arriero.distributed.stage import Objective
 from arriero.errors import CheckpointError, TrainingError
 from arriero.optim.build import build_optimizer
 from arriero.optim.schedule import lr_factor
+from arriero.peers import peers_of_this_run
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.guard import SpikeGuard
 from arriero.train.metrics import LiveLine, MetricsLog, memory_bytes
+from arriero.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +82,17 @@ class Trainer:
         run_dir: Path,
         validate: Validate | None = None,
         seconds_at_peak: Callable[[Sequence[Batch]], float] | None = None,
+        companions: Callable[[Path], None] | None = None,
     ) -> None:
-        """seconds_at_peak: what a global batch would take at the hardware's peak, for the metric `mfu`."""
+        """seconds_at_peak: what a global batch would take at the hardware's peak, for the metric `mfu`.
+
+        companions(directory): writes what stands beside a checkpoint's weights, config.json and tokenizer.
+        """
         self.engine, self.objective, self.batches, self.validate = engine, objective, batches, validate
         self.total_steps, self.loop, self.optim, self.run_dir = total_steps, loop, optim, run_dir
         self.parameters = engine.parameters
+        peers, holders = peers_of_this_run(engine.mesh.config.timeout), engine.mesh.stage_ranks
+        self.checkpoints = Checkpoints(run_dir, peers, holders, loop.keep_last, companions)
         self.optimizer = build_optimizer(
             self.parameters,
             optim.optimizer,
@@ -183,8 +192,9 @@ class Trainer:
         if p.step == 0:
             self._validate(record)
         console = Console(stderr=True, quiet=self.engine.mesh.rank > 0)
-        with _signals() as stop, LiveLine(self.total_steps, p.step, console) as line:
-            while p.step < self.total_steps and not self.engine.mesh.any(bool(stop)):
+        watch = Watch(self.checkpoints.peers)
+        with watch, _signals() as stop, LiveLine(self.total_steps, p.step, console) as line:
+            while p.step < self.total_steps and not self.engine.mesh.any(bool(stop) or self.checkpoints.failed):
                 metrics = self.step()
                 line.update(metrics)
                 if p.step % self.loop.log_every == 0 or p.step == self.total_steps:
@@ -196,19 +206,25 @@ class Trainer:
                     saved_at = p.step
             if saved_at != p.step:
                 self.save()
+            self.checkpoints.wait()
         if not stop and p.step < self.total_steps:
             stop.append(signal.SIGTERM)  # that another process was sent
         return Outcome(p, stop[0] if stop else None)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, Any]:
+        """What `validate` says of the weights as they are."""
+        assert self.validate is not None
+        self.engine.train(False)
+        measured = self.validate()
+        self.engine.train()
+        return measured
 
     def _validate(self, record: MetricsLog) -> bool:
         """Measure the validation loss; whether it is the lowest so far."""
         if self.validate is None:
             return False
-        p = self.progress
-        self.engine.train(False)
-        with torch.no_grad():
-            measured = self.validate()
-        self.engine.train()
+        p, measured = self.progress, self.measure()
         loss = p.validation[p.step] = measured["loss"]
         record.event("validation", step=p.step, **measured)
         if p.best_loss is not None and loss >= p.best_loss:
@@ -218,8 +234,11 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def save(self) -> Path:
-        """Write a checkpoint: trained weights, optimizer state, progress. The best one so far is never pruned."""
+    def save(self) -> None:
+        """Save trained weights, optimizer state and progress, of many processes behind the steps that follow.
+
+        The best checkpoint so far is never pruned. Raises `CheckpointError` when the save before this one has failed.
+        """
         groups = {
             "weights": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": self._optimizer_tensors(),
@@ -228,7 +247,7 @@ class Trainer:
             groups["average"] = self.average
         keep = set() if self.progress.best_step is None else {self.progress.best_step}
         state = {**vars(self.progress), "total_steps": self.total_steps}
-        return native.save(self.run_dir, self.progress.step, groups, state, keep_last=self.loop.keep_last, keep=keep)
+        self.checkpoints.save(self.progress.step, groups, state, keep)
 
     def restore(self, saved: native.Saved) -> None:
         """Take up weights, optimizer and progress where `saved` left them."""
@@ -238,16 +257,14 @@ class Trainer:
                 f"{self.total_steps}; resume with the settings and data of config.toml in the run directory"
             )
         self._load_weights(saved)
-        tensors = saved.tensors("optimizer")
-        for name, parameter in self.parameters.items():
-            keys = [key for key in tensors if key.startswith(name + "/")]
-            self.optimizer.state[parameter] = {key.rsplit("/", 1)[1]: tensors[key].clone() for key in keys}
+        self._load_optimizer(saved)
         fields = {key: value for key, value in saved.state.items() if key in Progress.__dataclass_fields__}
         self.progress = Progress(**fields)
         self.progress.validation = {int(step): loss for step, loss in self.progress.validation.items()}
         self.guard = SpikeGuard(self.loop.spike, self.progress.usual)
         if self.progress.averaged:
-            self.average = {name: mean.clone() for name, mean in saved.tensors("average").items()}
+            self.average = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()}
+            saved.read("average", self.average)
 
     @torch.no_grad()
     def load_result(self, record: MetricsLog) -> None:
@@ -256,31 +273,45 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.average[name])
             if self.validate is not None:
-                self.engine.train(False)
-                record.event("averaged", step=self.progress.step, **self.validate())
+                record.event("averaged", step=self.progress.step, **self.measure())
             return
         best = self.progress.best_step
         if best is None or best in (0, self.progress.step):  # 0: training never helped, and there is nothing to take
             return
         try:
-            saved = native.at_step(self.run_dir, best)
+            saved = self.checkpoints.at_step(best)
         except CheckpointError as error:
             log.warning("%s; keeping the last step's weights instead", error)
             return
         if saved is not None:
             self._load_weights(saved)
 
-    @torch.no_grad()
     def _load_weights(self, saved: native.Saved) -> None:
-        weights = saved.tensors("weights")
-        if weights.keys() != self.parameters.keys():
-            odd = sorted(weights.keys() ^ self.parameters.keys())
+        there = {name: shape for name, (shape, _) in saved.shapes("weights").items()}
+        here = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        if self.engine.mesh.config.pp > 1:  # the rest lies on other stages
+            there = {name: shape for name, shape in there.items() if name in here}
+        if there != here:
+            odd = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
             raise CheckpointError(
                 f"{saved.path}: its trained tensors are not this run's (for example {odd[0]}); "
                 "resume with the method and targets of config.toml in the run directory"
             )
-        for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
+        saved.read("weights", {name: p.detach() for name, p in self.parameters.items()})
+
+    def _load_optimizer(self, saved: native.Saved) -> None:
+        """State in the shape of its parameter is laid out like it, over any number of processes; the rest is whole."""
+        tensors: dict[str, Tensor] = {}
+        for key, (shape, dtype) in saved.shapes("optimizer").items():
+            name, kind = key.rsplit("/", 1)
+            if (p := self.parameters.get(name)) is None:  # it lies on another stage
+                continue
+            like = shape == tuple(p.shape)
+            tensors[key] = (
+                torch.zeros_like(p.detach(), dtype=dtype) if like else torch.zeros(shape, dtype=dtype, device=p.device)
+            )
+            self.optimizer.state[p][kind] = tensors[key]
+        saved.read("optimizer", tensors)
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         return {
