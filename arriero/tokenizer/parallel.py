@@ -14,6 +14,7 @@ built anew when the process has grown by `MAX_GROWTH`.
 from __future__ import annotations
 
 import json
+import string
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +23,11 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 from numpy.typing import NDArray
+from tokenizers import pre_tokenizers
 
 from arriero.errors import CheckpointError, UserError
 from arriero.tokenizer.base import Tokenizer, utf8
-from arriero.tokenizer.hf import HfTokenizer
+from arriero.tokenizer.hf import HfTokenizer, byte_level_alphabet
 from arriero.tokenizer.llama3 import TiktokenTokenizer
 from arriero.tokenizer.sentencepiece import SentencePieceTokenizer
 
@@ -77,8 +79,6 @@ class DocumentEncoder:
         self.tokenizer = tokenizer
         self.threads = threads
         self._fast = _Gigatoken.build(tokenizer, parallel=threads != 1) if engine == "auto" else None
-        self._special = np.zeros(tokenizer.vocab_size, dtype=bool)
-        self._special[list(tokenizer.special_ids.values())] = True
         self._n_documents = 0
 
     @property
@@ -111,8 +111,7 @@ class DocumentEncoder:
     def _fast_rows(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         assert self._fast is not None
         rows = self._fast.encode(texts)
-        # Where merges may spell a special token, such a text is encoded in parts, by the slow twin.
-        doubtful = [i for i, row in enumerate(rows) if self._special[row].any()] if self._fast.spells_special else []
+        doubtful = self._fast.doubtful(texts, rows)
         for i, row in zip(doubtful, self._exactly([texts[i] for i in doubtful]), strict=True):
             rows[i] = row
         for i in range(-self._n_documents % CHECK_EVERY, len(texts), CHECK_EVERY):
@@ -142,11 +141,15 @@ def _joined(rows: Sequence[NDArray[np.uint32]], bos: list[int], eos: list[int]) 
 class _Gigatoken:
     """gigatoken over one tokenizer's pipeline, without its special tokens."""
 
-    def __init__(self, pipeline: str, tokenizer: Tokenizer, parallel: bool) -> None:
-        self._pipeline = pipeline
+    def __init__(self, pipeline: dict[str, Any], tokenizer: Tokenizer, parallel: bool) -> None:
+        self._digits = _take_digits(pipeline)
+        _add_missing_bytes(pipeline, tokenizer.vocab_size)
+        self._pipeline = json.dumps(pipeline)
         self._tokenizer = tokenizer
         self._parallel = parallel
-        self.spells_special = _spells_special(json.loads(pipeline)["model"], tokenizer)
+        self._special = np.zeros(tokenizer.vocab_size, dtype=bool)
+        self._special[list(tokenizer.special_ids.values())] = True
+        self.spells_special = _spells_special(pipeline["model"], tokenizer)
         self._build()
 
     @classmethod
@@ -156,7 +159,7 @@ class _Gigatoken:
         if pipeline is None:
             return None
         try:
-            engine = cls(json.dumps(pipeline), tokenizer, parallel)
+            engine = cls(pipeline, tokenizer, parallel)
             rows = engine.encode(_HARD)
         except ImportError:
             return None
@@ -164,12 +167,26 @@ class _Gigatoken:
             raise
         except BaseException:  # what it does not know it refuses by an exception, or by a panic, which is no Exception
             return None
-        special = set(tokenizer.special_ids.values()) if engine.spells_special else set()
-        pairs = zip((row.tolist() for row in rows), tokenizer.encode_batch(_HARD), strict=True)
-        if any(fast != exact for fast, exact in pairs if special.isdisjoint(fast)):
+        doubtful = set(engine.doubtful(_HARD, rows))
+        pairs = zip(rows, tokenizer.encode_batch(_HARD), strict=True)
+        if any(row.tolist() != ids for i, (row, ids) in enumerate(pairs) if i not in doubtful):
             warnings.warn("gigatoken gives other ids for this tokenizer, so its own library encodes", stacklevel=4)
             return None
         return engine
+
+    def doubtful(self, texts: Sequence[str], rows: Sequence[NDArray[np.uint32]]) -> list[int]:
+        """Return the places of texts that the slow twin has to encode, all of them rare.
+
+        Those with a byte that has no token; those where merges spelled a special token, which are encoded in parts;
+        and, where the pipeline splits digits off, those with a digit beyond 0 to 9.
+        """
+        found = [i for i, row in enumerate(rows) if len(row) and row.max() >= len(self._special)]
+        if self.spells_special:
+            found += [i for i, row in enumerate(rows) if i not in found and self._special[row].any()]
+        if self._digits is not None:
+            known = set(found)
+            found += [i for i, text in enumerate(texts) if i not in known and self._digits.beyond_ascii(text)]
+        return found
 
     def _build(self) -> None:
         from gigatoken import gigatoken_rs
@@ -215,6 +232,49 @@ def _plain_pipeline(tokenizer: Tokenizer) -> dict[str, Any] | None:
     if any(not added["special"] for added in state["added_tokens"]):
         return None
     return {**state, "added_tokens": [], "post_processor": None}
+
+
+def _add_missing_bytes(pipeline: dict[str, Any], vocab_size: int) -> None:
+    """Give bytes without a token (SmolLM2 lacks 21) a stand-in from `vocab_size` on: gigatoken wants all 256."""
+    if not pipeline["model"].get("byte_fallback"):
+        vocabulary = pipeline["model"]["vocab"]
+        missing = [letter for letter in byte_level_alphabet().values() if letter not in vocabulary]
+        vocabulary.update({letter: vocab_size + k for k, letter in enumerate(missing)})
+
+
+class _Digits:
+    """Which characters beyond ASCII the `tokenizers` library takes for digits: asked of it, a character at a time."""
+
+    def __init__(self) -> None:
+        self._splitter = pre_tokenizers.Digits(individual_digits=True)
+        self._seen: set[str] = set()
+        self._digits: set[str] = set()
+
+    def beyond_ascii(self, text: str) -> bool:
+        if text.isascii():
+            return False
+        characters = {character for character in set(text) if not character.isascii()}
+        for character in characters - self._seen:
+            if len(self._splitter.pre_tokenize_str(f"a{utf8(character).decode()}a")) > 1:
+                self._digits.add(character)
+        self._seen |= characters
+        return not self._digits.isdisjoint(characters)
+
+
+def _take_digits(pipeline: dict[str, Any]) -> _Digits | None:
+    """Rewrite "digits apart, then GPT-2's pattern" (SmolLM2), which gigatoken does not know, as what it does know.
+
+    Text is split at added tokens before anything else, and each stretch between is split by itself, just as at digits;
+    so the ten digits become added tokens. None where the pipeline is another.
+    """
+    steps = pipeline["pre_tokenizer"].get("pretokenizers", []) if pipeline["pre_tokenizer"] else []
+    if [step["type"] for step in steps] != ["Digits", "ByteLevel"] or not steps[0]["individual_digits"]:
+        return None
+    vocabulary = pipeline["model"]["vocab"]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    pipeline["added_tokens"] = [{"id": vocabulary[digit], "content": digit, **plain} for digit in string.digits]
+    pipeline["pre_tokenizer"] = steps[1]
+    return _Digits()
 
 
 def _spells_special(model: Mapping[str, Any], tokenizer: Tokenizer) -> bool:

@@ -48,7 +48,7 @@ FAMILIES = [
 def test_the_fast_engine_gives_the_ids_of_its_slow_twin(families, family, threads):
     tokenizer, strings = families[family], hard_strings(2003 if threads else 4001)
     fast = DocumentEncoder(tokenizer, threads=threads)
-    assert fast.engine == ("exact" if family == "split by digits" else "gigatoken")
+    assert fast.engine == "gigatoken"
     encoded = fast.encode(strings)
     twin = DocumentEncoder(tokenizer, engine="exact").encode(strings)
     assert encoded.ids.dtype == np.uint32 and encoded.offsets.dtype == np.int64 and len(encoded) == len(strings)
@@ -69,6 +69,32 @@ def test_bos_and_eos_stand_around_every_document(families):
     bare = SentencePieceTokenizer(small_sentencepiece().model, SpecialTokens({"<unk>": 0}))
     with pytest.raises(CheckpointError, match="has no eos token; encode without eos=True"):
         DocumentEncoder(bare).encode(texts, eos=True)
+
+
+def test_rare_texts_take_the_slow_way_and_only_they(families):
+    fast = DocumentEncoder(families["split by digits"])
+    texts = [
+        "Hello 123",
+        "x\x04y",
+        "½ of 7",
+        "naïve 7",
+        "٣ apples",
+        "7 日本",
+    ]  # a byte without a token; digits beyond 0-9
+    rows = fast._fast.encode(texts)
+    assert sorted(fast._fast.doubtful(texts, rows)) == [1, 2, 4]
+    assert [row.tolist() for row in fast.encode(texts)] == families["split by digits"].encode_batch(texts)
+
+
+def test_a_pipeline_that_the_fast_engine_does_not_know_is_encoded_by_its_own_library(families, tmp_path):
+    families["split by digits"].save(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = load_tokenizer(tmp_path)
+    encoder = DocumentEncoder(tokenizer)
+    assert encoder.engine == "exact"
+    assert encoder.encode(["Hello 123"]).ids.tolist() == tokenizer.encode("Hello 123")
 
 
 @pytest.mark.parametrize("character", ["a", " ", "\n", "é"])
