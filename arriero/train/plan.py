@@ -1,31 +1,38 @@
-"""What a run will cost, before it is started: parameters, memory by part, tokens, time.
+"""What a run will cost, before it is started: parameters, memory by part, tokens, time by part.
 
-Two ways. By arithmetic, for any published size, with no weights at hand: exact for weights, adapter, gradients and
-optimizer, estimated for activations. By a probe, for a model that is here: the run is built as it would be, a few
-micro-batches and one optimizer step are done in a process of their own, and peak memory and time are what that took.
+Two ways. By arithmetic, for any known shape, with no weights at hand: exact for weights, adapter, gradients and
+optimizer, estimated for activations. By a rehearsal, for a model and data that are here: the run is built as it would
+be, and everything that it will do is done once, in its order, in a process of its own: answers, validation, a few
+micro-batches, an optimizer step, a checkpoint. Peak memory is what that took; time is each part's times how often it
+will come.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from arriero import config as configs
 from arriero.errors import ConfigError, UserError
-from arriero.model.config import LINEARS, PUBLISHED, LlamaConfig
-from arriero.train.config import SftConfig
+from arriero.model.config import LINEARS, SHAPES, LlamaConfig
+from arriero.train.config import PretrainConfig, SftConfig
 
+RECIPES: dict[str, type] = {"sft": SftConfig, "pretrain": PretrainConfig}
 BYTES = {"bf16": 2, "fp32": 4}
 PROBED = 3  # micro-batches timed, after one that compiles
 
@@ -40,7 +47,7 @@ class Plan:
     tokens: int | None = None  # through the model over the whole run
     steps: int | None = None
     peak: int | None = None  # measured: the process's resident memory, or the GPU's
-    seconds: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)  # by part, measured
 
     def table(self) -> Table:
         """The plan as people read it."""
@@ -54,39 +61,43 @@ class Plan:
             table.add_row("memory: peak, probed", _gb(self.peak))
         if self.tokens is not None:
             table.add_row("tokens", f"{self.tokens:,} in {self.steps:,} steps")
-        if self.seconds is not None:
-            table.add_row("time, probed", _duration(self.seconds))
+        for part, seconds in self.seconds.items():
+            if seconds >= 0.5:
+                table.add_row(f"time: {part}", _duration(seconds))
+        if self.seconds:
+            table.add_row("time: whole run", _duration(sum(self.seconds.values())))
         return table
 
 
-def plan(config: SftConfig, console: Console | None = None) -> Plan:
-    """Plan a run: by a probe where the model and data are here, else by arithmetic from the published size.
+def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> Plan:
+    """Plan a run: by a rehearsal where the model and data are here, else by arithmetic from the known shape.
 
     Raises what the run itself would raise for settings or data it refuses.
     """
-    if config.model in PUBLISHED and not config.data.train:
-        return by_arithmetic(PUBLISHED[config.model], config)
+    if config.model in SHAPES and not config.data.train:
+        return by_arithmetic(SHAPES[config.model], config)
     if not config.data.train:
         raise ConfigError(
-            f"the plan of {config.model!r} needs data to probe with: add --data FILE; without data, plan one of the "
-            f"published sizes by arithmetic: {', '.join(PUBLISHED)}"
+            f"the plan of {config.model!r} needs data to probe with: add --data PATH; without data, plan one of the "
+            f"known shapes by arithmetic: {', '.join(SHAPES)}"
         )
+    recipe = next(name for name, cls in RECIPES.items() if type(config) is cls)
     console = console or Console(stderr=True)
-    with console.status("probing: loading, tokenising, and a few micro-batches"), tempfile.TemporaryDirectory() as work:
+    with console.status("rehearsing: everything that the run will do, once"), tempfile.TemporaryDirectory() as work:
         file = Path(work) / "config.toml"
-        file.write_text(configs.to_toml(dataclasses.replace(config, out=str(Path(work) / "run")), "sft"), "utf-8")
+        file.write_text(configs.to_toml(dataclasses.replace(config, out=str(Path(work) / "run")), recipe), "utf-8")
         # A process of its own: its peak is the run's, not that of whatever called this.
         done = subprocess.run([sys.executable, "-m", __name__, str(file)], capture_output=True, text=True)
     if done.returncode == 2:
         raise UserError(done.stderr.strip().splitlines()[-1])
     if done.returncode:
-        raise RuntimeError(f"the probe failed:\n{done.stderr}")
-    probed = json.loads(done.stdout.splitlines()[-1])
-    shape = LlamaConfig.from_hf(probed.pop("shape"))
-    return dataclasses.replace(by_arithmetic(shape, config), **probed)
+        raise RuntimeError(f"the rehearsal failed:\n{done.stderr}")
+    measured = json.loads(done.stdout.splitlines()[-1])
+    shape = LlamaConfig.from_hf(measured.pop("shape"))
+    return dataclasses.replace(by_arithmetic(shape, config), **measured)
 
 
-def by_arithmetic(shape: LlamaConfig, config: SftConfig) -> Plan:
+def by_arithmetic(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Plan:
     """Memory by part. AdamW keeps two fp32 moments of what is trained; gradients are fp32 too.
 
     Activations, per token and block, values kept for the backward pass: 6 of the model's width D (two norms' inputs and
@@ -94,14 +105,15 @@ def by_arithmetic(shape: LlamaConfig, config: SftConfig) -> Plan:
     """
     wide = BYTES[config.loop.precision]
     trained, stored = shape.n_params, 4
-    if config.method == "lora":
+    lora = isinstance(config, SftConfig) and config.method == "lora"
+    if lora:
         trained, stored = _adapter_size(shape, config), wide
     heads = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
     kept = shape.dim if config.loop.recompute == "full" else 6 * shape.dim + heads + 3 * shape.ffn_dim
     tokens = config.loop.micro_rows * config.data.seq_len
     memory = {
         "weights": shape.n_params * stored,
-        "trained weights, fp32": trained * 4 if config.method == "lora" else 0,
+        "trained weights, fp32": trained * 4 if lora else 0,
         "gradients, fp32": trained * 4,
         "AdamW's moments, fp32": trained * 8,
         "activations (estimate)": tokens * kept * shape.n_layers * wide,
@@ -110,7 +122,7 @@ def by_arithmetic(shape: LlamaConfig, config: SftConfig) -> Plan:
     return Plan(shape.n_params, trained, {part: size for part, size in memory.items() if size})
 
 
-def _adapter_size(shape: LlamaConfig, config: SftConfig) -> int:
+def _adapter_size(shape: LlamaConfig, config: Any) -> int:
     q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     widths = {
         "q_proj": (shape.dim, q),
@@ -125,42 +137,52 @@ def _adapter_size(shape: LlamaConfig, config: SftConfig) -> int:
     return shape.n_layers * config.lora.rank * sum(sum(widths[name]) for name in adapted)
 
 
-def probe(config: SftConfig) -> dict[str, Any]:
-    """Build the run, do PROBED micro-batches, an optimizer step and a validation row; what the whole will take."""
+def rehearse(recipe: str, config: Any) -> dict[str, Any]:
+    """Build the run and do each of its parts once, in its order; what the whole will take."""
     from arriero.train.metrics import memory_bytes
-    from arriero.train.sft import build
 
-    began = time.perf_counter()
-    run = build(config, Console(quiet=True))
-    trainer = run.trainer
-    batches = [trainer.batches(step)[0] for step in range(PROBED + 1)]
-    times = []
-    for batch in batches:
-        start = time.perf_counter()
-        (trainer.objective(run.model, batch) / max(batch.n_trained, 1)).backward()
-        times.append(time.perf_counter() - start)
-        if len(times) == 1:
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad()
-            until_first = time.perf_counter() - began
-    micro = sorted(times[1:])[PROBED // 2]
-    loop = config.loop
-    # What loading, tokenising and compiling took, and then the micro-batches.
-    seconds = until_first - micro + micro * trainer.total_steps * loop.batch_rows // loop.micro_rows
+    build = importlib.import_module(f"arriero.train.{recipe}").build
+    run, loading = _timed(lambda: build(config, Console(quiet=True)))
+    trainer, loop = run.trainer, config.loop
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    seconds = {
+        "loading and tokenising": loading,
+        "answers before and after": 2 * _timed(lambda: run.sample("before"))[1],
+    }
+    tenth = math.ceil(trainer.total_steps / 10)
     if trainer.validate is not None:
-        tenth = math.ceil(trainer.total_steps / 10)
         validations = 1 + math.ceil(trainer.total_steps / (loop.validate_every or tenth))
-        start = time.perf_counter()
-        trainer.engine.train(False)
-        trainer.validate()
-        seconds += validations * (time.perf_counter() - start)
+        seconds["validation"] = validations * _timed(trainer.measure)[1]
+    batches = [trainer.batches(step)[0] for step in range(PROBED + 1)]
+    times = [_timed(lambda batch=batch: _micro_batch(trainer, batch))[1] for batch in batches]  # type: ignore[misc]
+    steady = median(times[1:]) / (loop.micro_rows * config.data.seq_len)  # seconds a token
+    optimizer = min(_timed(trainer.optimizer.step)[1] for _ in range(2))
+    trainer.optimizer.zero_grad()
+    seconds["steps"] = steady * run.total_tokens + optimizer * trainer.total_steps
+    seconds["compiling"] = max(0.0, times[0] - median(times[1:]))
+    saves = math.ceil(trainer.total_steps / (loop.save_every or tenth))
+    seconds["checkpoints"] = (saves + 1) * _timed(trainer.save)[1]  # and the result, which is no larger
+    run.sample("after")
     return {
-        "shape": run.model.config.to_hf(),
+        "shape": trainer.engine.stages[0].model.config.to_hf(),
         "steps": trainer.total_steps,
-        "tokens": trainer.total_steps * loop.batch_rows * config.data.seq_len,
+        "tokens": run.total_tokens,
         "peak": memory_bytes(),
         "seconds": seconds,
     }
+
+
+def _micro_batch(trainer: Any, batch: Any) -> None:
+    trainer.engine.forward_backward([batch], trainer.objective, max(batch.n_trained, 1))
+
+
+def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
+    """What `action` returns, and the seconds it took."""
+    start = time.perf_counter()
+    result = action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
 
 
 def _gb(size: int) -> str:
@@ -175,7 +197,7 @@ def _duration(seconds: float) -> str:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(probe(configs.load_recipe({"sft": SftConfig}, sys.argv[1])[1])))
+        print(json.dumps(rehearse(*configs.load_recipe(RECIPES, sys.argv[1]))))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

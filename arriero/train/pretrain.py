@@ -63,10 +63,15 @@ class PretrainRun:
     phases: Sequence[Phase]
     trainer: Trainer
 
+    @property
+    def total_tokens(self) -> int:
+        """Tokens through the model over the whole run, padding included."""
+        return tokens_of(self.phases, self.trainer.total_steps)
+
     def summary(self) -> str:
         """What is about to happen, in a few lines."""
         config, total = self.config, self.trainer.total_steps
-        tokens = tokens_of(self.phases, total)
+        tokens = self.total_tokens
         held = sum(shards.n_tokens for shards in self.sources.values())
         return (
             f"{config.model}: {self.model.config.n_params:,} parameters ({config.loop.precision}), "

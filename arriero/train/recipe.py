@@ -39,6 +39,10 @@ class Run(Protocol):
     def trainer(self) -> Trainer:
         """Model, optimizer and progress."""
 
+    @property
+    def total_tokens(self) -> int:
+        """Tokens through the model over the whole run, padding included."""
+
     def summary(self) -> str:
         """What is about to happen, in a few lines."""
 

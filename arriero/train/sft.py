@@ -49,6 +49,11 @@ class SftRun:
     loader: SftLoader
     trainer: Trainer
 
+    @property
+    def total_tokens(self) -> int:
+        """Tokens through the model over the whole run, padding included."""
+        return self.trainer.total_steps * self.config.loop.batch_rows * self.config.data.seq_len
+
     def summary(self) -> str:
         """What is about to happen, in a few lines."""
         trained = sum(p.numel() for p in self.trainer.parameters.values())

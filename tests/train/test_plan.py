@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from arriero import config as configs
 from arriero.errors import ConfigError, UserError
-from arriero.model.config import PUBLISHED, LoraConfig
-from arriero.train.config import DataConfig, LoopConfig, SftConfig
+from arriero.model.config import LADDER, PUBLISHED, LoraConfig
+from arriero.train.config import DataConfig, LoopConfig, PretrainConfig, PretrainDataConfig, SftConfig
 from arriero.train.plan import plan
 
 
@@ -34,7 +35,7 @@ def test_recomputation_keeps_less():
 
 
 def test_a_model_without_data_is_told_what_is_missing(toy_model):
-    with pytest.raises(ConfigError, match="needs data to probe with: add --data FILE"):
+    with pytest.raises(ConfigError, match="needs data to probe with: add --data PATH"):
         plan(SftConfig(model=str(toy_model)))
 
 
@@ -62,3 +63,17 @@ def test_the_probe_foretells_the_runs_peak_memory(toy_model, rows, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", run, str(file)], capture_output=True, text=True, check=True)
     assert found.peak == pytest.approx(int(done.stdout), rel=0.15)
+
+
+def test_a_pretraining_run_is_rehearsed_likewise(shards, tmp_path):
+    config = PretrainConfig(
+        model="1m",
+        out=str(tmp_path / "run"),
+        data=PretrainDataConfig(train=str(shards), seq_len=64, validation_tokens=200),
+        loop=LoopConfig(steps=10, batch_rows=2, precision="fp32"),
+    )
+    found = plan(config)
+    assert found.parameters == replace(LADDER["1m"], vocab_size=512).n_params
+    assert found.steps == 10 and found.tokens == 10 * 2 * 64
+    assert found.peak > sum(found.memory.values()) and found.seconds["steps"] > 0
+    assert not (tmp_path / "run").exists()
