@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 from arriero.errors import ConfigError
 from arriero.model.config import LlamaConfig
+
+Recompute = Literal["none", "full", "selective"]
+"""What a block computes again in the backward pass: nothing, everything, or all but matmuls and attention."""
 
 
 @dataclass(frozen=True)

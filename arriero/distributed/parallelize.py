@@ -9,21 +9,19 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from arriero.distributed.config import Recompute
 from arriero.distributed.context import ContextAttention
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.stage import Stage
 from arriero.distributed.tensor import split_matrices
 from arriero.model.llama import Llama
-
-Recompute = Literal["none", "full", "selective"]
-"""What a block computes again in the backward pass: nothing, everything, or all but matmuls and attention."""
 
 
 def parallelize(model: Llama, mesh: Mesh, *, recompute: Recompute = "none", compile: bool = False) -> list[Stage]:
