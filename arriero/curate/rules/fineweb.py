@@ -16,7 +16,7 @@ from arriero.curate.spans import BLANK, ENDS_TERMINAL
 class FineWebRules:
     """Drop lists, menus and pages that repeat their lines: few lines end a sentence, most are short, or some recur.
 
-    The last rule, line breaks for each token, is datatrove's and not in the paper. Costs about 1 microsecond for each
+    The last rule, line breaks for each token, is datatrove's and not in the paper. Costs under 1 microsecond for each
     thousand characters.
     """
 
