@@ -136,10 +136,10 @@ class ParallelConfig:
                 "processes; change one of them"
             )
         micro_batches = batch_rows // (micro_rows * self.dp)
-        if micro_batches < self.pp * self.pp_chunks and self.pp > 1:
+        if micro_batches < self.pp and self.pp > 1:
             raise ConfigError(
                 f"batch_rows {batch_rows} gives each pipeline {micro_batches} micro-batches of {micro_rows} rows, "
-                f"fewer than its {self.pp * self.pp_chunks} stages; raise batch_rows or lower micro_rows"
+                f"fewer than its {self.pp} processes; raise batch_rows or lower micro_rows"
             )
         if self.pp_chunks > 1 and micro_batches % self.pp:
             raise ConfigError(

@@ -73,7 +73,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused():
         ParallelConfig(tp=2).fitted(2).check_batch(8, 1, 1001)
     with refused("batch_rows 6 is not a multiple of micro_rows 2 x 2 data-parallel processes"):
         ParallelConfig().fitted(2).check_batch(6, 2, 64)
-    with refused("batch_rows 6 gives each pipeline 3 micro-batches of 2 rows, fewer than its 4 stages"):
+    with refused("batch_rows 6 gives each pipeline 3 micro-batches of 2 rows, fewer than its 4 processes"):
         ParallelConfig(pp=4).fitted(4).check_batch(6, 2, 64)
     with refused("batch_rows 5 gives each pipeline 5 micro-batches, not a multiple of pp 2, which interleaving needs"):
         ParallelConfig(pp=2, pp_chunks=2).fitted(2).check_batch(5, 1, 64)
