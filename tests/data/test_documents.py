@@ -182,6 +182,30 @@ def test_epochs_differ_in_order_and_company():
     assert not same(one(shards, seed=4).row(0), loader.row(0))
 
 
+def test_epochs_order_the_windows_and_the_documents_in_each_anew():
+    shards = written([7] * 101)
+    windows = Windows(shards, "documents", seed=3, size=WINDOW)
+    texts = [np.array(concatenated(shards, 3, epoch)[::7]) // 7 for epoch in (0, 1)]  # documents, in their order
+    window_of = {d: w for w in range(windows.n) for d in windows.documents(w).tolist()}
+    order = [list(dict.fromkeys(window_of[d] for d in text.tolist())) for text in texts]
+    assert sorted(order[0]) == sorted(order[1]) == list(range(8)) and order[0] != order[1]
+    for w in range(windows.n):
+        assert [d for d in texts[0].tolist() if window_of[d] == w] != [
+            d for d in texts[1].tolist() if window_of[d] == w
+        ]
+
+
+def test_windows_of_equal_lengths_are_packed_in_different_arrangements():
+    shards = written(
+        [S + 1] * 10 * WINDOW
+    )  # a document fills a row, so rows are documents in the order of their window
+    loader, windows = one(shards, window=WINDOW), Windows(shards, "documents", seed=3, size=WINDOW)
+    place = {d: i for w in range(10) for i, d in enumerate(windows.documents(w).tolist())}
+    rows = [int(loader.row(k).tokens[0]) // (S + 1) for k in range(10 * WINDOW)]
+    arrangements = {tuple(place[d] for d in rows[w * WINDOW : (w + 1) * WINDOW]) for w in range(10)}
+    assert len(arrangements) == 10
+
+
 # A pure function of the index
 
 
@@ -270,6 +294,16 @@ def test_a_change_of_row_length_in_the_middle_of_an_epoch_loses_and_repeats_noth
     assert all(len(row.tokens) <= loader.seq_len(i) for i, row in enumerate(found))
     # Where a piece was cut, it was cut in both epochs, but every pair is there, and exactly twice.
     assert pairs(found) == Counter(dict.fromkeys(all_pairs(shards), 2))
+
+
+def test_a_change_of_row_length_between_two_epochs_cuts_documents_at_the_new_length_only():
+    shards = written(web_like(101, median=40.0))
+    n = one(shards, window=WINDOW).rows_in_epoch("documents")
+    stages = [Stage(0, S, {"documents": 1.0}), Stage(n, 5 * S, {"documents": 1.0})]
+    changing = PretrainLoader({"documents": shards}, stages, 3, window=WINDOW)
+    longer = one(shards, 5 * S, window=WINDOW)
+    m = longer.rows_in_epoch("documents")
+    assert all(same(changing.row(n + k), longer.row(m + k)) for k in range(m))
 
 
 def test_a_change_of_row_length_goes_on_at_the_next_token_of_the_text():
