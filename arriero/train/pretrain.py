@@ -38,7 +38,7 @@ from arriero.model.config import LADDER, SHAPES, LlamaConfig
 from arriero.model.llama import Llama
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.train.config import PretrainConfig, PretrainDataConfig
-from arriero.train.hardware import matmul_peak
+from arriero.train.hardware import matmul_peak, refuse_what_cannot_fit
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.objectives import lm_loss
 from arriero.train.recipe import DTYPES, compiles, eagerly, execute
@@ -237,6 +237,7 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> Ll
     _check_vocabulary(config.model, shape.vocab_size, tokenizer)
     theta = config.rope_theta or shape.rope_theta
     shape = dataclasses.replace(shape, max_context=max(seq_len, shape.max_context), rope_theta=theta)
+    refuse_what_cannot_fit(config.model, shape.n_params)
     return Llama(shape).init_weights(seed=config.loop.seed, depth_scaled=True)
 
 

@@ -21,6 +21,7 @@ from arriero.model import config as shapes
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig, Stage
+from arriero.train.hardware import refuse_what_cannot_fit
 from arriero.train.metrics import read_records
 from arriero.train.pretrain import Phase, build, count_steps, durations, main, timetable
 
@@ -164,3 +165,33 @@ def test_the_record_names_the_data(shards, tmp_path):
     sources = open_sources(shards / "train")
     assert data["fingerprints"] == {name: source.fingerprint for name, source in sources.items()}
     assert data["tokens"] == {name: source.n_tokens for name, source in sources.items()}
+
+
+def validated(preset: str, shards: Path, tmp_path: Path, *flags: str) -> int:
+    from arriero import cli
+
+    file = tmp_path / "preset.toml"
+    assert cli.main(["cp", preset, str(file)]) == 0
+    return cli.main(["validate", str(file), "--data", str(shards), "--out", str(tmp_path / "run"), *flags])
+
+
+def test_small_presets_validate_on_any_shards(shards, tmp_path, capsys):
+    assert validated("pretrain-1m", shards, tmp_path) == 0
+    size = replace(shapes.LADDER["1m"], vocab_size=512).n_params
+    assert f"1m: {size:,} parameters (bf16), muon\n1,282 steps, 21,004,288 tokens" in capsys.readouterr().out
+
+
+def test_presets_with_a_mixture_want_its_sources(shards, tmp_path, capsys):
+    assert validated("pretrain-llama1-7b", shards, tmp_path) == 2
+    assert "no source 'commoncrawl' in" in capsys.readouterr().err
+
+
+def test_a_model_that_this_machine_cannot_hold_is_refused_before_it_is_made(shards, tmp_path, capsys, monkeypatch):
+    assert validated("pretrain-llama3-405b", shards, tmp_path) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "llama3.1-405b: weights, gradients and optimizer of 405,853,388,800 parameters take at least 4,870 GB" in said
+    )
+    assert "start more processes (torchrun), or take a smaller shape" in said
+    monkeypatch.setenv("WORLD_SIZE", "16384")
+    refuse_what_cannot_fit("llama3.1-405b", 405_853_388_800)
