@@ -547,6 +547,41 @@ def tokenizer_extend(
     print(f"{out} written: {old.vocab_size:,} ids became {extension.tokenizer.vocab_size:,}")
 
 
+def curate_classifier(
+    good: tuple[str, ...],
+    *,
+    against: tuple[str, ...],
+    out: str,
+    epochs: int = 5,
+    held_out: float = 0.1,
+    seed: int = 0,
+    text_key: str = "text",
+) -> None:
+    """Train a quality classifier, good examples against random ones, for the step "quality" of curation.
+
+    Example:
+        arriero curate classifier wikipedia.jsonl.zst --against crawl/ --out out/good.safetensors
+        arriero curate crawl/ --out out/web --steps normalise language quality --set quality.model=out/good.safetensors
+
+    Args:
+        good: Files, directories or data sets of documents as they ought to be.
+        against: The same, of random documents from what is to be filtered.
+        out: File for the classifier.
+        epochs: Passes over the documents.
+        held_out: Share of the documents to measure it on.
+        seed: Decides which documents are held out, and the order of training.
+        text_key: Column of the text in JSONL and Parquet.
+    """
+    from arriero.curate.classifier import train
+
+    report = train(good, against, out, epochs=epochs, held_out=held_out, seed=seed, text_key=text_key).report
+    n_good, n_random = report["held_out"]["good"], report["held_out"]["random"]
+    print(
+        f"{out} written; on {n_good:,} good and {n_random:,} random documents held out: balanced accuracy "
+        f"{report['accuracy']:.1%}, area under the curve {report['auc']:.3f}"
+    )
+
+
 def scaling_sweep(config: SweepConfig) -> None:
     """Train small models of several sizes for each budget of compute, to fit scaling laws to; resumable.
 
@@ -661,6 +696,7 @@ def _recipe(name: str) -> Any:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "curate": curate,
+    "curate classifier": curate_classifier,
     "shard": shard,
     "pretrain": pretrain,
     "sft": sft,

@@ -24,9 +24,11 @@ from arriero.curate.rules import (
 )
 from arriero.curate.sources import Extractor
 from arriero.curate.steps.corpus import CorpusOutlier, ExactDedup, LineDedup, NearDedup, UrlDedup
+from arriero.curate.steps.decontaminate import Decontaminate
 from arriero.curate.steps.language import Language
 from arriero.curate.steps.licence import Licence
 from arriero.curate.steps.normalise import Normalise
+from arriero.curate.steps.quality import Quality
 from arriero.curate.steps.scrub import Scrub
 from arriero.errors import ConfigError, did_you_mean
 
@@ -50,6 +52,8 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "near-dedup": BOTH,
     "line-dedup": ("prose",),
     "scrub": BOTH,
+    "quality": ("prose",),
+    "decontaminate": BOTH,
 }
 """The steps, and which documents each judges."""
 
@@ -106,6 +110,8 @@ class CurateConfig:
     near_dedup: MinHashConfig = field(default_factory=MinHashConfig)
     line_dedup: LineDedup = field(default_factory=LineDedup)
     scrub: Scrub = field(default_factory=Scrub)
+    quality: Quality = field(default_factory=Quality)
+    decontaminate: Decontaminate = field(default_factory=Decontaminate)
 
     def __post_init__(self) -> None:
         for name in self.steps:
@@ -118,10 +124,10 @@ class CurateConfig:
         for name, least in (("shard_mb", 0.001), ("part_mb", 0.001), ("examples", 0), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if "dirty-words" in self.steps and not self.dirty_words.words:
-            raise ConfigError(
-                'steps has "dirty-words", but [dirty_words] has no words; give some, or take the step out'
-            )
+        for name, setting in (("dirty-words", "words"), ("quality", "model"), ("decontaminate", "against")):
+            table = name.replace("-", "_")
+            if name in self.steps and not getattr(getattr(self, table), setting):
+                raise ConfigError(f'steps has "{name}", but {table}.{setting} is empty; give it, or take the step out')
 
     def step(self, name: str) -> Any:
         """A step with its settings."""

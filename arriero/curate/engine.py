@@ -112,6 +112,9 @@ class Run:
             best_examples(examples, record["examples"], self.config.examples)
         settings = replace(self.config, workers=0, ray="")  # who works does not matter, nor where
         write_report(self.out, manifest, examples, configs.to_toml(replace(settings, out=""), "curate"))
+        if "decontaminate" in self.config.steps:
+            hits = [json.dumps(hit, ensure_ascii=False) + "\n" for record in records for hit in record["hits"]]
+            write_text(self.out / "decontamination.jsonl", "".join(hits))
         write_text(self.out / "config.toml", configs.to_toml(settings, "curate"))
         for stray in self.out.glob(".*.tmp"):  # of a killed run's shards
             stray.unlink()
@@ -200,6 +203,9 @@ class Run:
         for record in records[1:]:
             add(steps, record["steps"])
         first, last = records[0], records[-1]
+        contaminated: Json = {}
+        for hit in (hit for record in records for hit in record["hits"]):
+            add(contaminated, {hit["evaluation"]: 1})
         return {
             "format": f"arriero curated corpus {FORMAT}",
             "documents": sum(shard["documents"] for shard in shards),
@@ -208,6 +214,7 @@ class Run:
             "read": first["counts"],
             "kept": last["counts"],
             "unreadable": first["errors"],
+            **({"contaminated": contaminated} if "decontaminate" in self.config.steps else {}),
             "steps": [{"step": name, **steps.get(name, {})} for name in self.config.steps],
             "plan": {key: value for key, value in self.plan.items() if key != "files"},
         }
@@ -348,7 +355,7 @@ def _through(
         else:
             result = run_step(step, batch, alive)
         stats.count(name, [batch.documents[i] for i in alive], result, [orders[i] for i in alive], twin)
-        hits += [{"step": name, "document": d.id, **reason.details} for d, reason in result if isinstance(reason, Hit)]
+        hits += [{"document": d.id, **reason.details} for d, reason in result if isinstance(reason, Hit)]
         batch, alive = batch.after(result, alive)
     yield from ((rows[i], batch.documents[i]) for i in alive)
 
@@ -427,13 +434,23 @@ def plan_of(config: CurateConfig, files: Sequence[SourceFile]) -> Json:
         listed.append([file.name, stat.st_size, stat.st_mtime_ns])
     digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     settings = json.loads(json.dumps(config.deciding()))
+    inputs = {str(path): _sha256(path) for name in config.steps for path in getattr(config.step(name), "inputs", ())}
     return {
         "config": settings,
+        "inputs": inputs,
         "sources_sha256": digest,
         "n_files": len(files),
         "versions": versions(),
         "files": listed,
     }
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); a step needs it") from error
 
 
 @functools.cache
@@ -453,6 +470,7 @@ def versions() -> dict[str, str]:
 def refuse_other_plan(out: Path, old: Json, new: Json) -> None:
     """Raise ConfigError where a directory was begun with other settings, sources or versions; it says which."""
     changed = list(_differences(old["config"], new["config"]))
+    changed += [f"the content of {path}" for path in new["inputs"] if old["inputs"].get(path) != new["inputs"][path]]
     if old["sources_sha256"] != new["sources_sha256"]:
         before = {name: rest for name, *rest in old.get("files", [])}
         after = {name: rest for name, *rest in new["files"]}

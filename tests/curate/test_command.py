@@ -7,7 +7,7 @@ import pytest
 from arriero import cli, presets
 from arriero.curate.config import CurateConfig
 
-from .conftest import kept
+from .conftest import kept, prose
 
 
 def refused(capsys, *argv):
@@ -89,3 +89,15 @@ def test_other_recipes_commands_say_what_to_do_with_a_curation(tmp_path, capsys)
     assert cli.main(["cp", "curate-web", str(tmp_path / "a.toml")]) == 0
     said = refused(capsys, "validate", str(tmp_path / "a.toml"))
     assert "configures a curation, which has nothing to validate: arriero run" in said
+
+
+def test_a_classifier_is_trained_by_one_command_and_says_how_good_it_is(tmp_path, capsys):
+    for name, word in (("good", "llama"), ("bad", "click")):
+        rows = [json.dumps({"text": f"{prose(i)} {word} {word}."}) + "\n" for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    out = tmp_path / "q.safetensors"
+    argv = ["curate", "classifier", tmp_path / "good.jsonl", "--against", tmp_path / "bad.jsonl", "--out", out]
+    assert cli.main([*map(str, argv), "--held-out", "0.3"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{out} written; on ") and "balanced accuracy" in said
+    assert out.exists()
