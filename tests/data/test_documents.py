@@ -13,7 +13,7 @@ from helpers.shards import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.data.documents import PretrainLoader, Stage, Windows, permuted
+from arriero.data.documents import Pieces, PretrainLoader, Stage, Windows, permuted
 from arriero.data.loader import IGNORED, Row, collate, rows_of_rank
 from arriero.data.mix import LLAMA1
 from arriero.data.pack import count_rows, pack
@@ -294,6 +294,23 @@ def test_a_change_of_row_length_in_the_middle_of_an_epoch_loses_and_repeats_noth
     assert all(len(row.tokens) <= loader.seq_len(i) for i, row in enumerate(found))
     # Where a piece was cut, it was cut in both epochs, but every pair is there, and exactly twice.
     assert pairs(found) == Counter(dict.fromkeys(all_pairs(shards), 2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.sampled_from([7, 17, S]), st.integers(0, 2**31))
+def test_pieces_that_were_cut_are_joined_again_in_whatever_order_they_lie(lengths, seq_len, seed):
+    whole = Pieces(np.arange(len(lengths)), np.zeros(len(lengths), dtype=np.int64), np.array(lengths))
+    cut = whole.cut(seq_len)
+    assert (cut.stop - cut.start).max() <= seq_len
+    again = cut.take(np.random.default_rng(seed).permutation(len(cut.document))).joined()
+    assert all(np.array_equal(getattr(again, x), getattr(whole, x)) for x in ("document", "start", "stop"))
+    some = cut.take(np.flatnonzero(np.arange(len(cut.document)) % 3 != 1))  # a gap stays a gap
+    assert pieces_hold(some.joined()) == pieces_hold(some)
+
+
+def pieces_hold(pieces: Pieces) -> list[tuple[int, int]]:
+    spans = zip(pieces.document.tolist(), pieces.start.tolist(), pieces.stop.tolist(), strict=True)
+    return sorted((document, t) for document, start, stop in spans for t in range(start, stop))
 
 
 def test_a_change_of_row_length_between_two_epochs_cuts_documents_at_the_new_length_only():
