@@ -7,8 +7,12 @@ Price: a message to the store, about 0.1 ms, for each word said and each word he
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import secrets
 import time
+from datetime import timedelta
 from typing import Any
 
 from arriero.errors import TrainingError
@@ -84,6 +88,54 @@ class Peers:
                 )
             time.sleep(pause)
             pause = min(2 * pause, PAUSE[1])
+
+
+def join(backend: str, timeout: float) -> None:
+    """Join the processes that torchrun started in torch.distributed's default group. timeout: seconds, of collectives.
+
+    torchrun keeps one store through all restarts, and addresses that killed processes left there break the next start
+    (torch 2.13). So the processes first agree on a part of the store that none has written to before.
+    """
+    import torch.distributed as dist
+
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    store = unused_part(store, rank, world, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+
+
+def unused_part(store: Any, rank: int, world: int, timeout: float) -> Any:
+    """A part of `store` for those who are there now, whatever others of the same ranks have left in it.
+
+    Each says hello with a new token; process 0 proposes all tokens that it sees, and each agrees to a proposal that has
+    its own. Only when all have agreed, none of the tokens can be one of the dead, and process 0 says go.
+    """
+    from torch.distributed import PrefixStore
+
+    token, deadline = secrets.token_hex(8), time.monotonic() + timeout
+    store.set(f"hello/{rank}", token)
+    while True:
+        hellos = [f"hello/{r}" for r in range(world)]
+        missing = [r for r, key in enumerate(hellos) if rank == 0 and not store.check([key])]
+        if rank == 0 and not missing:
+            store.set("proposal", json.dumps([store.get(key).decode() for key in hellos]))
+        proposal = json.loads(store.get("proposal")) if not missing and store.check(["proposal"]) else []
+        name = hashlib.sha256("".join(proposal).encode()).hexdigest()[:16]
+        if len(proposal) == world and proposal[rank] == token:
+            store.set(f"{name}/agreed/{rank}", "")
+            if rank == 0:
+                missing = [r for r in range(world) if not store.check([f"{name}/agreed/{r}"])]
+                if not missing:
+                    store.set(f"{name}/go", "")
+            if store.check([f"{name}/go"]):
+                return PrefixStore(name, store)
+        if time.monotonic() > deadline:
+            who = f"process {', '.join(map(str, missing))}" if missing else "all of them"
+            raise TrainingError(
+                f"process {rank} waited {timeout:g} seconds (parallel.timeout) for {who} of {world} at "
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}; see whether all were started, and "
+                "can reach that address"
+            )
+        time.sleep(0.02)
 
 
 def peers_of_this_run(timeout: float = 600.0) -> Peers:

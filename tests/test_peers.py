@@ -10,7 +10,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from arriero.errors import TrainingError
-from arriero.peers import Peers
+from arriero.peers import Peers, unused_part
 
 
 def joined(world: int, timeout: float = 20.0) -> list[Peers]:
@@ -54,3 +54,34 @@ def test_alone_one_hears_oneself() -> None:
     assert Peers().gather("x", 17) == [17]
     assert Peers().announce("x", 19) == 19
     assert Peers().for_thread("save").world == 1
+
+
+def test_what_the_dead_have_left_in_the_store_is_never_taken_for_the_living() -> None:
+    (first, second, third), parts = joined(3), {}
+
+    def start(peers: Peers) -> None:
+        parts[peers.rank] = unused_part(peers.store, peers.rank, 3, 20)
+        parts[peers.rank].set(f"address/{peers.rank}", "new")
+
+    for attempt in range(3):  # process 2 is late each time, and its hello of the attempt before still stands
+        threads = [threading.Thread(target=start, args=(peers,)) for peers in (first, second)]
+        for thread in threads:
+            thread.start()
+        threads[0].join(0.1)
+        assert not [rank for rank in parts if parts[rank] is not None], attempt
+        start(third)
+        for thread in threads:
+            thread.join()
+        assert all(parts[0].check([f"address/{rank}"]) for rank in range(3))
+        parts.clear()
+
+
+def test_who_does_not_come_is_named() -> None:
+    first, second, _ = joined(3)
+    second.store.set("hello/1", "old")
+    with pytest.raises(
+        TrainingError, match=r"process 0 waited 0\.2 seconds \(parallel.timeout\) for process 2 of 3"
+    ):
+        unused_part(first.store, 0, 3, 0.2)
+    with pytest.raises(TrainingError, match=r"process 1 waited 0\.2 seconds .* for all of them of 3 at"):
+        unused_part(second.store, 1, 3, 0.2)

@@ -10,7 +10,8 @@ A mesh has five dimensions, outermost first: pp, dp_replicate, dp_shard, cp, tp.
 from __future__ import annotations
 
 import os
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from arriero.distributed.config import ParallelConfig
+from arriero.peers import join
 
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -103,6 +105,19 @@ class Mesh:
         """Whether `flag` is set on any process, so that all can act alike."""
         return bool(self.sum(torch.tensor(int(flag), device=self.device))) if self.distributed else flag
 
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self.any(False)
+
+    @contextmanager
+    def one_before_others(self) -> Iterator[None]:
+        """What process 0 does here, all others do after it, and find it done (a cache filled, a file written)."""
+        if self.rank > 0:
+            self.wait()
+        yield
+        if self.rank == 0:
+            self.wait()
+
     def close(self) -> None:
         """Leave the process group."""
         if self.distributed and dist.is_initialized():
@@ -130,6 +145,6 @@ def init_mesh(config: ParallelConfig, device: str) -> Mesh:
         torch.cuda.set_device(here)
     if not dist.is_initialized():
         backend = "nccl" if here.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=fitted.timeout))
+        join(backend, fitted.timeout)
     degrees = tuple(getattr(fitted, name) for name in DIMENSIONS)
     return Mesh(fitted, here, init_device_mesh(here.type, degrees, mesh_dim_names=DIMENSIONS))

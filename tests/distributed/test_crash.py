@@ -1,0 +1,122 @@
+"""Under torchrun, processes are killed, stopped and told to end: the run ends as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from helpers.runs import Run, do_together
+from safetensors.torch import load_file
+
+from arriero.checkpoint import native
+
+
+@contextmanager
+def torchrun(run: Run, world: int, restarts: int) -> Iterator[subprocess.Popen[str]]:
+    """The run as a job of `world` processes; nothing of it is left when the block ends."""
+    run_dir = Path(run.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    plan = run_dir / "plan.json"
+    plan.write_text(json.dumps([asdict(run)]))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    options = [f"--nproc-per-node={world}", f"--max-restarts={restarts}", "--master-addr=127.0.0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, f"--master-port={port}"]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    with open(run_dir / "output.txt", "w") as output:
+        job = subprocess.Popen(
+            [*command, "-m", "helpers.runs", str(plan)],
+            env=env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        yield job
+    finally:
+        for pid in [*(pid for _, pid in processes(run)), job.pid]:
+            if Path(f"/proc/{pid}").exists() and str(plan) in Path(f"/proc/{pid}/cmdline").read_text():
+                os.kill(pid, signal.SIGKILL)
+        job.wait()
+
+
+def processes(run: Run) -> list[tuple[int, int]]:
+    """(rank, process id) of all that were ever started, in order."""
+    files = sorted((Path(run.run_dir) / "pids").glob("*.*"), key=lambda file: file.stat().st_mtime_ns)
+    return [(int(file.stem), int(file.suffix[1:])) for file in files]
+
+
+def wait_for(run: Run, n: int, job: subprocess.Popen[str], seconds: float = 120) -> list[tuple[int, int]]:
+    """Wait until n processes were started in all."""
+    deadline = time.monotonic() + seconds
+    while len(started := processes(run)) < n:
+        assert job.poll() is None and time.monotonic() < deadline, output(run)
+        time.sleep(0.01)
+    return started
+
+
+def output(run: Run) -> str:
+    return (Path(run.run_dir) / "output.txt").read_text()
+
+
+def losses(run: Run) -> list[float]:
+    records = map(json.loads, (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "event" not in record]
+
+
+def assert_same_end(run: Run, undisturbed: Run) -> None:
+    ours, theirs = (load_file(Path(r.run_dir) / "final.safetensors") for r in (run, undisturbed))
+    assert ours.keys() == theirs.keys()
+    assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
+    assert losses(run) == losses(undisturbed)
+
+
+def kill_and_compare(run: Run, world: int, kills: int, longest: float, seed: int) -> int:
+    """Kill `kills` times, each within `longest` seconds of a start; returns how many kills hit a save."""
+    chance, hits = random.Random(seed), 0
+    undisturbed = replace(run, run_dir=run.run_dir + "-undisturbed", sleep=0.0)
+    checkpoints = Path(run.run_dir) / "checkpoints"
+    with torchrun(run, world, restarts=kills) as job:
+        for n in range(1, kills + 1):
+            started = wait_for(run, n * world, job)[-world:]
+            time.sleep(chance.uniform(0, longest))
+            assert job.poll() is None, f"the run ended before kill {n}: {output(run)}"
+            os.kill(chance.choice(started)[1], signal.SIGKILL)
+            hits += bool(list(checkpoints.glob(".*")))
+            if steps := native.steps(Path(run.run_dir)):
+                assert native.at_step(Path(run.run_dir), steps[-1]) is not None
+        Path(undisturbed.run_dir).mkdir()
+        do_together([undisturbed], world, Path(undisturbed.run_dir) / "plan.json")
+        assert job.wait(timeout=300) == 0, output(run)
+    assert f"ended {run.steps} None" in output(run)
+    assert not list(checkpoints.glob(".*"))
+    assert_same_end(run, undisturbed)
+    return hits
+
+
+def test_a_run_whose_processes_are_killed_ends_by_itself_with_the_same_weights(tmp_path: Path) -> None:
+    kill_and_compare(Run(str(tmp_path / "run"), steps=24, save_every=1, sleep=0.05), 2, kills=2, longest=1.5, seed=3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fifty_kills_at_random_moments_saves_included(tmp_path: Path) -> None:
+    hits = kill_and_compare(Run(str(tmp_path / "run"), steps=900, save_every=1), 2, kills=50, longest=2.5, seed=5)
+    assert hits > 0, "no kill hit a save: the test has shown nothing"
