@@ -103,12 +103,12 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Outcome | None
 def family(width: int, vocab_size: int, context: int) -> LlamaConfig:
     """The Llama of this width in a family whose members differ in size only; at 128 and 512 it is the ladder's own.
 
-    A layer for every 64 of width, at least 4; heads 64 wide (32 below 256); half as many KV heads where that is whole;
-    a feed-forward of 3 times the width; tied embeddings.
+    A layer for every 64 of width, below 256 for every 32 up to 4; heads 64 wide (32 below 256); half as many KV heads
+    where that is whole; a feed-forward of 3 times the width; tied embeddings.
     """
     n_heads = width // (32 if width < 256 else 64)
     n_kv_heads = n_heads if n_heads % 2 else n_heads // 2
-    layers = max(4, round(width / 64))
+    layers = max(min(width // 32, 4), round(width / 64))
     return LlamaConfig(width, layers, n_heads, n_kv_heads, 3 * width, vocab_size, context, tied_embeddings=True)
 
 
