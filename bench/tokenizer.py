@@ -1,9 +1,9 @@
 """Encoding many documents: `DocumentEncoder`, on which `arriero shard` runs, against each library's own batch call.
 
 The same documents (the standard library's source, and prose where given) through the same vocabulary, by turns in one
-process, with equal ids checked. Two vocabularies: Llama 3's kind and Llama 1 and 2's, learned here from half of the
-text. Caches of words are cold in each round: tables are built anew, outside the timing. One JSON line: megabytes of
-text a second (median, lowest and highest of the rounds), by the wall clock and by CPU time.
+process, with equal ids checked. Three vocabularies: Llama 3's kind and Llama 1 and 2's, learned here from the other
+half of the text, and SmolLM2's. Caches of words are cold in each round: tables are built anew, outside the timing. One
+JSON line: megabytes of text a second (median, lowest and highest of the rounds), by the wall clock and by CPU time.
 
     python bench/tokenizer.py [--rounds 5] [--vocab-size 32000] [--prose FILE ...] [--threads 0]
 """
@@ -26,13 +26,16 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
+from arriero.checkpoint.source import resolve
 from arriero.curate.sources import read_documents
-from arriero.tokenizer import Tokenizer
+from arriero.tokenizer import Tokenizer, load_tokenizer
+from arriero.tokenizer.hf import HfTokenizer
 from arriero.tokenizer.llama3 import SPLIT, TiktokenTokenizer
 from arriero.tokenizer.parallel import DocumentEncoder
 from arriero.tokenizer.sample import draw_sample
 from arriero.tokenizer.train import Kind, TrainingConfig, learn
 
+BUILT_IN = "smollm2-135m"
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 
 
@@ -59,6 +62,7 @@ def main() -> None:
         sample = draw_sample(learned_from, 100_000_000)
         tokenizer = learn(sample, TrainingConfig(kind, args.vocab_size))
         result[kind] = race(tokenizer, measured_on, megabytes, args.rounds, args.threads)
+    result[BUILT_IN] = race(load_tokenizer(resolve(BUILT_IN)), measured_on, megabytes, args.rounds, args.threads)
     print(json.dumps(result))
 
 
@@ -96,7 +100,7 @@ def ways(tokenizer: Tokenizer, threads: int) -> dict[str, Callable[[], Encode]]:
     A library's way is its fastest call that takes all documents at once, with the lists or arrays it gives.
     """
     n_threads = threads or os.cpu_count() or 1
-    backend = tokenizer.to_backend()  # type: ignore[attr-defined]
+    backend = tokenizer.backend if isinstance(tokenizer, HfTokenizer) else tokenizer.to_backend()  # type: ignore
     state = {**json.loads(backend.to_str()), "added_tokens": [], "post_processor": None}
 
     def arriero(engine: str) -> Callable[[], Encode]:
@@ -117,9 +121,11 @@ def ways(tokenizer: Tokenizer, threads: int) -> dict[str, Callable[[], Encode]]:
     found: dict[str, Callable[[], Encode]] = {
         "arriero": arriero("auto"),
         "arriero_exact": arriero("exact"),
-        "gigatoken": giga,
         "tokenizers": huggingface,
     }
+    if isinstance(tokenizer, HfTokenizer):
+        return found  # gigatoken refuses this pipeline as it stands
+    found["gigatoken"] = giga
     if isinstance(tokenizer, TiktokenTokenizer):
         ranks = tokenizer.ranks
 
