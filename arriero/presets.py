@@ -113,7 +113,7 @@ def curate_web() -> CurateConfig:
             "normalise", "url-dedup", "exact-dedup", "language", "gopher-repetition", "c4", "gopher-quality", "fineweb",
             "ngram-coverage", "licence", "code", "line-dedup", "near-dedup", "scrub",
         ),
-        c4=C4Rules(line_ends=("",)),  # FineWeb took all of C4's rules but that lines must end in punctuation
+        c4=C4Rules(line_ends=()),  # FineWeb took all of C4's rules but that lines must end in punctuation
     )  # fmt: skip
 
 

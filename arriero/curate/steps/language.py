@@ -28,7 +28,7 @@ class Language:
     down."""
     min_score: float = 0.65
     """Least probability that the model gives to the language that it finds."""
-    max_characters: int = 2000
+    max_characters: int = 600
     """How much of a document is looked at: this many characters, from its middle."""
 
     def __post_init__(self) -> None:

@@ -11,29 +11,23 @@ from arriero.curate.document import Document
 
 LOOKED_AT = 8000  # characters from the beginning: long licence texts stand whole in a header
 SPDX = re.compile(r"SPDX-License-Identifier:\s*\(?([\w.+-]+)", re.IGNORECASE)
-# The first that matches names the licence: the stricter ones stand before those whose words they share.
-PHRASES = tuple(
-    (name, re.compile(r"\s+".join(words.split(" ")), re.IGNORECASE))
-    for name, words in (
-        ("agpl", "affero general public licen[sc]e"),
-        ("lgpl", "(lesser|library) general public licen[sc]e"),
-        ("gpl", "general public licen[sc]e"),
-        ("mpl", "mozilla public licen[sc]e"),
-        ("epl", "eclipse public licen[sc]e"),
-        ("apache", "apache licen[sc]e,? version 2"),
-        ("apache", "licensed to the apache software foundation"),
-        ("psf", "(psf|python software foundation) licen[sc]e"),
-        ("psf", "licensed to psf under a contributor agreement"),
-        ("bsd", "redistribution and use in source and binary forms"),
-        ("bsd", "bsd[- ]style licen[sc]e"),
-        ("isc", "permission to use, copy, modify, and(/or)? distribute this software for any purpose"),
-        ("mit", "permission is hereby granted, free of charge, to any person obtaining a copy"),
-        ("mit", "(under|the) (the )?mit licen[sc]e"),
-        ("unlicense", "released into the public domain|this is free and unencumbered software"),
-        ("proprietary", "all rights reserved[.,]? (unauthori[sz]ed|proprietary|confidential)"),
-        ("proprietary", "proprietary and confidential"),
-    )
-)  # fmt: skip
+# The first that stands in the text names the licence: the stricter ones come before those whose words they share.
+PHRASES = (
+    ("agpl", ("affero general public licen",)),
+    ("lgpl", ("lesser general public licen", "library general public licen")),
+    ("gpl", ("general public licen",)),
+    ("mpl", ("mozilla public licen",)),
+    ("epl", ("eclipse public licen",)),
+    ("apache", ("apache license, version 2", "apache license version 2", "licensed to the apache software foundation")),
+    ("psf", ("psf licen", "python software foundation licen", "licensed to psf under a contributor agreement")),
+    ("bsd", ("redistribution and use in source and binary forms", "bsd-style licen", "bsd style licen")),
+    ("isc", ("permission to use, copy, modify, and distribute this software for any purpose",)),
+    ("isc", ("permission to use, copy, modify, and/or distribute this software for any purpose",)),
+    ("mit", ("permission is hereby granted, free of charge, to any person obtaining a copy", "mit licen")),
+    ("unlicense", ("this is free and unencumbered software", "released into the public domain")),
+    ("proprietary", ("proprietary and confidential", "confidential and proprietary")),
+)
+HINTS = ("licen", "permission", "redistribution", "public domain", "proprietary")  # one stands in each phrase
 _COMMENT = re.compile(r"^[ \t]*(?:#+|//+|\*+|--|;+|%+|\"\"\"|/\*+)?[ \t]*", re.MULTILINE)
 
 
@@ -42,7 +36,7 @@ class Licence:
     """Keep source files under free licences; writes "licence" into each document's meta where one is found.
 
     Llama 1 kept projects under the Apache, BSD and MIT licences (arXiv 2302.13971, section 2.1). The row's own column
-    (license, licenses) counts before the file's text. Costs about 0.1 ms a document.
+    (license, licenses) counts before the file's text. Costs about 10 microseconds a document.
     """
 
     name: ClassVar[str] = "licence"
@@ -75,7 +69,10 @@ def licences(document: Document) -> list[str]:
         if named:
             return [str(name).strip().lower() for name in (named if isinstance(named, list) else [named])]
     head = document.text[:LOOKED_AT]
+    low = head.lower()
+    if not any(hint in low for hint in HINTS):
+        return []
     if spdx := SPDX.search(head):
         return [spdx[1].lower()]
-    plain = _COMMENT.sub("", head)
-    return next(([name] for name, phrase in PHRASES if phrase.search(plain)), [])
+    plain = " ".join(_COMMENT.sub("", low).split())
+    return next(([name] for name, phrases in PHRASES if any(phrase in plain for phrase in phrases)), [])
