@@ -162,11 +162,7 @@ def write_hf(
             total = sum(prod(entry.shape) * dtype.itemsize for entry in entries.values())
             where = {name: file for file, names in shards.items() for name in names}
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-        if save_tokenizer is not None:
-            save_tokenizer(temporary)
-        ids = {key: value for key, value in (generation or {}).items() if value is not None}
-        write_json(temporary / "generation_config.json", {"_from_model_config": False, **ids})
-        write_json(temporary / "config.json", {**weights.config.to_hf(str(dtype).removeprefix("torch.")), **ids})
+        _describe(temporary, weights.config, dtype, save_tokenizer, generation)
 
 
 def save_hf(
@@ -192,6 +188,26 @@ def save_hf(
         generation=generation_ids(tokenizer),
         progress=progress,
     )
+
+
+def companions(config: LlamaConfig, tokenizer: Any) -> Callable[[Path], None]:
+    """A function that writes what stands beside fp32 weights in Hugging Face's layout: config and tokenizer."""
+    return lambda directory: _describe(directory, config, torch.float32, tokenizer.save, generation_ids(tokenizer))
+
+
+def _describe(
+    directory: Path,
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    save_tokenizer: Callable[[Path], None] | None,
+    generation: Mapping[str, Any] | None,
+) -> None:
+    """Write config.json, generation_config.json and the tokenizer's files."""
+    if save_tokenizer is not None:
+        save_tokenizer(directory)
+    ids = {key: value for key, value in (generation or {}).items() if value is not None}
+    write_json(directory / "generation_config.json", {"_from_model_config": False, **ids})
+    write_json(directory / "config.json", {**config.to_hf(str(dtype).removeprefix("torch.")), **ids})
 
 
 def generation_ids(tokenizer: Any) -> dict[str, Any]:

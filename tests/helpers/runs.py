@@ -16,18 +16,22 @@ from pathlib import Path
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from arriero.checkpoint.hf import companions
 from arriero.distributed.config import ParallelConfig
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.distributed.parallelize import parallelize
+from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.loop import Trainer
 from arriero.train.metrics import MetricsLog
 from arriero.train.objectives import lm_loss
-from helpers.parallel import SHAPE, run_processes
+from helpers.parallel import run_processes
+from helpers.tokenizers import small_sentencepiece
 from helpers.training import toy_loader
 
+SHAPE = LlamaConfig(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=34, vocab_size=106, max_context=64)
 BATCH_ROWS = 12  # shared by 1, 2, 3 or 4 processes
 
 
@@ -55,7 +59,9 @@ def make_trainer(run: Run, mesh: Mesh) -> Trainer:
         return [loader.collate([loader.row(step * BATCH_ROWS + i)]) for i in mesh.share(BATCH_ROWS)]
 
     loop = LoopConfig(batch_rows=BATCH_ROWS, precision="fp32", seed=5, save_every=run.save_every, average=0.5)
-    return Trainer(engine, lm_loss, batches, run.steps, loop, OptimConfig(lr=1e-3), Path(run.run_dir))
+    beside = companions(SHAPE, small_sentencepiece())
+    optim = OptimConfig(lr=1e-3)
+    return Trainer(engine, lm_loss, batches, run.steps, loop, optim, Path(run.run_dir), companions=beside)
 
 
 def do(run: Run, mesh: Mesh) -> Trainer:
