@@ -10,8 +10,10 @@ from arriero.losses.lm import chunked_cross_entropy
 from arriero.model.llama import Llama
 
 
-def lm_loss(model: nn.Module, batch: Batch, z_loss: float = 0.0) -> Tensor:
-    """Sum of -log p(next token) over the batch's trained tokens, fp32; z_loss as in `chunked_cross_entropy`."""
+def lm_loss(model: nn.Module, batch: Batch, z_loss: float = 0.0, compile: bool = False) -> Tensor:
+    """Sum of -log p(next token) over the batch's trained tokens, fp32; z_loss, compile: `chunked_cross_entropy`'s."""
     assert isinstance(model, Llama)
     hidden = model.model(batch.tokens, any_number_of_documents(batch.cu_seqlens), batch.prefix)
-    return chunked_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, batch.targets.flatten(), z_loss=z_loss)
+    return chunked_cross_entropy(
+        hidden.flatten(0, 1), model.lm_head.weight, batch.targets.flatten(), z_loss=z_loss, compile=compile
+    )

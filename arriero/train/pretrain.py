@@ -41,7 +41,7 @@ from arriero.train.config import PretrainConfig, PretrainDataConfig
 from arriero.train.hardware import matmul_peak, refuse_what_cannot_fit
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.objectives import lm_loss
-from arriero.train.recipe import DTYPES, compiles, eagerly, execute
+from arriero.train.recipe import DTYPES, alone, compiles, eagerly, execute
 
 SAMPLING = SamplingConfig(temperature=0.8, top_p=0.95, seed=0)
 SAMPLE_TOKENS = 64
@@ -96,7 +96,8 @@ class PretrainRun:
     def export(self) -> Path:
         """Write the model in Hugging Face's layout; returns its directory."""
         directory = Path(self.config.out) / "model"
-        save_hf(self.model, directory, self.tokenizer, dtype=DTYPES[self.config.loop.precision])
+        if (model := self.trainer.engine.whole_model(lambda: Llama(self.model.config))) is not None:
+            save_hf(model, directory, self.tokenizer, dtype=DTYPES[self.config.loop.precision])
         return directory
 
 
@@ -154,10 +155,10 @@ def count_steps(config: PretrainConfig, held_tokens: int) -> int:
     return max(1, round((config.tokens or config.loop.epochs * held_tokens) / mean))
 
 
-def build(config: PretrainConfig, console: Console) -> PretrainRun:
-    """Open the shards, make or load the model, wrap it: everything up to step 1."""
-    loop, data = config.loop, config.data
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) -> PretrainRun:
+    """Open the shards, make or load the model, split it over `mesh` (None: one process): everything up to step 1."""
+    loop, data, mesh = config.loop, config.data, mesh or alone()
+    device = mesh.device
     train, validation = directories(data)
     sources = open_sources(train)
     tokenizer = load_tokenizer(next(iter(sources.values())).tokenizer_directory)
@@ -167,7 +168,8 @@ def build(config: PretrainConfig, console: Console) -> PretrainRun:
     model = make_model(config, tokenizer, max(phase.seq_len for phase in phases)).to(device)
     model.set_compute_dtype(DTYPES[loop.precision]).train()
     compiled = compiles(loop, tokens_of(phases, total_steps))
-    mesh = Mesh.alone(device)
+    for phase in phases:
+        mesh.config.check_batch(phase.batch_rows, loop.micro_rows, phase.seq_len)
     engine = Engine(parallelize(model, mesh, recompute=loop.recompute, compile=compiled), mesh)
     stages = [DataStage(phase.first_row, phase.seq_len, dict(phase.weights)) for phase in phases]
     loader = PretrainLoader(sources, stages, loop.seed, data.packing, data.max_epochs)
@@ -176,22 +178,24 @@ def build(config: PretrainConfig, console: Console) -> PretrainRun:
     def batches(step: int) -> list[Batch]:
         phase = phases[bisect.bisect_right(starts, step) - 1]
         first = phase.first_row + (step - phase.first_step) * phase.batch_rows
-        groups = (range(i, i + loop.micro_rows) for i in range(first, first + phase.batch_rows, loop.micro_rows))
+        mine = mesh.share(phase.batch_rows // loop.micro_rows)
+        starts_of_groups = (first + index * loop.micro_rows for index in mine)
+        groups = (range(start, start + loop.micro_rows) for start in starts_of_groups)
         pad_to = loop.micro_rows * phase.seq_len if compiled else None  # compiled code wants one shape
         return [loader.collate([loader.row(i) for i in rows], pad_to).to(device) for rows in groups]
 
     held_out = open_sources(validation) if validation else {}
-    validate = Validation(config, model, tokenizer, held_out, device, compiled)
+    validate = Validation(config, engine, tokenizer, held_out, compiled)
     trainer = Trainer(
         engine,
-        functools.partial(lm_loss, z_loss=config.z_loss),
+        functools.partial(lm_loss, z_loss=config.z_loss, compile=compiled),
         Prefetched(batches, total_steps),
         total_steps,
         loop,
         config.optim,
         Path(config.out),
         validate if held_out else None,
-        seconds_at_peak(model.config, device, DTYPES[loop.precision]),
+        seconds_at_peak(model.config, str(device), DTYPES[loop.precision]),
     )
     return PretrainRun(config, model, tokenizer, sources, phases, trainer)
 
@@ -269,10 +273,9 @@ class Validation:
     """Loss and bits per byte on held-out rows, by source where there are several, and what the model says now."""
 
     config: PretrainConfig
-    model: Llama
+    engine: Engine
     tokenizer: Tokenizer
     held_out: Mapping[str, Shards]
-    device: str
     compiled: bool
 
     def __call__(self) -> dict[str, Any]:
@@ -292,21 +295,26 @@ class Validation:
 
     def _measure(self, name: str, shards: Shards, n_tokens: int) -> tuple[float, int]:
         """Sum of -log p in nats, and the tokens it is over, on the first rows that hold `n_tokens`."""
-        seq_len, nats, count = self.config.data.seq_len, 0.0, 0
+        seq_len, count, n_rows = self.config.data.seq_len, 0, 0
         loader = PretrainLoader({name: shards}, [DataStage(0, seq_len, {name: 1.0})], seed=0)
-        for index in range(loader.rows_in_epoch(name)):
-            if count >= n_tokens:
-                break
-            batch = loader.collate([loader.row(index)], seq_len if self.compiled else None).to(self.device)
-            nats += lm_loss(self.model, batch).item()
-            count += batch.n_trained
-        return nats, count
+        while count < n_tokens and n_rows < loader.rows_in_epoch(name):
+            count += loader.collate([loader.row(n_rows)]).n_trained
+            n_rows += 1
+
+        def batch(index: int) -> Batch:
+            pad_to = seq_len if self.compiled else None
+            return loader.collate([loader.row(index)], pad_to).to(self.engine.mesh.device)
+
+        return self.engine.total_loss(batch, n_rows, lm_loss)
 
     def _samples(self) -> list[str]:
         """Each prompt and how the model goes on."""
         prompts = [self.tokenizer.encode(text, bos=self.tokenizer.bos_id is not None) for text in self.config.prompts]
         if not prompts:
             return []
+        shape = self.engine.model.config
+        if (model := self.engine.whole_model(lambda: Llama(shape))) is None:
+            return []
         with eagerly():
-            answers = generate(self.model, self.tokenizer, prompts, SAMPLING, SAMPLE_TOKENS)
+            answers = generate(model, self.tokenizer, prompts, SAMPLING, SAMPLE_TOKENS)
         return [text + answer.text for text, answer in zip(self.config.prompts, answers, strict=True)]

@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -86,4 +87,16 @@ def test_z_loss_adds_the_squared_log_partition_and_its_gradient():
     loss = chunked_cross_entropy(hidden, weight, targets, 7, z_loss=0.03)
     torch.testing.assert_close(loss, expected)
     for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("default")  # dynamo's own
+@pytest.mark.parametrize("z_loss", [0.0, 0.03])
+def test_the_compiled_passes_equal_the_plain_ones(z_loss):
+    hidden, weight, targets = inputs()
+    plain = chunked_cross_entropy(hidden, weight, targets, 7, z_loss=z_loss)
+    plain_grads = torch.autograd.grad(plain, (hidden, weight))
+    loss = chunked_cross_entropy(hidden, weight, targets, 17, z_loss=z_loss, compile=True)
+    torch.testing.assert_close(loss, plain)
+    for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), plain_grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
