@@ -69,6 +69,8 @@ def test_rate_and_batch_are_near_those_of_published_runs() -> None:
     flops = 6 * 6.9e9 * 2e12
     assert suggested_lr(flops) == pytest.approx(4.2e-4, rel=0.3)
     assert suggested_batch(flops) == pytest.approx(2304 * 4096, rel=1.0)
+    assert suggested_lr(1e14) == pytest.approx(0.3118 * 10**-1.75)
+    assert suggested_lr(1e10) == 6e-3
 
 
 # -- fits --------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ class SweepConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """As for `arriero pretrain`; a law holds for the recipe that it was measured with."""
     lr: float = 0.0
-    """Peak learning rate of every run; 0 takes 0.3118 C^-0.125 (DeepSeek LLM, arXiv 2401.02954)."""
+    """Peak learning rate of every run; 0 takes 0.3118 C^-0.125 (DeepSeek LLM, arXiv 2401.02954), 0.006 at most."""
     batch_rows: int = 0
     """Rows in the global batch of every run; 0 takes 0.292 C^0.3271 tokens (DeepSeek LLM, too)."""
     micro_tokens: int = 8192

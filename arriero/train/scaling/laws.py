@@ -77,9 +77,17 @@ Besiroglu et al. (arXiv 2404.10102), and the constants that Chinchilla printed, 
 its own budget where its two other approaches, and the new fit, ask for about 20."""
 
 
+MAX_LR = (
+    6e-3  # below 5e13 FLOPs, far under those that the law was fitted to, it gives more, which is worse (docs/log.md)
+)
+
+
 def suggested_lr(flops: float) -> float:
-    """Peak learning rate for a run of so many FLOPs, 0.3118 C^-0.1250 (DeepSeek LLM, arXiv 2401.02954, section 3.1)."""
-    return 0.3118 * flops**-0.1250
+    """Peak learning rate for a run of so many FLOPs: 0.3118 C^-0.1250 (DeepSeek LLM, arXiv 2401.02954, section 3.1).
+
+    At most MAX_LR.
+    """
+    return min(0.3118 * flops**-0.1250, MAX_LR)
 
 
 def suggested_batch(flops: float) -> float:
