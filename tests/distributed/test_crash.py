@@ -120,3 +120,38 @@ def test_a_run_whose_processes_are_killed_ends_by_itself_with_the_same_weights(t
 def test_fifty_kills_at_random_moments_saves_included(tmp_path: Path) -> None:
     hits = kill_and_compare(Run(str(tmp_path / "run"), steps=900, save_every=1), 2, kills=50, longest=2.5, seed=5)
     assert hits > 0, "no kill hit a save: the test has shown nothing"
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_saves(tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"), steps=100_000, save_every=1)
+    with torchrun(run, 2, restarts=0) as job:
+        started = dict(wait_for(run, 2, job))
+        deadline = time.monotonic() + 120
+        while not native.steps(tmp_path / "run") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(started[1], signal.SIGTERM)
+        assert job.wait(timeout=120) == 0, output(run)
+    saved = native.latest(tmp_path / "run")
+    assert saved is not None
+    assert f"ended {saved.step} SIGTERM" in output(run)
+    assert len(losses(run)) == saved.step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_hangs_is_named_within_the_time_out_and_the_run_goes_on(tmp_path: Path, stopped: int) -> None:
+    run = Run(str(tmp_path / "run"), steps=40, save_every=1, sleep=0.05, timeout=25)
+    with torchrun(run, 2, restarts=1) as job:
+        started = dict(wait_for(run, 2, job))
+        deadline = time.monotonic() + 120
+        while not native.steps(tmp_path / "run") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(started[stopped], signal.SIGSTOP)
+        hung = time.monotonic()
+        while "has not been heard of" not in output(run) and time.monotonic() < hung + 60:
+            time.sleep(0.05)
+        assert time.monotonic() - hung < 25 + 5, output(run)  # and what a crowded machine adds
+        assert f"process {stopped} of 2 has not been heard of for" in output(run)
+        wait_for(run, 4, job)
+        assert job.wait(timeout=200) == 0, output(run)
+    assert "ended 40 None" in output(run)
