@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate
 
-from arriero.data.loader import Batch
+from arriero.data.loader import IGNORED, Batch
 from arriero.distributed.context import held_tokens, padded, without_prefix
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.pipeline import Pipeline
@@ -90,6 +90,21 @@ class Engine:
             total += self.stages[0](one.batch.tokens, index)
         return self._summed(total)
 
+    def total_loss(self, batch_of: Callable[[int], Batch], n: int, objective: Objective) -> tuple[float, int]:
+        """The loss over batches 0 to n - 1, summed over their trained tokens, and how many those are.
+
+        The batches are shared out over the data-parallel processes, each of which makes its own only.
+        """
+        total, count, mesh = 0.0, 0, self.mesh
+        for start in range(0, n, mesh.dp_size):
+            index = start + mesh.dp_rank
+            batch = batch_of(min(index, n - 1))
+            if index >= n:  # the others need company, not another batch
+                batch = dataclasses.replace(batch, targets=torch.full_like(batch.targets, IGNORED), n_trained=0)
+            total += self.loss([batch], objective).item()
+            count += batch.n_trained
+        return total, mesh.count(count)[0]
+
     def _begin(
         self, micro_batches: Sequence[Batch], objective: Objective, trained: int, seeds: Sequence[int] | None
     ) -> list[MicroBatch]:
@@ -154,6 +169,23 @@ class Engine:
         Every process has to call it. One tensor at a time is gathered.
         """
         return dict(self.full_tensors())
+
+    def whole_model(self, skeleton: Callable[[], Llama]) -> Llama | None:
+        """The model on process 0, to be read, not trained: itself where there is one process, else gathered on the CPU.
+
+        skeleton: makes the same model without weights. None on the other processes; every process has to call it.
+        """
+        if not self.mesh.distributed:
+            return self.model
+        state = self.full_state_dict()
+        if self.mesh.rank > 0:
+            return None
+        with torch.device("meta"):
+            model = skeleton()
+        model.load_state_dict(state, assign=True)
+        model.tie_weights()
+        model.model.compute_dtype = self.model.model.compute_dtype
+        return model.eval()
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The gradients of the trained parameters likewise."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from arriero.distributed.config import ParallelConfig
 from arriero.errors import ConfigError
 from arriero.model.config import LoraConfig
 
@@ -150,6 +151,7 @@ class SftConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         _require(self.samples >= 0, f"samples is {self.samples}; it must be at least 0")
@@ -227,6 +229,7 @@ class PretrainConfig:
         default_factory=lambda: OptimConfig(lr=6e-4, weight_decay=0.1, schedule="wsd", min_lr=0.0)
     )
     loop: LoopConfig = field(default_factory=LoopConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     stages: tuple[Stage, ...] = ()
     """Changes of batch, row length or mixture during the run, in order of their start."""
 

@@ -182,6 +182,22 @@ _TRACKERS: dict[str, Callable[[Path, int], _Tracker]] = {
 # -- the screen --------------------------------------------------------------------------------------------------
 
 
+class Unheard(MetricsLog):
+    """The log of a process whose numbers another one writes."""
+
+    def __init__(self) -> None:
+        """Opens nothing."""
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def event(self, event: str, step: int, **values: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class LiveLine:
     """One line that keeps up with the run; where the output is no terminal, a plain line every ten seconds.
 

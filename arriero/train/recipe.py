@@ -20,16 +20,17 @@ from rich.console import Console
 from arriero import config as configs
 from arriero.checkpoint import native
 from arriero.checkpoint.files import write_json
+from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.errors import ConfigError
 from arriero.train.config import LoopConfig
 from arriero.train.environment import describe
 from arriero.train.loop import Outcome, Trainer
-from arriero.train.metrics import MetricsLog
+from arriero.train.metrics import MetricsLog, Unheard
 from arriero.train.report import write_report
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 COMPILE_FROM = 300_000  # tokens of a run above which compiling (half a minute to a minute) pays on two cores
-FREE = ("resume", "out", "loop.trackers", "data.workers")  # settings that may differ when a run is resumed
+FREE = ("resume", "out", "loop.trackers", "data.workers", "parallel.")  # settings that may differ when a run is resumed
 
 
 class Run(Protocol):
@@ -50,22 +51,30 @@ class Run(Protocol):
         """What is learned from: files, fingerprints, and how much. For data.json."""
 
     def sample(self, when: Literal["before", "after"]) -> None:
-        """Write what the model says before step 1, and what after the last, to samples.jsonl."""
+        """Write what the model says before step 1, and what after the last, to samples.jsonl; on every process."""
 
     def export(self) -> Path:
-        """Write the trained adapter or model; returns its directory."""
+        """Write the trained adapter or model; returns its directory; on every process."""
 
 
-Build = Callable[[Any, Console], Run]
+Build = Callable[[Any, Console, Mesh], Run]
 
 
 def execute(config: Any, recipe: str, build: Build) -> Outcome:
     """Run a recipe as `config` says. Raises a `UserError` before step 1 for whatever cannot be trained on."""
-    console = Console(stderr=True)
+    with init_mesh(config.parallel, _device()) as mesh:
+        return _execute(config, recipe, build, mesh)
+
+
+def _execute(config: Any, recipe: str, build: Build, mesh: Mesh) -> Outcome:
+    """On every process; process 0 alone writes the record and talks to the terminal."""
+    console = Console(stderr=True, quiet=mesh.rank > 0)
     run_dir = Path(config.out)
     saved = open_run(config, recipe)
-    run = build(config, console)
-    record(config, recipe, run)
+    mesh.wait()  # all have looked before anything is written
+    run = build(config, console, mesh)
+    if mesh.rank == 0:
+        record(config, recipe, run)
     console.print(run.summary(), markup=False)
     trainer = run.trainer
     if saved is not None:
@@ -73,7 +82,8 @@ def execute(config: Any, recipe: str, build: Build) -> Outcome:
         console.print(f"resuming at step {saved.step} from {saved.path}", markup=False)
     if trainer.progress.step == 0:
         run.sample("before")
-    with MetricsLog(run_dir, config.loop.trackers, after=trainer.progress.step) as log:
+    after = trainer.progress.step
+    with MetricsLog(run_dir, config.loop.trackers, after) if mesh.rank == 0 else Unheard() as log:
         outcome = trainer.run(log)
         if outcome.interrupted is not None:
             console.print(
@@ -85,8 +95,9 @@ def execute(config: Any, recipe: str, build: Build) -> Outcome:
         trainer.load_result(log)
     run.sample("after")
     final = run.export()
-    report = write_report(run_dir)
-    console.print(f"saved {final}\nreport {report}", markup=False)
+    if mesh.rank == 0:
+        console.print(f"saved {final}\nreport {write_report(run_dir)}", markup=False)
+    mesh.wait()
     return outcome
 
 
@@ -108,7 +119,7 @@ def open_run(config: Any, recipe: str) -> native.Saved | None:
     cls = type(config)
     _, earlier = configs.load_recipe({recipe: cls}, record_file)
     now, then = configs.to_dict(config), configs.to_dict(earlier)
-    differing = [p for p in configs.field_paths(cls) if p not in FREE and _at(now, p) != _at(then, p)]
+    differing = [p for p in configs.field_paths(cls) if not p.startswith(FREE) and _at(now, p) != _at(then, p)]
     if differing:
         raise ConfigError(
             f"{record_file}: this run was started with other settings ({', '.join(differing)}); an exact resume needs "
@@ -132,6 +143,15 @@ def compiles(loop: LoopConfig, tokens: int) -> bool:
     if loop.compile != "auto":
         return loop.compile == "on"
     return tokens >= COMPILE_FROM and (torch.cuda.is_available() or shutil.which("g++") is not None)
+
+
+def alone() -> Mesh:
+    """One process, on the GPU if there is one."""
+    return Mesh.alone(_device())
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def eagerly() -> AbstractContextManager[None]:

@@ -28,7 +28,7 @@ from arriero.tokenizer.base import Tokenizer
 from arriero.train.config import SftConfig
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.objectives import lm_loss
-from arriero.train.recipe import DTYPES, compiles, eagerly, execute
+from arriero.train.recipe import DTYPES, alone, compiles, eagerly, execute
 from arriero.train.samples import answer, write_samples
 
 
@@ -83,59 +83,70 @@ class SftRun:
 
     def sample(self, when: Literal["before", "after"]) -> None:
         """Answer a few held-out prompts."""
+        if (model := self._whole()) is None:
+            return
         with eagerly():
-            answers = answer(self.model, self.tokenizer, self.validation, self.config.samples)
+            answers = answer(model, self.tokenizer, self.validation, self.config.samples)
         write_samples(Path(self.config.out), answers, when)
 
     def export(self) -> Path:
         """Write the trained adapter (PEFT's layout) or model (Hugging Face's); returns its directory."""
-        config = self.config
+        config, model = self.config, self._whole()
+        directory = Path(config.out) / ("adapter" if config.method == "lora" else "model")
+        if model is None:
+            return directory
         if config.method == "lora":
-            directory = Path(config.out) / "adapter"
-            save_adapter(self.model, directory, config.lora, config.model)
+            save_adapter(model, directory, config.lora, config.model)
         else:
-            directory = Path(config.out) / "model"
-            save_hf(self.model, directory, self.tokenizer, dtype=DTYPES[config.loop.precision])
+            save_hf(model, directory, self.tokenizer, dtype=DTYPES[config.loop.precision])
         return directory
 
+    def _whole(self) -> Llama | None:
+        """The model as it is now, on process 0."""
+        lora = self.config.lora if self.config.method == "lora" else None
+        shape = self.model.config
+        return self.trainer.engine.whole_model(lambda: add_lora(Llama(shape), lora) if lora else Llama(shape))
 
-def build(config: SftConfig, console: Console) -> SftRun:
-    """Load, tokenise, adapt: everything up to step 1."""
-    loop = config.loop
+
+def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftRun:
+    """Load, tokenise, adapt, split over `mesh` (None: one process): everything up to step 1."""
+    loop, mesh = config.loop, mesh or alone()
+    mesh.config.check_batch(loop.batch_rows, loop.micro_rows, config.data.seq_len)
     torch.manual_seed(loop.seed)  # the adapter's first weights
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = mesh.device
     # A frozen base is computed with, never updated, so it is held in the compute type; trained weights stay fp32.
     stored = DTYPES[loop.precision] if config.method == "lora" else torch.float32
     model, tokenizer = load(config.model, dtype=stored, device=device)
-    training, validation = build_splits(
-        config.data.train,
-        config.data.validation,
-        tokenizer,
-        max_length=config.data.seq_len,
-        max_truncated=config.data.max_truncated,
-        workers=config.data.workers,
-        console=console,
-    )
+    with mesh.one_before_others():  # who come later find the tokens in the cache
+        training, validation = build_splits(
+            config.data.train,
+            config.data.validation,
+            tokenizer,
+            max_length=config.data.seq_len,
+            max_truncated=config.data.max_truncated,
+            workers=config.data.workers,
+            console=console,
+        )
     loader = SftLoader(training, config.data.seq_len, loop.seed, config.data.packing)
     steps = loop.steps or max(1, math.ceil(loop.epochs * loader.rows_in_epoch(0) / loop.batch_rows))
     if config.method == "lora":
         add_lora(model, config.lora)
     model.set_compute_dtype(DTYPES[loop.precision]).train()
     compiled = compiles(loop, steps * loop.batch_rows * config.data.seq_len)
-    mesh = Mesh.alone(device)
     engine = Engine(parallelize(model, mesh, recompute=loop.recompute, compile=compiled), mesh)
     pad_to = loop.micro_rows * config.data.seq_len if compiled else None  # compiled code wants one shape
 
     def batches(step: int) -> list[Batch]:
         first = step * loop.batch_rows
-        starts = range(first, first + loop.batch_rows, loop.micro_rows)
+        mine = mesh.share(loop.batch_rows // loop.micro_rows)
+        starts = (first + index * loop.micro_rows for index in mine)
         rows = ([loader.row(i) for i in range(start, start + loop.micro_rows)] for start in starts)
         return [loader.collate(micro, pad_to).to(device) for micro in rows]
 
     validate = None
     if validation is not None:
         held_out = SftLoader(validation, config.data.seq_len, seed=0)
-        validate = Validation(model, held_out, pad_to=config.data.seq_len if compiled else None, device=device)
+        validate = Validation(engine, held_out, pad_to=config.data.seq_len if compiled else None)
     trainer = Trainer(engine, lm_loss, batches, steps, loop, config.optim, Path(config.out), validate)
     return SftRun(config, model, tokenizer, training, validation, loader, trainer)
 
@@ -144,15 +155,13 @@ def build(config: SftConfig, console: Console) -> SftRun:
 class Validation:
     """Mean loss per trained token over the held-out rows, in nats."""
 
-    model: Llama
+    engine: Engine
     loader: SftLoader
     pad_to: int | None
-    device: str
 
     def __call__(self) -> dict[str, Any]:
-        total, count = 0.0, 0
-        for index in range(self.loader.rows_in_epoch(0)):
-            batch = self.loader.collate([self.loader.row(index)], self.pad_to).to(self.device)
-            total += lm_loss(self.model, batch).item()
-            count += batch.n_trained
+        total, count = self.engine.total_loss(self._batch, self.loader.rows_in_epoch(0), lm_loss)
         return {"loss": total / count}
+
+    def _batch(self, index: int) -> Batch:
+        return self.loader.collate([self.loader.row(index)], self.pad_to).to(self.engine.mesh.device)
