@@ -77,9 +77,7 @@ Besiroglu et al. (arXiv 2404.10102), and the constants that Chinchilla printed, 
 its own budget where its two other approaches, and the new fit, ask for about 20."""
 
 
-MAX_LR = (
-    6e-3  # below 5e13 FLOPs, far under those that the law was fitted to, it gives more, which is worse (docs/log.md)
-)
+MAX_LR = 6e-3  # what the law gives at 5e13 FLOPs; fitted from 1e17 up, it is too high far below (docs/log.md)
 
 
 def suggested_lr(flops: float) -> float:
