@@ -12,8 +12,8 @@ after a crash the rest is done. Reading a large file goes on behind its last par
 bytes (settings, source files with size and time, versions); a run with another plan is refused. The work directory
 takes about the size of the compressed text, twice while a stage runs.
 
-Memory: a worker holds a batch (2 million characters, or one larger document) and its arrays, 0.3 GB in all; measured
-numbers are in docs/curation.md.
+Memory: a worker holds a batch (2 million characters, or one larger document) and its arrays, 0.25 GB in all; the parent
+0.12 GB (docs/curation.md has what was measured).
 """
 
 from __future__ import annotations

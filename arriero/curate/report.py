@@ -47,6 +47,7 @@ def totals(counts: Json) -> dict[str, int]:
 def funnel_table(manifest: Json) -> Table:
     """The steps as a table for the terminal."""
     read, kept = totals(manifest["read"]), totals(manifest["kept"])
+    unreadable = manifest["unreadable"].get("count", 0)
     table = Table(title=f"{kept['documents']:,} of {read['documents']:,} documents kept")
     for column in ("step", "dropped", "changed", "left", "most frequent reason"):
         table.add_column(column, justify="left" if column in ("step", "most frequent reason") else "right")
@@ -57,7 +58,7 @@ def funnel_table(manifest: Json) -> Table:
         table.add_row(row["step"], row["dropped"], row["changed"], row["left"], first)
     table.caption = (
         f"{kept['characters']:,} of {read['characters']:,} characters ({_share(kept, read, 'characters')}) in "
-        f"{len(manifest['shards'])} shards"
+        f"{len(manifest['shards'])} shards" + (f"; {unreadable:,} rows could not be read" if unreadable else "")
     )
     return table
 
