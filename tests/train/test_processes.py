@@ -1,0 +1,41 @@
+"""Recipes as a user starts them on several processes, from the command line to the files."""
+
+import sys
+
+import pytest
+import torch
+from helpers.parallel import run_processes
+from safetensors.torch import load_file
+
+from arriero.train.metrics import read_records
+
+
+def losses(run_dir):
+    return [record["loss"] for record in read_records(run_dir / "metrics.jsonl") if "loss" in record]
+
+
+def sft(toy_model, rows, out, world, *more):
+    settings = "--seq-len 128 --steps 4 --batch-rows 4 --precision fp32 --rank 3 --samples 2 --lr 1e-3 --workers 1"
+    command = [sys.executable, "-m", "arriero", "sft", str(toy_model), "--data", str(rows), "--out", str(out)]
+    return run_processes([*command, *settings.split(), *more], world, 280)
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_two_processes_gives_the_run_directory_of_one(toy_model, rows, tmp_path):
+    sft(toy_model, rows, tmp_path / "one", 1)
+    sft(toy_model, rows, tmp_path / "two", 2, "--dp-shard", "2")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    names = [sorted(p.name for p in (tmp_path / run).iterdir()) for run in ("one", "two")]
+    assert names[0] == names[1]
+    assert {"adapter", "samples.jsonl", "report.html", "metrics.jsonl"} <= set(names[0])
+    one, two = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_split_so_is_said_before_step_1(toy_model, rows, tmp_path):
+    with pytest.raises(AssertionError, match="tp 2 does not divide the model's n_kv_heads 11"):
+        sft(toy_model, rows, tmp_path / "run", 2, "--tp", "2")
+    assert not (tmp_path / "run" / "checkpoints").exists()
