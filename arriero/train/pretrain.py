@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from arriero.checkpoint.hf import save_hf
+from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import load
 from arriero.data.documents import PretrainLoader
 from arriero.data.documents import Stage as DataStage
@@ -196,6 +196,7 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
         Path(config.out),
         validate if held_out else None,
         seconds_at_peak(model.config, str(device), DTYPES[loop.precision]),
+        companions(model.config, tokenizer),
     )
     return PretrainRun(config, model, tokenizer, sources, phases, trainer)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,10 +19,10 @@ import torch
 from rich.console import Console
 
 from arriero import config as configs
-from arriero.checkpoint import native
-from arriero.checkpoint.files import write_json
+from arriero.checkpoint.files import replaced_file, write_json
 from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.errors import ConfigError
+from arriero.train import attempts
 from arriero.train.config import LoopConfig
 from arriero.train.environment import describe
 from arriero.train.loop import Outcome, Trainer
@@ -62,29 +63,35 @@ Build = Callable[[Any, Console, Mesh], Run]
 
 def execute(config: Any, recipe: str, build: Build) -> Outcome:
     """Run a recipe as `config` says. Raises a `UserError` before step 1 for whatever cannot be trained on."""
+    began = time.time()
     with init_mesh(config.parallel, _device()) as mesh:
-        return _execute(config, recipe, build, mesh)
+        return _execute(config, recipe, build, mesh, began)
 
 
-def _execute(config: Any, recipe: str, build: Build, mesh: Mesh) -> Outcome:
+def _execute(config: Any, recipe: str, build: Build, mesh: Mesh, began: float) -> Outcome:
     """On every process; process 0 alone writes the record and talks to the terminal."""
     console = Console(stderr=True, quiet=mesh.rank > 0)
     run_dir = Path(config.out)
-    saved = open_run(config, recipe)
+    resumes = open_run(config, recipe)
     mesh.wait()  # all have looked before anything is written
     run = build(config, console, mesh)
     if mesh.rank == 0:
         record(config, recipe, run)
     console.print(run.summary(), markup=False)
     trainer = run.trainer
+    saved = trainer.checkpoints.latest() if resumes else None
     if saved is not None:
         trainer.restore(saved)
         console.print(f"resuming at step {saved.step} from {saved.path}", markup=False)
     if trainer.progress.step == 0:
         run.sample("before")
     after = trainer.progress.step
+    if mesh.rank == 0:
+        attempts.begin(run_dir, after, mesh.world, began)
     with MetricsLog(run_dir, config.loop.trackers, after) if mesh.rank == 0 else Unheard() as log:
         outcome = trainer.run(log)
+        if mesh.rank == 0:
+            _account(outcome, run_dir, log, console)
         if outcome.interrupted is not None:
             console.print(
                 f"stopped by {outcome.interrupted.name} after step {outcome.progress.step} of {trainer.total_steps}; "
@@ -101,19 +108,33 @@ def _execute(config: Any, recipe: str, build: Build, mesh: Mesh) -> Outcome:
     return outcome
 
 
-def open_run(config: Any, recipe: str) -> native.Saved | None:
-    """Claim the run directory: refuse one in use, or find the checkpoint to resume from."""
+def _account(outcome: Outcome, run_dir: Path, log: MetricsLog, console: Console) -> None:
+    """Say and record how the run's time was spent."""
+    p = outcome.progress
+    attempts.end(run_dir, p.step, outcome.interrupted.name if outcome.interrupted else "finished")
+    spent = attempts.effective(run_dir, p.seconds)
+    log.event("time", p.step, **dataclasses.asdict(spent))
+    console.print(str(spent), markup=False)
+
+
+def open_run(config: Any, recipe: str) -> bool:
+    """Claim the run directory, refusing one in use; whether the run in it is to go on.
+
+    It goes on where that is asked for, and where torchrun has started this very job before.
+    """
     run_dir = Path(config.out)
     record_file = run_dir / "config.toml"
     if not config.model or not config.data.train:
         missing = "model" if not config.model else "data.train"
         raise ConfigError(f"{missing} is not set; say what to train: arriero {recipe} MODEL --data PATH")
-    if not config.resume:
+    if not config.resume and not attempts.restarted(run_dir):
         if record_file.exists():
             raise ConfigError(
                 f"{run_dir} holds a run already; add --resume to go on with it, choose another --out, or delete it"
             )
-        return None
+        return False
+    if not record_file.exists() and not config.resume:
+        return False  # the attempt before was over before it began
     if not record_file.exists():
         raise ConfigError(f"{run_dir} holds no run to resume; leave --resume out to start one")
     cls = type(config)
@@ -125,17 +146,18 @@ def open_run(config: Any, recipe: str) -> native.Saved | None:
             f"{record_file}: this run was started with other settings ({', '.join(differing)}); an exact resume needs "
             f"the same ones: arriero run {record_file} --resume"
         )
-    return native.latest(run_dir)
+    return True
 
 
 def record(config: Any, recipe: str, run: Run) -> None:
-    """Write what decides the run, before step 1: config.toml, data.json, environment.json."""
+    """Write what decides the run, before step 1: config.toml, data.json, environment.json; each whole or not at all."""
     run_dir = Path(config.out)
-    run_dir.mkdir(parents=True, exist_ok=True)
     settled = dataclasses.replace(config, resume=False)
-    (run_dir / "config.toml").write_text(configs.to_toml(settled, recipe), encoding="utf-8")
-    write_json(run_dir / "environment.json", describe())
-    write_json(run_dir / "data.json", run.data_statistics())
+    with replaced_file(run_dir / "config.toml") as file:
+        file.write_text(configs.to_toml(settled, recipe), encoding="utf-8")
+    for name, values in {"environment": describe(), "data": run.data_statistics()}.items():
+        with replaced_file(run_dir / f"{name}.json") as file:
+            write_json(file, values)
 
 
 def compiles(loop: LoopConfig, tokens: int) -> bool:

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from arriero.checkpoint.adapter import save_adapter
-from arriero.checkpoint.hf import save_hf
+from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import load
 from arriero.data.loader import Batch, SftLoader
 from arriero.data.sft import SftDataset, build_splits, data_stats
@@ -147,7 +147,9 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     if validation is not None:
         held_out = SftLoader(validation, config.data.seq_len, seed=0)
         validate = Validation(engine, held_out, pad_to=config.data.seq_len if compiled else None)
-    trainer = Trainer(engine, lm_loss, batches, steps, loop, config.optim, Path(config.out), validate)
+    beside = None if config.method == "lora" else companions(model.config, tokenizer)
+    out = Path(config.out)
+    trainer = Trainer(engine, lm_loss, batches, steps, loop, config.optim, out, validate, companions=beside)
     return SftRun(config, model, tokenizer, training, validation, loader, trainer)
 
 
