@@ -110,6 +110,7 @@ def plan(config: SftConfig) -> None:
 
     Example:
         arriero plan llama3.1-8b --rank 8 --seq-len 4096 --recompute full
+        arriero plan llama3.1-405b --method full --seq-len 8192 --batch-rows 2048 --tp 8 --pp 16 --dp-shard 64
         arriero plan smollm2-135m --data train.jsonl
         arriero plan mine.toml
     """

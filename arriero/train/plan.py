@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from arriero import config as configs
+from arriero.distributed.arithmetic import Cost, cost
+from arriero.distributed.config import ParallelConfig
 from arriero.errors import ConfigError, UserError
 from arriero.model.config import LINEARS, SHAPES, LlamaConfig
 from arriero.train.config import PretrainConfig, SftConfig
@@ -69,13 +71,14 @@ class Plan:
         return table
 
 
-def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> Plan:
+def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> Plan | Cost:
     """Plan a run: by a rehearsal where the model and data are here, else by arithmetic from the known shape.
 
-    Raises what the run itself would raise for settings or data it refuses.
+    Where degrees of parallelism are given, the arithmetic is that of each process. Raises what the run itself would raise for settings or data it refuses.
     """
     if config.model in SHAPES and not config.data.train:
-        return by_arithmetic(SHAPES[config.model], config)
+        shape = SHAPES[config.model]
+        return by_arithmetic(shape, config) if config.parallel == ParallelConfig() else split(shape, config)
     if not config.data.train:
         raise ConfigError(
             f"the plan of {config.model!r} needs data to probe with: add --data PATH; without data, plan one of the "
@@ -120,6 +123,22 @@ def by_arithmetic(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Pla
         "a chunk of logits, fp32": 2 * 256 * shape.vocab_size * 4,
     }
     return Plan(shape.n_params, trained, {part: size for part, size in memory.items() if size})
+
+
+def split(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Cost:
+    """What each process holds and sends when all weights are trained, split by `config.parallel`."""
+    if isinstance(config, SftConfig) and config.method == "lora":
+        raise ConfigError("the plan of a split counts the training of all weights; add --method full")
+    p, loop = config.parallel, config.loop
+    fitted = p if p.dp_shard > 0 else p.fitted(p.dp_replicate * p.tp * p.cp * p.pp)
+    return cost(
+        shape,
+        fitted,
+        seq_len=config.data.seq_len,
+        batch_rows=loop.batch_rows,
+        micro_rows=loop.micro_rows,
+        recompute=loop.recompute,
+    )
 
 
 def _adapter_size(shape: LlamaConfig, config: Any) -> int:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from arriero.errors import ConfigError
 from arriero.model.config import PUBLISHED, LlamaConfig
 from arriero.model.llama import Llama
 from arriero.model.rope import rope_tables
+from arriero.train.config import DataConfig, LoopConfig, SftConfig
+from arriero.train.plan import plan
 
 LARGE = PUBLISHED["llama3.1-405b"]
 
@@ -66,6 +70,16 @@ def test_interleaving_makes_the_bubble_smaller_and_each_saving_saves():
     waiting, reducing = (cost(shape, ParallelConfig(dp_shard=64, reduce_every=r), **base) for r in (False, True))
     assert reducing.total < waiting.total / 2
     assert sum(reducing.sent.values()) > sum(waiting.sent.values())
+
+
+def test_a_plan_with_degrees_is_that_of_each_process():
+    loop, data = LoopConfig(batch_rows=2048, recompute="full"), DataConfig(seq_len=8192)
+    parallel = ParallelConfig(tp=8, pp=16, dp_shard=64)
+    config = SftConfig(model="llama3.1-405b", method="full", loop=loop, data=data, parallel=parallel)
+    assert plan(config) == cost(LARGE, parallel, seq_len=8192, batch_rows=2048, recompute="full")
+    assert plan(dataclasses.replace(config, parallel=ParallelConfig(tp=8, pp=16))).processes == 128
+    with pytest.raises(ConfigError, match="the plan of a split counts the training of all weights; add --method full"):
+        plan(dataclasses.replace(config, method="lora"))
 
 
 def test_what_cannot_be_laid_out_is_refused():
