@@ -74,7 +74,8 @@ class Plan:
 def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> Plan | Cost:
     """Plan a run: by a rehearsal where the model and data are here, else by arithmetic from the known shape.
 
-    Where degrees of parallelism are given, the arithmetic is that of each process. Raises what the run itself would raise for settings or data it refuses.
+    Where degrees of parallelism are given, the arithmetic is that of each process. Raises what the run itself would
+    raise for settings or data it refuses.
     """
     if config.model in SHAPES and not config.data.train:
         shape = SHAPES[config.model]
