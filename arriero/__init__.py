@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from arriero.api import evaluate as evaluate
+    from arriero.api import pretrain as pretrain
     from arriero.api import sft as sft
     from arriero.checkpoint.convert import convert as convert
     from arriero.checkpoint.load import load as load
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     from arriero.tokenizer import Tokenizer as Tokenizer
     from arriero.tokenizer import load_tokenizer as load_tokenizer
     from arriero.tokenizer.chat import encode_chat as encode_chat
+    from arriero.train.config import PretrainConfig as PretrainConfig
     from arriero.train.config import SftConfig as SftConfig
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "evaluate": "arriero.api",
+    "pretrain": "arriero.api",
     "sft": "arriero.api",
     "convert": "arriero.checkpoint.convert",
     "load": "arriero.checkpoint.load",
@@ -52,6 +55,7 @@ _HOMES = {
     "Tokenizer": "arriero.tokenizer",
     "load_tokenizer": "arriero.tokenizer",
     "encode_chat": "arriero.tokenizer.chat",
+    "PretrainConfig": "arriero.train.config",
     "SftConfig": "arriero.train.config",
 }
 

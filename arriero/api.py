@@ -1,4 +1,4 @@
-"""The route in two calls, for Python: what `arriero sft` and `arriero eval` do, with settings as keywords.
+"""The route for Python: what `arriero pretrain`, `sft` and `eval` do, with settings as keywords.
 
 Settings are the fields of the configuration, by short name (`lr=1e-4`) or with their section written as
 `**{"optim.lr": 1e-4}`. Whoever has a configuration already calls the recipe's own `main(config)`.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.config import apply_overrides
 from arriero.eval.config import EvalConfig
-from arriero.train.config import DataConfig, SftConfig
+from arriero.train.config import DataConfig, PretrainConfig, PretrainDataConfig, SftConfig
 
 if TYPE_CHECKING:
     from arriero.eval.results import Results
@@ -27,6 +27,18 @@ def sft(model: str | Path, data: str | Path, **settings: Any) -> Outcome:
     from arriero.train.sft import main
 
     return main(apply_overrides(SftConfig(model=str(model), data=DataConfig(train=str(data))), settings))
+
+
+def pretrain(model: str | Path, data: str | Path, **settings: Any) -> Outcome:
+    """Pretrain a shape such as "30m", or go on with a model, on token shards; leaves `model/` in the run directory.
+
+    settings: fields of `PretrainConfig` and its sections, such as out, tokens, lr, seq_len, resume.
+    Raises a `UserError` before step 1 for whatever cannot be trained on.
+    """
+    from arriero.train.pretrain import main
+
+    config = PretrainConfig(model=str(model), data=PretrainDataConfig(train=str(data)))
+    return main(apply_overrides(config, settings))
 
 
 def evaluate(model: str | Path, data: str | Path, **settings: Any) -> Results:

@@ -37,6 +37,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_a_misspelt_setting_is_answered_with_near_ones() -> None:
     with pytest.raises(ConfigError, match=r"unknown setting 'lrr'; did you mean 'lr'"):
         arriero.sft("smollm2-135m", "train.jsonl", lrr=1e-4)
+    with pytest.raises(ConfigError, match=r"unknown setting 'token'; did you mean 'tokens'"):
+        arriero.pretrain("30m", "shards", token=1e6)
     with pytest.raises(ConfigError, match=r"unknown setting 'windw'; did you mean 'window'"):
         arriero.evaluate("smollm2-135m", "prose.txt", windw=3)
 
