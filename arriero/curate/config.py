@@ -85,8 +85,9 @@ class CurateConfig:
     """Format of the shards."""
     shard_mb: float = 256.0
     """Text in a shard, megabytes: it ends with the first piece of work (part_mb) that reaches this."""
-    part_mb: float = 16.0
-    """Text in one piece of work, megabytes: what one worker takes on at a time, and repeats at most after a crash."""
+    part_mb: float = 4.0
+    """Text in one piece of work, megabytes: what one worker takes on at a time, and repeats at most after a crash.
+    More, such as 64, makes fewer files of a large corpus."""
     examples: int = 4
     """Random examples in the report of what each step kept, dropped and changed."""
     seed: int = 0

@@ -142,7 +142,7 @@ class Run:
         """Take all parts through one stage; returns what it did, its keys reduced to decisions."""
         directory, summary = self._directory(number), self.work / f"stage-{number:02d}.json"
         names = [part["name"] for part in before["parts"]]
-        first, steps, last = stages(self.config)[number]
+        last = stages(self.config)[number][2]
         if not summary.exists():
             starts = np.cumsum([0, *(part["documents"] for part in before["parts"])]).tolist()
             tasks = [
@@ -150,7 +150,7 @@ class Run:
                 for index in range(len(names))
             ]
             weights = [part["bytes"] for part in before["parts"]]
-            title = ", ".join([*([first] if first else []), *steps]) or "copying"
+            title = f"stage {number + 1} of {len(stages(self.config))}"
             self._each(title, take_stage, tasks, weights)
             write_json(summary, self._summary(directory, names))
         record = read_json(summary)
@@ -204,6 +204,12 @@ class Run:
             add(steps, record["steps"])
         first, last = records[0], records[-1]
         contaminated: Json = {}
+        nothing = {
+            "seen": 0,
+            "dropped": {},
+            "changed": 0,
+            "characters_removed": 0,
+        }  # of a step that no document reached
         for hit in (hit for record in records for hit in record["hits"]):
             add(contaminated, {hit["evaluation"]: 1})
         return {
@@ -215,7 +221,7 @@ class Run:
             "kept": last["counts"],
             "unreadable": first["errors"],
             **({"contaminated": contaminated} if "decontaminate" in self.config.steps else {}),
-            "steps": [{"step": name, **steps.get(name, {})} for name in self.config.steps],
+            "steps": [{"step": name, **nothing, **steps.get(name, {})} for name in self.config.steps],
             "plan": {key: value for key, value in self.plan.items() if key != "files"},
         }
 

@@ -177,6 +177,25 @@ def test_a_crash_at_each_single_write_resumes_to_the_same_bytes(corpus, tmp_path
     assert hashes(out) == whole
 
 
+def test_half_a_shard_of_a_killed_run_is_removed(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "finish_shard", lambda *_: (_ for _ in ()).throw(Crash))
+    with pytest.raises(Crash):
+        run(corpus, tmp_path / "out")
+    monkeypatch.undo()
+    (tmp_path / "out" / ".shard-00000.parquet.4711.tmp").write_bytes(b"PAR1")
+    run(corpus, tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_rule_judges_the_text_as_the_step_before_left_it(tmp_path):
+    notice = "Enable javascript " + "# " * 300 + "."
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": prose(1) + "\n" + notice}) + "\n")
+    manifest = run(tmp_path / "a.jsonl", tmp_path / "before", steps=("fineweb", "gopher-quality", "c4"))
+    assert dropped(manifest) == {"gopher-quality": {"hash_ratio … > 0.1": 1}}
+    manifest = run(tmp_path / "a.jsonl", tmp_path / "after", steps=("fineweb", "c4", "gopher-quality"))
+    assert dropped(manifest) == {} and kept(tmp_path / "after")[0].text == prose(1)
+
+
 def test_a_worker_that_dies_is_replaced_and_its_work_done_again(corpus, tmp_path):
     run(corpus, tmp_path / "whole", steps=ALL)
     with start(corpus, tmp_path / "out", workers=2) as process:
