@@ -21,13 +21,14 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from arriero.checkpoint.files import read_json
 from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import load
 from arriero.data.documents import PretrainLoader
 from arriero.data.documents import Stage as DataStage
 from arriero.data.loader import Batch
 from arriero.data.prefetch import Prefetched
-from arriero.data.shards import Shards, open_sources
+from arriero.data.shards import Shards, open_sources, refuse_changed
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.parallelize import parallelize
@@ -161,6 +162,9 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
     device = mesh.device
     train, validation = directories(data)
     sources = open_sources(train)
+    if config.resume:
+        recorded = read_json(Path(config.out) / "data.json").get("fingerprints", {})
+        refuse_changed(recorded, sources, f"run {config.out}")
     tokenizer = load_tokenizer(next(iter(sources.values())).tokenizer_directory)
     weights = mixture(config, sources)
     total_steps = count_steps(config, sum(shards.n_tokens for shards in sources.values()))
@@ -173,6 +177,12 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
     engine = Engine(parallelize(model, mesh, recompute=loop.recompute, compile=compiled), mesh)
     stages = [DataStage(phase.first_row, phase.seq_len, dict(phase.weights)) for phase in phases]
     loader = PretrainLoader(sources, stages, loop.seed, data.packing, data.max_epochs)
+    rows = phases[-1].first_row + durations(phases, total_steps)[-1] * phases[-1].batch_rows
+    if loader.n_rows is not None and loader.n_rows < rows:
+        raise ConfigError(
+            f"the run reads {rows:,} rows, but max_epochs ends the sources after {loader.n_rows:,}; "
+            "raise max_epochs, train for fewer tokens, or add data"
+        )
     starts = [phase.first_step for phase in phases]
 
     def batches(step: int) -> list[Batch]:

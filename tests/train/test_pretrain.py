@@ -16,7 +16,7 @@ from arriero.checkpoint import native
 from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load
 from arriero.data.shards import open_sources
-from arriero.errors import ConfigError
+from arriero.errors import ConfigError, DataError
 from arriero.model import config as shapes
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
@@ -145,12 +145,24 @@ def test_what_cannot_be_trained_on_is_refused_before_step_1(shards, tmp_path):
         replace(config, stages=(Stage(0.5), Stage(0.25)))
     with pytest.raises(ConfigError, match="batch_rows 3 is not a multiple of micro_rows 2"):
         replace(config, stages=(Stage(0.5, batch_rows=3),))
+    with pytest.raises(ConfigError, match=r"the run reads 24 rows, but max_epochs ends the sources after \d+; raise"):
+        main(replace(config, data=replace(config.data, max_epochs={"short": 0.001, "long": 0.001})))
     tokenizer = load_toy_tokenizer(shards)
     small = Llama(replace(SHAPE, vocab_size=128)).init_weights(seed=1)
     save_hf(small, tmp_path / "small", tokenizer)
     with pytest.raises(ConfigError, match=r"has 128 tokens, the shards were made with a tokenizer of 512"):
         main(replace(config, model=str(tmp_path / "small")))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_where_the_shards_have_changed(shards, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    config = settings(copy, tmp_path / "run", loop=LoopConfig(steps=1, batch_rows=2, precision="fp32"))
+    main(config)
+    manifest = copy / "train" / "short" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"made": "later"}))
+    with pytest.raises(DataError, match=r"manifest.json has changed since run .* began"):
+        main(replace(config, resume=True))
 
 
 def load_toy_tokenizer(shards: Path):
