@@ -39,3 +39,13 @@ def test_what_cannot_be_split_so_is_said_before_step_1(toy_model, rows, tmp_path
     with pytest.raises(AssertionError, match="tp 2 does not divide the model's n_kv_heads 11"):
         sft(toy_model, rows, tmp_path / "run", 2, "--tp", "2")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_pretraining_on_two_processes_gives_the_losses_of_one(shards, tmp_path):
+    settings = "--seq-len 64 --steps 3 --batch-rows 4 --precision fp32 --validation-tokens 500 --compile off"
+    for name, world in (("one", 1), ("two", 2)):
+        command = [sys.executable, "-m", "arriero", "pretrain", "1m", "--data", str(shards), "--out"]
+        run_processes([*command, str(tmp_path / name), *settings.split()], world, 280)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert (tmp_path / "two" / "model" / "model.safetensors").exists()
