@@ -79,9 +79,7 @@ def test_what_the_dead_have_left_in_the_store_is_never_taken_for_the_living() ->
 def test_who_does_not_come_is_named() -> None:
     first, second, _ = joined(3)
     second.store.set("hello/1", "old")
-    with pytest.raises(
-        TrainingError, match=r"process 0 waited 0\.2 seconds \(parallel.timeout\) for process 2 of 3"
-    ):
+    with pytest.raises(TrainingError, match=r"process 0 waited 0\.2 seconds \(parallel.timeout\) for process 2 of 3"):
         unused_part(first.store, 0, 3, 0.2)
     with pytest.raises(TrainingError, match=r"process 1 waited 0\.2 seconds .* for all of them of 3 at"):
         unused_part(second.store, 1, 3, 0.2)
