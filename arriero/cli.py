@@ -456,6 +456,7 @@ def tokenizer_encode(
     """
     from arriero.tokenizer.encode import run_encode
 
+    views: dict[Literal["ids", "count", "show", "decode"], bool]
     views = {"ids": ids, "count": count, "show": show, "decode": decode}
     if sum(views.values()) > 1:
         raise ConfigError(f"--{' and --'.join(v for v, given in views.items() if given)}: give one of them")

@@ -32,8 +32,8 @@ from rich.progress import track
 from rich.table import Table
 
 from arriero.curate.sources import STDLIB, python_files
-from arriero.data.files import write_text
 from arriero.errors import DataError
+from arriero.files import write_text
 
 PROMPT = "Write the one-sentence docstring of this Python function.\n\n```python\n{code}\n```"
 SIMILARITY = 0.7  # Jaccard similarity of shingle sets from which two functions are the same to us

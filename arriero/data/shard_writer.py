@@ -21,9 +21,9 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from arriero.data.files import put_in_place, replaced, sync, temporary_name, write_text
 from arriero.data.shards import FORMAT, MANIFEST
 from arriero.errors import DataError
+from arriero.files import put_in_place, replaced_file, sync, temporary_name, write_text
 from arriero.tokenizer.base import Tokenizer
 
 PROGRESS = "progress.json"
@@ -223,7 +223,7 @@ class _SetPart:
     def commit(self) -> dict[str, Any]:
         """Put the files in place; returns the manifest's entry."""
         index = np.concatenate(self._index)
-        with replaced(self._index_path) as path:
+        with replaced_file(self._index_path) as path:
             path.write_bytes(index.astype("<i8").tobytes())
         n_tokens, n_bytes = (int(x) for x in index.sum(axis=0))
         counts = {"n_documents": len(index), "n_tokens": n_tokens, "n_bytes": n_bytes}

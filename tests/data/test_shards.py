@@ -24,7 +24,7 @@ from rich.console import Console
 
 from arriero.curate.document import Document
 from arriero.curate.sources import read_documents
-from arriero.data import files, sharding
+from arriero.data import sharding
 from arriero.data.sharding import document_marks, shard_documents, shard_sources, text_hash
 from arriero.data.shards import Shards, open_shards, open_sources, refuse_changed
 from arriero.errors import DataError
@@ -238,7 +238,7 @@ def test_a_run_killed_at_any_of_its_writes_goes_on_to_the_same_bytes(tmp_path, s
             raise Killed
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", dying)
+    monkeypatch.setattr(os, "replace", dying)
     out, die_at, n_deaths = tmp_path / "out", 0, 0
     while True:
         die_at, calls = die_at + 1, 0
@@ -396,7 +396,7 @@ def test_a_full_disk_is_named_with_the_remedy(tmp_path, small, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", str(tmp_path / "out/x"))
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
         DataError, match=r"out/x: No space left on device; mend that and run again: it goes on from there"
     ):
