@@ -456,11 +456,11 @@ def tokenizer_encode(
     """
     from arriero.tokenizer.encode import run_encode
 
-    views: dict[Literal["ids", "count", "show", "decode"], bool]
-    views = {"ids": ids, "count": count, "show": show, "decode": decode}
+    View = Literal["ids", "count", "show", "decode"]
+    views: dict[View, bool] = {"ids": ids, "count": count, "show": show, "decode": decode}
     if sum(views.values()) > 1:
         raise ConfigError(f"--{' and --'.join(v for v, given in views.items() if given)}: give one of them")
-    view = next((view for view, given in views.items() if given), "ids")
+    view: View = next((view for view, given in views.items() if given), "ids")
     if file is not None and text:
         raise ConfigError(f"text and --file {file} are both given; give one of them")
     run_encode(_tokenizer(tokenizer), text, file, view, lines=lines, special=special, bos=bos, eos=eos)
