@@ -8,6 +8,7 @@ Price: a message to the store, about 0.1 ms, for each word said and each word he
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -17,6 +18,7 @@ from typing import Any
 
 from arriero.errors import TrainingError
 
+_asked = itertools.count()
 PAUSE = 0.005, 0.2  # seconds between looks at the store, at first and at most
 
 
@@ -139,12 +141,15 @@ def unused_part(store: Any, rank: int, world: int, timeout: float) -> Any:
 
 
 def peers_of_this_run(timeout: float = 600.0) -> Peers:
-    """The processes that torch.distributed has joined, or this one alone."""
+    """The processes that torch.distributed has joined, or this one alone; they all have to ask equally often.
+
+    Each answer has words of its own: two trainers in one process do not hear what the other's said.
+    """
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return Peers()
     assert dist.group.WORLD is not None
     store: Any = dist.group.WORLD.get_group_store()
-    store = dist.PrefixStore("arriero", store.clone())
+    store = dist.PrefixStore(f"peers/{next(_asked)}", store.clone())
     return Peers(dist.get_rank(), dist.get_world_size(), store, timeout)
