@@ -206,7 +206,7 @@ def _rows(batch: Any) -> Iterator[NDArray[np.uint32]]:
     if isinstance(batch, list):
         yield from batch
         return
-    offsets, content = np.asarray(batch.layout.offsets), np.asarray(batch.layout.content)
+    offsets, content = np.asarray(batch.layout.offsets.data), np.asarray(batch.layout.content.data)
     for i in range(len(offsets) - 1):
         yield content[offsets[i] : offsets[i + 1]]
 
