@@ -117,7 +117,8 @@ class SftLoader:
     def collate(self, rows: Sequence[Row], pad_to: int | None = None) -> Batch:
         """Lay rows end to end behind the shared prefix.
 
-        pad_to: N; an untrained document fills up to it, so that compiled code sees one shape. None pads nothing.
+        pad_to: N; an untrained document fills up to it. Compiled code wants one shape, and so does the heap: with
+        lengths as they come, a run's memory grew by a quarter in 60 steps (docs/log.md). None pads nothing.
         """
         p = len(self.prefix)
         head = [Row(self.prefix, np.full(p, IGNORED), np.array([p]))] if p else []

@@ -191,11 +191,11 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
         mine = mesh.share(phase.batch_rows // loop.micro_rows)
         starts_of_groups = (first + index * loop.micro_rows for index in mine)
         groups = (range(start, start + loop.micro_rows) for start in starts_of_groups)
-        pad_to = loop.micro_rows * phase.seq_len if compiled else None  # compiled code wants one shape
+        pad_to = loop.micro_rows * phase.seq_len  # one shape, see `SftLoader.collate`
         return [loader.collate([loader.row(i) for i in rows], pad_to).to(device) for rows in groups]
 
     held_out = open_sources(validation) if validation else {}
-    validate = Validation(config, engine, tokenizer, held_out, compiled)
+    validate = Validation(config, engine, tokenizer, held_out)
     trainer = Trainer(
         engine,
         functools.partial(lm_loss, z_loss=config.z_loss, compile=compiled),
@@ -287,7 +287,6 @@ class Validation:
     engine: Engine
     tokenizer: Tokenizer
     held_out: Mapping[str, Shards]
-    compiled: bool
 
     def __call__(self) -> dict[str, Any]:
         nats, tokens, bits_per_byte = 0.0, 0, {}
@@ -313,8 +312,7 @@ class Validation:
             n_rows += 1
 
         def batch(index: int) -> Batch:
-            pad_to = seq_len if self.compiled else None
-            return loader.collate([loader.row(index)], pad_to).to(self.engine.mesh.device)
+            return loader.collate([loader.row(index)], seq_len).to(self.engine.mesh.device)
 
         return self.engine.total_loss(batch, n_rows, lm_loss)
 

@@ -134,19 +134,19 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     model.set_compute_dtype(DTYPES[loop.precision]).train()
     compiled = compiles(loop, steps * loop.batch_rows * config.data.seq_len)
     engine = Engine(parallelize(model, mesh, recompute=loop.recompute, compile=compiled), mesh)
-    pad_to = loop.micro_rows * config.data.seq_len if compiled else None  # compiled code wants one shape
+    row = config.data.seq_len if compiled or config.data.packing else None  # see `SftLoader.collate`
 
     def batches(step: int) -> list[Batch]:
         first = step * loop.batch_rows
         mine = mesh.share(loop.batch_rows // loop.micro_rows)
         starts = (first + index * loop.micro_rows for index in mine)
         rows = ([loader.row(i) for i in range(start, start + loop.micro_rows)] for start in starts)
-        return [loader.collate(micro, pad_to).to(device) for micro in rows]
+        return [loader.collate(micro, row and loop.micro_rows * row).to(device) for micro in rows]
 
     validate = None
     if validation is not None:
         held_out = SftLoader(validation, config.data.seq_len, seed=0)
-        validate = Validation(engine, held_out, pad_to=config.data.seq_len if compiled else None)
+        validate = Validation(engine, held_out, pad_to=row)
     beside = None if config.method == "lora" else companions(model.config, tokenizer)
     out = Path(config.out)
     trainer = Trainer(engine, lm_loss, batches, steps, loop, config.optim, out, validate, companions=beside)
