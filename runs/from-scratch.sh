@@ -19,9 +19,9 @@ step "2. A vocabulary of 4,096, Llama 3's kind"
 [ -f $out/tokenizer/tokenizer.json ] ||
   arriero tokenizer train $out/corpus --kind llama3 --vocab-size 4096 --n-special 16 --out $out/tokenizer
 
-step "3. Token shards, 2% of the documents held out"
+step "3. Token shards, 5% of the documents held out"
 [ -f $out/shards/train/manifest.json ] ||
-  arriero shard $out/corpus --tokenizer $out/tokenizer --validation 0.02 --out $out/shards
+  arriero shard $out/corpus --tokenizer $out/tokenizer --validation 0.05 --out $out/shards
 
 step "4. Pretraining a Llama of 10 million parameters (about ten minutes)"
 [ -f $out/run/model/config.json ] ||
