@@ -256,6 +256,7 @@ def parse_row(record: Record) -> Row:
 
 
 def as_row(value: Any, file: object, row: int) -> Row:
+    """`value` itself, if it is an object; raises `DataError` naming file and row for anything else."""
     if isinstance(value, dict):
         return value
     raise DataError(f"row {row} of {file}: expected a JSON object, found {type(value).__name__}; one object a row")

@@ -33,6 +33,7 @@ from arriero.data.sft import SftDataset, build_dataset
 from arriero.distributed.parallelize import prepare
 from arriero.model.config import LoraConfig
 from arriero.model.lora import add_lora, lora_state
+from arriero.train.hardware import matmul_peak
 from arriero.train.metrics import memory_bytes
 from arriero.train.objectives import lm_loss
 
@@ -136,17 +137,6 @@ def padded(dataset: SftDataset, group: Any) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def gemm_peak() -> float:
-    """bf16 GFLOP/s of a 2048^3 matmul: the best of ten."""
-    a = torch.randn(2048, 2048).bfloat16()
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(times) / 1e9
-
-
 def make(name: str, dataset: SftDataset, directory: Path) -> tuple[Step, Callable[[], float]]:
     """The contender called `name`."""
     if name == "arriero":
@@ -180,7 +170,7 @@ def main() -> None:
         result[f"{name}_peak_gb"] = (
             int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1e9
         )
-    result["gemm_gflops"] = gemm_peak()
+    result["gemm_gflops"] = matmul_peak("cpu", torch.bfloat16) / 1e9
     result |= throughputs(names, dataset, model_dir)
     for name in names[1:]:
         result[f"times_{name}"] = result["arriero_examples_s"] / result[f"{name}_examples_s"]

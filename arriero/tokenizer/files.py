@@ -100,4 +100,5 @@ def write_companions(directory: Path, special: SpecialTokens, template: ChatTemp
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write `value` as transformers writes its small files: two spaces, text as it is."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

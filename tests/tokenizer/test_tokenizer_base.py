@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.tokenizers import small_sentencepiece
 
 from arriero.errors import CheckpointError, DataError
 from arriero.gguf_header import read_metadata
@@ -19,20 +20,9 @@ from arriero.tokenizer.base import SpecialTokens
 from arriero.tokenizer.chat import ChatTemplate, encode_chat, named_template
 from arriero.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
 from arriero.tokenizer.llama3 import load_tiktoken_model, special_tokens
-from arriero.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceTokenizer, write_model
+from arriero.tokenizer.sentencepiece import SentencePieceTokenizer
 
 TEXTS = ["", " ", "Hello", "  Hi\n\n", "naïve 😀👩‍👩‍👧 日本", "</s><s> <|eot_id|><|im_end|>", "a\x00b", "x" * 41, "\n"]
-
-
-def small_sentencepiece() -> SentencePieceTokenizer:
-    pieces = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)]
-    pieces += [(f"<0x{b:02X}>", 0.0, BYTE) for b in range(256)]
-    pieces += [(c, -1000.0, NORMAL) for c in "▁Hi</s>elo"]
-    pieces += [
-        (p, -float(k), NORMAL) for k, p in enumerate(["Hi", "▁Hi", "</", "s>", "▁▁", "ll", "He", "Hell", "Hello"])
-    ]
-    special = SpecialTokens({"<unk>": 0, "<s>": 1, "</s>": 2}, bos="<s>", eos="</s>", unk="<unk>", adds_bos=True)
-    return SentencePieceTokenizer(write_model(pieces, {"unk": 0, "bos": 1, "eos": 2, "pad": -1}), special)
 
 
 def small_tiktoken(folder: Path) -> Path:
