@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from arriero import cli, presets
+from arriero.cli import recipes
 from arriero.config import load_recipe
 from arriero.model.config import SHAPES
 
@@ -122,7 +123,7 @@ def test_plan_needs_no_weights_for_a_published_size(capsys: pytest.CaptureFixtur
 
 def test_run_takes_the_file_and_lets_flags_change_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
-    monkeypatch.setattr(cli, "_start", lambda recipe, config: started.append((recipe, config)))
+    monkeypatch.setattr(recipes, "start", lambda recipe, config: started.append((recipe, config)))
     file = tmp_path / "a.toml"
     assert cli.main(["cp", "lora-8b", str(file)]) == 0
     flags = ["--lr", "7e-5", "--loop.steps", "11", "--no-packing", "--data", "x.csv", "--targets", "q_proj", "k_proj"]

@@ -1,0 +1,97 @@
+"""The command line: `arriero COMMAND ...`.
+
+A command is a function in the module of its group, entered in COMMANDS below; `parsing.py` reads its arguments off its
+parameters, and its docstring is its help. Whatever costs time is imported inside the command that needs it:
+`arriero --help` takes a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from arriero import __version__
+from arriero.cli import data, recipes, scaling, tokenizer, train, use
+from arriero.cli.parsing import call, description
+from arriero.errors import UserError, did_you_mean
+
+INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+MISUSED = 2
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "curate": data.curate,
+    "curate classifier": data.curate_classifier,
+    "shard": data.shard,
+    "pretrain": train.pretrain,
+    "sft": train.sft,
+    "run": recipes.run,
+    "validate": recipes.validate,
+    "plan": train.plan,
+    "chat": use.chat,
+    "generate": use.generate,
+    "eval": use.evaluate,
+    "merge": use.merge,
+    "convert": use.convert,
+    "data inspect": data.inspect,
+    "data build docstrings": data.build_docstrings,
+    "tokenizer train": tokenizer.train,
+    "tokenizer encode": tokenizer.encode,
+    "tokenizer compare": tokenizer.compare,
+    "tokenizer extend": tokenizer.extend,
+    "scaling sweep": scaling.sweep,
+    "scaling fit": scaling.fit,
+    "scaling plan": scaling.plan,
+    "ls": recipes.ls,
+    "cp": recipes.cp,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code (2 for misuse, 130 for Ctrl-C)."""
+    try:
+        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # so that a closed pipe shows here, not in the interpreter's shutdown
+    except UserError as error:
+        print(f"arriero: {error}", file=sys.stderr)
+        return MISUSED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if argv[0] in ("-V", "--version"):
+        print(f"arriero {__version__}")
+        return
+    for n_words in (3, 2, 1):  # the longest name first: "data build docstrings"
+        name = " ".join(argv[:n_words])
+        if name in COMMANDS:
+            call(name, COMMANDS[name], argv[n_words:])
+            return
+    group = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
+    if group and all(word in ("-h", "--help") for word in argv[1:]):
+        print(_overview(group))
+        return
+    typed = " ".join(word for word in argv[:3] if not word.startswith("-")) if group else argv[0]
+    raise UserError(f"unknown command {typed!r} (arriero --help lists them){did_you_mean(typed, group or COMMANDS)}")
+
+
+def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
+    lines = [
+        "usage: arriero COMMAND [ARGUMENTS]",
+        "",
+        "Raises Llama models: curate, pretrain, fine-tune, evaluate, convert and chat.",
+        "",
+    ]
+    width = max(map(len, names))
+    for name in names:
+        lines.append(f"  {name:<{width}}  {description(COMMANDS[name]).splitlines()[0]}")
+    return "\n".join([*lines, "", "arriero COMMAND --help explains a command and shows an example."])

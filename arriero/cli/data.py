@@ -1,0 +1,201 @@
+"""Commands from raw documents to what training reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from arriero import config as configs
+from arriero import presets
+from arriero.cli.tokenizer import open_tokenizer
+from arriero.errors import ConfigError, did_you_mean
+
+
+def curate(
+    sources: tuple[str, ...],
+    *,
+    out: str | None = None,
+    preset: str = "curate-prose",
+    steps: tuple[str, ...] | None = None,
+    set: tuple[str, ...] = (),
+    text_key: str | None = None,
+    on_error: Literal["stop", "skip"] | None = None,
+    format: Literal["parquet", "jsonl.zst"] | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+) -> None:
+    """Clean raw documents by published rules, deduplicate and decontaminate them, with a report to judge the rules by.
+
+    A run that was stopped goes on where it was; the result is the same for any number of workers.
+
+    Example:
+        arriero curate stdlib prose.jsonl.gz --out out/corpus
+        arriero curate crawl/ --preset curate-web --out out/web --set language.keep=en,de gopher_quality.min_words=30
+        arriero cp curate-web mine.toml && arriero curate pages.warc.gz --preset mine.toml --out out/mine
+
+    Args:
+        sources: Files (text, .html, .warc.gz, .jsonl.zst, .parquet, code), directories, "stdlib", Hub data set ids.
+        out: Directory for the shards, manifest.json and report.html.
+        preset: A preset's name (arriero ls presets), or a file written by `arriero cp`.
+        steps: Names of the steps, in order, in place of the preset's.
+        set: Other settings, as NAME=VALUE; `arriero cp curate-web FILE` writes all of them, explained.
+        text_key: Column of the text in JSONL and Parquet.
+        on_error: Stop at a row that cannot be read, or skip and count it.
+        format: Format of the shards.
+        workers: Processes; 0 means one per core.
+        ray: Address of a Ray cluster that shares the file system, or "local".
+    """
+    from rich.console import Console
+
+    from arriero.curate.config import CurateConfig
+    from arriero.curate.engine import curate as start
+    from arriero.curate.report import funnel_table
+
+    if preset in presets.PRESETS:
+        _, config = presets.get(preset)
+    elif preset.endswith(".toml"):
+        _, config = configs.load_recipe(presets.RECIPES, preset)
+    else:
+        raise ConfigError(f"no preset {preset!r}{did_you_mean(preset, presets.PRESETS)} (or give a .toml file)")
+    if not isinstance(config, CurateConfig):
+        raise ConfigError(f"{preset} is no preset of curation; `arriero ls presets` lists them")
+    given = dict(
+        sources=sources or None, out=out, steps=steps, text_key=text_key, on_error=on_error, format=format,
+        workers=workers, ray=ray,
+    )  # fmt: skip
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    for assignment in set:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: write NAME=VALUE, such as language.keep=en,de")
+        changes[name] = value
+    console = Console(stderr=True)
+    manifest = start(configs.apply_overrides(config, changes), console)
+    console.print(funnel_table(manifest))
+    written = changes.get("out", config.out)
+    print(f"{written} written: {manifest['documents']:,} documents; look at {Path(written) / 'report.html'}")
+
+
+def curate_classifier(
+    good: tuple[str, ...],
+    *,
+    against: tuple[str, ...],
+    out: str,
+    epochs: int = 5,
+    held_out: float = 0.1,
+    seed: int = 0,
+    text_key: str = "text",
+) -> None:
+    """Train a quality classifier, good examples against random ones, for the step "quality" of curation.
+
+    Example:
+        arriero curate classifier wikipedia.jsonl.zst --against crawl/ --out out/good.safetensors
+        arriero curate crawl/ --out out/web --steps normalise language quality --set quality.model=out/good.safetensors
+
+    Args:
+        good: Files, directories or data sets of documents as they ought to be.
+        against: The same, of random documents from what is to be filtered.
+        out: File for the classifier.
+        epochs: Passes over the documents.
+        held_out: Share of the documents to measure it on.
+        seed: Decides which documents are held out, and the order of training.
+        text_key: Column of the text in JSONL and Parquet.
+    """
+    from arriero.curate.classifier import train
+
+    report = train(good, against, out, epochs=epochs, held_out=held_out, seed=seed, text_key=text_key).report
+    n_good, n_random = report["held_out"]["good"], report["held_out"]["random"]
+    print(
+        f"{out} written; on {n_good:,} good and {n_random:,} random documents held out: balanced accuracy "
+        f"{report['accuracy']:.1%}, area under the curve {report['auc']:.3f}"
+    )
+
+
+def shard(
+    sources: list[str],
+    *,
+    tokenizer: str,
+    out: Path,
+    text_key: str = "text",
+    validation: str = "0.01",
+    by_source: bool = False,
+    workers: int = 0,
+) -> None:
+    """Tokenise documents into shards that pretraining reads; a run that was stopped goes on where it was.
+
+    Example:
+        arriero shard documents/ --tokenizer out/tokenizer --out out/shards
+        arriero shard web.jsonl.zst books/ stdlib --tokenizer my-llama --out out/shards --by-source
+
+    Args:
+        sources: Files, directories, Hub data sets, or "stdlib"; what `arriero curate` wrote, or any documents.
+        tokenizer: A model's directory or name, or a tokenizer.json, tokenizer.model or .gguf file.
+        out: Directory for the shards: train, validation, and the tokenizer.
+        text_key: Column that holds the text, in files of rows.
+        validation: Share of the documents to hold out, or a source of held-out documents.
+        by_source: Keep sources apart, so that they can be weighted.
+        workers: Encoding processes; 0 means one per core.
+    """
+    from rich.console import Console
+
+    from arriero.data.sharding import shard_sources, summary_table
+
+    sets = shard_sources(
+        sources,
+        open_tokenizer(tokenizer),
+        out,
+        text_key=text_key,
+        validation=validation,
+        by_source=by_source,
+        workers=workers,
+    )
+    Console().print(summary_table(sets))
+
+
+def inspect(file: str, *, model: str, rows: int = 3, first: int = 0, seq_len: int = 2048, workers: int = 0) -> None:
+    """Print rows as the model sees them, the trained tokens coloured, and the lengths and masks of all in numbers.
+
+    Example:
+        arriero data inspect train.jsonl --model smollm2-135m
+        arriero data inspect rows.parquet --model my-llama --first 1000 --rows 1
+
+    Args:
+        file: A file (JSONL, JSON, CSV, Parquet), a directory of them, or a Hub data set id.
+        model: The model whose tokenizer and chat template are applied.
+        rows: Rows to print.
+        first: Number of the first row to print, counted from 0.
+        seq_len: Tokens in a packed row; longer examples are counted.
+        workers: Tokenising processes; 0 means one per core.
+    """
+    from arriero.checkpoint.source import resolve
+    from arriero.data.inspect import inspect as show
+    from arriero.tokenizer import load_tokenizer
+
+    show(file, load_tokenizer(resolve(model)), rows, seq_len=seq_len, first=first, workers=workers)
+
+
+def build_docstrings(
+    out: Path,
+    source: str = "stdlib",
+    seed: int = 0,
+    held_out: float = 0.05,
+    max_pairs: int | None = None,
+    max_lines: int = 40,
+) -> None:
+    """Make fine-tuning data from Python code: a function -> its docstring's first sentence, split by module.
+
+    Example:
+        arriero data build docstrings out/data
+        arriero data build docstrings out/data --source ~/src/mine
+
+    Args:
+        out: Directory for train.jsonl, validation.jsonl, test.jsonl and stats.json.
+        source: "stdlib", a directory of Python code, or one Python file.
+        seed: Decides which modules are held out.
+        held_out: Share of the pairs, at most, for each of validation and test.
+        max_pairs: Training pairs at most; all when not given.
+        max_lines: Longest function, in lines without its docstring.
+    """
+    from arriero.data.docstrings import build_docstrings as build
+
+    build(source, out, seed=seed, held_out=held_out, max_pairs=max_pairs, max_lines=max_lines)

@@ -1,0 +1,126 @@
+"""How a command's parameters become its arguments, and the only importer of tyro.
+
+Required parameters are arguments by position, keyword ones flags. A command with one parameter `config` has that
+dataclass's fields as flags, without their sections: --lr, not --optim.lr (both are understood). One with `recipe` and
+`config` reads them from a file first; flags change it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, get_type_hints
+
+from arriero import config as configs
+from arriero import presets
+from arriero.cli.data import curate
+from arriero.errors import ConfigError, UserError
+
+REQUIRED = ("model", "data", "train")
+
+
+def call(name: str, command: Callable[..., Any], args: list[str]) -> None:
+    """Parse `args` by the command's parameters and run it."""
+    parameters = inspect.signature(command).parameters
+    if "config" not in parameters:
+        _tyro(command, command, name, args)()
+    elif name == "plan" and args and args[0].endswith(".toml"):
+        _, config = configs.load_recipe(presets.RECIPES, args[0])
+        command(_tyro(command, type(config), f"{name} {args[0]}", args[1:], default=config))
+    elif "recipe" not in parameters:
+        command(_tyro(command, get_type_hints(command)["config"], name, args))
+    elif not args or args[0].startswith("-"):
+        print(f"usage: arriero {name} FILE [OPTIONS]\n\n{description(command)}\n")
+        print(f"OPTIONS are the recipe's settings: arriero {name} FILE --help lists them with the file's values.")
+        if not args or args[0] not in ("-h", "--help"):
+            raise UserError(f"{name}: the first argument must be a file, such as one written by `arriero cp`")
+    else:
+        recipe, config = configs.load_recipe(presets.RECIPES, args[0])
+        if recipe == "curate":  # its steps have settings of the same name, so that flags cannot be read off its fields
+            if name != "run":
+                raise ConfigError(
+                    f"{args[0]} configures a curation, which has nothing to {name}: arriero run {args[0]}"
+                )
+            call("curate", curate, ["--preset", *args])
+            return
+        command(recipe, _tyro(command, type(config), f"{name} {args[0]}", args[1:], default=config))
+
+
+def _tyro(command: Callable[..., Any], target: Any, name: str, args: list[str], default: Any = None) -> Any:
+    """Let tyro read `args`: a dataclass gives its instance, a function a call still to be made."""
+    import tyro
+
+    if inspect.isfunction(target):
+        target = _binder(command)
+    from_file = default is not None
+    if default is None and inspect.isclass(target):
+        default = target()
+    registry = tyro.constructors.ConstructorRegistry()
+    required = ("model",) if name == "plan" else REQUIRED  # arithmetic needs no data
+    registry.struct_rule(functools.partial(_config_fields, from_file=from_file, required=required))
+    return tyro.cli(
+        target,
+        prog=f"arriero {name}",
+        description=description(command),
+        args=[re.sub(r"^--[\w-]+\.(?=\w)", "--", arg) for arg in args],  # --optim.lr is --lr
+        default=tyro.MISSING_NONPROP if default is None else default,
+        registry=registry,
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.PositionalMetavarFromFieldName,
+            *(() if default else (tyro.conf.FlagCreatePairsOff,)),
+        ),
+    )
+
+
+def _binder(command: Callable[..., Any]) -> Callable[..., Callable[[], None]]:
+    """A function of the command's signature that returns the call instead of making it.
+
+    Called inside tyro, a command that raised a ValueError of its own would be reported as a misread flag.
+    """
+    import tyro
+
+    hints = get_type_hints(command)
+    for name, parameter in inspect.signature(command).parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY:
+            hints[name] = Annotated[hints[name], tyro.conf.Positional]
+
+    def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(command, *args, **kwargs)
+
+    bind.__doc__, bind.__annotations__ = command.__doc__, hints
+    bind.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]
+    return bind
+
+
+def _config_fields(info: Any, from_file: bool, required: Sequence[str]) -> Any:
+    """How tyro shows a configuration: its documentation as help, MODEL by position, the training data as --data.
+
+    What is `required` has to be given where its default is empty (""); a file may have given it already.
+    """
+    import tyro
+    from tyro.constructors import StructConstructorSpec, StructFieldSpec
+
+    cls: Any = info.type
+    if not dataclasses.is_dataclass(cls):
+        return None
+    docs, fields = configs.field_docs(cls), []
+    for name, kind in get_type_hints(cls).items():
+        value = getattr(info.default, name)
+        if configs.is_table_list(kind):
+            kind = Annotated[kind, tyro.conf.Suppress]  # [[tables]] stand in a file
+        elif name in ("data", "train") and kind is str:
+            kind = Annotated[kind, tyro.conf.arg(name="data", aliases=["--train"] if name == "train" else [])]
+        elif name in ("model", "prompt") and not from_file:
+            kind = Annotated[kind, tyro.conf.Positional]
+        missing = name in required and value == ""
+        fields.append(StructFieldSpec(name, kind, tyro.MISSING if missing else value, docs.get(name)))
+    return StructConstructorSpec(info.type, tuple(fields))
+
+
+def description(command: Callable[..., Any]) -> str:
+    """A command's docstring without its list of arguments, which tyro shows beside the flags."""
+    return (inspect.getdoc(command) or "").partition("\nArgs:")[0].rstrip()

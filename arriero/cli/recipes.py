@@ -1,0 +1,81 @@
+"""Commands over files of settings: list what there is, copy a preset, run it, check it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from arriero import config as configs
+from arriero import presets
+from arriero.cli.train import module_of, start
+from arriero.errors import ConfigError
+
+
+def ls(what: Literal["models", "presets"]) -> None:
+    """List known models with their sizes, or presets.
+
+    Example:
+        arriero ls models
+        arriero ls presets
+
+    Args:
+        what: Model shapes with exact parameter counts, or named configurations to copy.
+    """
+    if what == "presets":
+        width = max(map(len, presets.PRESETS))
+        for name in presets.PRESETS:
+            print(f"{name:<{width}}  {presets.summary(name)}")
+        return
+    from arriero.model.config import SHAPES
+
+    heads = ("parameters", "layers", "width", "heads", "KV", "vocabulary", "context")
+    print("{:<16} {:>15} {:>6} {:>6} {:>5} {:>4} {:>10} {:>8}".format("model", *heads))
+    for name, c in SHAPES.items():
+        shape = f"{c.n_layers:>6} {c.dim:>6} {c.n_heads:>5} {c.n_kv_heads:>4} {c.vocab_size:>10,} {c.max_context:>8,}"
+        print(f"{name:<16} {c.n_params:>15,} {shape}")
+
+
+def cp(preset: str, file: Path, force: bool = False) -> None:
+    """Copy a preset to a TOML file, every setting explained, ready to edit.
+
+    Example:
+        arriero cp sft-docstrings-demo mine.toml
+        arriero run mine.toml --lr 1e-4
+
+    Args:
+        preset: A name from `arriero ls presets`.
+        file: The file to write.
+        force: Overwrite the file.
+    """
+    recipe, config = presets.get(preset)
+    if file.exists() and not force:
+        raise ConfigError(f"{file} exists; choose another name, or add --force to overwrite it")
+    if not file.parent.is_dir():
+        raise ConfigError(f"{file}: the directory {file.parent} does not exist; make it first")
+    file.write_text(configs.to_toml(config, recipe), encoding="utf-8")
+    print(f"{file} written; edit it, then: arriero run {file}")
+
+
+def run(recipe: str, config: Any) -> None:
+    """Run the recipe that a TOML file configures; flags change single settings.
+
+    Example:
+        arriero run mine.toml
+        arriero run mine.toml --lr 1e-4 --out out/slower
+    """
+    start(recipe, config)
+
+
+def validate(recipe: str, config: Any) -> None:
+    """Check everything but the training: settings, model, data, masks, and what the run would be.
+
+    Example:
+        arriero validate mine.toml
+        arriero validate mine.toml --data other.jsonl
+    """
+    from rich.console import Console
+
+    from arriero.train.recipe import open_run
+
+    open_run(config, recipe)
+    print(module_of(recipe).build(config, Console(stderr=True)).summary())

@@ -1,0 +1,63 @@
+"""Commands that train, and the one that says what training would cost."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+from arriero import presets
+from arriero.train.config import PretrainConfig, SftConfig
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Pretrain MODEL, a shape such as 30m or a model to go on with, on token shards.
+
+    Example:
+        arriero shard documents/ --tokenizer out/tokenizer --out out/shards
+        arriero pretrain 30m --data out/shards --tokens 20e6 --out out/mine
+    """
+    start("pretrain", config)
+
+
+def sft(config: SftConfig) -> None:
+    """Fine-tune MODEL on the conversations in a file, with LoRA or in full.
+
+    Example:
+        arriero sft smollm2-135m --data train.jsonl --out out/mine
+        arriero sft my-llama --data rows.parquet --method full --lr 2e-5 --epochs 2
+    """
+    start("sft", config)
+
+
+def plan(config: SftConfig) -> None:
+    """Say what a run would cost: parameters, memory by part, tokens and time, from a short probe where data is given.
+
+    Example:
+        arriero plan llama3.1-8b --rank 8 --seq-len 4096 --recompute full
+        arriero plan llama3.1-405b --method full --seq-len 8192 --batch-rows 2048 --tp 8 --pp 16 --dp-shard 64
+        arriero plan smollm2-135m --data train.jsonl
+        arriero plan mine.toml
+    """
+    from rich.console import Console
+
+    from arriero.train.plan import plan as estimate
+
+    Console().print(estimate(config).table())
+
+
+def start(recipe: str, config: Any) -> None:
+    """Run a recipe."""
+    finish(module_of(recipe).main(config))
+
+
+def finish(outcome: Any) -> None:
+    """End the process as what interrupted the training asks for, if anything did."""
+    if outcome is not None and outcome.interrupted is not None:  # it is saved; the caller learns what ended it
+        sys.exit(128 + outcome.interrupted)
+
+
+def module_of(name: str) -> Any:
+    """The module of a recipe: build(config, console) and main(config)."""
+    assert name in presets.RECIPES, name
+    return importlib.import_module(f"arriero.train.{name}")

@@ -1,0 +1,94 @@
+"""Commands for a model that exists: talk with it, measure it, write it in another form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from arriero.eval.config import EvalConfig
+from arriero.infer.config import ChatConfig, GenerateConfig
+
+NumberType = Literal["f32", "f16", "bf16"]
+StoredType = Literal["f32", "f16", "bf16", "q8_0"]
+
+
+def chat(config: ChatConfig) -> None:
+    """Talk with MODEL in the terminal; /help there lists what else can be said.
+
+    Example:
+        arriero chat smollm2-135m
+        arriero chat smollm2-135m --adapter out/mine/adapter --system "Answer in one sentence." --temperature 0.2
+    """
+    from arriero.infer.chat import run_chat
+
+    run_chat(config)
+
+
+def generate(config: GenerateConfig) -> None:
+    """Answer one prompt with MODEL, printing as it comes; without PROMPT it is read from standard input.
+
+    Example:
+        arriero generate smollm2-135m "Why do llamas hum?"
+        arriero generate smollm2-135m --adapter out/mine/adapter --temperature 0.7 < question.txt
+    """
+    from arriero.infer.chat import run_generate
+
+    run_generate(config)
+
+
+def evaluate(config: EvalConfig) -> None:
+    """Measure MODEL on a file: perplexity of texts, or answers against references, with intervals.
+
+    Example:
+        arriero eval smollm2-135m --data prose.txt
+        arriero eval smollm2-135m --data test.jsonl --adapter out/mine/adapter --compare-with smollm2-135m
+    """
+    from arriero.eval.run import run_eval
+
+    run_eval(config)
+
+
+def merge(model: str, adapter: Path, out: Path, *, dtype: NumberType | None = None, force: bool = False) -> None:
+    """Fold a LoRA adapter into its model, and check that the result gives the same logits.
+
+    Example:
+        arriero merge smollm2-135m out/mine/adapter out/merged
+
+    Args:
+        model: The model that the adapter was trained on.
+        adapter: Directory of the adapter.
+        out: Directory for the merged model, in the Hugging Face layout.
+        dtype: Type of the written weights; the model's own when not given.
+        force: Overwrite what is there.
+    """
+    import torch
+
+    from arriero.checkpoint.merge import merge as fold
+
+    types = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+    report = fold(model, adapter, out, dtype=types[dtype] if dtype else None, force=force)
+    print(
+        f"{out} written; its logits differ from model plus adapter by at most {report.max_difference:.2g} "
+        f"(largest logit {report.largest_logit:.1f}), same most probable token at {report.same_choice:.1%} of positions"
+    )
+
+
+def convert(
+    src: str, dst: Path, *, to: Literal["hf", "meta", "gguf"], dtype: StoredType | None = None, force: bool = False
+) -> None:
+    """Write a model in another format, with its tokenizer and chat template.
+
+    Example:
+        arriero convert smollm2-135m out/smollm2 --to hf --dtype bf16
+        arriero convert out/merged mine.gguf --to gguf --dtype q8_0
+
+    Args:
+        src: A directory, a .gguf file, a Hub id, or a built-in name.
+        dst: The directory, or for gguf the file, to write.
+        to: Hugging Face directory, Meta directory, or GGUF file.
+        dtype: Number type of the weights; the stored one when not given (q8_0 is for gguf only).
+        force: Overwrite what is there.
+    """
+    from arriero.checkpoint.convert import convert as write
+
+    print(f"{write(src, dst, to=to, dtype=dtype, force=force)} written")
