@@ -227,6 +227,11 @@ def pretrain_30m() -> PretrainConfig:
     return _ladder("30m", seq_len=1024, micro_rows=8)
 
 
+def pretrain_qwen3_30m() -> PretrainConfig:
+    """The 30M shape with Qwen3's QK-norm (arXiv 2505.09388), ours: to see what it does for a run."""
+    return _ladder("qwen3-30m", seq_len=1024, micro_rows=8)
+
+
 def pretrain_124m() -> PretrainConfig:
     """About 124M parameters, ours: hours on one GPU."""
     return _ladder("124m", seq_len=1024, micro_rows=8)
@@ -258,6 +263,7 @@ PRESETS: dict[str, Callable[[], Any]] = {
         pretrain_1m,
         pretrain_10m,
         pretrain_30m,
+        pretrain_qwen3_30m,
         pretrain_124m,
         pretrain_350m,
         pretrain_1b,

@@ -1,8 +1,8 @@
-"""GGUF in and out: the one-file format of llama.cpp (Llama architecture only).
+"""GGUF in and out: the one-file format of llama.cpp, for Llama and Qwen3.
 
 The header is read by gguf_header.py; number formats are the gguf package's, which dequantises every type of
-llama.cpp. Tensors are read one at a time, dequantised to fp32 where quantised, and q and k are reordered
-(llama.cpp rotates adjacent pairs).
+llama.cpp. Tensors are read one at a time, dequantised to fp32 where quantised, and q and k of a Llama are reordered
+(llama.cpp rotates adjacent pairs there; in Qwen3 halves, as Hugging Face does in both).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from arriero.checkpoint.weights import (
 )
 from arriero.errors import CheckpointError
 from arriero.gguf_header import read_header, read_metadata
-from arriero.model.config import LlamaConfig, RopeScaling
+from arriero.model.config import ARCHITECTURES, LlamaConfig, Qwen3Config, RopeScaling
 from arriero.model.rope import rope_frequencies
 
 Kind = gguf.GGMLQuantizationType
@@ -60,6 +60,7 @@ _BLOCK_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_QWEN3_NAMES = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 _TOP_NAMES = {EMBEDDINGS: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
 
 
@@ -77,15 +78,16 @@ def read_config(file: Path) -> LlamaConfig:
     """The shape of the model in a GGUF file, RoPE scaling recovered from its `rope_freqs` tensor."""
     metadata, stored = read_metadata(file), _stored(file)
     arch = metadata.get("general.architecture")
-    if arch != "llama":
-        raise CheckpointError(f"{file}: architecture is {arch!r}; Arriero's decoder computes 'llama' only")
+    if arch not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise CheckpointError(f"{file}: architecture is {arch!r}; Arriero's decoders compute {known} only")
 
     def get(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"llama.{key}", default)
+        value = metadata.get(f"{arch}.{key}", default)
         if value is None:
-            raise CheckpointError(f"{file}: the entry 'llama.{key}' is missing from its metadata")
+            raise CheckpointError(f"{file}: the entry '{arch}.{key}' is missing from its metadata")
         if isinstance(value, list):
-            raise CheckpointError(f"{file}: 'llama.{key}' differs between layers; Llama's layers are all alike")
+            raise CheckpointError(f"{file}: '{arch}.{key}' differs between layers; {arch}'s layers are all alike")
         return value
 
     if get("expert_count", 0):
@@ -99,7 +101,7 @@ def read_config(file: Path) -> LlamaConfig:
     head_dim = get("attention.key_length", get("rope.dimension_count", dim // n_heads))
     if get("rope.dimension_count", head_dim) != head_dim:
         raise CheckpointError(f"{file}: RoPE turns {get('rope.dimension_count')} of {head_dim} dimensions; Llama all")
-    config = LlamaConfig(
+    config = ARCHITECTURES[arch](
         dim=dim,
         n_layers=get("block_count"),
         n_heads=n_heads,
@@ -135,7 +137,7 @@ def open_gguf(file: Path) -> Weights:
         array = torch.from_numpy(_read(file, tensor))
         if tensor.kind is Kind.BF16:
             array = array.view(torch.bfloat16)
-        heads = rotary_heads(name, config)
+        heads = _paired_heads(name, config)
         return to_halves(array, heads) if heads else array
 
     return checked(file, config, entries, read)
@@ -157,7 +159,9 @@ def write_gguf(
     Raises `CheckpointError` when a weight is too large for F16, or a row cannot be cut into Q8_0's blocks of 32.
     """
     config = weights.config
-    with replaced_file(file) as temporary, closing(gguf.GGUFWriter(temporary, "llama")) as writer:
+    if config.rope_scaling is not None and isinstance(config, Qwen3Config):
+        raise CheckpointError(f"{weights.source}: llama.cpp scales RoPE in Llama's way for Llama only: convert to hf")
+    with replaced_file(file) as temporary, closing(gguf.GGUFWriter(temporary, config.model_type)) as writer:
         for key, value in {**_metadata(config, kind, name), **tokenizer}.items():
             _add(writer, key, value)
         factors = rope_factors(config).numpy()
@@ -174,7 +178,7 @@ def write_gguf(
             writer.write_tensor_data(factors)
         for hf in weights.entries:
             progress(hf)
-            heads = rotary_heads(hf, config)
+            heads = _paired_heads(hf, config)
             tensor = to_pairs(weights.read(hf), heads) if heads else weights.read(hf)
             writer.write_tensor_data(_encoded(weights.source, hf, tensor, kinds[hf]))
 
@@ -202,7 +206,7 @@ def _metadata(config: LlamaConfig, kind: Kind, name: str) -> dict[str, Any]:
         "general.file_type": int(_FILE_TYPES[kind]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
-    return general | {f"llama.{key}": value for key, value in shape.items()}
+    return general | {f"{config.model_type}.{key}": value for key, value in shape.items()}
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -242,12 +246,18 @@ def _encoded(source: Path, name: str, tensor: Tensor, kind: Kind) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def tensor_names(config: LlamaConfig) -> dict[str, str]:
-    """Hugging Face name -> GGUF name, of every tensor of a Llama."""
+    """Hugging Face name -> GGUF name, of every tensor of a model of this shape."""
     names = dict(_TOP_NAMES)
+    in_block = _BLOCK_NAMES | (_QWEN3_NAMES if isinstance(config, Qwen3Config) else {})
     for layer in range(config.n_layers):
-        for hf, name in _BLOCK_NAMES.items():
+        for hf, name in in_block.items():
             names[f"model.layers.{layer}.{hf}.weight"] = f"blk.{layer}.{name}.weight"
     return names
+
+
+def _paired_heads(name: str, config: LlamaConfig) -> int | None:
+    """Heads of a tensor whose rows llama.cpp rotates in adjacent pairs: q and k of a Llama, none of Qwen3."""
+    return None if isinstance(config, Qwen3Config) else rotary_heads(name, config)
 
 
 def rope_factors(config: LlamaConfig) -> Tensor:

@@ -87,6 +87,10 @@ def write_meta(
 ) -> None:
     """Write weights as params.json and consolidated.00.pth, all or nothing. The whole model is held in memory."""
     config, dtype = weights.config, dtype or weights.dtype
+    if type(config) is not LlamaConfig:
+        raise CheckpointError(
+            f"{weights.source}: this is a {config.model_type}; Meta's layout knows Llama only: convert to hf or gguf"
+        )
     if config.head_dim * config.n_heads != config.dim:
         raise CheckpointError(
             f"{weights.source}: head_dim {config.head_dim} x {config.n_heads} heads is not dim {config.dim}; "

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from arriero.errors import CheckpointError
+from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 
@@ -71,7 +72,7 @@ class _NoInit(TorchFunctionMode):
 def empty_model(config: LlamaConfig) -> Llama:
     """A model of this shape on the meta device: no memory, no values."""
     with torch.device("meta"), _NoInit():
-        return Llama(config)
+        return build_model(config)
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

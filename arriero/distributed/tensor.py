@@ -27,8 +27,10 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import Placement
 
 from arriero.model.llama import Llama
+from arriero.model.qwen3 import Qwen3
 
 SEQUENCE = Shard(1)
+HEAD_NORMS = ("q_norm", "k_norm")  # whole everywhere, each process's gradient from its own heads
 
 
 def split_matrices(model: Llama, mesh: DeviceMesh) -> None:
@@ -51,6 +53,8 @@ def split_matrices(model: Llama, mesh: DeviceMesh) -> None:
     for name, (columns, rows) in {"self_attn": attention, "mlp": feed_forward}.items():
         block |= {f"{name}.{column}": Columns() for column in columns}
         block[f"{name}.{rows}"] = Rows(output_layouts=SEQUENCE)
+    if isinstance(model, Qwen3):
+        block |= {f"self_attn.{norm}": SequenceParallel(sequence_dim=2, use_local_output=True) for norm in HEAD_NORMS}
     for layer in model.model.layers:
         if any(True for _ in layer.parameters()):
             parallelize_module(layer, mesh, block, src_data_rank=None)

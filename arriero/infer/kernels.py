@@ -35,11 +35,12 @@ def native_step(model: Llama, cache: KVCache) -> NativeStep | None:
 
 
 def _fits(model: Llama, cache: KVCache) -> bool:
-    """Whether all is plain memory of this process: CPU tensors, linears of one type, bf16 or fp32, no adapters."""
+    """Whether this is a Llama in plain memory of ours: CPU tensors, linears of one type, bf16 or fp32, no adapters."""
     linears = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
     dtype = model.lm_head.weight.dtype
     return (
-        all(type(m) in (Linear, nn.Embedding) and type(m.weight.data) is Tensor for m in linears)
+        type(model) is Llama
+        and all(type(m) in (Linear, nn.Embedding) and type(m.weight.data) is Tensor for m in linears)
         and all(m.weight.dtype == dtype and m.weight.is_contiguous() and m.weight.is_cpu for m in linears)
         and dtype in WEIGHT_TYPES
         and cache.k.dtype in WEIGHT_TYPES

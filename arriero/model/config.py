@@ -1,7 +1,7 @@
-"""The shape of a Llama, and every size that Meta published.
+"""The shape of a Llama and of its relatives, and every size that was published.
 
-Sizes and parameter counts follow the papers (Llama 1: arXiv 2302.13971, Llama 2: 2307.09288, Llama 3: 2407.21783)
-and Meta's model cards. `LlamaConfig.n_params` is computed from the shape, not stored.
+Sizes and parameter counts follow the papers (Llama 1: arXiv 2302.13971, Llama 2: 2307.09288, Llama 3: 2407.21783,
+Qwen3: 2505.09388) and the model cards. `LlamaConfig.n_params` is computed from the shape, not stored.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from arriero.errors import CheckpointError, ConfigError
 
@@ -36,6 +36,8 @@ class LlamaConfig:
     head_dim is `dim // n_heads` unless given. n_kv_heads = n_heads is MHA, 1 is MQA, between is GQA.
     Raises `ConfigError` on construction when the numbers do not fit each other.
     """
+
+    model_type: ClassVar[str] = "llama"  # the architecture's name in config.json and in GGUF files
 
     dim: int
     n_layers: int
@@ -86,24 +88,26 @@ class LlamaConfig:
         products = self.n_params - head * (0 if self.tied_embeddings else 1)
         return 6 * products + 12 * self.n_layers * self.n_heads * self.head_dim * context
 
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
-        """Read a Hugging Face `config.json` of a Llama-architecture model.
+    @staticmethod
+    def from_hf(config: Mapping[str, Any]) -> LlamaConfig:
+        """Read a Hugging Face `config.json`; `model_type` there says which of the classes here comes back.
 
-        Raises `CheckpointError` for what this decoder does not compute (other architectures, biases,
+        Raises `CheckpointError` for what these decoders do not compute (other architectures, biases, windows,
         other activations, RoPE variants other than plain and "llama3").
         """
         kind = config.get("model_type")
-        if kind != "llama":
+        if kind not in ARCHITECTURES:
             raise CheckpointError(
-                f"config.json: model_type is {kind!r}; Arriero's decoder computes 'llama' only. "
+                f"config.json: model_type is {kind!r}; Arriero's decoders compute {', '.join(ARCHITECTURES)} only. "
                 "Other architectures get their own file in arriero/model/"
             )
+        if config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}:
+            raise CheckpointError("config.json: attention through a sliding window, which no decoder here computes")
         for name in ("attention_bias", "mlp_bias"):
             if config.get(name):
-                raise CheckpointError(f"config.json: {name} is true; Llama has no biases, this decoder none either")
+                raise CheckpointError(f"config.json: {name} is true; {kind} has no biases, this decoder none either")
         if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"config.json: hidden_act is {config['hidden_act']!r}; Llama uses 'silu'")
+            raise CheckpointError(f"config.json: hidden_act is {config['hidden_act']!r}; {kind} uses 'silu'")
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         rope_kind = rope.get("rope_type", rope.get("type", "default"))
         if rope_kind not in ("default", "llama3"):
@@ -117,7 +121,7 @@ class LlamaConfig:
                 original_context=int(rope["original_max_position_embeddings"]),
             )
         n_heads = int(config["num_attention_heads"])
-        return cls(
+        return ARCHITECTURES[kind](
             dim=int(config["hidden_size"]),
             n_layers=int(config["num_hidden_layers"]),
             n_heads=n_heads,
@@ -164,6 +168,29 @@ class LlamaConfig:
                 "original_max_position_embeddings": s.original_context,
             }
         return out
+
+
+@dataclass(frozen=True)
+class Qwen3Config(LlamaConfig):
+    """The shape of a dense Qwen3 (arXiv 2505.09388, section 2): a Llama whose queries and keys are normalised by head.
+
+    Its head_dim is 128 at every size, whatever dim and n_heads are.
+    """
+
+    model_type: ClassVar[str] = "qwen3"
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters, tied embeddings counted once."""
+        return super().n_params + self.n_layers * 2 * self.head_dim
+
+    def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
+        """Return the `config.json` that transformers, vLLM and llama.cpp's converter read."""
+        own = {"architectures": ["Qwen3ForCausalLM"], "model_type": self.model_type, "use_sliding_window": False}
+        return super().to_hf(dtype) | own
+
+
+ARCHITECTURES: dict[str, type[LlamaConfig]] = {shape.model_type: shape for shape in (LlamaConfig, Qwen3Config)}
 
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -228,6 +255,13 @@ def _smollm2(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: in
     )
 
 
+def _qwen3(dim: int, n_layers: int, n_heads: int, ffn_dim: int, tied: bool = False) -> Qwen3Config:
+    return Qwen3Config(
+        dim, n_layers, n_heads, 8, ffn_dim, 151_936, 32_768,
+        norm_eps=1e-6, rope_theta=1e6, tied_embeddings=tied, head_dim=128,
+    )  # fmt: skip
+
+
 def _small(
     dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int, vocab_size: int, context: int
 ) -> LlamaConfig:
@@ -254,14 +288,25 @@ PUBLISHED: dict[str, LlamaConfig] = {
     "smollm2-1.7b": _smollm2(2048, 24, 32, 32, 8192, 130_000.0),
 }
 
+QWEN3: dict[str, LlamaConfig] = {
+    "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
+    "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
+    "qwen3-4b": _qwen3(2560, 36, 32, 9728, tied=True),
+    "qwen3-8b": _qwen3(4096, 36, 32, 12_288),
+    "qwen3-14b": _qwen3(5120, 40, 40, 17_408),
+    "qwen3-32b": _qwen3(5120, 64, 64, 25_600),
+}
+"""The dense models of Qwen3; the context is what they were trained at (section 3.2)."""
+
 LADDER: dict[str, LlamaConfig] = {
     "1m": _small(128, 4, 4, 2, 384, 2048, 1024),
     "10m": _small(320, 6, 5, 5, 896, 8192, 1024),
     "30m": _small(512, 8, 8, 4, 1536, 8192, 1024),
+    "qwen3-30m": Qwen3Config(512, 8, 8, 4, 1536, 8192, 1024, norm_eps=1e-6, tied_embeddings=True),
     "124m": _small(768, 12, 12, 4, 2816, 32_768, 2048),
     "350m": _small(1024, 28, 16, 4, 2816, 32_768, 2048),
     "1b": _small(2048, 16, 32, 8, 8192, 32_768, 4096),
 }
 """Our own small shapes to pretrain from nothing, named by their size; the vocabulary is the tokenizer's in a run."""
 
-SHAPES = {**LADDER, **PUBLISHED}
+SHAPES = {**LADDER, **PUBLISHED, **QWEN3}

@@ -11,6 +11,8 @@ Shapes: B batch, T tokens, D model width, H heads, K KV heads, h head width, F F
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,13 +59,16 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.o_proj = Linear(config.n_heads * config.head_dim, config.dim)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, h], keys and values [B, T, K, h], before RoPE turns the first two."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        return self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, prefix: int, cache: KVCache | None
     ) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = apply_rope(self.q_proj(x).view(heads), cos, sin)
-        k = apply_rope(self.k_proj(x).view(heads), cos, sin)
-        v = self.v_proj(x).view(heads)
+        q, k, v = self.project(x)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is None:
             out = self.attend(q, k, v, cu_seqlens, prefix)
         else:
@@ -87,10 +92,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer: x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: LlamaConfig, layer: int, attention: type[Attention]) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
 
@@ -104,12 +109,12 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token ids [B, T] -> final hidden states [B, T, D]. The trunk under every head (logits, reward, value)."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, attention: type[Attention]) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # None: the type that the embeddings are stored in
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, layer, attention) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
@@ -147,13 +152,16 @@ class Llama(nn.Module):
     """The decoder with its language-model head: token ids [B, T] -> logits [B, T, V].
 
     Training never calls `forward`: it takes `model(tokens)` from the decoder and lets the chunked loss apply
-    `lm_head.weight` at trained positions only (see losses/lm.py).
+    `lm_head.weight` at trained positions only (see losses/lm.py). A relative is a subclass in a file of its own
+    (qwen3.py); `build.py` chooses by the type of the config.
     """
+
+    attention: type[Attention] = Attention
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = Decoder(config, self.attention)
         self.lm_head = Linear(config.dim, config.vocab_size)
         self.tie_weights()
 
@@ -162,7 +170,7 @@ class Llama(nn.Module):
         if self.config.tied_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def set_compute_dtype(self, dtype: torch.dtype) -> Llama:
+    def set_compute_dtype(self, dtype: torch.dtype) -> Self:
         """Compute activations and matmuls in `dtype`, whatever type the weights are stored in."""
         self.model.compute_dtype = dtype
         return self
@@ -174,7 +182,7 @@ class Llama(nn.Module):
         return self.lm_head(self.model(tokens, cu_seqlens, prefix, cache))
 
     @torch.no_grad()
-    def init_weights(self, std: float = 0.02, seed: int | None = None, *, depth_scaled: bool = False) -> Llama:
+    def init_weights(self, std: float = 0.02, seed: int | None = None, *, depth_scaled: bool = False) -> Self:
         """Draw all matrices from N(0, std^2), norms at one. The published initialisation is unknown; this is HF's.
 
         depth_scaled: the two projections that write into the residual stream get std / sqrt(2 n_layers), so that its

@@ -35,6 +35,7 @@ from arriero.distributed.parallelize import parallelize
 from arriero.errors import ConfigError, did_you_mean
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import generate
+from arriero.model.build import build_model
 from arriero.model.config import LADDER, SHAPES, LlamaConfig
 from arriero.model.llama import Llama
 from arriero.tokenizer import Tokenizer, load_tokenizer
@@ -97,7 +98,7 @@ class PretrainRun:
     def export(self) -> Path:
         """Write the model in Hugging Face's layout; returns its directory."""
         directory = Path(self.config.out) / "model"
-        if (model := self.trainer.engine.whole_model(lambda: Llama(self.model.config))) is not None:
+        if (model := self.trainer.engine.whole_model(lambda: build_model(self.model.config))) is not None:
             save_hf(model, directory, self.tokenizer, dtype=DTYPES[self.config.loop.precision])
         return directory
 
@@ -253,7 +254,7 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> Ll
     theta = config.rope_theta or shape.rope_theta
     shape = dataclasses.replace(shape, max_context=max(seq_len, shape.max_context), rope_theta=theta)
     refuse_what_cannot_fit(config.model, shape.n_params)
-    return Llama(shape).init_weights(seed=config.loop.seed, depth_scaled=True)
+    return build_model(shape).init_weights(seed=config.loop.seed, depth_scaled=True)
 
 
 def _check_vocabulary(name: str, size: int, tokenizer: Tokenizer) -> None:
@@ -322,7 +323,7 @@ class Validation:
         if not prompts:
             return []
         shape = self.engine.model.config
-        if (model := self.engine.whole_model(lambda: Llama(shape))) is None:
+        if (model := self.engine.whole_model(lambda: build_model(shape))) is None:
             return []
         with eagerly():
             answers = generate(model, self.tokenizer, prompts, SAMPLING, SAMPLE_TOKENS)

@@ -22,6 +22,7 @@ from arriero.data.sft import SftDataset, build_splits, data_stats
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.parallelize import parallelize
+from arriero.model.build import build_model
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
 from arriero.tokenizer.base import Tokenizer
@@ -105,7 +106,9 @@ class SftRun:
         """The model as it is now, on process 0."""
         lora = self.config.lora if self.config.method == "lora" else None
         shape = self.model.config
-        return self.trainer.engine.whole_model(lambda: add_lora(Llama(shape), lora) if lora else Llama(shape))
+        return self.trainer.engine.whole_model(
+            lambda: add_lora(build_model(shape), lora) if lora else build_model(shape)
+        )
 
 
 def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftRun:

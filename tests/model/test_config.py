@@ -1,7 +1,7 @@
 import pytest
 
 from arriero.errors import CheckpointError, ConfigError
-from arriero.model.config import PUBLISHED, LlamaConfig
+from arriero.model.config import PUBLISHED, QWEN3, SHAPES, LlamaConfig
 
 COUNTS = {  # computed by hand from the papers' tables
     "llama1-7b": 6_738_415_616,
@@ -22,21 +22,29 @@ COUNTS = {  # computed by hand from the papers' tables
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
 }
+QWEN3_COUNTS = {  # as in the model cards, the tied head of the first three once
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+}
 
 
 def test_every_published_size_has_the_published_number_of_parameters():
     assert {name: config.n_params for name, config in PUBLISHED.items()} == COUNTS
+    assert {name: config.n_params for name, config in QWEN3.items()} == QWEN3_COUNTS
 
 
 def test_the_count_is_that_of_the_built_model():
     import torch
 
-    from arriero.model.llama import Llama
+    from arriero.model.build import build_model
 
     with torch.device("meta"):
-        for name in ("llama2-70b", "llama3.2-1b", "smollm2-135m"):
-            model = Llama(PUBLISHED[name])
-            assert sum(p.numel() for p in model.parameters()) == COUNTS[name]
+        for name in ("llama2-70b", "llama3.2-1b", "smollm2-135m", "qwen3-0.6b", "qwen3-30m"):
+            assert sum(p.numel() for p in build_model(SHAPES[name]).parameters()) == SHAPES[name].n_params
 
 
 def test_heads_that_do_not_divide_are_refused():
@@ -51,14 +59,17 @@ def test_heads_that_do_not_divide_are_refused():
         ({"attention_bias": True}, "attention_bias is true"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE type 'yarn'"),
+        ({"use_sliding_window": True}, "a sliding window, which no decoder here computes"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "a sliding window"),
     ],
 )
-def test_what_the_decoder_does_not_compute_is_refused(change, said):
-    config = PUBLISHED["smollm2-135m"].to_hf() | change
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen3-0.6b"])
+def test_what_the_decoder_does_not_compute_is_refused(name, change, said):
+    config = SHAPES[name].to_hf() | change
     with pytest.raises(CheckpointError, match=said):
         LlamaConfig.from_hf(config)
 
 
 def test_hf_config_round_trip():
-    for config in PUBLISHED.values():
+    for config in SHAPES.values():
         assert LlamaConfig.from_hf(config.to_hf()) == config

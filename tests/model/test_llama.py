@@ -4,17 +4,21 @@ import torch
 from arriero.distributed.parallelize import prepare
 from arriero.model import attention
 from arriero.model.attention import document_attention, document_positions, naive_attention
+from arriero.model.build import build_model
 from arriero.model.cache import KVCache
-from arriero.model.config import LlamaConfig
+from arriero.model.config import LlamaConfig, Qwen3Config
 from arriero.model.llama import Llama, RMSNorm
 
 CONFIG = LlamaConfig(dim=66, n_layers=3, n_heads=11, n_kv_heads=1, ffn_dim=29, vocab_size=101, max_context=64)
 GROUPED = LlamaConfig(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=31, vocab_size=103, max_context=64)
 
 
-@pytest.fixture(params=[CONFIG, GROUPED], ids=["mqa", "gqa"])
+NORMED = Qwen3Config(50, 2, 6, 2, 31, 101, 64, head_dim=22)
+
+
+@pytest.fixture(params=[CONFIG, GROUPED, NORMED], ids=["mqa", "gqa", "qwen3"])
 def model(request) -> Llama:
-    return Llama(request.param).init_weights(std=0.2, seed=5).eval()
+    return build_model(request.param).init_weights(std=0.2, seed=5).eval()
 
 
 def ids(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -180,7 +184,7 @@ def test_a_full_cache_is_refused(model):
 
 def test_wide_weights_compute_in_the_chosen_type_and_get_wide_gradients(model):
     tokens = ids(2, 13)
-    expected = Llama(model.config).to(torch.bfloat16)
+    expected = build_model(model.config).to(torch.bfloat16)
     expected.load_state_dict(model.state_dict())
     logits = model.set_compute_dtype(torch.bfloat16)(tokens)
     assert logits.dtype == torch.bfloat16
@@ -197,11 +201,12 @@ def test_rms_norm_by_hand():
 
 @pytest.mark.filterwarnings("default")  # dynamo itself looks at .grad of non-leaf tensors
 @pytest.mark.parametrize("options", [{"compile": True}, {"recompute": "full"}, {"recompute": "selective"}], ids=str)
-def test_prepared_blocks_equal_plain_ones(options):
+@pytest.mark.parametrize("config", [GROUPED, pytest.param(NORMED, marks=pytest.mark.slow)], ids=["llama", "qwen3"])
+def test_prepared_blocks_equal_plain_ones(config, options):
     tokens, cu = ids(1, 37), boundaries(11, 13, 13)
     results = []
     for prepared in ({}, options):
-        model = prepare(Llama(GROUPED).init_weights(std=0.2, seed=5), **prepared)
+        model = prepare(build_model(config).init_weights(std=0.2, seed=5), **prepared)
         out = model(tokens, cu, prefix=11)
         out.square().mean().backward()
         results.append([out, *(p.grad for p in model.parameters())])
