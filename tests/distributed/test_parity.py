@@ -11,6 +11,7 @@ TWO = [
     Case({"dp_shard": 2, "reduce_every": True}, tied=True, prefix=11, recompute="selective", micro_batches=4),
     Case({"dp_replicate": 2}, lora=True, dropout=0.1, micro_batches=4),
     Case({"tp": 2}, prefix=11, micro_batches=2),
+    Case({"tp": 2}, qk_norm=True, micro_batches=2),
     Case({"cp": 2}, prefix=11, recompute="full", micro_batches=4),
     Case({"pp": 2, "pp_light_ends": True}, micro_batches=4),
 ]

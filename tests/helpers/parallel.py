@@ -27,7 +27,8 @@ from arriero.distributed.config import ParallelConfig
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.distributed.parallelize import parallelize
-from arriero.model.config import LlamaConfig, LoraConfig
+from arriero.model.build import build_model
+from arriero.model.config import LlamaConfig, LoraConfig, Qwen3Config
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
 from arriero.optim.groups import decay_groups
@@ -45,6 +46,7 @@ class Case:
     parallel: dict = field(default_factory=dict)
     lora: bool = False
     tied: bool = False
+    qk_norm: bool = False
     prefix: int = 0
     recompute: str = "none"
     compile: bool = False
@@ -91,7 +93,8 @@ def toy_batch(seed: int, prefix: int = 0) -> Batch:
 
 def toy_model(case: Case) -> Llama:
     """Weights that are the same on every process."""
-    model = Llama(dataclasses.replace(SHAPE, tied_embeddings=case.tied)).init_weights(std=0.1, seed=1)
+    shape = dataclasses.replace(SHAPE, tied_embeddings=case.tied)
+    model = build_model(Qwen3Config(**vars(shape)) if case.qk_norm else shape).init_weights(std=0.1, seed=1)
     if case.lora:
         torch.manual_seed(2)
         add_lora(model, LoraConfig(rank=3, dropout=case.dropout))
