@@ -30,9 +30,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from arriero.data.formats import Conversation, Record, parse_record, read_records, source_files
 from arriero.data.pack import pack
-from arriero.data.workers import in_order
 from arriero.errors import DataError
 from arriero.files import temporary_name
+from arriero.pool import in_order
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_training
 

@@ -32,8 +32,8 @@ from arriero.curate.document import Document
 from arriero.curate.sources import Position, Reading, SourceFile, from_record, list_files, read_documents, read_file
 from arriero.data.shard_writer import Encoded, SetName, ShardWriter, State
 from arriero.data.shards import FORMAT, ONE_SOURCE, Shards, open_sources, token_type
-from arriero.data.workers import in_order
 from arriero.errors import DataError
+from arriero.pool import in_order
 from arriero.records import Record, read_records
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.parallel import DocumentEncoder

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.processes import killer
 from rich.console import Console
 
 from arriero.data import sft
@@ -126,6 +127,14 @@ def test_a_bad_row_found_by_a_worker_is_named_and_leaves_no_cache(tmp_path, toke
     path = write_rows(tmp_path / "sums.jsonl", rows)
     monkeypatch.setattr(sft, "IN_PROCESS_BYTES", 0)
     with pytest.raises(DataError, match=f"row 601 of {path}: message 0 has the unknown role 'robot'"):
+        build_dataset(path, tokenizer, workers=2, cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_workers_that_are_killed_again_and_again_are_told_of_and_leave_no_cache(tmp_path, tokenizer, monkeypatch):
+    path = write_rows(tmp_path / "sums.jsonl", sums(701))
+    monkeypatch.setattr(sft, "IN_PROCESS_BYTES", 0)
+    with killer(lambda: 0.05), pytest.raises(DataError, match=r"3 tokenising processes died .*: give fewer workers"):
         build_dataset(path, tokenizer, workers=2, cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
