@@ -152,14 +152,19 @@ class Engine:
             return nn.utils.clip_grad_norm_(parameters, max_norm)
         squares = torch.zeros((), device=self.mesh.device)
         for p in parameters:
-            if p.grad is not None:
-                squares += _local(p.grad).float().square().sum() / _copies(p)
+            squares += self.squared_norm(p)
         norm = self.mesh.sum(squares).sqrt()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for p in parameters:
             if p.grad is not None:
                 _local(p.grad).mul_(factor)
         return norm
+
+    def squared_norm(self, parameter: Tensor) -> Tensor:
+        """This process's summand of the squared norm of a parameter's gradient, fp32; 0 where there is none."""
+        if parameter.grad is None:
+            return torch.zeros((), device=self.mesh.device)
+        return _local(parameter.grad).float().square().sum() / _copies(parameter)
 
     # -- whole tensors -------------------------------------------------------------------------------------------
 

@@ -1,24 +1,25 @@
-"""From settings to an optimizer: AdamW, or Muon on the matrices inside the blocks with AdamW on everything else.
+"""From settings to an optimizer: AdamW, AdamW with moments in eight bits, or Muon on the matrices inside the blocks.
 
 Muon (arXiv 2502.16982) replaces a matrix's momentum by the nearest semi-orthogonal matrix, so that all directions are
 learned at one speed; its updates are scaled to the size of AdamW's (section 2.2 there), so one learning rate and one
 weight decay serve both. Embeddings, head and norms are no maps between hidden states and stay with AdamW.
 Price: five Newton-Schulz iterations a matrix and step, about 30 m^2 n FLOPs for m x n with m <= n, in bf16; it keeps
-one moment for a matrix where AdamW keeps two.
+one moment for a matrix where AdamW keeps two. Eight bits (adamw8bit.py) are for matrices; norms stay with AdamW.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from arriero.optim.adamw8bit import AdamW8bit
 from arriero.optim.groups import decay_groups
 
-Name = Literal["adamw", "muon"]
+Name = Literal["adamw", "adamw8bit", "muon"]
 
 
 def build_optimizer(
@@ -31,14 +32,28 @@ def build_optimizer(
     weight_decay: float,
 ) -> Optimizer:
     """The optimizer `name` over parameters by full name; norms are not decayed."""
-    in_blocks = {n: p for n, p in parameters.items() if p.ndim == 2 and ".layers." in n} if name == "muon" else {}
-    rest = {n: p for n, p in parameters.items() if n not in in_blocks}
-    adamw = AdamW(decay_groups(rest, weight_decay), lr=lr, betas=betas, eps=eps, fused=True) if rest else None
-    if not in_blocks:
-        assert adamw is not None, "there is nothing to train"
-        return adamw
-    muon = Muon(in_blocks.values(), lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    return muon if adamw is None else Together(muon, adamw)
+    assert parameters, "there is nothing to train"
+    own = {n: p for n, p in parameters.items() if p.ndim == 2 and (name == "adamw8bit" or ".layers." in n)}
+    own = {} if name == "adamw" else own
+    rest = {n: p for n, p in parameters.items() if n not in own}
+    members: list[Optimizer] = []
+    if own and name == "muon":
+        members.append(
+            Muon(own.values(), lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        )
+    elif own:
+        members.append(AdamW8bit(own.values(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+    if rest:
+        members.append(AdamW(decay_groups(rest, weight_decay), lr=lr, betas=betas, eps=eps, fused=True))
+    return members[0] if len(members) == 1 else Together(*members)
+
+
+def empty_state(parameter: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros for a saved piece of optimizer state: laid out like the parameter, if it has its rows, and whole if not."""
+    if len(shape) == parameter.ndim and shape[0] == parameter.shape[0]:
+        like = parameter.detach() if tuple(shape) == tuple(parameter.shape) else parameter.detach()[:, : shape[1]]
+        return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.zeros(shape, dtype=dtype, device=parameter.device)
 
 
 class Together(Optimizer):

@@ -7,7 +7,7 @@ line reads this module to print its help.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from arriero.distributed.config import ParallelConfig
 from arriero.errors import ConfigError
@@ -23,8 +23,9 @@ def _require(ok: bool, message: str) -> None:
 class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw (arXiv 1711.05101); or muon (2502.16982) on the matrices of blocks, adamw on embeddings, head and norms."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw (arXiv 1711.05101); adamw8bit keeps its moments of matrices in a quarter of the memory (2110.02861); muon
+    (2502.16982) is for the matrices of blocks, with adamw on embeddings, head and norms."""
     lr: float = 2e-4
     """Peak learning rate. LoRA likes about ten times what full fine-tuning does; muon's updates have adamw's size."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -43,6 +44,9 @@ class OptimConfig:
     """Decoupled weight decay on matrices; norms are never decayed."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0 switches clipping off."""
+    in_backward: bool = False
+    """Step each parameter in the backward pass, as soon as its gradient is there, and drop the gradient, so that they
+    never lie in memory together. Needs clip 0, and batches that go through the model at once."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"lr is {self.lr}; it must be above 0")
@@ -54,6 +58,26 @@ class OptimConfig:
         _require(0 < self.decay <= 1, f"decay is {self.decay}; it is a share of the steps, in (0, 1]")
         _require(self.clip >= 0, f"clip is {self.clip}; it must be at least 0 (0 switches clipping off)")
         _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must be at least 0")
+        _require(
+            not self.in_backward or self.clip == 0,
+            f"in_backward is on and clip is {self.clip}; clipping needs the norm of the whole gradient before any "
+            "parameter is stepped: set clip to 0, or leave in_backward off",
+        )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `build_optimizer` is told."""
+        values = {name: getattr(self, name) for name in ("lr", "betas", "eps", "weight_decay")}
+        return {"name": self.optimizer, **values}
+
+    def check_batch(self, batch_rows: int, micro_rows: int, dp: int) -> None:
+        """Raise `ConfigError` where the batches of `dp` data-parallel processes cannot be stepped in the backward."""
+        _require(
+            not self.in_backward or batch_rows == micro_rows * dp,
+            f"in_backward is on, but batch_rows {batch_rows} is not micro_rows {micro_rows} x {dp} data-parallel "
+            "processes; a gradient summed over several micro-batches has to be kept: set batch_rows to that product, "
+            "or leave in_backward off",
+        )
 
 
 @dataclass(frozen=True)
@@ -110,6 +134,25 @@ class LoopConfig:
         _require(0 <= self.average < 1, f"average is {self.average}; it is a share of the steps, in [0, 1)")
 
 
+def check_together(optim: OptimConfig, loop: LoopConfig, parallel: ParallelConfig) -> None:
+    """Raise `ConfigError` where settings of an optimizer exclude others."""
+    _require(
+        not optim.in_backward or loop.spike == 0,
+        f"in_backward is on and spike is {loop.spike}; a spike shows after the backward pass, which has stepped then: "
+        "set spike to 0, or leave in_backward off",
+    )
+    _require(
+        not optim.in_backward or parallel.pp == 1,
+        f"in_backward is on and pp is {parallel.pp}; a pipeline sums gradients over micro-batches: "
+        "leave in_backward off",
+    )
+    _require(
+        optim.optimizer != "adamw8bit" or parallel.tp == 1,
+        f"optimizer is adamw8bit and tp is {parallel.tp}; 256 values of a row share a scale, and tp cuts rows: "
+        "take adamw, or dp_shard instead of tp",
+    )
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is learned from, and how it is laid into rows."""
@@ -155,6 +198,7 @@ class SftConfig:
 
     def __post_init__(self) -> None:
         _require(self.samples >= 0, f"samples is {self.samples}; it must be at least 0")
+        check_together(self.optim, self.loop, self.parallel)
 
 
 @dataclass(frozen=True)
@@ -236,6 +280,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         for name in ("tokens", "rope_theta", "z_loss"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
+        check_together(self.optim, self.loop, self.parallel)
         starts = [stage.start for stage in self.stages]
         _require(starts == sorted(set(starts)), f"stages start at {starts}; they must be in ascending order")
         for stage in self.stages:
@@ -243,4 +288,9 @@ class PretrainConfig:
                 stage.batch_rows % self.loop.micro_rows == 0,
                 f"stage at {stage.start}: batch_rows {stage.batch_rows} is not a multiple of micro_rows "
                 f"{self.loop.micro_rows}; change one of them",
+            )
+            _require(
+                not self.optim.in_backward or stage.batch_rows in (0, self.loop.batch_rows),
+                f"stage at {stage.start}: batch_rows {stage.batch_rows}, but in_backward is on, for which every batch "
+                "goes through the model at once: leave batch_rows or in_backward out",
             )

@@ -29,11 +29,12 @@ from arriero.data.loader import Batch
 from arriero.distributed.engine import Engine
 from arriero.distributed.stage import Objective
 from arriero.errors import CheckpointError, TrainingError
-from arriero.optim.build import build_optimizer
+from arriero.optim.build import build_optimizer, empty_state
 from arriero.optim.schedule import lr_factor
 from arriero.peers import peers_of_this_run
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.guard import SpikeGuard
+from arriero.train.in_backward import InBackward
 from arriero.train.metrics import LiveLine, MetricsLog, memory_bytes
 from arriero.train.watch import Watch
 
@@ -84,23 +85,18 @@ class Trainer:
         seconds_at_peak: Callable[[Sequence[Batch]], float] | None = None,
         companions: Callable[[Path], None] | None = None,
     ) -> None:
-        """seconds_at_peak: what a global batch would take at the hardware's peak, for the metric `mfu`.
+        """seconds_at_peak: what micro-batches would take one process at its hardware's peak, for the metric `mfu`.
 
         companions(directory): writes what stands beside a checkpoint's weights, config.json and tokenizer.
         """
+        optim.check_batch(loop.batch_rows, loop.micro_rows, engine.mesh.dp_size)
         self.engine, self.objective, self.batches, self.validate = engine, objective, batches, validate
         self.total_steps, self.loop, self.optim, self.run_dir = total_steps, loop, optim, run_dir
         self.parameters = engine.parameters
         peers, holders = peers_of_this_run(engine.mesh.config.timeout), engine.mesh.stage_ranks
         self.checkpoints = Checkpoints(run_dir, peers, holders, loop.keep_last, companions)
-        self.optimizer = build_optimizer(
-            self.parameters,
-            optim.optimizer,
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-        )
+        self.in_backward = InBackward(engine, optim) if optim.in_backward else None
+        self.optimizer = self.in_backward or build_optimizer(self.parameters, **optim.arguments)
         self.seconds_at_peak = seconds_at_peak
         self.average_from = total_steps - math.ceil(loop.average * total_steps)  # step
         self.average: dict[str, Tensor] = {}
@@ -116,19 +112,21 @@ class Trainer:
         micro_batches = self.batches(p.step)
         waited = time.perf_counter() - began
         mesh = self.engine.mesh
-        trained, tokens = mesh.count(
-            sum(batch.n_trained for batch in micro_batches), sum(batch.tokens.numel() for batch in micro_batches)
+        at_peak = 0.0 if self.seconds_at_peak is None else self.seconds_at_peak(micro_batches)
+        trained, tokens, nanoseconds = mesh.count(
+            sum(batch.n_trained for batch in micro_batches),
+            sum(batch.tokens.numel() for batch in micro_batches),
+            round(1e9 * at_peak),  # an integer, so that it is summed with the others
         )
         indices = mesh.share(len(micro_batches) * mesh.dp_size)
         seeds = [_mix(self.loop.seed, p.step, index) for index in indices]  # dropout, as a pure function of the step
-        loss = self.engine.forward_backward(micro_batches, self.objective, trained, seeds)
-        grad_norm = self.engine.clip_grad_norm_(self.optim.clip or math.inf)
         lr = self.optim.lr * self._lr_factor(p.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss, grad_norm = self._loss_and_gradient(micro_batches, trained, seeds)
         finite = bool(torch.isfinite(loss + grad_norm))
         spike = finite and self.guard.is_spike(loss.item(), grad_norm.item())
         if finite and not spike:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._count_skipped(finite)
@@ -152,8 +150,20 @@ class Trainer:
             "waited": waited,
         }
         if self.seconds_at_peak is not None:
-            metrics["mfu"] = self.seconds_at_peak(micro_batches) / seconds * mesh.dp_size / mesh.world
+            metrics["mfu"] = nanoseconds / 1e9 / seconds / mesh.world
         return metrics
+
+    def _loss_and_gradient(
+        self, micro_batches: Sequence[Batch], trained: int, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and the norm of its gradient, which is clipped, or with `in_backward` applied and gone."""
+        if self.in_backward is None:
+            loss = self.engine.forward_backward(micro_batches, self.objective, trained, seeds)
+            return loss, self.engine.clip_grad_norm_(self.optim.clip or math.inf)
+        assert len(micro_batches) == 1, "OptimConfig.check_batch has seen to it"
+        objective = self.in_backward.watched(self.objective)
+        loss = self.engine.forward_backward(micro_batches, objective, trained, seeds)
+        return loss, self.in_backward.grad_norm()
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -300,16 +310,13 @@ class Trainer:
         saved.read("weights", {name: p.detach() for name, p in self.parameters.items()})
 
     def _load_optimizer(self, saved: native.Saved) -> None:
-        """State in the shape of its parameter is laid out like it, over any number of processes; the rest is whole."""
+        """State with the rows of its parameter is laid out like it, over any number of processes; the rest is whole."""
         tensors: dict[str, Tensor] = {}
         for key, (shape, dtype) in saved.shapes("optimizer").items():
             name, kind = key.rsplit("/", 1)
             if (p := self.parameters.get(name)) is None:  # it lies on another stage
                 continue
-            like = shape == tuple(p.shape)
-            tensors[key] = (
-                torch.zeros_like(p.detach(), dtype=dtype) if like else torch.zeros(shape, dtype=dtype, device=p.device)
-            )
+            tensors[key] = empty_state(p, shape, dtype)
             self.optimizer.state[p][kind] = tensors[key]
         saved.read("optimizer", tensors)
 

@@ -46,6 +46,8 @@ class Run:
     save_every: int = 1000
     sleep: float = 0.0  # seconds in each step
     timeout: float = 120.0
+    optim: dict = field(default_factory=dict)
+    at_once: bool = False  # each process's rows in one micro-batch
 
 
 def make_trainer(run: Run, mesh: Mesh) -> Trainer:
@@ -56,11 +58,15 @@ def make_trainer(run: Run, mesh: Mesh) -> Trainer:
 
     def batches(step: int) -> list:
         time.sleep(run.sleep)
-        return [loader.collate([loader.row(step * BATCH_ROWS + i)]) for i in mesh.share(BATCH_ROWS)]
+        rows = [loader.row(step * BATCH_ROWS + i) for i in mesh.share(BATCH_ROWS)]
+        return [loader.collate(rows)] if run.at_once else [loader.collate([row]) for row in rows]
 
-    loop = LoopConfig(batch_rows=BATCH_ROWS, precision="fp32", seed=5, save_every=run.save_every, average=0.5)
+    micro_rows = BATCH_ROWS // mesh.dp_size if run.at_once else 1
+    loop = LoopConfig(
+        batch_rows=BATCH_ROWS, micro_rows=micro_rows, precision="fp32", seed=5, save_every=run.save_every, average=0.5
+    )
     beside = companions(SHAPE, small_sentencepiece())
-    optim = OptimConfig(lr=1e-3)
+    optim = OptimConfig(**{"lr": 1e-3} | run.optim)
     return Trainer(engine, lm_loss, batches, run.steps, loop, optim, Path(run.run_dir), companions=beside)
 
 

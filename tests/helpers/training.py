@@ -52,9 +52,10 @@ def toy_trainer(
     packing: bool = True,
     full: bool = False,
     validate=None,
+    optim: OptimConfig | None = None,
     **loop,
 ) -> Trainer:
-    """A trainer of an adapter of rank 3 (or all weights), learning rate 1e-2; `loop` overrides LoopConfig."""
+    """A trainer of an adapter of rank 3 (or all weights), by AdamW at 1e-2 or `optim`; `loop` overrides LoopConfig."""
     loop = LoopConfig(**{"batch_rows": 8, "micro_rows": 2, "precision": "fp32", "seed": 5, "save_every": 5} | loop)
     torch.manual_seed(loop.seed)
     model = Llama(CONFIG).init_weights(std=0.1, seed=1)
@@ -69,5 +70,5 @@ def toy_trainer(
             for start in range(first, first + loop.batch_rows, loop.micro_rows)
         ]
 
-    optim = OptimConfig(lr=1e-2)
+    optim = optim or OptimConfig(lr=1e-2)
     return Trainer(Engine.alone(model.train()), lm_loss, batches, steps, loop, optim, run_dir, validate)

@@ -55,8 +55,8 @@ def test_together_steps_as_each_would_alone():
         assert torch.equal(alone[name], together[name]), name
 
 
-def test_norms_are_not_decayed_by_either():
-    for kind in ("adamw", "muon"):
+def test_norms_are_not_decayed_by_any():
+    for kind in ("adamw", "adamw8bit", "muon"):
         named = parameters()
         for p in named.values():
             p.grad = torch.zeros_like(p)
@@ -70,7 +70,7 @@ def test_an_adapter_without_matrices_in_blocks_is_left_to_adamw():
     assert isinstance(build_optimizer(named, "muon", **SETTINGS), torch.optim.AdamW)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "muon"])
 def test_the_state_put_back_gives_the_same_next_step(kind):
     first, second = parameters(), parameters()
     one, two = build_optimizer(first, kind, **SETTINGS), build_optimizer(second, kind, **SETTINGS)
