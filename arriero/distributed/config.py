@@ -40,6 +40,9 @@ class ParallelConfig:
     reduce_every: bool = False
     """Reduce gradients after every micro-batch instead of the last only: they never lie whole in memory, at the price
     of that communication again for each micro-batch."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in the host's memory: a block is on the GPU while it runs, and the
+    optimizer steps on the host. For models that fit no other way; slow."""
     timeout: float = 600.0
     """Seconds that a process waits for the others before it ends with an error."""
 

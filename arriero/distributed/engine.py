@@ -154,7 +154,7 @@ class Engine:
         for p in parameters:
             squares += self.squared_norm(p)
         norm = self.mesh.sum(squares).sqrt()
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(self.mesh.home)
         for p in parameters:
             if p.grad is not None:
                 _local(p.grad).mul_(factor)

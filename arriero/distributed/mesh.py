@@ -39,6 +39,11 @@ class Mesh:
         return self._processes is not None
 
     @property
+    def home(self) -> torch.device:
+        """Where this process's part of the weights lies between steps."""
+        return torch.device("cpu") if self.config.cpu_offload else self.device
+
+    @property
     def world(self) -> int:
         """Processes in all."""
         return self.config.world
@@ -138,13 +143,18 @@ def init_mesh(config: ParallelConfig, device: str) -> Mesh:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     fitted = config.fitted(world)
     here = torch.device(device)
-    if world == 1:
+    if world == 1 and not fitted.cpu_offload:
         return Mesh(fitted, here)
     if here.type == "cuda":
-        here = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(here)
     if not dist.is_initialized():
         backend = "nccl" if here.type == "cuda" else "gloo"
-        join(backend, fitted.timeout)
+        if fitted.cpu_offload and here.type == "cuda":
+            backend = "cpu:gloo,cuda:nccl"  # what lies on the host is gathered there
+        if world == 1:  # a group of its own: it is the sharding that offloads
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            join(backend, fitted.timeout)
     degrees = tuple(getattr(fitted, name) for name in DIMENSIONS)
     return Mesh(fitted, here, init_device_mesh(here.type, degrees, mesh_dim_names=DIMENSIONS))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from arriero.distributed.config import Recompute
@@ -81,17 +81,18 @@ def shard(stage: Stage, mesh: Mesh) -> None:
 
     Gathers are in the compute type, gradients are reduced in fp32 and summed, not averaged: losses are divided by the
     trained tokens of the whole global batch already. In a pipeline blocks stay gathered from forward to backward, since
-    many micro-batches pass in between.
+    many micro-batches pass in between. With `cpu_offload` the parts lie on the host, and so what the optimizer does.
     """
     dtype = stage.model.model.compute_dtype
     precision = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     over = mesh.sub("dp_replicate", "fsdp") if mesh.config.dp_replicate > 1 else mesh.sub("fsdp")
-    again = mesh.config.pp == 1
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if mesh.config.cpu_offload else OffloadPolicy()
+    settings: dict[str, Any] = {"mesh": over, "mp_policy": precision, "offload_policy": offload}
     for block in blocks(stage.model):
-        fully_shard(block, mesh=over, mp_policy=precision, reshard_after_forward=again)
-    fully_shard(stage, mesh=over, mp_policy=precision, reshard_after_forward=False)
+        fully_shard(block, reshard_after_forward=mesh.config.pp == 1, **settings)
+    fully_shard(stage, reshard_after_forward=False, **settings)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

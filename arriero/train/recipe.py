@@ -64,6 +64,8 @@ Build = Callable[[Any, Console, Mesh], Run]
 def execute(config: Any, recipe: str, build: Build) -> Outcome:
     """Run a recipe as `config` says. Raises a `UserError` before step 1 for whatever cannot be trained on."""
     began = time.time()
+    if config.parallel.cpu_offload and _device() == "cpu":
+        raise ConfigError("cpu_offload is on, but there is no GPU here: all lies in the host's memory; leave it out")
     with init_mesh(config.parallel, _device()) as mesh:
         return _execute(config, recipe, build, mesh, began)
 

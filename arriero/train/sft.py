@@ -119,7 +119,7 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     device = mesh.device
     # A frozen base is computed with, never updated, so it is held in the compute type; trained weights stay fp32.
     stored = DTYPES[loop.precision] if config.method == "lora" else torch.float32
-    model, tokenizer = load(config.model, dtype=stored, device=device)
+    model, tokenizer = load(config.model, dtype=stored, device=mesh.home)
     with mesh.one_before_others():  # who come later find the tokens in the cache
         training, validation = build_splits(
             config.data.train,
