@@ -32,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "chat": use.chat,
     "generate": use.generate,
     "eval": use.evaluate,
+    "eval needle": use.needle,
     "merge": use.merge,
     "convert": use.convert,
     "data inspect": data.inspect,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from arriero.eval.config import EvalConfig
+from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.infer.config import ChatConfig, GenerateConfig
 
 NumberType = Literal["f32", "f16", "bf16"]
@@ -46,6 +46,18 @@ def evaluate(config: EvalConfig) -> None:
     from arriero.eval.run import run_eval
 
     run_eval(config)
+
+
+def needle(config: NeedleConfig) -> None:
+    """Hide facts in long texts and ask MODEL for them, by length and depth: tables, a heat map, loss by position.
+
+    Example:
+        arriero eval needle smollm2-135m --lengths 1024 4096 16384 --out out/needle
+        arriero eval needle out/long/model --compare-with out/base/model --haystack books.jsonl.gz --together
+    """
+    from arriero.eval.needle_run import run_needle
+
+    run_needle(config)
 
 
 def merge(model: str, adapter: Path, out: Path, *, dtype: NumberType | None = None, force: bool = False) -> None:

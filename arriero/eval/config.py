@@ -1,4 +1,4 @@
-"""What an evaluation is told. No torch here: the command line reads this module to print its help."""
+"""What evaluations are told. No torch here: the command line reads this module to print its help."""
 
 from __future__ import annotations
 
@@ -60,3 +60,41 @@ class EvalConfig:
         _require(self.resamples >= 100, f"resamples is {self.resamples}; an interval needs at least 100")
         for name in ("rows", "examples", "seed"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
+
+
+@dataclass(frozen=True)
+class NeedleConfig:
+    """One model (or two, side by side) asked for facts hidden in long texts."""
+
+    model: str = ""
+    """What is measured: a directory, a .gguf file, a Hub id, or a built-in name."""
+    adapter: str = ""
+    """Directory of a LoRA adapter laid over the model; empty for none."""
+    compare_with: str = ""
+    """A second model, measured first on the same texts without the adapter: the "before" of the tables."""
+    out: str = ""
+    """Directory for needle.png, needle.json, results.json and samples.jsonl; empty writes nothing."""
+    haystack: str = ""
+    """The prose: a file, directory or data set, as `arriero curate` takes them; empty takes Python's help topics."""
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    """Tokens of the texts, question and answer included; they may go past the model's context."""
+    depths: int = 5
+    """Places of the needle, from the beginning of the prose to its end."""
+    trials: int = 3
+    """Texts at each length and depth: other prose, another key."""
+    together: bool = False
+    """Hide a needle at every depth of one text and ask for all (multi-needle), and not one in a text of its own."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of activations and matmuls; softmax and sums are fp32 in both."""
+    resamples: int = 2000
+    """Bootstrap resamples behind each interval."""
+    seed: int = 0
+    """Decides prose, places and keys."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.lengths) > 0, "lengths is empty; give at least one, such as 2048")
+        _require(min(self.lengths) >= 64, f"lengths has {min(self.lengths)}; a text needs at least 64 tokens")
+        _require(1 <= self.depths <= 10, f"depths is {self.depths}; it must be from 1 to 10")
+        _require(self.trials >= 1, f"trials is {self.trials}; it must be at least 1")
+        _require(self.resamples >= 100, f"resamples is {self.resamples}; an interval needs at least 100")
+        _require(self.seed >= 0, f"seed is {self.seed}; it must be at least 0")

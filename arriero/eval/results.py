@@ -39,6 +39,9 @@ MEASURES = {
     "exact": Measure("exact match", "higher", ".1%"),
     "one_sentence": Measure("one sentence", "higher", ".1%"),
     "stopped": Measure("stops by itself", "higher", ".1%"),
+    "found": Measure("finds the key", "higher", ".1%"),
+    "chosen": Measure("prefers it to 9 others", "higher", ".1%"),
+    "key_bits": Measure("bits of the key", "lower", ".2f"),
 }
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 from rich.console import Console
@@ -31,6 +32,7 @@ from arriero.model.lora import merge_lora
 from arriero.tokenizer.base import Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+R = TypeVar("R", bound=Results)
 Measurement = Callable[[Llama, Tokenizer, str], Results]
 
 
@@ -50,8 +52,8 @@ def run_eval(config: EvalConfig, console: Console | None = None) -> Results:
             resolve(name)  # and a missing model before the other one has been measured
     before = None
     if config.compare_with:
-        before = _measured(config, measure, config.compare_with, "")
-    after = _measured(config, measure, config.model, config.adapter)
+        before = measured(measure, config.precision, config.compare_with, "")
+    after = measured(measure, config.precision, config.model, config.adapter)
     if before is not None:
         compared = compare(before, after, config.resamples, config.seed)
         console.print(comparison_table(before, after, compared))
@@ -65,9 +67,12 @@ def run_eval(config: EvalConfig, console: Console | None = None) -> Results:
     return after
 
 
-def _measured(config: EvalConfig, measure: Measurement, name: str, adapter: str) -> Results:
+def measured(
+    measure: Callable[[Llama, Tokenizer, str], R], precision: Literal["bf16", "fp32"], name: str, adapter: str
+) -> R:
+    """What `measure` finds of the model `name` under `adapter` (none: "")."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load(name, dtype=DTYPES[config.precision], device=device, adapter=adapter or None)
+    model, tokenizer = load(name, dtype=DTYPES[precision], device=device, adapter=adapter or None)
     merge_lora(model)
     return measure(model, tokenizer, f"{name} + {adapter}" if adapter else name)
 
@@ -95,7 +100,7 @@ def _on_texts(config: EvalConfig, texts: list[str]) -> Measurement:
 
     def measure(model: Llama, tokenizer: Tokenizer, name: str) -> Results:
         began = time.monotonic()
-        with _bar(name, total) as advance:
+        with bar(name, total) as advance:
             found = perplexity(model, tokenizer, texts, window=config.window, context=config.context, on_bytes=advance)
         ratios = {
             "bits_per_token": found.bits_per_token,
@@ -109,7 +114,7 @@ def _on_texts(config: EvalConfig, texts: list[str]) -> Measurement:
 
 def _on_answers(config: EvalConfig, conversations: list[Conversation]) -> Measurement:
     def measure(model: Llama, tokenizer: Tokenizer, name: str) -> Results:
-        with _bar(name, 2 * len(conversations)) as advance:
+        with bar(name, 2 * len(conversations)) as advance:
             return answers(
                 model,
                 tokenizer,
@@ -152,7 +157,8 @@ def _text(record: Record) -> str:
 
 
 @contextmanager
-def _bar(name: str, total: float) -> Iterator[Callable[[float], None]]:
+def bar(name: str, total: float) -> Iterator[Callable[[float], None]]:
+    """A progress bar with the time left; yields what to call with each amount done."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     console = Console(stderr=True)
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:

@@ -1,0 +1,193 @@
+"""`arriero eval needle`: load, hide and ask, show by length and depth, save; two models see the same texts."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from arriero.checkpoint.files import replaced_file, write_json
+from arriero.checkpoint.source import resolve
+from arriero.curate.sources import read_documents
+from arriero.errors import ConfigError
+from arriero.eval.bootstrap import mean
+from arriero.eval.config import NeedleConfig
+from arriero.eval.needle import Finding, Haystack, bits_by_position, find_needles, prose
+from arriero.eval.results import Results, Sample, compare, comparison_table, results_table, save
+from arriero.eval.run import bar, measured
+from arriero.model.llama import Llama
+from arriero.page import LIGHT, Theme, png
+from arriero.tokenizer.base import Tokenizer
+
+CHARS_PER_TOKEN = 64  # of prose kept for each token of the longest text: enough for trials to differ
+
+
+@dataclass(frozen=True)
+class NeedleResults(Results):
+    """One model's answers; `by_position` is bits per byte of prose up to each length, from the one before."""
+
+    findings: Sequence[Finding]
+    by_position: dict[int, float]
+    context: int  # tokens that the model was made for
+
+    def share(self, length: int, depth: float) -> float:
+        """Of the keys at this length and depth, how many were found."""
+        return _mean(f.found for f in self.findings if (f.length, f.depth) == (length, depth))
+
+
+def run_needle(config: NeedleConfig, console: Console | None = None) -> NeedleResults:
+    """Measure `config.model` (after `compare_with`, where given), print the tables, write the files.
+
+    Raises `ConfigError` for settings that name nothing, `DataError` for prose that is too short or cannot be read.
+    """
+    if not config.model:
+        raise ConfigError("eval needle: no model given; run: arriero eval needle MODEL")
+    console = console or Console()
+    text = prose(_documents(config.haystack), CHARS_PER_TOKEN * max(config.lengths))
+    for name in (config.compare_with, config.model, config.adapter):
+        if name:
+            resolve(name)  # a missing model is refused before the other one has been measured
+
+    def measure(model: Llama, tokenizer: Tokenizer, name: str) -> NeedleResults:
+        return _measure(config, text, model, tokenizer, name)
+
+    before = measured(measure, config.precision, config.compare_with, "") if config.compare_with else None
+    after = measured(measure, config.precision, config.model, config.adapter)
+    models = [after] if before is None else [before, after]
+    for results in models:
+        console.print(needle_table(results))
+    if before is None:
+        console.print(results_table(after, config.resamples, config.seed))
+    else:
+        compared = compare(before, after, config.resamples, config.seed)
+        console.print(comparison_table(before, after, compared))
+    if config.out:
+        out = Path(config.out)
+        save(out, asdict(config), before, after)
+        with replaced_file(out / "needle.json") as path:
+            write_json(path, {results.model: _record(results) for results in models})
+        with replaced_file(out / "needle.png") as path:
+            path.write_bytes(needle_png(models))
+        console.print(f"written: {config.out}/needle.png, needle.json, results.json, samples.jsonl")
+    return after
+
+
+def needle_table(results: NeedleResults) -> Table:
+    """Keys found by length and depth, the scores of each length, and what prose costs up to it."""
+    lengths, depths = _axes(results)
+    title = f"{escape(results.model)}: keys found, by length and depth (context {results.context:,})"
+    table = Table(title=title, title_justify="left")
+    for column in ("tokens", *(f"{depth:.0%}" for depth in depths), "all", "1 of 10", "bits", "prose, bits/byte"):
+        table.add_column(column, justify="right")
+    for length in lengths:
+        here = [f for f in results.findings if f.length == length]
+        shares = [results.share(length, depth) for depth in depths]
+        table.add_row(
+            f"{length:,}" + ("*" if length > results.context else ""),
+            *(f"[{'green' if share > 0.5 else 'red'}]{share:.0%}[/]" for share in shares),
+            f"{_mean(f.found for f in here):.0%}",
+            f"{_mean(f.chosen for f in here):.0%}",
+            f"{_mean(f.bits for f in here):.1f}",
+            f"{results.by_position[length]:.3f}",
+        )
+    if lengths[-1] > results.context:
+        table.caption = "* past the model's context"
+    return table
+
+
+def needle_png(models: Sequence[NeedleResults], theme: Theme = LIGHT) -> bytes:
+    """The heat maps side by side, length to the right and depth downwards; returns a PNG."""
+    lengths, depths = _axes(models[0])
+    width = 1.2 + 0.75 * len(lengths)
+    size = (max(4.5, width) * len(models), 1.6 + 0.45 * len(depths))
+    figure = Figure(figsize=size, dpi=160, facecolor=theme.background, layout="constrained")
+    for axes, results in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        shares = [[results.share(length, depth) for length in lengths] for depth in depths]
+        axes.imshow(shares, cmap=colormaps["RdYlGn"], vmin=0, vmax=1, alpha=0.75, aspect="auto")
+        for (row, shown), column in itertools.product(enumerate(shares), range(len(lengths))):
+            axes.text(column, row, f"{shown[column]:.0%}", ha="center", va="center", color="#222222", fontsize=8)
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], color=theme.text)
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], color=theme.text)
+        axes.set_xlabel("tokens", color=theme.text)
+        axes.set_ylabel("depth of the needle", color=theme.text)
+        axes.set_title(f"{results.model}: keys found", color=theme.text, fontsize=9)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    return png(figure)
+
+
+def _measure(config: NeedleConfig, text: str, model: Llama, tokenizer: Tokenizer, name: str) -> NeedleResults:
+    began = time.monotonic()
+    model.eval()
+    haystack = Haystack(tokenizer, text, max(config.lengths))
+    lengths = sorted(set(config.lengths))
+    depths = [i / (config.depths - 1) for i in range(config.depths)] if config.depths > 1 else [0.5]
+    texts = 1 if config.together else len(depths)
+    with bar(name, config.trials * (sum(lengths) * texts + lengths[-1])) as advance:
+        findings = find_needles(
+            model, tokenizer, haystack, lengths=lengths, depths=depths, trials=config.trials,
+            together=config.together, seed=config.seed, on_text=advance,
+        )  # fmt: skip
+        costs = bits_by_position(
+            model, tokenizer, haystack, lengths=lengths, trials=config.trials, seed=config.seed, on_text=advance
+        )
+    columns = {
+        "found": mean([float(f.found) for f in findings]),
+        "chosen": mean([float(f.chosen) for f in findings]),
+        "key_bits": mean([f.bits for f in findings]),
+    }
+    samples = [
+        Sample(
+            f"{f.length} tokens, depth {f.depth:.0%}:{f.needle.question.strip()}", f.needle.key, f.answer,
+            {"found": float(f.found), "chosen": float(f.chosen), "key_bits": f.bits},
+        )
+        for f in findings
+    ]  # fmt: skip
+    return NeedleResults(
+        name, columns, samples, len(findings), time.monotonic() - began, findings,
+        dict(zip(lengths, costs, strict=True)), model.config.max_context,
+    )  # fmt: skip
+
+
+def _record(results: NeedleResults) -> dict[str, object]:
+    """What needle.json holds of a model."""
+    lengths, depths = _axes(results)
+    cells = [
+        {
+            "length": length,
+            "depth": depth,
+            "found": _mean(f.found for f in here),
+            "chosen": _mean(f.chosen for f in here),
+            "key_bits": _mean(f.bits for f in here),
+            "questions": len(here),
+        }
+        for length, depth in itertools.product(lengths, depths)
+        for here in [[f for f in results.findings if (f.length, f.depth) == (length, depth)]]
+    ]
+    return {"context": results.context, "cells": cells, "bits_per_byte_up_to": results.by_position}
+
+
+def _axes(results: NeedleResults) -> tuple[list[int], list[float]]:
+    """Lengths and depths in ascending order."""
+    return sorted({f.length for f in results.findings}), sorted({f.depth for f in results.findings})
+
+
+def _documents(haystack: str) -> Iterable[str]:
+    if haystack:
+        return (document.text for document in read_documents([haystack]))
+    from pydoc_data.topics import topics
+
+    return (text for _, text in sorted(topics.items()))
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
