@@ -65,6 +65,15 @@ def load_model(
     return model
 
 
+def open_model(name_or_path: str | Path, dtype: torch.dtype) -> tuple[Llama, Weights]:
+    """A model without memory yet, its weights to be of type `dtype`, and the checkpoint that has their values.
+
+    For `parallelize`, whose `values` are `Weights.part`. Raises what `load_model` raises.
+    """
+    weights = open_weights(resolve(name_or_path))
+    return empty_model(weights.config).to(dtype), weights
+
+
 def load(
     name: str | Path,
     *,

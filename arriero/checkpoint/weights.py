@@ -11,7 +11,7 @@ and k differ, by the permutation in `to_halves` and `to_pairs`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,10 +24,9 @@ from torch.overrides import TorchFunctionMode
 from arriero.errors import CheckpointError
 from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig
+from arriero.model.llama import EMBEDDINGS as EMBEDDINGS
+from arriero.model.llama import HEAD as HEAD
 from arriero.model.llama import Llama
-
-HEAD = "lm_head.weight"
-EMBEDDINGS = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,24 @@ class Weights:
     """A checkpoint of any format as the Hugging Face layout would have it, in the order of `names(config)`.
 
     source: the file or directory, for messages. read(name) returns a tensor of `entries[name]`'s shape and type
-    that nothing else holds.
+    that nothing else holds; read_rows(name, start, stop) likewise some of its rows, of formats that can.
     """
 
     source: Path
     config: LlamaConfig
     entries: Mapping[str, Entry]
     read: Callable[[str], Tensor]
+    read_rows: Callable[[str, int, int], Tensor] | None = None
+
+    def part(self, name: str, _: Sequence[int], box: tuple[slice, ...]) -> Tensor:
+        """The values of a tensor within `box`, a slice for each dimension; rows outside it are not read, if possible.
+
+        For `parallelize`, of whose `Values` this is one.
+        """
+        if self.read_rows is None:
+            return self.read(name)[box]
+        rows, *columns = box
+        return self.read_rows(name, rows.start, rows.stop)[(slice(None), *columns)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,7 +93,13 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def checked(source: Path, config: LlamaConfig, entries: Mapping[str, Entry], read: Callable[[str], Tensor]) -> Weights:
+def checked(
+    source: Path,
+    config: LlamaConfig,
+    entries: Mapping[str, Entry],
+    read: Callable[[str], Tensor],
+    read_rows: Callable[[str, int, int], Tensor] | None = None,
+) -> Weights:
     """`Weights` of exactly the tensors that the shape calls for.
 
     Left out without complaint: rotary tables (`...rotary_emb.inv_freq`), which are computed here, and a head where
@@ -102,7 +118,7 @@ def checked(source: Path, config: LlamaConfig, entries: Mapping[str, Entry], rea
         raise CheckpointError(
             f"{source}: the tensors are not those of the Llama that its config describes; " + "; ".join(problems[:4])
         )
-    return Weights(source, config, {name: entries[name] for name in expected}, read)
+    return Weights(source, config, {name: entries[name] for name in expected}, read, read_rows)
 
 
 def from_model(model: Llama) -> Weights:

@@ -114,11 +114,6 @@ class ParallelConfig:
                     "equal share of heads, feed-forward and vocabulary"
                 )
         self.layers(model.n_layers)
-        if self.pp > 1 and model.tied_embeddings:
-            raise ConfigError(
-                f"pp is {self.pp}, but the model's head is its embedding matrix, and the two ends of a pipeline do not "
-                "share memory; use pp 1 (models with tied embeddings are small: tp and dp_shard do)"
-            )
 
     def check_batch(self, batch_rows: int, micro_rows: int, seq_len: int) -> None:
         """Raise `ConfigError` where a global batch of `batch_rows` rows of `seq_len` tokens cannot be shared out.

@@ -24,8 +24,7 @@ from arriero.distributed.mesh import Mesh
 from arriero.distributed.pipeline import Pipeline
 from arriero.distributed.stage import MicroBatch, Objective, Stage
 from arriero.model.attention import document_positions
-from arriero.model.llama import Llama
-from arriero.optim.groups import trained_parameters
+from arriero.model.llama import EMBEDDINGS, Llama
 
 
 class Engine:
@@ -49,7 +48,13 @@ class Engine:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters that this process holds (a part of), by their name in the whole model."""
-        return {name: p for stage in self.stages for name, p in trained_parameters(stage.model).items()}
+        return {name: p for stage in self.stages for name, p in stage.named_parts() if p.requires_grad}
+
+    @property
+    def counted(self) -> dict[str, nn.Parameter]:
+        """Of `parameters` those that this process answers for: what is saved and measured once. Not a tied copy."""
+        copied = any(stage.tied_copy for stage in self.stages)
+        return {name: p for name, p in self.parameters.items() if not (copied and name == EMBEDDINGS)}
 
     def train(self, mode: bool = True) -> None:
         """Put all stages into training (dropout on) or evaluation mode."""
@@ -68,7 +73,10 @@ class Engine:
         """
         micro = self._begin(micro_batches, objective, trained, seeds)
         if self._pipeline is not None:
-            return self._summed(self._pipeline.run(micro, backward=True))
+            assert all(p.grad is None for p in self.parameters.values()), "tied gradients are added up once"
+            total = self._pipeline.run(micro, backward=True)
+            self._add_tied_gradients()
+            return self._summed(total)
         stage, last = self.stages[0], len(micro) - 1
         total = torch.zeros((), device=self.mesh.device)
         for index, one in enumerate(micro):
@@ -78,6 +86,25 @@ class Engine:
             loss.backward()
             total += loss.detach()
         return self._summed(total)
+
+    @torch.no_grad()
+    def _add_tied_gradients(self) -> None:
+        """Give both ends of a pipeline the gradient of the matrix that is embeddings on one and head on the other.
+
+        Equal gradients and moments keep the two copies equal to the bit, so they are never sent again.
+        """
+        mesh, tied = self.mesh, self.parameters.get(EMBEDDINGS)
+        if tied is None or tied.grad is None or not self.model.config.tied_embeddings:
+            return
+        ours = _local(tied.grad)
+        if ours.numel():
+            theirs, apart = torch.empty_like(ours), mesh.world - len(mesh.stage_ranks)  # from first to last stage
+            peer = mesh.rank + (apart if mesh.place("pp") == 0 else -apart)
+            for work in dist.batch_isend_irecv(
+                [dist.P2POp(dist.isend, ours, peer), dist.P2POp(dist.irecv, theirs, peer)]
+            ):
+                work.wait()
+            ours += theirs
 
     @torch.no_grad()
     def loss(self, micro_batches: Sequence[Batch], objective: Objective) -> Tensor:
@@ -151,7 +178,7 @@ class Engine:
         if not self.mesh.distributed:
             return nn.utils.clip_grad_norm_(parameters, max_norm)
         squares = torch.zeros((), device=self.mesh.device)
-        for p in parameters:
+        for p in self.counted.values():
             squares += self.squared_norm(p)
         norm = self.mesh.sum(squares).sqrt()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(self.mesh.home)
@@ -194,7 +221,7 @@ class Engine:
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The gradients of the trained parameters likewise."""
-        return dict(self._whole({name: p.grad for name, p in self.parameters.items() if p.grad is not None}))
+        return dict(self._whole({name: p.grad for name, p in self.counted.items() if p.grad is not None}))
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of `full_state_dict` one by one, for a file larger than memory."""

@@ -1,8 +1,9 @@
 """Wraps a model for many processes, from outside and in one readable order.
 
-Pipeline stages, tensor and sequence parallel, context parallel, checkpointed activations, per-block compilation, and
-last the sharding of all parameters (FSDP2; HSDP where the shards are replicated). The model's files know nothing of
-this. A single process goes through the same function, which then only checkpoints and compiles.
+Pipeline stages, tensor and sequence parallel, context parallel, checkpointed activations, per-block compilation,
+the sharding of all parameters (FSDP2; HSDP where the shards are replicated), and last the values of what is then left
+here. The model's files know nothing of this. A single process goes through the same function, which then only
+checkpoints, compiles and fills.
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from arriero.distributed.config import Recompute
 from arriero.distributed.context import ContextAttention
+from arriero.distributed.materialise import Values, materialise
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.stage import Stage
 from arriero.distributed.tensor import split_matrices
 from arriero.model.llama import Llama
 
 
-def parallelize(model: Llama, mesh: Mesh, *, recompute: Recompute = "none", compile: bool = False) -> list[Stage]:
+def parallelize(
+    model: Llama, mesh: Mesh, *, values: Values | None = None, recompute: Recompute = "none", compile: bool = False
+) -> list[Stage]:
     """Split `model` over `mesh`, in place; returns what this process runs, one stage for each of its runs of layers.
 
-    model: with its weights (each process keeps its part) or on the meta device, adapters already added, the compute
-    type set. recompute, compile: as in `prepare`. Raises `ConfigError` where the model cannot be split so.
+    model: adapters already added, the compute type set; on the meta device, and then `values` fill what each process
+    holds of it, or with its weights, of which each process keeps its part. recompute, compile: as in `prepare`. Raises
+    `ConfigError` where the model cannot be split so.
     """
     config = mesh.config
     config.check_model(model.config)
@@ -43,6 +48,8 @@ def parallelize(model: Llama, mesh: Mesh, *, recompute: Recompute = "none", comp
         prepare(stage.model, recompute=recompute, compile=compile)
         if mesh.distributed:
             shard(stage, mesh)
+        if values is not None:
+            materialise(stage, mesh.home, values)
     return stages
 
 

@@ -3,13 +3,14 @@
 Without a pipeline that is the whole model. In one, it is the same `Llama` with the parts that lie elsewhere replaced by
 pass-throughs, so parameters keep their names and the model's file knows nothing of it: an objective that reads
 `model.model(batch.tokens, ...)` works unchanged on the last stage, where `batch.tokens` are the hidden states received.
+Where the head is the embedding matrix, the first and the last stage of a pipeline each hold a copy (`tied_copy`).
 Model and objective are one module because sharded weights are whole only inside the forward of what shards them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from arriero.data.loader import Batch
 from arriero.model.build import build_model
-from arriero.model.llama import Llama
+from arriero.model.llama import EMBEDDINGS, HEAD, Llama
 
 Objective = Callable[[nn.Module, Batch], Tensor]
 """The loss of a batch, SUMMED over its trained tokens."""
@@ -59,6 +60,16 @@ class Stage(nn.Module):
             return hidden
         assert self.objective is not None
         return self.objective(self.model, batch) / self.trained
+
+    @property
+    def tied_copy(self) -> bool:
+        """Whether the head here is a copy of the embedding matrix, which lies on another stage."""
+        return self.last and self.layers.start > 0 and self.model.config.tied_embeddings
+
+    def named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that lie here by their name in the whole model, which for a tied copy is the embeddings'."""
+        for name, parameter in self.model.named_parameters():
+            yield EMBEDDINGS if self.tied_copy and name == HEAD else name, parameter
 
     def _give_positions(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

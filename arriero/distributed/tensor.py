@@ -58,12 +58,13 @@ def split_matrices(model: Llama, mesh: DeviceMesh) -> None:
     for layer in model.model.layers:
         if any(True for _ in layer.parameters()):
             parallelize_module(layer, mesh, block, src_data_rank=None)
-    if isinstance(model.model.embed_tokens, nn.Embedding):
+    here = isinstance(model.model.embed_tokens, nn.Embedding)
+    if here:
         style = Embeddings(input_layouts=Replicate(), output_layouts=SEQUENCE)
         parallelize_module(model.model.embed_tokens, mesh, style, src_data_rank=None)
     if any(True for _ in model.lm_head.parameters()):
         parallelize_module(model.model.norm, mesh, WholeNorm(), src_data_rank=None)
-        if model.config.tied_embeddings:
+        if model.config.tied_embeddings and here:
             model.tie_weights()
         else:
             _place(model.lm_head, mesh, Shard(0))

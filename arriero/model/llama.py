@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from arriero.model.attention import cached_attention, document_attention, document_positions
 from arriero.model.cache import KVCache
 from arriero.model.config import LlamaConfig
+from arriero.model.initial import initial_weight, whole
 from arriero.model.rope import apply_rope, rope_tables
+
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one and the same where they are tied
 
 
 class Linear(nn.Linear):
@@ -166,8 +169,8 @@ class Llama(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make the head share the embedding's storage where the config says so (again after `to_empty`)."""
-        if self.config.tied_embeddings:
+        """Make the head the embedding matrix where the config says so, and both are here (again after `to_empty`)."""
+        if self.config.tied_embeddings and isinstance(self.model.embed_tokens, nn.Embedding):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def set_compute_dtype(self, dtype: torch.dtype) -> Self:
@@ -182,20 +185,11 @@ class Llama(nn.Module):
         return self.lm_head(self.model(tokens, cu_seqlens, prefix, cache))
 
     @torch.no_grad()
-    def init_weights(self, std: float = 0.02, seed: int | None = None, *, depth_scaled: bool = False) -> Self:
-        """Draw all matrices from N(0, std^2), norms at one. The published initialisation is unknown; this is HF's.
-
-        depth_scaled: the two projections that write into the residual stream get std / sqrt(2 n_layers), so that its
-        size does not grow with depth (GPT-2).
-        """
-        generator = None if seed is None else torch.Generator(self.lm_head.weight.device).manual_seed(seed)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                writes = depth_scaled and name.endswith(("o_proj", "down_proj"))
-                scale = (2 * self.config.n_layers) ** -0.5 if writes else 1.0
-                module.weight.normal_(0.0, std * scale, generator=generator)
-            elif isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
+    def init_weights(self, std: float = 0.02, seed: int = 0, *, depth_scaled: bool = False) -> Self:
+        """Fill all parameters with their first values, as `initial_weight` has them."""
+        depth = self.config.n_layers if depth_scaled else None
+        for name, p in self.named_parameters():
+            p.copy_(initial_weight(name, p.shape, whole(p.shape), seed=seed, std=std, depth_scaled=depth))
         return self
 
     @property

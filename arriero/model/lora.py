@@ -10,7 +10,6 @@ Shapes: in, out widths of the wrapped linear; r rank.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from arriero.errors import ConfigError
 from arriero.model.config import LINEARS, LoraConfig
+from arriero.model.initial import initial_adapter, whole
 from arriero.model.llama import Linear
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,8 +37,6 @@ class LoraLinear(Linear):
         device = base.weight.device
         self.lora_A = Linear(self.in_features, rank).to(device, torch.float32)
         self.lora_B = Linear(rank, self.out_features).to(device, torch.float32)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         low = self.lora_A(F.dropout(x, self.dropout, self.training) if self.dropout else x)
@@ -58,10 +56,11 @@ class LoraLinear(Linear):
         return plain
 
 
-def add_lora(model: M, config: LoraConfig) -> M:
+def add_lora(model: M, config: LoraConfig, seed: int = 0) -> M:
     """Freeze the model and wrap the linears that `config.targets` names, in place; returns the model.
 
-    Raises `ConfigError` when a target matches no linear, or the model is adapted already.
+    seed: of the adapter's first values (`initial_adapter`), which on the meta device are left to come. Raises
+    `ConfigError` when a target matches no linear, or the model is adapted already.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, Linear) and not n.endswith("lm_head")}
     if any(isinstance(m, LoraLinear) for m in linears.values()):
@@ -77,6 +76,9 @@ def add_lora(model: M, config: LoraConfig) -> M:
             rank = config.rank_pattern.get(name, config.rank)
             scale = config.scale(rank, config.alpha_pattern.get(name, config.alpha))
             _replace(model, name, LoraLinear(linear, rank, scale, config.dropout))
+    for name, p in lora_state(model).items():
+        if not p.is_meta:
+            p.data.copy_(initial_adapter(name, p.shape, whole(p.shape), seed=seed))
     return model
 
 
@@ -97,7 +99,12 @@ def merged_copy(model: M) -> M:
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors by full name: `...q_proj.lora_A.weight` [r, in] and `...lora_B.weight` [out, r]."""
-    return {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+    return {name: p for name, p in model.named_parameters() if is_adapter(name)}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name is an adapter's."""
+    return ".lora_A." in name or ".lora_B." in name
 
 
 def _wrapped(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

@@ -250,11 +250,11 @@ class Trainer:
         The best checkpoint so far is never pruned. Raises `CheckpointError` when the save before this one has failed.
         """
         groups = {
-            "weights": {name: p.detach() for name, p in self.parameters.items()},
+            "weights": {name: p.detach() for name, p in self.engine.counted.items()},
             "optimizer": self._optimizer_tensors(),
         }
         if self.average:
-            groups["average"] = self.average
+            groups["average"] = {name: self.average[name] for name in self.engine.counted}
         keep = set() if self.progress.best_step is None else {self.progress.best_step}
         state = {**vars(self.progress), "total_steps": self.total_steps}
         self.checkpoints.save(self.progress.step, groups, state, keep)
@@ -323,7 +323,7 @@ class Trainer:
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         return {
             f"{name}/{key}": value
-            for name, parameter in self.parameters.items()
+            for name, parameter in self.engine.counted.items()
             for key, value in self.optimizer.state[parameter].items()
         }
 

@@ -23,13 +23,15 @@ from rich.console import Console
 
 from arriero.checkpoint.files import read_json
 from arriero.checkpoint.hf import companions, save_hf
-from arriero.checkpoint.load import load
+from arriero.checkpoint.load import open_model
+from arriero.checkpoint.weights import empty_model
 from arriero.data.documents import PretrainLoader
 from arriero.data.documents import Stage as DataStage
 from arriero.data.loader import Batch
 from arriero.data.prefetch import Prefetched
 from arriero.data.shards import Shards, open_sources, refuse_changed
 from arriero.distributed.engine import Engine
+from arriero.distributed.materialise import Values
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.parallelize import parallelize
 from arriero.errors import ConfigError, did_you_mean
@@ -37,6 +39,7 @@ from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import generate
 from arriero.model.build import build_model
 from arriero.model.config import LADDER, SHAPES, LlamaConfig
+from arriero.model.initial import initial_weight
 from arriero.model.llama import Llama
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.train.config import PretrainConfig, PretrainDataConfig
@@ -170,12 +173,12 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
     weights = mixture(config, sources)
     total_steps = count_steps(config, sum(shards.n_tokens for shards in sources.values()))
     phases = timetable(config, weights, total_steps)
-    model = make_model(config, tokenizer, max(phase.seq_len for phase in phases)).to(device)
+    model, values = make_model(config, tokenizer, max(phase.seq_len for phase in phases))
     model.set_compute_dtype(DTYPES[loop.precision]).train()
     compiled = compiles(loop, tokens_of(phases, total_steps))
     for phase in phases:
         mesh.config.check_batch(phase.batch_rows, loop.micro_rows, phase.seq_len)
-    engine = Engine(parallelize(model, mesh, recompute=loop.recompute, compile=compiled), mesh)
+    engine = Engine(parallelize(model, mesh, values=values, recompute=loop.recompute, compile=compiled), mesh)
     stages = [DataStage(phase.first_row, phase.seq_len, dict(phase.weights)) for phase in phases]
     loader = PretrainLoader(sources, stages, loop.seed, data.packing, data.max_epochs)
     rows = phases[-1].first_row + durations(phases, total_steps)[-1] * phases[-1].batch_rows
@@ -235,26 +238,27 @@ def mixture(config: PretrainConfig, sources: Mapping[str, Shards]) -> dict[str, 
     return config.data.weights or {name: float(shards.n_tokens) for name, shards in sources.items()}
 
 
-def make_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> Llama:
-    """A new model of the shape that `config.model` names, or the model of that name, stored in fp32.
+def make_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> tuple[Llama, Values]:
+    """A new model of the shape that `config.model` names, or the model of that name; without memory, and its values.
 
     A shape of the ladder gets the tokenizer's vocabulary; a published one keeps its own, if that holds the tokenizer's.
     """
     if (shape := SHAPES.get(config.model)) is None:
-        model = load(config.model, dtype=torch.float32)[0]
+        model, weights = open_model(config.model, torch.float32)
         _check_vocabulary(config.model, model.config.vocab_size, tokenizer)
         changes: dict[str, Any] = {"max_context": max(seq_len, model.config.max_context)}
         if config.rope_theta:
             changes["rope_theta"] = config.rope_theta
         model.config = model.model.config = dataclasses.replace(model.config, **changes)
-        return model
+        return model, weights.part
     if config.model in LADDER:
         shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)
     _check_vocabulary(config.model, shape.vocab_size, tokenizer)
     theta = config.rope_theta or shape.rope_theta
     shape = dataclasses.replace(shape, max_context=max(seq_len, shape.max_context), rope_theta=theta)
     refuse_what_cannot_fit(config.model, shape.n_params)
-    return build_model(shape).init_weights(seed=config.loop.seed, depth_scaled=True)
+    drawn = functools.partial(initial_weight, seed=config.loop.seed, depth_scaled=shape.n_layers)
+    return empty_model(shape), drawn
 
 
 def _check_vocabulary(name: str, size: int, tokenizer: Tokenizer) -> None:

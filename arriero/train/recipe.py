@@ -10,18 +10,22 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from arriero import config as configs
 from arriero.checkpoint.files import replaced_file, write_json
+from arriero.distributed.materialise import Values
 from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.errors import ConfigError
+from arriero.model.initial import initial_adapter
+from arriero.model.lora import is_adapter
 from arriero.train import attempts
 from arriero.train.config import LoopConfig
 from arriero.train.environment import describe
@@ -167,6 +171,15 @@ def compiles(loop: LoopConfig, tokens: int) -> bool:
     if loop.compile != "auto":
         return loop.compile == "on"
     return tokens >= COMPILE_FROM and (torch.cuda.is_available() or shutil.which("g++") is not None)
+
+
+def first_values(base: Values, seed: int) -> Values:
+    """Where an adapted model's values are before step 1: of what is adapted in `base`, of the adapter in `seed`."""
+
+    def values(name: str, shape: Sequence[int], box: tuple[slice, ...]) -> Tensor:
+        return initial_adapter(name, shape, box, seed=seed) if is_adapter(name) else base(name, shape, box)
+
+    return values
 
 
 def alone() -> Mesh:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from arriero.checkpoint.adapter import save_adapter
 from arriero.checkpoint.hf import companions, save_hf
-from arriero.checkpoint.load import load
+from arriero.checkpoint.load import load_tokenizer_at, open_model
 from arriero.data.loader import Batch, SftLoader
 from arriero.data.sft import SftDataset, build_splits, data_stats
 from arriero.distributed.engine import Engine
@@ -29,7 +29,7 @@ from arriero.tokenizer.base import Tokenizer
 from arriero.train.config import SftConfig
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.objectives import lm_loss
-from arriero.train.recipe import DTYPES, alone, compiles, eagerly, execute
+from arriero.train.recipe import DTYPES, alone, compiles, eagerly, execute, first_values
 from arriero.train.samples import answer, write_samples
 
 
@@ -115,11 +115,11 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     """Load, tokenise, adapt, split over `mesh` (None: one process): everything up to step 1."""
     loop, mesh = config.loop, mesh or alone()
     mesh.config.check_batch(loop.batch_rows, loop.micro_rows, config.data.seq_len)
-    torch.manual_seed(loop.seed)  # the adapter's first weights
     device = mesh.device
     # A frozen base is computed with, never updated, so it is held in the compute type; trained weights stay fp32.
     stored = DTYPES[loop.precision] if config.method == "lora" else torch.float32
-    model, tokenizer = load(config.model, dtype=stored, device=mesh.home)
+    model, weights = open_model(config.model, stored)
+    tokenizer = load_tokenizer_at(weights.source)
     with mesh.one_before_others():  # who come later find the tokens in the cache
         training, validation = build_splits(
             config.data.train,
@@ -136,7 +136,8 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
         add_lora(model, config.lora)
     model.set_compute_dtype(DTYPES[loop.precision]).train()
     compiled = compiles(loop, steps * loop.batch_rows * config.data.seq_len)
-    engine = Engine(parallelize(model, mesh, recompute=loop.recompute, compile=compiled), mesh)
+    values = first_values(weights.part, loop.seed)
+    engine = Engine(parallelize(model, mesh, values=values, recompute=loop.recompute, compile=compiled), mesh)
     row = config.data.seq_len if compiled or config.data.packing else None  # see `SftLoader.collate`
 
     def batches(step: int) -> list[Batch]:

@@ -14,6 +14,7 @@ TWO = [
     Case({"tp": 2}, qk_norm=True, micro_batches=2),
     Case({"cp": 2}, prefix=11, recompute="full", micro_batches=4),
     Case({"pp": 2, "pp_light_ends": True}, micro_batches=4),
+    Case({"pp": 2}, tied=True, micro_batches=4),
 ]
 
 FOUR = [
@@ -27,9 +28,10 @@ MORE_OF_FOUR = [
     Case({"dp_shard": 4}),
     Case({"dp_shard": 2, "tp": 2}, recompute="selective"),
     Case({"dp_shard": 2, "cp": 2}, lora=True),
-    Case({"dp_shard": 2, "pp": 2}, lora=True),
+    Case({"dp_shard": 2, "pp": 2}, lora=True, tied=True),
+    Case({"dp_shard": 2, "pp": 2}, tied=True),
     Case({"tp": 2, "cp": 2}, tied=True),
-    Case({"tp": 2, "pp": 2, "pp_chunks": 2}),
+    Case({"tp": 2, "pp": 2, "pp_chunks": 2}, tied=True),
     Case({"cp": 4}, prefix=11),
     Case({"pp": 4, "pp_light_ends": False}),
 ]
@@ -79,7 +81,6 @@ def test_two_processes_equal_one(tmp_path):
     check(TWO, 2, tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_four_processes_equal_one(tmp_path):
     check(FOUR, 4, tmp_path)

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.distributed.parallelize import parallelize
 from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig, LoraConfig, Qwen3Config
+from arriero.model.initial import initial_adapter, initial_weight, whole
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
 from arriero.optim.groups import decay_groups
@@ -92,22 +94,32 @@ def toy_batch(seed: int, prefix: int = 0) -> Batch:
 
 
 def toy_model(case: Case) -> Llama:
-    """Weights that are the same on every process."""
+    """The model whole, as one process makes it; on the meta device without values."""
     shape = dataclasses.replace(SHAPE, tied_embeddings=case.tied)
-    model = build_model(Qwen3Config(**vars(shape)) if case.qk_norm else shape).init_weights(std=0.1, seed=1)
+    model = build_model(Qwen3Config(**vars(shape)) if case.qk_norm else shape)
+    if model.device.type != "meta":
+        model.init_weights(std=0.1, seed=1)
     if case.lora:
-        torch.manual_seed(2)
-        add_lora(model, LoraConfig(rank=3, dropout=case.dropout))
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if ".lora_B." in name:  # zero at first, and then A has no gradient
-                    p.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
+        add_lora(model, LoraConfig(rank=3, dropout=case.dropout), seed=2)
+        for name, p in model.named_parameters():
+            if ".lora_B." in name and not p.is_meta:
+                p.data.copy_(toy_values(name, p.shape, whole(p.shape)))
     return model.set_compute_dtype(getattr(torch, case.dtype)).train()
+
+
+def toy_values(name: str, shape: Sequence[int], box: tuple[slice, ...]) -> torch.Tensor:
+    """The same values, for processes that hold a part. B is zero in life, and then A has no gradient at first."""
+    if ".lora_A." in name:
+        return initial_adapter(name, shape, box, seed=2)
+    return initial_weight(name, shape, box, seed=1, std=0.05 if ".lora_B." in name else 0.1)
 
 
 def train(case: Case, mesh: Mesh) -> Result:
     """STEPS steps; what is returned is whole on process 0."""
-    engine = Engine(parallelize(toy_model(case), mesh, recompute=case.recompute, compile=case.compile), mesh)
+    with torch.device("meta" if mesh.distributed else "cpu"):
+        model = toy_model(case)
+    values = toy_values if mesh.distributed else None
+    engine = Engine(parallelize(model, mesh, values=values, recompute=case.recompute, compile=case.compile), mesh)
     optimizer = torch.optim.AdamW(
         decay_groups(engine.parameters, 0.1), lr=1e-3, betas=(0.9, 0.95), eps=1e-5, fused=True
     )

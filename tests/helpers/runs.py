@@ -10,19 +10,21 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 from safetensors.torch import save_file
 
 from arriero.checkpoint.hf import companions
+from arriero.checkpoint.weights import empty_model
 from arriero.distributed.config import ParallelConfig
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.distributed.parallelize import parallelize
 from arriero.model.config import LlamaConfig
-from arriero.model.llama import Llama
+from arriero.model.initial import initial_weight
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.loop import Trainer
 from arriero.train.metrics import MetricsLog
@@ -48,12 +50,14 @@ class Run:
     timeout: float = 120.0
     optim: dict = field(default_factory=dict)
     at_once: bool = False  # each process's rows in one micro-batch
+    tied: bool = False
 
 
 def make_trainer(run: Run, mesh: Mesh) -> Trainer:
     """All weights are trained, and averaged over the last half."""
-    model = Llama(SHAPE).init_weights(std=0.1, seed=1).train()
-    engine = Engine(parallelize(model, mesh), mesh)
+    shape = replace(SHAPE, tied_embeddings=run.tied)
+    values = partial(initial_weight, std=0.1, seed=1)
+    engine = Engine(parallelize(empty_model(shape).train(), mesh, values=values), mesh)
     loader = toy_loader()
 
     def batches(step: int) -> list:
@@ -65,7 +69,7 @@ def make_trainer(run: Run, mesh: Mesh) -> Trainer:
     loop = LoopConfig(
         batch_rows=BATCH_ROWS, micro_rows=micro_rows, precision="fp32", seed=5, save_every=run.save_every, average=0.5
     )
-    beside = companions(SHAPE, small_sentencepiece())
+    beside = companions(shape, small_sentencepiece())
     optim = OptimConfig(**{"lr": 1e-3} | run.optim)
     return Trainer(engine, lm_loss, batches, run.steps, loop, optim, Path(run.run_dir), companions=beside)
 
