@@ -10,7 +10,7 @@ import pytest
 from arriero import cli, presets
 from arriero import config as configs
 from arriero.errors import ConfigError
-from arriero.model.config import LADDER, PUBLISHED
+from arriero.model.config import LADDER, SHAPES
 from arriero.train.config import PretrainConfig
 from arriero.train.pretrain import Phase, count_steps, durations, timetable, tokens_of
 
@@ -66,7 +66,7 @@ def test_pretraining_presets_round_trip_through_toml_and_their_steps_make_their_
     assert cli.main(["cp", name, str(file)]) == 0
     assert configs.load_recipe(presets.RECIPES, file) == ("pretrain", config)
     assert tokens_of(phases, steps) == pytest.approx(config.tokens, rel=1e-3)
-    assert config.model in LADDER or config.model in PUBLISHED
+    assert config.model in SHAPES or config.rope_theta  # a shape, or a model that goes on at a longer context
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,16 @@ def test_published_runs_begin_with_4m_tokens_a_batch_and_see_their_published_tok
     llama3 = name.startswith("llama3")
     assert (o.warmup, o.min_lr) == ((8000, 0.01) if llama3 else (2000, 0.1))
     assert config.data.packing == ("best-fit" if llama3 else "concat")  # Llama 3's attention stays within documents
+
+
+def test_the_longer_contexts_keep_tokens_a_batch_and_go_on_at_a_lower_rate() -> None:
+    long, phases, _ = phases_of("pretrain-long-llama2-7b")
+    assert (long.rope_theta, long.data.seq_len, long.tokens, long.optim.lr) == (5e5, 32_768, 400e9, 2e-5)
+    assert phases[0].tokens_a_step == 4 * 2**20 and long.optim.warmup == 2000
+    (_, base), (_, long) = (presets.get(f"pretrain-{name}") for name in ("30m", "long-30m"))
+    assert long.data.seq_len == 4 * base.data.seq_len and long.rope_theta == 1e5
+    assert long.loop.batch_rows * long.data.seq_len == base.loop.batch_rows * base.data.seq_len
+    assert long.optim.lr == base.optim.lr / 5 and long.model == base.out + "/model"
 
 
 def test_llama_1_has_its_mixture_and_llama_2_its_epsilon() -> None:
