@@ -112,7 +112,7 @@ def field_docs(cls: Any) -> dict[str, str]:
 
 
 def is_table_list(annotation: Any) -> bool:
-    """Whether a field holds any number of dataclasses: tuple[Stage, ...], in the file [[stages]]."""
+    """Whether a field holds any number of dataclasses: tuple[TrainingStage, ...], in the file [[stages]]."""
     args = get_args(annotation)
     return get_origin(annotation) is tuple and dataclasses.is_dataclass(args[0]) and args[-1] is Ellipsis
 

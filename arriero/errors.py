@@ -32,6 +32,12 @@ class TrainingError(UserError):
     """Training cannot go on: the loss or gradients stayed non-finite, or the guard tripped."""
 
 
+def check(ok: bool, message: str) -> None:
+    """Raise a `ConfigError` unless a setting is `ok`."""
+    if not ok:
+        raise ConfigError(message)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ", did you mean 'x' or 'y'?" for the known names nearest to `name`, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

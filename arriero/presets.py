@@ -6,15 +6,15 @@ batch; rows here are packed, so the same number of rows holds more examples.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from arriero.errors import ConfigError, did_you_mean
 from arriero.model.config import LADDER, LoraConfig
+from arriero.train.config import RECIPES as TRAINING
 from arriero.train.config import (
     DataConfig,
     LoopConfig,
@@ -22,7 +22,7 @@ from arriero.train.config import (
     PretrainConfig,
     PretrainDataConfig,
     SftConfig,
-    Stage,
+    TrainingStage,
 )
 from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, TOKENS_PER_PARAMETER, suggested_batch, suggested_lr
 
@@ -33,20 +33,18 @@ if TYPE_CHECKING:
 class _Recipes(Mapping[str, type]):
     """Each recipe's name and its class; that of curation is loaded when asked for, since its rules need numpy."""
 
-    _light: ClassVar[dict[str, type]] = {"sft": SftConfig, "pretrain": PretrainConfig}
-
     def __getitem__(self, name: str) -> type:
         if name != "curate":
-            return self._light[name]
+            return TRAINING[name]
         from arriero.curate.config import CurateConfig
 
         return CurateConfig
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self._light, "curate"])
+        return iter([*TRAINING, "curate"])
 
     def __len__(self) -> int:
-        return len(self._light) + 1
+        return len(TRAINING) + 1
 
 
 RECIPES: Mapping[str, type] = _Recipes()
@@ -213,32 +211,6 @@ def pretrain_llama3_2_3b() -> PretrainConfig:
     return _llama3("llama3.2-3b", 9e12, 3e-4)
 
 
-def pretrain_long_llama2_7b() -> PretrainConfig:
-    """Llama 2 7B goes on to rows of 32,768 with theta 500,000, as Llama 2 Long did (arXiv 2309.16039, section 2).
-
-    400B tokens, 4M a batch as before, at 2e-5. Published is that long texts were upsampled, not by how much: see
-    data.weights. Where its cosine ends is not published: a tenth, as Llama 2's.
-    """
-    base = _published("meta-llama/Llama-2-7b-hf", 400e9, 2e-5, seq_len=32_768, packing="concat", eps=1e-5)
-    return dataclasses.replace(base, out="out/long-llama2-7b", rope_theta=5e5)
-
-
-def pretrain_long_30m() -> PretrainConfig:
-    """The 30M goes on to rows of 4096 with theta 100,000, ours: a twentieth of its tokens at a fifth of its rate."""
-    base = pretrain_30m()
-    loop = dataclasses.replace(base.loop, batch_rows=base.loop.batch_rows // 4, micro_rows=2)
-    return dataclasses.replace(
-        base,
-        model="out/30m/model",
-        out="out/long-30m",
-        tokens=base.tokens / 20,
-        rope_theta=1e5,
-        data=dataclasses.replace(base.data, seq_len=4 * base.data.seq_len),
-        optim=dataclasses.replace(base.optim, lr=base.optim.lr / 5),
-        loop=loop,
-    )
-
-
 def pretrain_1m() -> PretrainConfig:
     """About 1M parameters, ours: an hour or so on a laptop's CPU."""
     return _ladder("1m", seq_len=512, micro_rows=16)
@@ -306,8 +278,6 @@ PRESETS: dict[str, Callable[[], Any]] = {
         pretrain_llama3_405b,
         pretrain_llama3_2_1b,
         pretrain_llama3_2_3b,
-        pretrain_long_30m,
-        pretrain_long_llama2_7b,
     )
 }
 
@@ -382,7 +352,7 @@ def _published(
     warmup: float = 2000.0,
     min_lr: float = 0.1,
     eps: float = 1e-8,
-    stages: tuple[Stage, ...] = (),
+    stages: tuple[TrainingStage, ...] = (),
 ) -> PretrainConfig:
     """What all of Meta's have in common: AdamW (0.9, 0.95), decay 0.1, clipping at 1, a cosine, 4M tokens a batch.
 
@@ -400,13 +370,13 @@ def _published(
     )
 
 
-def _ramp(tokens: float, batch_tokens: int, changes: Sequence[tuple[float, int, int]]) -> tuple[Stage, ...]:
+def _ramp(tokens: float, batch_tokens: int, changes: Sequence[tuple[float, int, int]]) -> tuple[TrainingStage, ...]:
     """Stages of a run that begins with batches of `batch_tokens`; changes: (after tokens, batch in tokens, length)."""
     begins = [0.0, *(after for after, _, _ in changes), tokens]
     batches = [batch_tokens, *(batch for _, batch, _ in changes)]
     steps = [(end - begin) / batch for (begin, end), batch in zip(itertools.pairwise(begins), batches, strict=True)]
     return tuple(
-        Stage(start=sum(steps[: i + 1]) / sum(steps), batch_rows=batch // seq_len, seq_len=seq_len)
+        TrainingStage(start=sum(steps[: i + 1]) / sum(steps), batch_rows=batch // seq_len, seq_len=seq_len)
         for i, (_, batch, seq_len) in enumerate(changes)
     )
 

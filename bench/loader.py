@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from arriero.checkpoint.source import resolve
-from arriero.data.documents import PretrainLoader, Stage
+from arriero.data.documents import DataStage, PretrainLoader
 from arriero.data.loader import Batch
 from arriero.data.prefetch import Prefetched
 from arriero.data.shard_writer import Encoded, ShardWriter
@@ -60,7 +60,7 @@ def loader_alone(shards: Shards) -> dict[str, float]:
     figures: dict[str, float] = {}
     for seq_len in (SEQ_LEN, 4096):
         began = time.process_time()
-        loader = PretrainLoader({"documents": shards}, [Stage(0, seq_len, {"documents": 1.0})], seed=0)
+        loader = PretrainLoader({"documents": shards}, [DataStage(0, seq_len, {"documents": 1.0})], seed=0)
         opened = time.process_time()
         loader.row(0)
         packed = time.process_time()
@@ -116,7 +116,7 @@ def main() -> None:
         shards = write(Path(work) / "shards", args.documents)
 
         def batches() -> Callable[[int], Batch]:
-            loader = PretrainLoader({"documents": shards}, [Stage(0, SEQ_LEN, {"documents": 1.0})], seed=0)
+            loader = PretrainLoader({"documents": shards}, [DataStage(0, SEQ_LEN, {"documents": 1.0})], seed=0)
             rows = lambda step: range(step * ROWS, (step + 1) * ROWS)  # noqa: E731
             return lambda step: loader.collate([loader.row(i) for i in rows(step)])
 

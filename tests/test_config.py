@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arriero.config import apply_overrides, field_docs, field_paths, from_dict, load, load_recipe, to_dict, to_toml
@@ -71,6 +71,7 @@ outers = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(outers)
 def test_toml_gives_back_the_same_settings(tmp_path_factory: pytest.TempPathFactory, config: Outer) -> None:
     file = tmp_path_factory.mktemp("toml") / "a.toml"
@@ -78,6 +79,7 @@ def test_toml_gives_back_the_same_settings(tmp_path_factory: pytest.TempPathFact
     assert load(Outer, file) == config
 
 
+@settings(deadline=None)
 @given(outers)
 def test_json_gives_back_the_same_settings(config: Outer) -> None:
     assert from_dict(Outer, json.loads(json.dumps(to_dict(config)))) == config

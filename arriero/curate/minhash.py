@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from arriero.cpp import load_cpp
 from arriero.curate.analysis import Analysis
 from arriero.curate.spans import FINAL, MULTIPLIER, pointer
-from arriero.errors import ConfigError
+from arriero.errors import check
 
 NO_SHINGLE = np.uint32(0xFFFFFFFF)
 NO_KEY = np.uint64(0)
@@ -45,10 +45,10 @@ class MinHashConfig:
 
     def __post_init__(self) -> None:
         for field in ("ngram", "bands", "rows"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"MinHashConfig.{field} is {getattr(self, field)}; it must be at least 1")
-        if not 0 <= self.min_similarity <= 1:
-            raise ConfigError(f"MinHashConfig.min_similarity is {self.min_similarity}; it must be from 0 to 1")
+            value = getattr(self, field)
+            check(value >= 1, f"MinHashConfig.{field} is {value}; it must be at least 1")
+        similarity = self.min_similarity
+        check(0 <= similarity <= 1, f"MinHashConfig.min_similarity is {similarity}; it must be from 0 to 1")
 
     @property
     def hashes(self) -> int:

@@ -56,7 +56,7 @@ PackingKind = Literal["best-fit", "concat"]
 
 
 @dataclass(frozen=True)
-class Stage:
+class DataStage:
     """From row `first_row` on, rows have `seq_len` tokens and come from the sources by these weights.
 
     weights: by source, in any unit; a source that is not named or has weight 0 gives nothing.
@@ -354,7 +354,7 @@ class PretrainLoader:
     def __init__(
         self,
         sources: Mapping[str, Shards],
-        stages: Sequence[Stage],
+        stages: Sequence[DataStage],
         seed: int,
         packing: PackingKind = "best-fit",
         max_epochs: Mapping[str, float] | None = None,
@@ -448,7 +448,7 @@ class PretrainLoader:
                 used = self._phases[-1].used_at(at)
 
 
-def _check(sources: Mapping[str, Shards], stages: Sequence[Stage], bounds: Mapping[str, Fraction]) -> None:
+def _check(sources: Mapping[str, Shards], stages: Sequence[DataStage], bounds: Mapping[str, Fraction]) -> None:
     if not stages or stages[0].first_row != 0:
         raise ConfigError("the first stage must begin at row 0")
     for before, after in itertools.pairwise(stages):

@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from arriero.errors import ConfigError
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ConfigError(message)
+from arriero.errors import check
 
 
 @dataclass(frozen=True)
@@ -50,16 +45,16 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         for name in ("window", "context", "max_new_tokens", "batch"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        _require(self.window >= 2, f"window is {self.window}; it must be at least 2 tokens")
-        _require(
+            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        check(self.window >= 2, f"window is {self.window}; it must be at least 2 tokens")
+        check(
             self.context < self.window,
             f"context {self.context} is not below window {self.window}: no token would be left to score in a window; "
             "lower context or raise window",
         )
-        _require(self.resamples >= 100, f"resamples is {self.resamples}; an interval needs at least 100")
+        check(self.resamples >= 100, f"resamples is {self.resamples}; an interval needs at least 100")
         for name in ("rows", "examples", "seed"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
+            check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -92,9 +87,9 @@ class NeedleConfig:
     """Decides prose, places and keys."""
 
     def __post_init__(self) -> None:
-        _require(len(self.lengths) > 0, "lengths is empty; give at least one, such as 2048")
-        _require(min(self.lengths) >= 64, f"lengths has {min(self.lengths)}; a text needs at least 64 tokens")
-        _require(1 <= self.depths <= 10, f"depths is {self.depths}; it must be from 1 to 10")
-        _require(self.trials >= 1, f"trials is {self.trials}; it must be at least 1")
-        _require(self.resamples >= 100, f"resamples is {self.resamples}; an interval needs at least 100")
-        _require(self.seed >= 0, f"seed is {self.seed}; it must be at least 0")
+        check(len(self.lengths) > 0, "lengths is empty; give at least one, such as 2048")
+        check(min(self.lengths) >= 64, f"lengths has {min(self.lengths)}; a text needs at least 64 tokens")
+        check(1 <= self.depths <= 10, f"depths is {self.depths}; it must be from 1 to 10")
+        check(self.trials >= 1, f"trials is {self.trials}; it must be at least 1")
+        check(self.resamples >= 100, f"resamples is {self.resamples}; an interval needs at least 100")
+        check(self.seed >= 0, f"seed is {self.seed}; it must be at least 0")

@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from arriero.errors import ConfigError
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ConfigError(message)
+from arriero.errors import check
 
 
 @dataclass(frozen=True)
@@ -31,12 +26,12 @@ class SamplingConfig:
     """The same seed gives the same text; none draws a new one each time."""
 
     def __post_init__(self) -> None:
-        _require(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
-        _require(self.temperature >= 0, f"temperature is {self.temperature}; it must be at least 0 (0: most probable)")
-        _require(self.top_k >= 0, f"top_k is {self.top_k}; it must be at least 0 (0: all tokens)")
-        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it is a probability, in (0, 1]")
-        _require(0 <= self.min_p < 1, f"min_p is {self.min_p}; it is a share, in [0, 1)")
-        _require(self.seed is None or self.seed >= 0, f"seed is {self.seed}; it must be at least 0")
+        check(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
+        check(self.temperature >= 0, f"temperature is {self.temperature}; it must be at least 0 (0: most probable)")
+        check(self.top_k >= 0, f"top_k is {self.top_k}; it must be at least 0 (0: all tokens)")
+        check(0 < self.top_p <= 1, f"top_p is {self.top_p}; it is a probability, in (0, 1]")
+        check(0 <= self.min_p < 1, f"min_p is {self.min_p}; it is a share, in [0, 1)")
+        check(self.seed is None or self.seed >= 0, f"seed is {self.seed}; it must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -60,8 +55,8 @@ class GenerateConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        _require(
+        check(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        check(
             not (self.raw and self.system),
             "system is given with raw: a plain continuation has no system prompt; drop one",
         )
@@ -86,5 +81,5 @@ class ChatConfig:
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.6, top_p=0.9))
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        _require(self.context >= 0, f"context is {self.context}; it must be at least 0 (0: the model's own)")
+        check(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        check(self.context >= 0, f"context is {self.context}; it must be at least 0 (0: the model's own)")

@@ -10,13 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from arriero.distributed.config import ParallelConfig
-from arriero.errors import ConfigError
+from arriero.errors import check
 from arriero.model.config import LoraConfig
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True)
@@ -49,16 +44,16 @@ class OptimConfig:
     never lie in memory together. Needs clip 0, and batches that go through the model at once."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"lr is {self.lr}; it must be above 0")
-        _require(
+        check(self.lr > 0, f"lr is {self.lr}; it must be above 0")
+        check(
             0 <= self.warmup < 1 or (self.warmup.is_integer() and self.warmup > 0),
             f"warmup is {self.warmup}; it is a share of the steps, in [0, 1), or a whole number of steps",
         )
-        _require(0 <= self.min_lr <= 1, f"min_lr is {self.min_lr}; it is a share of the peak, in [0, 1]")
-        _require(0 < self.decay <= 1, f"decay is {self.decay}; it is a share of the steps, in (0, 1]")
-        _require(self.clip >= 0, f"clip is {self.clip}; it must be at least 0 (0 switches clipping off)")
-        _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must be at least 0")
-        _require(
+        check(0 <= self.min_lr <= 1, f"min_lr is {self.min_lr}; it is a share of the peak, in [0, 1]")
+        check(0 < self.decay <= 1, f"decay is {self.decay}; it is a share of the steps, in (0, 1]")
+        check(self.clip >= 0, f"clip is {self.clip}; it must be at least 0 (0 switches clipping off)")
+        check(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must be at least 0")
+        check(
             not self.in_backward or self.clip == 0,
             f"in_backward is on and clip is {self.clip}; clipping needs the norm of the whole gradient before any "
             "parameter is stepped: set clip to 0, or leave in_backward off",
@@ -72,7 +67,7 @@ class OptimConfig:
 
     def check_batch(self, batch_rows: int, micro_rows: int, dp: int) -> None:
         """Raise `ConfigError` where the batches of `dp` data-parallel processes cannot be stepped in the backward."""
-        _require(
+        check(
             not self.in_backward or batch_rows == micro_rows * dp,
             f"in_backward is on, but batch_rows {batch_rows} is not micro_rows {micro_rows} x {dp} data-parallel "
             "processes; a gradient summed over several micro-batches has to be kept: set batch_rows to that product, "
@@ -120,33 +115,33 @@ class LoopConfig:
     """Where metrics go besides metrics.jsonl (extra 'track')."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, f"steps is {self.steps}; it must be at least 0 (0 takes them from epochs)")
-        _require(self.steps > 0 or self.epochs > 0, f"epochs is {self.epochs} and steps 0; one must be above 0")
-        _require(self.batch_rows >= 1, f"batch_rows is {self.batch_rows}; it must be at least 1")
-        _require(
+        check(self.steps >= 0, f"steps is {self.steps}; it must be at least 0 (0 takes them from epochs)")
+        check(self.steps > 0 or self.epochs > 0, f"epochs is {self.epochs} and steps 0; one must be above 0")
+        check(self.batch_rows >= 1, f"batch_rows is {self.batch_rows}; it must be at least 1")
+        check(
             self.micro_rows >= 1 and self.batch_rows % self.micro_rows == 0,
             f"batch_rows {self.batch_rows} is not a multiple of micro_rows {self.micro_rows}; change one of them",
         )
         for name in ("log_every", "keep_last", "max_skipped"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("validate_every", "save_every", "spike"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
-        _require(0 <= self.average < 1, f"average is {self.average}; it is a share of the steps, in [0, 1)")
+            check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
+        check(0 <= self.average < 1, f"average is {self.average}; it is a share of the steps, in [0, 1)")
 
 
 def check_together(optim: OptimConfig, loop: LoopConfig, parallel: ParallelConfig) -> None:
     """Raise `ConfigError` where settings of an optimizer exclude others."""
-    _require(
+    check(
         not optim.in_backward or loop.spike == 0,
         f"in_backward is on and spike is {loop.spike}; a spike shows after the backward pass, which has stepped then: "
         "set spike to 0, or leave in_backward off",
     )
-    _require(
+    check(
         not optim.in_backward or parallel.pp == 1,
         f"in_backward is on and pp is {parallel.pp}; a pipeline sums gradients over micro-batches: "
         "leave in_backward off",
     )
-    _require(
+    check(
         optim.optimizer != "adamw8bit" or parallel.tp == 1,
         f"optimizer is adamw8bit and tp is {parallel.tp}; 256 values of a row share a scale, and tp cuts rows: "
         "take adamw, or dp_shard instead of tp",
@@ -171,9 +166,9 @@ class DataConfig:
     """Tokenising processes; 0 means one per core."""
 
     def __post_init__(self) -> None:
-        _require(self.seq_len >= 8, f"seq_len is {self.seq_len}; it must be at least 8")
-        _require(0 <= self.max_truncated <= 1, f"max_truncated is {self.max_truncated}; it is a share, in [0, 1]")
-        _require(self.workers >= 0, f"workers is {self.workers}; it must be at least 0 (0: one per core)")
+        check(self.seq_len >= 8, f"seq_len is {self.seq_len}; it must be at least 8")
+        check(0 <= self.max_truncated <= 1, f"max_truncated is {self.max_truncated}; it is a share, in [0, 1]")
+        check(self.workers >= 0, f"workers is {self.workers}; it must be at least 0 (0: one per core)")
 
 
 @dataclass(frozen=True)
@@ -197,7 +192,7 @@ class SftConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        _require(self.samples >= 0, f"samples is {self.samples}; it must be at least 0")
+        check(self.samples >= 0, f"samples is {self.samples}; it must be at least 0")
         check_together(self.optim, self.loop, self.parallel)
 
 
@@ -221,18 +216,18 @@ class PretrainDataConfig:
     """Passes over a source after which the others take its share; unnamed sources may repeat for ever."""
 
     def __post_init__(self) -> None:
-        _require(self.seq_len >= 8, f"seq_len is {self.seq_len}; it must be at least 8")
-        _require(
+        check(self.seq_len >= 8, f"seq_len is {self.seq_len}; it must be at least 8")
+        check(
             self.validation_tokens >= self.seq_len,
             f"validation_tokens is {self.validation_tokens}; it must hold a row of seq_len {self.seq_len}",
         )
         for name in ("weights", "max_epochs"):
             for source, value in getattr(self, name).items():
-                _require(value >= 0, f"{name}: {source} is {value}; it must be at least 0")
+                check(value >= 0, f"{name}: {source} is {value}; it must be at least 0")
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """A change in the middle of a run: what is not given stays as it was in the stage before."""
 
     start: float = 0.0
@@ -245,9 +240,9 @@ class Stage:
     """Share of each source from here on (annealing, up-weighting); empty keeps them."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.start < 1, f"stage: start is {self.start}; it is a share of the steps, in (0, 1)")
-        _require(self.batch_rows >= 0, f"stage: batch_rows is {self.batch_rows}; it must be at least 0")
-        _require(self.seq_len == 0 or self.seq_len >= 8, f"stage: seq_len is {self.seq_len}; it must be at least 8")
+        check(0 < self.start < 1, f"stage: start is {self.start}; it is a share of the steps, in (0, 1)")
+        check(self.batch_rows >= 0, f"stage: batch_rows is {self.batch_rows}; it must be at least 0")
+        check(self.seq_len == 0 or self.seq_len >= 8, f"stage: seq_len is {self.seq_len}; it must be at least 8")
 
 
 @dataclass(frozen=True)
@@ -274,23 +269,26 @@ class PretrainConfig:
     )
     loop: LoopConfig = field(default_factory=LoopConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[TrainingStage, ...] = ()
     """Changes of batch, row length or mixture during the run, in order of their start."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "rope_theta", "z_loss"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
+            check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
         check_together(self.optim, self.loop, self.parallel)
         starts = [stage.start for stage in self.stages]
-        _require(starts == sorted(set(starts)), f"stages start at {starts}; they must be in ascending order")
+        check(starts == sorted(set(starts)), f"stages start at {starts}; they must be in ascending order")
         for stage in self.stages:
-            _require(
+            check(
                 stage.batch_rows % self.loop.micro_rows == 0,
                 f"stage at {stage.start}: batch_rows {stage.batch_rows} is not a multiple of micro_rows "
                 f"{self.loop.micro_rows}; change one of them",
             )
-            _require(
+            check(
                 not self.optim.in_backward or stage.batch_rows in (0, self.loop.batch_rows),
                 f"stage at {stage.start}: batch_rows {stage.batch_rows}, but in_backward is on, for which every batch "
                 "goes through the model at once: leave batch_rows or in_backward out",
             )
+
+
+RECIPES: dict[str, type] = {"sft": SftConfig, "pretrain": PretrainConfig}

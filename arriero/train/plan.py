@@ -32,9 +32,8 @@ from arriero.distributed.arithmetic import Cost, cost
 from arriero.distributed.config import ParallelConfig
 from arriero.errors import ConfigError, UserError
 from arriero.model.config import LINEARS, SHAPES, LlamaConfig
-from arriero.train.config import PretrainConfig, SftConfig
+from arriero.train.config import RECIPES, PretrainConfig, SftConfig
 
-RECIPES: dict[str, type] = {"sft": SftConfig, "pretrain": PretrainConfig}
 BYTES = {"bf16": 2, "fp32": 4}
 PROBED = 3  # micro-batches timed, after one that compiles
 

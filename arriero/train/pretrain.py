@@ -2,7 +2,7 @@
 
 Next-token loss on every token of packed documents (Llama 1, arXiv 2302.13971, section 2; Llama 3, 2407.21783, section
 3.4), from random weights at a known shape or from a model that goes on. The batch, the length of rows and the mixture
-may change in the middle of a run (`Stage`); what a step reads is still a pure function of its number. Ends with
+may change in the middle of a run (`TrainingStage`); what a step reads is still a pure function of its number. Ends with
 `model/` in Hugging Face's layout.
 """
 
@@ -25,8 +25,7 @@ from arriero.checkpoint.files import read_json
 from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import open_model
 from arriero.checkpoint.weights import empty_model
-from arriero.data.documents import PretrainLoader
-from arriero.data.documents import Stage as DataStage
+from arriero.data.documents import DataStage, PretrainLoader
 from arriero.data.loader import Batch
 from arriero.data.prefetch import Prefetched
 from arriero.data.shards import Shards, open_sources, refuse_changed

@@ -13,7 +13,7 @@ from helpers.shards import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.data.documents import Pieces, PretrainLoader, Stage, Windows, permuted
+from arriero.data.documents import DataStage, Pieces, PretrainLoader, Windows, permuted
 from arriero.data.loader import IGNORED, Row, collate, rows_of_rank
 from arriero.data.mix import LLAMA1
 from arriero.data.pack import count_rows, pack
@@ -47,7 +47,7 @@ def written(lengths: list[int], name: str = "documents") -> Shards:
 
 
 def one(shards: Shards, seq_len: int = S, seed: int = 3, **settings_) -> PretrainLoader:
-    return PretrainLoader({"documents": shards}, [Stage(0, seq_len, {"documents": 1.0})], seed, **settings_)
+    return PretrainLoader({"documents": shards}, [DataStage(0, seq_len, {"documents": 1.0})], seed, **settings_)
 
 
 def pairs(rows: list[Row]) -> Counter:
@@ -210,9 +210,9 @@ def test_windows_of_equal_lengths_are_packed_in_different_arrangements():
 
 
 STAGES = (
-    Stage(0, S, {"web": 3, "books": 1}),
-    Stage(29, S, {"web": 1, "code": 2}),
-    Stage(53, 2 * S, {"web": 1, "books": 4}),
+    DataStage(0, S, {"web": 3, "books": 1}),
+    DataStage(29, S, {"web": 1, "code": 2}),
+    DataStage(53, 2 * S, {"web": 1, "books": 4}),
 )
 
 
@@ -287,7 +287,7 @@ def test_ranks_share_a_global_batch_evenly_and_in_order(first, n, world):
 )
 def test_a_change_of_row_length_in_the_middle_of_an_epoch_loses_and_repeats_nothing(lengths, seq_lens, rows):
     shards = written(lengths)
-    stages = [Stage(k * rows, seq_len, {"documents": 1.0}) for k, seq_len in enumerate(seq_lens)]
+    stages = [DataStage(k * rows, seq_len, {"documents": 1.0}) for k, seq_len in enumerate(seq_lens)]
     loader = PretrainLoader({"documents": shards}, stages, 3, max_epochs={"documents": 2}, window=WINDOW)
     assert loader.n_rows is not None
     found = [loader.row(i) for i in range(loader.n_rows)]
@@ -316,7 +316,7 @@ def pieces_hold(pieces: Pieces) -> list[tuple[int, int]]:
 def test_a_change_of_row_length_between_two_epochs_cuts_documents_at_the_new_length_only():
     shards = written(web_like(101, median=40.0))
     n = one(shards, window=WINDOW).rows_in_epoch("documents")
-    stages = [Stage(0, S, {"documents": 1.0}), Stage(n, 5 * S, {"documents": 1.0})]
+    stages = [DataStage(0, S, {"documents": 1.0}), DataStage(n, 5 * S, {"documents": 1.0})]
     changing = PretrainLoader({"documents": shards}, stages, 3, window=WINDOW)
     longer = one(shards, 5 * S, window=WINDOW)
     m = longer.rows_in_epoch("documents")
@@ -325,7 +325,7 @@ def test_a_change_of_row_length_between_two_epochs_cuts_documents_at_the_new_len
 
 def test_a_change_of_row_length_goes_on_at_the_next_token_of_the_text():
     shards = written(web_like(37))
-    stages = [Stage(0, S, {"documents": 1.0}), Stage(5, 17, {"documents": 1.0})]
+    stages = [DataStage(0, S, {"documents": 1.0}), DataStage(5, 17, {"documents": 1.0})]
     loader = PretrainLoader({"documents": shards}, stages, 3, "concat", window=WINDOW)
     rows = [loader.row(i) for i in range(9)]
     assert [len(row.tokens) for row in rows] == [S] * 5 + [17] * 4
@@ -346,7 +346,7 @@ def test_the_mixture_changes_at_its_rows_and_keeps_its_weights_in_each_stage(sou
 @pytest.mark.parametrize("packing", ["best-fit", "concat"])
 def test_a_source_that_is_used_up_gives_way_to_the_others(sources, packing):
     bounds = {"books": 1, "code": 2.5, "web": 2}
-    stages = [Stage(0, S, {"web": 1, "books": 8, "code": 2})]
+    stages = [DataStage(0, S, {"web": 1, "books": 8, "code": 2})]
     loader = PretrainLoader(sources, stages, 5, packing, bounds, window=WINDOW)
     assert loader.n_rows is not None
     order = [loader.source(i) for i in range(loader.n_rows)]
@@ -371,7 +371,7 @@ def test_a_source_that_is_used_up_gives_way_to_the_others(sources, packing):
 @given(st.integers(11, 190), st.sampled_from([7, 17, 2 * S, 5 * S]), st.sampled_from(["best-fit", "concat"]))
 def test_a_source_used_up_in_one_stage_stays_so_in_the_next(sources, percent, seq_len, packing):
     # Half of an epoch in rows of 31 tokens is not quite half of one in rows of 7.
-    stages = [Stage(0, S, {"books": 1, "web": 1}), Stage(200, seq_len, {"books": 1, "web": 1})]
+    stages = [DataStage(0, S, {"books": 1, "web": 1}), DataStage(200, seq_len, {"books": 1, "web": 1})]
     loader = PretrainLoader(sources, stages, 5, packing, {"books": percent / 100}, window=WINDOW)
     assert {loader.source(i) for i in range(200, 300)} == {"web"} and loader.n_rows is None
 
@@ -379,7 +379,7 @@ def test_a_source_used_up_in_one_stage_stays_so_in_the_next(sources, percent, se
 def test_sources_of_equal_documents_come_in_different_orders():
     same_lengths = web_like(101)
     loaders = [
-        PretrainLoader({name: written(same_lengths)}, [Stage(0, S, {name: 1})], seed=3) for name in ("web", "books")
+        PretrainLoader({name: written(same_lengths)}, [DataStage(0, S, {name: 1})], seed=3) for name in ("web", "books")
     ]
     assert not same(loaders[0].row(0), loaders[1].row(0))
 
@@ -392,7 +392,7 @@ def test_llama_1s_table_comes_out_epochs_and_all(tmp_path):
         documents = round(share / 100 * n_rows / epochs)
         sources[name] = write_shards(tmp_path / name, [seq_len + 1] * documents, name)
     weights = {name: share for name, (share, _) in LLAMA1.items()}
-    loader = PretrainLoader(sources, [Stage(0, seq_len, weights)], seed=0)
+    loader = PretrainLoader(sources, [DataStage(0, seq_len, weights)], seed=0)
     epochs = loader.epochs(n_rows)
     assert all(epochs[name] == pytest.approx(published, rel=0.01) for name, (_, published) in LLAMA1.items())
     counts = Counter(loader.source(i) for i in range(n_rows))
@@ -402,25 +402,30 @@ def test_llama_1s_table_comes_out_epochs_and_all(tmp_path):
 @pytest.mark.parametrize(
     ("stages", "bounds", "error", "message"),
     [
-        ([Stage(3, S, {"web": 1})], {}, ConfigError, "the first stage must begin at row 0"),
+        ([DataStage(3, S, {"web": 1})], {}, ConfigError, "the first stage must begin at row 0"),
         ([], {}, ConfigError, "the first stage must begin at row 0"),
         (
-            [Stage(0, S, {"web": 1}), Stage(7, S, {"web": 1}), Stage(7, S, {"books": 1})],
+            [DataStage(0, S, {"web": 1}), DataStage(7, S, {"web": 1}), DataStage(7, S, {"books": 1})],
             {},
             ConfigError,
             "a stage begins at row 7, the one before it at 7; give stages in their order, each of one row at least",
         ),
         (
-            [Stage(0, S, {"wbe": 1})],
+            [DataStage(0, S, {"wbe": 1})],
             {},
             ConfigError,
             r"no source 'wbe'; did you mean 'web'\? \(there are: web, books, code\)",
         ),
-        ([Stage(0, S, {"web": 1})], {"wiki": 2}, ConfigError, "no source 'wiki'"),
-        ([Stage(0, S, {"web": 1})], {"web": 0}, ConfigError, "max_epochs of 'web' is 0.0; give a number above 0"),
-        ([Stage(0, S, {"web": 1})], {"web": 1e-4}, ConfigError, r"max_epochs \(web: 0.0001\) leaves not one row of 31"),
-        ([Stage(0, 0, {"web": 1})], {}, ConfigError, "seq_len is 0; a row holds 1 token at least"),
-        ([Stage(0, S, {"web": 0})], {}, ConfigError, "max_epochs|no source has a weight above 0"),
+        ([DataStage(0, S, {"web": 1})], {"wiki": 2}, ConfigError, "no source 'wiki'"),
+        ([DataStage(0, S, {"web": 1})], {"web": 0}, ConfigError, "max_epochs of 'web' is 0.0; give a number above 0"),
+        (
+            [DataStage(0, S, {"web": 1})],
+            {"web": 1e-4},
+            ConfigError,
+            r"max_epochs \(web: 0.0001\) leaves not one row of 31",
+        ),
+        ([DataStage(0, 0, {"web": 1})], {}, ConfigError, "seq_len is 0; a row holds 1 token at least"),
+        ([DataStage(0, S, {"web": 0})], {}, ConfigError, "max_epochs|no source has a weight above 0"),
     ],
 )
 def test_stages_that_make_no_sense_are_refused(sources, stages, bounds, error, message):
@@ -466,7 +471,7 @@ def test_what_making_a_batch_raises_is_raised_where_it_is_asked_for():
 def test_longer_rows_in_the_middle_of_an_epoch_hold_longer_pieces_of_documents():
     shards = written([1999] * 7)
     loader = PretrainLoader(
-        {"documents": shards}, [Stage(0, 97, {"documents": 1}), Stage(11, 997, {"documents": 1})], 3
+        {"documents": shards}, [DataStage(0, 97, {"documents": 1}), DataStage(11, 997, {"documents": 1})], 3
     )
     assert max(int(loader.row(i).lengths.max()) for i in range(11)) == 97
     assert max(int(loader.row(i).lengths.max()) for i in range(11, 15)) > 500

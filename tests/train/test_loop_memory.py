@@ -20,7 +20,7 @@ from arriero.distributed.parallelize import prepare
 from arriero.errors import ConfigError
 from arriero.losses.lm import chunked_cross_entropy
 from arriero.model.llama import Llama
-from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, SftConfig, Stage
+from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, SftConfig, TrainingStage
 from arriero.train.in_backward import InBackward
 
 OPTIMIZERS = ["adamw", "adamw8bit", "muon"]
@@ -146,8 +146,8 @@ def test_what_needs_the_whole_gradient_is_refused_with_a_step_in_the_backward_pa
         with pytest.raises(ConfigError, match=r"in_backward is on and pp is 2; a pipeline sums gradients"):
             recipe(optim=optim, parallel=ParallelConfig(pp=2))
     with pytest.raises(ConfigError, match=r"stage at 0.5: batch_rows 16, but in_backward is on"):
-        PretrainConfig(optim=optim, stages=(Stage(0.5, batch_rows=16),))
-    PretrainConfig(optim=optim, stages=(Stage(0.5, batch_rows=8, seq_len=512),))
+        PretrainConfig(optim=optim, stages=(TrainingStage(0.5, batch_rows=16),))
+    PretrainConfig(optim=optim, stages=(TrainingStage(0.5, batch_rows=8, seq_len=512),))
     with pytest.raises(
         ConfigError, match=r"batch_rows 8 is not micro_rows 2 x 1 data-parallel .* has to be kept"
     ):

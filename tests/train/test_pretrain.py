@@ -20,7 +20,7 @@ from arriero.errors import ConfigError, DataError
 from arriero.model import config as shapes
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
-from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig, Stage
+from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig, TrainingStage
 from arriero.train.hardware import refuse_what_cannot_fit
 from arriero.train.metrics import read_records
 from arriero.train.pretrain import Phase, build, count_steps, durations, main, timetable
@@ -88,7 +88,7 @@ def test_bits_per_byte_are_those_of_whole_documents_each_alone(shards, tmp_path)
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_stopped_and_resumed_gives_the_same_weights_across_a_stage(shards, tmp_path, optimizer):
-    stages = (Stage(start=0.5, batch_rows=2, seq_len=128, weights={"short": 1.0}),)
+    stages = (TrainingStage(start=0.5, batch_rows=2, seq_len=128, weights={"short": 1.0}),)
     changes = dict(stages=stages, optim=OptimConfig(optimizer=optimizer, lr=1e-2), z_loss=1e-4)
     loop = LoopConfig(steps=6, batch_rows=4, micro_rows=2, precision="fp32", save_every=1, keep_last=9, average=0.5)
     whole, parts = (settings(shards, tmp_path / name, loop=loop, **changes) for name in ("whole", "parts"))
@@ -104,7 +104,7 @@ def test_stopped_and_resumed_gives_the_same_weights_across_a_stage(shards, tmp_p
 
 
 def test_a_stage_changes_what_a_step_reads(shards, tmp_path):
-    config = settings(shards, tmp_path / "run", stages=(Stage(start=0.5, batch_rows=2, seq_len=128),))
+    config = settings(shards, tmp_path / "run", stages=(TrainingStage(start=0.5, batch_rows=2, seq_len=128),))
     batches = build(config, None).trainer.batches
     assert [len(batches(step)) for step in (0, 2, 3, 5)] == [2, 2, 1, 1]
     longest = [max(int(batch.cu_seqlens.diff().max()) for batch in batches(step)) for step in range(6)]
@@ -113,7 +113,9 @@ def test_a_stage_changes_what_a_step_reads(shards, tmp_path):
 
 def test_the_timetable_counts_rows_by_hand():
     config = settings(
-        Path("x"), Path("y"), stages=(Stage(0.25, batch_rows=8), Stage(0.5, seq_len=128, weights={"a": 1.0}))
+        Path("x"),
+        Path("y"),
+        stages=(TrainingStage(0.25, batch_rows=8), TrainingStage(0.5, seq_len=128, weights={"a": 1.0})),
     )
     phases = timetable(config, {"a": 1.0, "b": 3.0}, 20)
     assert phases == [
@@ -142,9 +144,9 @@ def test_what_cannot_be_trained_on_is_refused_before_step_1(shards, tmp_path):
     with pytest.raises(ConfigError, match=r"no source 'shrot'.*did you mean 'short'"):
         main(replace(config, data=replace(config.data, weights={"shrot": 1.0})))
     with pytest.raises(ConfigError, match="stages start at"):
-        replace(config, stages=(Stage(0.5), Stage(0.25)))
+        replace(config, stages=(TrainingStage(0.5), TrainingStage(0.25)))
     with pytest.raises(ConfigError, match="batch_rows 3 is not a multiple of micro_rows 2"):
-        replace(config, stages=(Stage(0.5, batch_rows=3),))
+        replace(config, stages=(TrainingStage(0.5, batch_rows=3),))
     with pytest.raises(ConfigError, match=r"the run reads 24 rows, but max_epochs ends the sources after \d+; raise"):
         main(replace(config, data=replace(config.data, max_epochs={"short": 0.001, "long": 0.001})))
     tokenizer = load_toy_tokenizer(shards)
