@@ -1,4 +1,4 @@
-"""What saves memory changes nothing else: steps in the backward pass, and optimizer state in eight bits."""
+"""What saves memory changes nothing else: steps in the backward pass, state in eight bits, parts on the host."""
 
 from __future__ import annotations
 
@@ -20,8 +20,16 @@ from arriero.distributed.parallelize import prepare
 from arriero.errors import ConfigError
 from arriero.losses.lm import chunked_cross_entropy
 from arriero.model.llama import Llama
-from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, SftConfig, TrainingStage
+from arriero.train.config import (
+    LoopConfig,
+    OptimConfig,
+    PretrainConfig,
+    PretrainDataConfig,
+    SftConfig,
+    TrainingStage,
+)
 from arriero.train.in_backward import InBackward
+from arriero.train.pretrain import main as pretrain
 
 OPTIMIZERS = ["adamw", "adamw8bit", "muon"]
 
@@ -148,9 +156,7 @@ def test_what_needs_the_whole_gradient_is_refused_with_a_step_in_the_backward_pa
     with pytest.raises(ConfigError, match=r"stage at 0.5: batch_rows 16, but in_backward is on"):
         PretrainConfig(optim=optim, stages=(TrainingStage(0.5, batch_rows=16),))
     PretrainConfig(optim=optim, stages=(TrainingStage(0.5, batch_rows=8, seq_len=512),))
-    with pytest.raises(
-        ConfigError, match=r"batch_rows 8 is not micro_rows 2 x 1 data-parallel .* has to be kept"
-    ):
+    with pytest.raises(ConfigError, match=r"batch_rows 8 is not micro_rows 2 x 1 data-parallel .* has to be kept"):
         trainer_of(tmp_path, batch_rows=8)
 
 
@@ -197,3 +203,29 @@ def test_eight_bits_go_on_with_another_number_of_processes(tmp_path):
     for run_dir in (one, three):
         # a sum in another order may store a moment as the next of 256 shares
         assert losses(Path(run_dir)) == pytest.approx(losses(Path(whole)), rel=1e-4)
+
+
+def test_what_lies_on_the_host_is_trained_as_it_would_be_on_the_device(tmp_path):
+    """Both are one memory here: the policy is accepted, and parts are gathered, reduced, clipped, stepped, saved."""
+    eight = {"optimizer": "adamw8bit", "clip": 0.0, "in_backward": True}
+    offload = {"cpu_offload": True}
+    one = [Run(str(tmp_path / "one"), offload, steps=8)]
+    two = [
+        Run(str(tmp_path / f"{kind}-{name}"), parallel, steps=8, optim=optim, at_once=kind == "eight")
+        for kind, optim in {"adamw": {}, "eight": eight}.items()
+        for name, parallel in {"device": {}, "host": offload}.items()
+    ]
+    do_alone(Run(str(tmp_path / "alone"), steps=8))
+    do_together(one, 1, tmp_path / "plan.json")
+    do_together(two, 2, tmp_path / "plan.json")
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
+    for kind in ("adamw", "eight"):
+        device, host = tmp_path / f"{kind}-device", tmp_path / f"{kind}-host"
+        assert losses(host) == losses(device)
+        assert_same(load_file(host / "final.safetensors"), load_file(device / "final.safetensors"))
+
+
+def test_offloading_is_refused_where_there_is_no_gpu():
+    config = PretrainConfig("1m", data=PretrainDataConfig("nowhere"), parallel=ParallelConfig(cpu_offload=True))
+    with pytest.raises(ConfigError, match=r"cpu_offload is on, but there is no GPU here: .*; leave it out"):
+        pretrain(config)
