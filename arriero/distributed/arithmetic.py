@@ -161,11 +161,14 @@ def _sent(
     # Without a pipeline blocks are gathered forward and backward, the ends once; in one, everything once a step.
     gathers = own if parallel.pp > 1 else n_micro * (2 * blocks + held.ends // parallel.tp)
     reductions = n_micro if parallel.reduce_every else 1
+    tied = model.tied_embeddings and parallel.pp > 1  # its gradient goes from either end of the pipeline to the other
+    copied = WIDE * model.vocab_size * model.dim // parallel.tp // shards if tied else 0
     ring = lambda size, n: size * (n - 1) // n  # noqa: E731 - a formula
     parts = {
         "tp (activations)": n_micro * held.layers * passes * 4 * ring(hidden, parallel.tp),
         "cp (keys and values)": n_micro * held.layers * passes * ring(keys, parallel.cp),
         "pp (hidden states)": 0 if parallel.pp == 1 else n_micro * parallel.pp_chunks * 2 * hidden // parallel.tp,
+        "pp (gradients of tied embeddings)": copied,
         "dp_shard and cp (weights, gradients)": ring(NARROW * gathers + WIDE * own * reductions, shards),
         "dp_replicate (gradients)": 2 * ring(WIDE * own // shards * reductions, parallel.dp_replicate),
     }

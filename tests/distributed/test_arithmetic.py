@@ -55,7 +55,15 @@ def test_a_small_case_worked_by_hand():
     assert found.sent["dp_shard and cp (weights, gradients)"] == (2 + 4) * last // 2 // 2
     assert found.sent["dp_replicate (gradients)"] == 2 * (4 * last // 2 // 2) // 2
     assert "cp (keys and values)" not in found.sent
+    assert "pp (gradients of tied embeddings)" not in found.sent
     assert found.bubble == 1 / 4
+
+
+def test_a_tied_matrix_lies_at_both_ends_of_a_pipeline_and_its_gradient_is_exchanged():
+    shape = LlamaConfig(8, 4, 4, 2, 20, 30, 64, tied_embeddings=True)
+    found = cost(shape, ParallelConfig(tp=2, pp=2, dp_shard=2, dp_replicate=2), seq_len=16, batch_rows=12)
+    assert found.memory["weights, fp32"] == 4 * (2 * 688 + 240 + 8) // 2 // 2  # as if it were not tied
+    assert found.sent["pp (gradients of tied embeddings)"] == 4 * 240 // 2 // 2
 
 
 def test_interleaving_makes_the_bubble_smaller_and_each_saving_saves():
