@@ -1,16 +1,17 @@
 """What a way to split a model costs, before any GPU is rented: memory, bytes sent, pipeline bubble.
 
-Counted for this code, on the process that holds most, with AdamW: weights, gradients and moments are exact; what is
-kept for the backward pass is that of compiled blocks (a test counts it; uncompiled ones keep about 40% more) and leaves
-out temporaries and the allocator's fragments, so leave a tenth or two of a GPU free. Collectives are counted as rings:
-of n bytes each of m processes sends n (m - 1) / m. No torch here.
+Counted for this code, on the process that holds most: weights, gradients and moments are exact (but that norms are
+counted as matrices); what is kept for the backward pass is that of compiled blocks (a test counts it; uncompiled ones
+keep about 40% more) and leaves out temporaries and the allocator's fragments, so leave a tenth or two of a GPU free.
+Collectives are counted as rings: of n bytes each of m processes sends n (m - 1) / m. No torch here.
 
 Shapes: T tokens of a micro-batch on one process's part of the row, D model width, F FFN width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from rich.table import Table
 
@@ -19,6 +20,14 @@ from arriero.model.config import LlamaConfig
 
 WIDE, NARROW = 4, 2  # bytes of fp32 and bf16
 CHUNK = 256  # positions whose logits are held at once (losses/lm.py)
+BLOCK = 256  # values that share a scale (optim/adamw8bit.py)
+
+Optimizer = Literal["adamw", "adamw8bit", "muon"]
+MOMENTS: dict[Optimizer, str] = {
+    "adamw": "AdamW's moments, fp32",
+    "adamw8bit": "AdamW's moments, 8 bits",
+    "muon": "Muon's and AdamW's moments, fp32",
+}
 
 
 @dataclass(frozen=True)
@@ -32,10 +41,11 @@ class Cost:
     memory: dict[str, int]
     sent: dict[str, int]
     bubble: float
+    host: dict[str, int] = field(default_factory=dict)  # bytes of the host's memory, with cpu_offload
 
     @property
     def total(self) -> int:
-        """Bytes of memory."""
+        """Bytes of memory, the host's apart."""
         return sum(self.memory.values())
 
     def table(self) -> Table:
@@ -46,6 +56,8 @@ class Cost:
         for part, size in self.memory.items():
             table.add_row(f"memory: {part}", f"{size / 1e9:,.2f} GB")
         table.add_row("memory: sum", f"{self.total / 1e9:,.2f} GB")
+        for part, size in self.host.items():
+            table.add_row(f"host's memory: {part}", f"{size / 1e9:,.2f} GB")
         for part, size in self.sent.items():
             table.add_row(f"sent a step: {part}", f"{size / 1e9:,.2f} GB")
         table.add_row("work a step", f"{self.flops / 1e12:,.0f} TFLOP")
@@ -61,26 +73,45 @@ def cost(
     batch_rows: int,
     micro_rows: int = 1,
     recompute: Recompute = "none",
+    optimizer: Optimizer = "adamw",
+    in_backward: bool = False,
 ) -> Cost:
     """Cost of training `model` in bf16 with fp32 master weights, split by `parallel` (fitted: dp_shard is given).
 
-    batch_rows, micro_rows: rows of `seq_len` tokens in a global batch, and through a process at once. Raises what
-    `ParallelConfig` raises for degrees that do not fit the model or the batch.
+    batch_rows, micro_rows: rows of `seq_len` tokens in a global batch, and through a process at once. in_backward: no
+    gradient outlives its own step. Raises what `ParallelConfig` raises for degrees that do not fit model or batch.
     """
     parallel.check_model(model)
     parallel.check_batch(batch_rows, micro_rows, seq_len)
     n_micro = batch_rows // (micro_rows * parallel.dp)
     tokens = micro_rows * seq_len // parallel.cp
     held = _fullest(model, parallel)
+    state = _state(model, parallel, held, optimizer, in_backward)
     return Cost(
         processes=parallel.world,
         micro_batches=n_micro,
         tokens=batch_rows * seq_len,
         flops=model.flops_per_token((seq_len + 1) / 2) * batch_rows * seq_len / parallel.world,
-        memory=_memory(model, parallel, held, tokens, n_micro, recompute),
+        memory=({} if parallel.cpu_offload else state) | _memory(model, parallel, held, tokens, n_micro, recompute),
         sent=_sent(model, parallel, held, tokens, n_micro, recompute),
         bubble=(parallel.pp - 1) / (n_micro * parallel.pp_chunks + parallel.pp - 1),
+        host=state if parallel.cpu_offload else {},
     )
+
+
+def moment_bytes(optimizer: Optimizer, in_blocks: int, others: int) -> int:
+    """Bytes of an optimizer's moments of parameters inside and outside the blocks."""
+    if optimizer == "muon":  # one moment of a block's matrix, two of the rest
+        return WIDE * in_blocks + 2 * WIDE * others
+    n = in_blocks + others
+    return 2 * n + 2 * WIDE * n // BLOCK if optimizer == "adamw8bit" else 2 * WIDE * n
+
+
+def gradients_at_once(model: LlamaConfig) -> int:
+    """Parameters whose gradients are there together when each is stepped in the backward: a block's, or a table's."""
+    table = model.vocab_size * model.dim
+    ends = model.dim + table * (1 if model.tied_embeddings else 2)
+    return max(table, (model.n_params - ends) // model.n_layers)
 
 
 @dataclass(frozen=True)
@@ -110,21 +141,32 @@ def _fullest(model: LlamaConfig, parallel: ParallelConfig) -> _Held:
     return max(held, key=lambda h: h.parameters)
 
 
+def _state(
+    model: LlamaConfig, parallel: ParallelConfig, held: _Held, optimizer: Optimizer, in_backward: bool
+) -> dict[str, int]:
+    """A process's part of weights, gradients and moments."""
+    parts = parallel.tp * parallel.dp_shard * parallel.cp
+    part = -(-held.parameters // parts)
+    others = held.ends // parts
+    graded = min(part, gradients_at_once(model) // parts) if in_backward else part
+    return {
+        "weights, fp32": WIDE * part,
+        "gradients, fp32": WIDE * graded,
+        MOMENTS[optimizer]: moment_bytes(optimizer, part - others, others),
+    }
+
+
 def _memory(
     model: LlamaConfig, parallel: ParallelConfig, held: _Held, tokens: int, n_micro: int, recompute: Recompute
 ) -> dict[str, int]:
+    """The rest: what comes and goes."""
     own = held.parameters // parallel.tp
-    shards = parallel.dp_shard * parallel.cp
-    part = -(-own // shards)
     # Without a pipeline only the block at work and the next are whole, and the ends; in one, all blocks are. A process
     # alone casts each weight as it is used, and keeps that for the backward pass unless the block is run again.
     whole = own if parallel.pp > 1 else (min(2, held.layers) * held.block + held.ends) // parallel.tp
     waits = n_micro > 1 and not parallel.reduce_every  # gradients wait whole for the last micro-batch
-    alone = parallel.world == 1
+    alone = parallel.world == 1 and not parallel.cpu_offload
     parts = {
-        "weights, fp32": WIDE * part,
-        "gradients, fp32": WIDE * part,
-        "AdamW's moments, fp32": 2 * WIDE * part,
         "weights gathered or cast, bf16": NARROW * (own if alone and recompute == "none" else whole),
         "gradients not yet reduced, fp32": 0 if alone else WIDE * (own if waits else whole),
         "activations": NARROW * tokens * _kept(model, parallel, held.layers, n_micro, recompute),

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from arriero import config as configs
-from arriero.distributed.arithmetic import Cost, cost
+from arriero.distributed.arithmetic import MOMENTS, Cost, cost, gradients_at_once, moment_bytes
 from arriero.distributed.config import ParallelConfig
 from arriero.errors import ConfigError, UserError
 from arriero.model.config import LINEARS, SHAPES, LlamaConfig
@@ -84,6 +84,8 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
             f"the plan of {config.model!r} needs data to probe with: add --data PATH; without data, plan one of the "
             f"known shapes by arithmetic: {', '.join(SHAPES)}"
         )
+    if config.parallel.cpu_offload:
+        raise ConfigError("a rehearsal offloads nothing; plan cpu_offload by arithmetic: leave --data out")
     recipe = next(name for name, cls in RECIPES.items() if type(config) is cls)
     console = console or Console(stderr=True)
     with console.status("rehearsing: everything that the run will do, once"), tempfile.TemporaryDirectory() as work:
@@ -101,24 +103,28 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
 
 
 def by_arithmetic(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Plan:
-    """Memory by part. AdamW keeps two fp32 moments of what is trained; gradients are fp32 too.
+    """Memory by part. Gradients are fp32, of all that is trained at once, or of a block with `in_backward`.
 
     Activations, per token and block, values kept for the backward pass: 6 of the model's width D (two norms' inputs and
     outputs, attention's output, the residual), q, k, v, and 3 of the feed-forward's F; with recomputation D only.
     """
+    config.optim.check_batch(config.loop.batch_rows, config.loop.micro_rows, 1)
     wide = BYTES[config.loop.precision]
-    trained, stored = shape.n_params, 4
+    trained, stored, at_once = shape.n_params, 4, gradients_at_once(shape)
+    outside = shape.dim + shape.vocab_size * shape.dim * (1 if shape.tied_embeddings else 2)
     lora = isinstance(config, SftConfig) and config.method == "lora"
     if lora:
-        trained, stored = _adapter_size(shape, config), wide
+        trained, stored, outside = _adapter_size(shape, config), wide, 0
+        at_once = trained // shape.n_layers
+    optimizer = config.optim.optimizer
     heads = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
     kept = shape.dim if config.loop.recompute == "full" else 6 * shape.dim + heads + 3 * shape.ffn_dim
     tokens = config.loop.micro_rows * config.data.seq_len
     memory = {
         "weights": shape.n_params * stored,
         "trained weights, fp32": trained * 4 if lora else 0,
-        "gradients, fp32": trained * 4,
-        "AdamW's moments, fp32": trained * 8,
+        "gradients, fp32": 4 * (at_once if config.optim.in_backward else trained),
+        MOMENTS[optimizer]: moment_bytes(optimizer, trained - outside, outside),
         "activations (estimate)": tokens * kept * shape.n_layers * wide,
         "a chunk of logits, fp32": 2 * 256 * shape.vocab_size * 4,
     }
@@ -131,6 +137,7 @@ def split(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Cost:
         raise ConfigError("the plan of a split counts the training of all weights; add --method full")
     p, loop = config.parallel, config.loop
     fitted = p if p.dp_shard > 0 else p.fitted(p.dp_replicate * p.tp * p.cp * p.pp)
+    config.optim.check_batch(loop.batch_rows, loop.micro_rows, fitted.dp)
     return cost(
         shape,
         fitted,
@@ -138,6 +145,8 @@ def split(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Cost:
         batch_rows=loop.batch_rows,
         micro_rows=loop.micro_rows,
         recompute=loop.recompute,
+        optimizer=config.optim.optimizer,
+        in_backward=config.optim.in_backward,
     )
 
 

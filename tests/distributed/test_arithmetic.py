@@ -80,6 +80,21 @@ def test_interleaving_makes_the_bubble_smaller_and_each_saving_saves():
     assert sum(reducing.sent.values()) > sum(waiting.sent.values())
 
 
+@pytest.mark.parametrize(("optimizer", "bytes_"), [("adamw", 8), ("adamw8bit", 2 + 8 / 256), ("muon", 4)])
+def test_what_saves_memory_is_counted_as_it_is_saved(optimizer, bytes_):
+    shape = LlamaConfig(8, 4, 4, 2, 20, 30, 64)  # as above: 4 blocks of 688, two tables of 240, a norm of 8
+    blocks, ends = 4 * 688, 488
+    settings = dict(seq_len=16, batch_rows=1, optimizer=optimizer)
+    plain = cost(shape, ParallelConfig(dp_shard=1), **settings)
+    moments = next(size for part, size in plain.memory.items() if "moments" in part)
+    assert moments == pytest.approx(bytes_ * blocks + (8 if optimizer == "muon" else bytes_) * ends, abs=1)
+    at_once = cost(shape, ParallelConfig(dp_shard=1), **settings, in_backward=True)
+    assert plain.total - at_once.total == 4 * (blocks + ends - 688)
+    offloaded = cost(shape, ParallelConfig(dp_shard=1, cpu_offload=True), **settings)
+    assert sum(offloaded.host.values()) == 8 * (blocks + ends) + moments
+    assert offloaded.host.keys() & offloaded.memory.keys() == set() and plain.host == {}
+
+
 def test_a_plan_with_degrees_is_that_of_each_process():
     loop, data = LoopConfig(batch_rows=2048, recompute="full"), DataConfig(seq_len=8192)
     parallel = ParallelConfig(tp=8, pp=16, dp_shard=64)

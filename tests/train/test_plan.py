@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from arriero import config as configs
+from arriero.distributed.config import ParallelConfig
 from arriero.errors import ConfigError, UserError
 from arriero.model.config import LADDER, PUBLISHED, LoraConfig
-from arriero.train.config import DataConfig, LoopConfig, PretrainConfig, PretrainDataConfig, SftConfig
+from arriero.train.config import DataConfig, LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig, SftConfig
 from arriero.train.plan import plan
 
 
@@ -26,6 +27,23 @@ def test_lora_counts_what_the_adapter_adds():
     # per layer: q 4096 -> 4096 and v 4096 -> 1024, rank 8 on both sides
     assert found.trained == 32 * 8 * (4096 + 4096 + 4096 + 1024)
     assert found.memory["weights"] == 2 * PUBLISHED["llama3-8b"].n_params
+
+
+def test_the_plan_knows_what_saves_memory():
+    n = PUBLISHED["llama3-8b"].n_params
+    full = dict(model="llama3-8b", method="full")
+    eight = plan(SftConfig(**full, optim=OptimConfig("adamw8bit"))).memory
+    assert eight["AdamW's moments, 8 bits"] == 2 * n + 8 * n // 256
+    muon = plan(SftConfig(**full, optim=OptimConfig("muon"))).memory
+    outside = 4096 * (2 * 128_256 + 1)
+    assert muon["Muon's and AdamW's moments, fp32"] == 4 * (n - outside) + 8 * outside
+    at_once = OptimConfig(clip=0.0, in_backward=True)
+    stepped = plan(SftConfig(**full, optim=at_once, loop=LoopConfig(batch_rows=1))).memory
+    assert stepped["gradients, fp32"] == 4 * 4096 * 128_256  # of the head, the largest
+    with pytest.raises(ConfigError, match="batch_rows 8 is not micro_rows 1 x 1 data-parallel"):
+        plan(SftConfig(**full, optim=at_once))
+    with pytest.raises(ConfigError, match="plan cpu_offload by arithmetic: leave --data out"):
+        plan(SftConfig(data=DataConfig(train="x"), parallel=ParallelConfig(cpu_offload=True)))
 
 
 def test_recomputation_keeps_less():
