@@ -1,9 +1,10 @@
 // One decode step of a Llama on a CPU: token ids in, logits out, nothing allocated that grows with the model.
 //
 // Decoding reads every weight once for each token and does two flops with it, so the only thing that matters is
-// that the reading never stops. Hence: the model's own tensors in place, rows dealt out to the threads as they
-// come free, one barrier between phases, fp32 sums. n sequences may step at once: their weights are read once.
-// Compiled on first use by kernels.py, which describes the call; slow twin: Llama.forward with a KVCache.
+// that the reading never stops, and how much there is to read. Hence: rows dealt out to the threads as they come
+// free, one barrier between phases, fp32 sums, and weights either as the model has them or, bf16 ones, packed into
+// twelve bits with no loss. n sequences may step at once: their weights are read once.
+// Compiled on first use by kernels.py, which describes the calls; slow twin: Llama.forward with a KVCache.
 //
 // Shapes: n sequences in this step, D model width, H heads, K KV heads, h head width, F FFN width, V vocabulary,
 // S cache capacity. Vectors are the compilers' own extension: AVX-512, AVX2 and NEON come from one source.
@@ -16,6 +17,12 @@
 #include <thread>
 #include <vector>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 namespace {
 
 constexpr int64_t kLanes = 16;
@@ -24,6 +31,9 @@ typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
 typedef int32_t IntLanes __attribute__((vector_size(64)));
 typedef uint32_t WideLanes __attribute__((vector_size(64)));
+typedef uint16_t HalfLanes __attribute__((vector_size(64)));
+typedef uint8_t Bytes __attribute__((vector_size(64)));
+typedef uint8_t HalfBytes __attribute__((vector_size(32)));
 
 struct bf16 {
     uint16_t bits;
@@ -43,6 +53,7 @@ struct Chunk;
 
 template <>
 struct Chunk<float> {
+    using Stored = float;
     static constexpr int64_t parts = 1, values = 16;
     static void load(const float* p, Lanes (&out)[1]) { out[0] = load_lanes(p); }
     static int64_t place(int64_t j, int64_t) { return j; }
@@ -50,12 +61,16 @@ struct Chunk<float> {
 
 template <>
 struct Chunk<bf16> {
+    using Stored = bf16;
     static constexpr int64_t parts = 2, values = 32;
+    static void widen(WideLanes pairs, Lanes* out) {
+        out[0] = (Lanes)(pairs << 16);
+        out[1] = (Lanes)(pairs & 0xffff0000u);
+    }
     static void load(const bf16* p, Lanes (&out)[2]) {
         WideLanes pairs;
         std::memcpy(&pairs, p, sizeof pairs);
-        out[0] = (Lanes)(pairs << 16);
-        out[1] = (Lanes)(pairs & 0xffff0000u);
+        widen(pairs, out);
     }
     static int64_t place(int64_t j, int64_t width) {
         return j < width / 32 * 32 ? j / 32 * 32 + j % 2 * 16 + j % 32 / 2 : j;
@@ -120,6 +135,10 @@ void map_lanes(float* x, int64_t width, Function function) {  // x = function(x)
     }
 }
 
+// Weights are read once and in order, and yet the hardware's prefetcher alone leaves a fifth of the bandwidth unused.
+// They pass through the first-level cache only (hint 0), for nothing reads them again in this step.
+constexpr int64_t kAhead = 3072;  // bytes
+
 // The inner products of R rows of w [R, width] with N rows of x [N, width], x in the order of Chunk<W>.
 template <int R, int N, class W>
 inline void dots(const W* w, const float* x, int64_t width, float (&out)[R][N]) {
@@ -130,7 +149,8 @@ inline void dots(const W* w, const float* x, int64_t width, float (&out)[R][N]) 
         for (int r = 0; r < R; ++r) {
             Lanes wide[parts];
             Chunk<W>::load(w + r * width + j, wide);
-            if (N > 1) __builtin_prefetch(w + (r + R) * width + j);
+            const W* here = w + r * width + j;
+            N > 1 ? __builtin_prefetch(here + R * width) : __builtin_prefetch((const char*)here + kAhead, 0, 0);
             for (int n = 0; n < N; ++n)
                 for (int p = 0; p < parts; ++p)
                     sums[r][n][R * N > 4 ? 0 : p] += wide[p] * load_lanes(x + n * width + j + p * kLanes);
@@ -165,6 +185,131 @@ void multiply(const W* w, int64_t begin, int64_t end, const float* x, int64_t n,
             emit_dots<2, 1>(w, row, x, i, n, width, emit);
         }
     for (; row < end; ++row) emit_dots<1, 1>(w, row, x, 0, n, width, emit);
+}
+
+// A bf16 matrix at twelve bits a weight, bit for bit the same. The high byte of a bf16 value is its sign and all but
+// the last bit of its exponent, and a trained matrix uses few of them: fifteen make up all but one weight in five
+// thousand. So the low byte is kept as it is, and the high byte as the four bits of its place in a table. Code 0
+// stands for 0, and for a rare weight, which reads as zero there and is listed beside its row with its value.
+// (Three bits would leave three weights in a hundred out, and listing these costs what the bit saves.)
+struct Packed {
+    struct alignas(32) Block {  // 64 weights: 16-bit word i has the low bytes of weights 32 + i and i, byte i their codes
+        uint16_t low[32];
+        uint8_t codes[32];
+    };
+    struct Rare {
+        uint32_t place;  // in x, in the order of Chunk<bf16>
+        bf16 value;
+    };
+    static constexpr int64_t width = 64;  // weights in a block
+
+    const bf16* plain;           // the matrix itself
+    const Block* blocks;         // [rows, width / 64]; null where packing does not pay: then `plain` is read
+    Bytes table;                 // code -> high byte, four times over
+    std::vector<Rare> rare;      // row after row
+    std::vector<uint32_t> ends;  // [1 + rows] of the rows in `rare`; the first is 0
+};
+
+template <>
+struct Chunk<Packed> : Chunk<bf16> {};
+
+inline Bytes lookup(Bytes table, Bytes codes) {
+#if defined(__AVX512BW__)
+    return (Bytes)_mm512_shuffle_epi8((__m512i)table, (__m512i)codes);
+#elif defined(__AVX2__)
+    __m256i from[2], at[2];
+    std::memcpy(from, &table, sizeof table);
+    std::memcpy(at, &codes, sizeof codes);
+    for (int i = 0; i < 2; ++i) at[i] = _mm256_shuffle_epi8(from[i], at[i]);
+    std::memcpy(&codes, at, sizeof codes);
+    return codes;
+#elif defined(__aarch64__)
+    uint8x16_t from[4], at[4];
+    std::memcpy(from, &table, sizeof table);
+    std::memcpy(at, &codes, sizeof codes);
+    for (int i = 0; i < 4; ++i) at[i] = vqtbl1q_u8(from[i], at[i]);
+    std::memcpy(&codes, at, sizeof codes);
+    return codes;
+#else
+    for (int i = 0; i < 64; ++i) codes[i] = table[codes[i]];
+    return codes;
+#endif
+}
+
+inline void unpack(const Packed::Block& block, Bytes table, Lanes (&out)[4]) {  // as two loads of Chunk<bf16>
+    HalfLanes low;
+    HalfBytes codes;
+    std::memcpy(&low, block.low, sizeof low);
+    std::memcpy(&codes, block.codes, sizeof codes);
+    const HalfLanes both = __builtin_convertvector(codes, HalfLanes);  // 16 bits: 0, 0, code of i, code of 32 + i
+    const HalfLanes high = (HalfLanes)lookup(table, (Bytes)((both | both << 4) & 0x0f0f));
+    Chunk<bf16>::widen((WideLanes)(low >> 8 | (high & 0xff00)), out);
+    Chunk<bf16>::widen((WideLanes)((low & 0x00ff) | high << 8), out + 2);
+}
+
+constexpr uint8_t kRare = 16;  // what stands beside the codes of the table while packing
+
+void choose_table(const bf16* w, int64_t rows, int64_t width, uint8_t (&table)[16], uint8_t (&code_of)[256]) {
+    int64_t counts[256] = {};
+    for (int64_t row = 0; row < rows; row += 16)  // a sixteenth of the rows will tell
+        for (int64_t j = 0; j < width; ++j) ++counts[w[row * width + j].bits >> 8];
+    std::fill(code_of + 1, code_of + 256, kRare);
+    for (int code = 1; code < 16; ++code) {
+        const auto most = std::max_element(counts + 1, counts + 256);
+        table[code] = uint8_t(most - counts);
+        code_of[table[code]] = uint8_t(code);
+        *most = -1;
+    }
+}
+
+Packed* pack(const bf16* w, int64_t rows, int64_t width, Packed::Block* block) {
+    Packed* out = new Packed{w, block, {}, {}, {0}};
+    uint8_t table[16] = {}, code_of[256] = {};
+    choose_table(w, rows, width, table, code_of);
+    for (int i = 0; i < 64; ++i) out->table[i] = table[i % 16];
+    for (int64_t row = 0; row < rows; ++row, w += width) {
+        for (int64_t j = 0; j < width; j += Packed::width, ++block) {
+            uint16_t bits[64];
+            uint8_t codes[64], any = 0;
+            std::memcpy(bits, w + j, sizeof bits);
+            for (int i = 0; i < 64; ++i) any |= codes[i] = code_of[bits[i] >> 8];
+            for (int i = 0; any >= kRare && i < 64; ++i)
+                if (codes[i] == kRare) {
+                    out->rare.push_back({uint32_t(Chunk<bf16>::place(j + i, width)), {bits[i]}});
+                    codes[i] = 0, bits[i] = 0;
+                }
+            for (int i = 0; i < 32; ++i) {
+                block->low[i] = uint16_t(bits[i] << 8 | (bits[32 + i] & 0xff));
+                block->codes[i] = uint8_t(codes[i] << 4 | codes[32 + i]);
+            }
+        }
+        out->ends.push_back(uint32_t(out->rare.size()));
+    }
+    if (int64_t(out->rare.size()) > rows * width / 128) out->blocks = nullptr;  // at eight bytes each it does not pay
+    return out;
+}
+
+inline float dot(const Packed& w, int64_t row, const float* x, int64_t width) {
+    const Packed::Block* block = &w.blocks[row * width / Packed::width];
+    const Bytes table = w.table;
+    Lanes sums[4] = {};
+    for (int64_t j = 0; j < width; j += Packed::width, ++block) {
+        __builtin_prefetch((const char*)block + kAhead, 0, 0);
+        __builtin_prefetch((const char*)block + kAhead + 64, 0, 0);
+        Lanes wide[4];
+        unpack(*block, table, wide);
+        for (int p = 0; p < 4; ++p) sums[p] += wide[p] * load_lanes(x + j + p * kLanes);
+    }
+    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (uint32_t i = w.ends[row]; i < w.ends[row + 1]; ++i) total += widen(w.rare[i].value) * x[w.rare[i].place];
+    return total;
+}
+
+template <class Emit>
+void multiply(const Packed* w, int64_t begin, int64_t end, const float* x, int64_t n, int64_t width, Emit emit) {
+    if (!w->blocks) return multiply(w->plain, begin, end, x, n, width, emit);
+    for (int64_t row = begin; row < end; ++row)
+        for (int64_t i = 0; i < n; ++i) emit(row, i, dot(*w, row, x + i * width, width));
 }
 
 // out = sum over s of p[s] * v[s, :], v [length, width], out in the order of Chunk<T>.
@@ -236,23 +381,25 @@ class Team {
 };
 
 extern "C" struct Layer {
-    const float* attention_norm;  // [D]
-    const void *q, *k, *v, *o;    // [H*h, D], [K*h, D], [K*h, D], [D, H*h]
-    const float* ffn_norm;        // [D]
-    const void *gate, *up, *down; // [F, D], [F, D], [D, F]
+    const void *q, *k, *v, *o;                 // [H*h, D], [K*h, D], [K*h, D], [D, H*h]
+    const void *gate, *up, *down;              // [F, D], [F, D], [D, F]
+    const float *attention_norm, *ffn_norm;    // [D]
 };
+
+enum Weights : int64_t { kFloat, kBf16, kPacked };  // what the pointers of Layer and `head` point to
 
 extern "C" struct Step {
     int64_t dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, vocab_size;
     double norm_eps;
     const Layer* layers;
-    const void *embedding, *head;  // [V, D]
+    const void *embedding, *head;  // [V, D]; the embedding is never packed
     const float *norm, *frequencies;  // [D], [h/2]
     void *keys, *values;  // [L, cache_rows, K, S, h]
     int64_t cache_rows, capacity, n;
     const int64_t *tokens, *rows, *positions;  // [n]
     float* logits;  // [n, V]
-    int64_t threads, bf16_weights, bf16_cache;
+    int64_t threads, bf16_cache;
+    Weights weights;
 };
 
 // Weight rows a thread takes at a time: tens of kilobytes, long enough to prefetch, and whole chunks of `place`.
@@ -277,7 +424,7 @@ class Decode {
     void work() {  // what every thread does
         std::vector<float> scratch(2 * s_.head_dim + 1 + *std::max_element(s_.positions, s_.positions + s_.n));
         team_.share(s_.n, [&](int64_t i) {
-            const W* from = static_cast<const W*>(s_.embedding) + s_.tokens[i] * s_.dim;
+            const auto* from = static_cast<const typename Chunk<W>::Stored*>(s_.embedding) + s_.tokens[i] * s_.dim;
             for (int64_t d = 0; d < s_.dim; ++d) x_[i * s_.dim + d] = widen(from[d]);
             for (int64_t d = 0; d < s_.head_dim / 2; ++d) {
                 const float angle = float(s_.positions[i]) * s_.frequencies[d];
@@ -400,9 +547,43 @@ class Decode {
 
 }  // namespace
 
+// Pack matrix [rows, width] into blocks [rows * width * 3 / 2 bytes]; both must outlive what is returned. width must be
+// a multiple of 64, or blocks null: the matrix then stays as it is.
+extern "C" Packed* arriero_pack(const bf16* matrix, int64_t rows, int64_t width, Packed::Block* blocks) {
+    return blocks ? pack(matrix, rows, width, blocks) : new Packed{matrix, nullptr, {}, {}, {}};
+}
+
+extern "C" void arriero_free_packed(Packed* packed) { delete packed; }
+
+// The way back: the weights into out [rows, width], through what the step itself uses.
+extern "C" void arriero_unpack(const Packed* packed, int64_t rows, int64_t width, bf16* out) {
+    if (!packed->blocks) return void(std::copy(packed->plain, packed->plain + rows * width, out));
+    std::vector<bf16> in_place(width);
+    for (int64_t row = 0; row < rows; ++row, out += width) {
+        for (int64_t j = 0; j < width; j += Packed::width) {
+            Lanes wide[4];
+            unpack(packed->blocks[(row * width + j) / Packed::width], packed->table, wide);
+            for (int64_t i = 0; i < Packed::width; ++i) narrow(wide[i / kLanes][i % kLanes], &in_place[j + i]);
+        }
+        for (uint32_t i = packed->ends[row]; i < packed->ends[row + 1]; ++i)
+            in_place[packed->rare[i].place] = packed->rare[i].value;
+        for (int64_t j = 0; j < width; ++j) out[j] = in_place[Chunk<bf16>::place(j, width)];
+    }
+}
+
+namespace {
+
+template <class W>
+void run_step(const Step& step) {
+    step.bf16_cache ? Decode<W, bf16>(step).run() : Decode<W, float>(step).run();
+}
+
+}  // namespace
+
 extern "C" void arriero_decode_step(const Step* step) {
-    if (step->bf16_weights)
-        step->bf16_cache ? Decode<bf16, bf16>(*step).run() : Decode<bf16, float>(*step).run();
-    else
-        step->bf16_cache ? Decode<float, bf16>(*step).run() : Decode<float, float>(*step).run();
+    switch (step->weights) {
+        case kFloat: return run_step<float>(*step);
+        case kBf16: return run_step<bf16>(*step);
+        case kPacked: return run_step<Packed>(*step);
+    }
 }

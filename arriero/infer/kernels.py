@@ -1,18 +1,29 @@
 """The decode step in C++: compiled on first use, cached, and only ever a faster twin of the torch one.
 
 Decoding one sequence reads every weight once a token, so memory bandwidth is the limit: 269 MB for SmolLM2-135M in
-bf16, at 25 GB/s 93 tokens/s. On that machine (two Zen 4 cores, bench/decode.py) torch's own kernels reach 20
-tokens/s step by step and 24 in transformers' compiled static-cache decode; this step reaches 89, at 24 GB/s.
+bf16, of which two Zen 5 cores can read 47 to 52 GB/s. There a step takes 6.1 ms, and 5.0 ms with packed weights, where
+torch's own kernels take 20 (bench/decode.py).
 
-The step works on the model's own tensors: no copy, so nothing to go stale. Its pointers are taken by the
-constructor, which is cheap (under a millisecond): make one for each generation, after any training step or
-`model.to(...)`. The tensors are held for as long as the step lives, so that no pointer can dangle.
+A step works on the model's own tensors, in place. Where one or few sequences go on for long, it packs bf16 weights into
+twelve bits each, bit for bit the same (`Packed` in kernels.cpp). That costs three quarters of the weights' memory on
+top of them, for as long as the step lives (202 MB here), and the time of 15 tokens (91 ms), which some 80 tokens win
+back; so it is done after `PACK_AFTER` of them, and short answers go without.
+
+Make a step for each generation, after any training step or `model.to(...)`: its pointers are taken by the constructor,
+which is cheap. The tensors are held for as long as the step lives, so that no pointer can dangle, and weights that
+were changed in place since they were packed are read from the tensors again, by their version counters.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import mmap
+import os
+import weakref
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,7 +34,18 @@ from arriero.model.cache import KVCache
 from arriero.model.llama import Block, Linear, Llama
 from arriero.model.rope import rope_frequencies
 
-WEIGHT_TYPES = (torch.bfloat16, torch.float32)
+WEIGHT_TYPES = (torch.float32, torch.bfloat16)
+FLOAT, BF16, PACKED = range(3)
+"""How the C++ step finds weights: its enum `Weights`."""
+
+PACK_AFTER = 32
+"""Steps of few sequences after which weights are packed: who has gone on for so long is likely to go on."""
+
+FEW = 3
+"""Sequences in a step that still read packed weights; from four on, rows of weights are shared (`multiply`)."""
+
+SHARE_OF_MEMORY = 1 / 8
+"""Of the machine's memory, what packed weights may take; larger models stay as they are."""
 
 
 def native_step(model: Llama, cache: KVCache) -> NativeStep | None:
@@ -50,11 +72,17 @@ def _fits(model: Llama, cache: KVCache) -> bool:
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be compiled."""
-    return load_cpp(Path(__file__).with_suffix(".cpp"), "decoding through torch, several times slower")
+    library = load_cpp(Path(__file__).with_suffix(".cpp"), "decoding through torch, several times slower")
+    if library is not None:
+        library.arriero_pack.restype = ctypes.c_void_p
+        library.arriero_pack.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+        library.arriero_unpack.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+        library.arriero_free_packed.argtypes = (ctypes.c_void_p,)
+    return library
 
 
 class _Layer(ctypes.Structure):
-    names = ("attention_norm", "q", "k", "v", "o", "ffn_norm", "gate", "up", "down")
+    names = ("q", "k", "v", "o", "gate", "up", "down", "attention_norm", "ffn_norm")
     _fields_ = tuple((name, ctypes.c_void_p) for name in names)
 
 
@@ -71,8 +99,59 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("embedding", "head", "norm", "frequencies", "keys", "values")),
         *((name, ctypes.c_int64) for name in ("cache_rows", "capacity", "n")),
         *((name, ctypes.c_void_p) for name in ("tokens", "rows", "positions", "logits")),
-        *((name, ctypes.c_int64) for name in ("threads", "bf16_weights", "bf16_cache")),
+        *((name, ctypes.c_int64) for name in ("threads", "bf16_cache", "weights")),
     )
+
+
+class PackedWeights:
+    """bf16 matrices [rows, width] at twelve bits a weight, where width is a multiple of 64; others stay as they are.
+
+    The matrices must outlive it; `fresh` tells whether they changed since.
+    """
+
+    def __init__(self, library: ctypes.CDLL, matrices: Sequence[Tensor]) -> None:
+        self._library, self._matrices = library, matrices
+        self._counted = [m for m in matrices if not m.is_inference()]  # nothing trains an inference tensor
+        self._versions = self._count()
+        sizes = [0 if m.shape[1] % 64 else m.numel() * 3 // 2 for m in matrices]
+        self._memory = mmap.mmap(-1, max(1, sum(sizes)))
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer page faults, where the system has such pages to give
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+
+        def pack(matrix: Tensor, size: int, end: int) -> int:
+            return int(library.arriero_pack(matrix.data_ptr(), *matrix.shape, start + end - size if size else None))
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # other threads run during a call
+            self.pointers = list(pool.map(pack, matrices, sizes, itertools.accumulate(sizes)))
+        weakref.finalize(self, _free, library, self.pointers)
+
+    def fresh(self) -> bool:
+        """Whether no matrix was changed in place, as an optimizer does it."""
+        return self._count() == self._versions
+
+    def _count(self) -> int:
+        return sum([m._version for m in self._counted])
+
+    def unpack(self, i: int) -> Tensor:
+        """Matrix i again, to the bit."""
+        matrix = torch.empty_like(self._matrices[i])
+        self._library.arriero_unpack(self.pointers[i], *matrix.shape, matrix.data_ptr())
+        return matrix
+
+
+def _room_to_pack(matrices: Sequence[Tensor]) -> bool:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return sum(m.numel() for m in matrices) * 12 / 8 <= SHARE_OF_MEMORY * memory
+
+
+def _free(library: ctypes.CDLL, pointers: Sequence[int]) -> None:
+    for pointer in pointers:
+        library.arriero_free_packed(pointer)
+
+
+_Found = tuple["ctypes.Array[_Layer]", int, int]
+"""Where a step finds its weights: the fields layers, head and weights of `_Step`."""
 
 
 class NativeStep:
@@ -83,18 +162,29 @@ class NativeStep:
 
     def __init__(self, library: ctypes.CDLL, model: Llama, cache: KVCache) -> None:
         config = model.config
-        self._run, self.cache, self.vocab_size = library.arriero_decode_step, cache, config.vocab_size
+        self._library, self.cache, self.vocab_size = library, cache, config.vocab_size
         self._held: list[Tensor] = []
-        self._layers = (_Layer * config.n_layers)(*(self._layer(block) for block in model.model.layers))
+        self._matrices: list[Tensor] = []  # layer after layer, then the head
+        self._norms: list[tuple[int, int]] = []
+        for block in model.model.layers:
+            assert isinstance(block, Block)
+            a, f, norms = block.self_attn, block.mlp, (block.input_layernorm, block.post_attention_layernorm)
+            linears = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj)
+            self._matrices += [linear.weight.detach() for linear in linears]
+            self._norms.append((self._pointer(norms[0].weight.float()), self._pointer(norms[1].weight.float())))
+        self._matrices.append(model.lm_head.weight.detach())
+        kind = WEIGHT_TYPES.index(model.lm_head.weight.dtype)
+        self._plain = self._found([matrix.data_ptr() for matrix in self._matrices], kind)
+        self._packed: tuple[PackedWeights, _Found] | None = None
+        self._until_packing = PACK_AFTER if kind == BF16 and _room_to_pack(self._matrices) else -1
         self._step = _Step(
             config.dim, config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim, config.ffn_dim,
-            config.vocab_size, config.norm_eps, self._layers,
-            self._pointer(model.model.embed_tokens.weight), self._pointer(model.lm_head.weight),
-            self._pointer(model.model.norm.weight.float()), self._pointer(rope_frequencies(config)),
-            self._pointer(cache.k), self._pointer(cache.v), cache.k.shape[1], cache.capacity,
-            threads=torch.get_num_threads(),
-            bf16_weights=model.lm_head.weight.dtype == torch.bfloat16,
-            bf16_cache=cache.k.dtype == torch.bfloat16,
+            config.vocab_size, config.norm_eps,
+            embedding=self._pointer(model.model.embed_tokens.weight),
+            norm=self._pointer(model.model.norm.weight.float()), frequencies=self._pointer(rope_frequencies(config)),
+            keys=self._pointer(cache.k), values=self._pointer(cache.v),
+            cache_rows=cache.k.shape[1], capacity=cache.capacity,
+            threads=torch.get_num_threads(), bf16_cache=cache.k.dtype == torch.bfloat16,
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -104,20 +194,30 @@ class NativeStep:
             raise ValueError(f"KV cache: full at its capacity of {self.cache.capacity} tokens; make a larger cache")
         logits = torch.empty(len(tokens), self.vocab_size)
         step = self._step
+        step.layers, step.head, step.weights = self._weights(len(tokens))
         step.n, step.tokens, step.rows = len(tokens), tokens.data_ptr(), rows.data_ptr()
         step.positions, step.logits = positions.data_ptr(), logits.data_ptr()
-        self._run(ctypes.byref(step))
+        self._library.arriero_decode_step(ctypes.byref(step))
         self.cache.lengths[rows] += 1
         return logits
 
-    def _layer(self, block: nn.Module) -> _Layer:
-        assert isinstance(block, Block)
-        a, f = block.self_attn, block.mlp
-        linears = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj)
-        q, k, v, o, gate, up, down = (self._pointer(linear.weight) for linear in linears)
-        norms = (self._pointer(n.weight.float()) for n in (block.input_layernorm, block.post_attention_layernorm))
-        return _Layer(next(norms), q, k, v, o, next(norms), gate, up, down)
+    def _weights(self, n: int) -> _Found:
+        """What a step of n sequences reads: the tensors, or what was packed from them as they still are."""
+        if n > FEW:
+            return self._plain
+        self._until_packing -= 1
+        if self._until_packing == 0:
+            packed = PackedWeights(self._library, self._matrices)
+            self._packed = packed, self._found(packed.pointers, PACKED)
+        if self._packed is not None and not self._packed[0].fresh():
+            self._packed = None
+        return self._plain if self._packed is None else self._packed[1]
+
+    def _found(self, pointers: Iterable[int], kind: int) -> _Found:
+        each = iter(pointers)
+        layers = [_Layer(*itertools.islice(each, 7), *norms) for norms in self._norms]
+        return (_Layer * len(layers))(*layers), next(each), kind
 
     def _pointer(self, tensor: Tensor) -> int:
-        self._held.append(tensor)
+        self._held.append(tensor.detach())
         return tensor.data_ptr()

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+import platform
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from arriero.cpp import load_cpp
 from arriero.infer import kernels
-from arriero.infer.generate import prefill, torch_step
-from arriero.infer.kernels import NativeStep, native_step
+from arriero.infer.generate import Session, prefill, torch_step
+from arriero.infer.kernels import NativeStep, PackedWeights, native_step
+from arriero.infer.sample import Sampler, SamplingConfig
 from arriero.model.cache import KVCache
-from arriero.model.config import LoraConfig
+from arriero.model.config import LlamaConfig, LoraConfig
+from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
 
 CAPACITY = 43
@@ -82,6 +89,132 @@ def test_a_step_reads_the_live_weights(native, gqa):
     gqa.model.layers[0].input_layernorm.weight.mul_(0.5)
     tokens, rows = torch.tensor([3]), torch.arange(1)
     torch.testing.assert_close(fast(tokens, rows), slow(tokens, rows), atol=1e-4, rtol=0)
+
+
+SPECIAL = [0x0000, 0x8000, 0x0001, 0x807F, 0x0080, 0x7F7F, 0xFF80, 0x7F80, 0x7FC0, 0xFFFF, 0x7F81]
+"""bf16 bits: zeros, subnormals, the smallest and the largest normal, infinities, NaNs quiet and signalling."""
+
+
+def bits(matrix):
+    return matrix.view(torch.int16)
+
+
+def odd_ones_among(weights, odd):
+    """The weights with these bit patterns strewn among them, seven to a row at most."""
+    strewn = weights.clone()
+    for i, pattern in enumerate(odd):
+        bits(strewn)[i // 7, (i * 37) % weights.shape[1]] = pattern - (pattern >> 15 << 16)
+    return strewn
+
+
+@given(st.lists(st.integers(0, 0xFFFF), max_size=50), st.integers(-120, 120), st.booleans())
+@settings(deadline=None, max_examples=50)
+def test_packed_weights_are_the_same_bits(native, odd, magnitude, scattered):
+    """Whatever they are; where most of a matrix has exponents of its own, it stays as it is."""
+    weights = torch.randn(29, 448, generator=torch.Generator().manual_seed(len(odd))) * 2.0**magnitude
+    if scattered:
+        weights *= torch.logspace(-30, 30, 448, base=2.0)
+    weights = odd_ones_among(weights.bfloat16(), SPECIAL + odd)
+    before = weights.clone()
+    packed = PackedWeights(native, [weights, weights[:, :29].contiguous()])
+    assert torch.equal(bits(packed.unpack(0)), bits(before))
+    assert torch.equal(bits(packed.unpack(1)), bits(before[:, :29]))
+    bits(weights).fill_(0)
+    assert torch.equal(bits(packed.unpack(0)), bits(weights if scattered else before))  # a copy, or the matrix itself
+
+
+@pytest.mark.slow  # two compilations
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86's other vector units")
+@pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3"])
+def test_other_vector_units_unpack_the_same_bits(native, monkeypatch, cpu):
+    monkeypatch.setattr(
+        kernels, "load_cpp", lambda *_: load_cpp(Path(kernels.__file__).with_suffix(".cpp"), "", f"-march={cpu}", "-O1")
+    )
+    other = kernels.load_library.__wrapped__()
+    weights = odd_ones_among(torch.randn(29, 448).bfloat16(), SPECIAL)
+    assert torch.equal(bits(PackedWeights(other, [weights]).unpack(0)), bits(weights))
+
+
+@pytest.fixture
+def packable():
+    """A bf16 toy whose widths are all multiples of 64, with odd weights in it, and the same values in fp32."""
+    config = LlamaConfig(128, 2, 3, 1, 192, 109, 211, head_dim=64)
+    half = Llama(config).init_weights(std=0.1, seed=3).requires_grad_(False).to(torch.bfloat16)
+    for parameter in half.parameters():
+        if parameter.dim() == 2:
+            parameter.view(-1)[5::1009] = 3e-20
+    wide = Llama(config).requires_grad_(False)
+    wide.load_state_dict(half.state_dict())
+    return half, wide
+
+
+def packs(step):
+    return step._packed is not None
+
+
+@pytest.mark.parametrize("lengths", [[11], [2, 7], [2, 7, 5]])
+def test_a_step_with_packed_weights_is_the_torch_forward(native, packable, lengths, monkeypatch):
+    monkeypatch.setattr(kernels, "PACK_AFTER", 3)
+    twins_agree(*packable, lengths, steps=7, atol=1e-4)
+
+
+def test_weights_are_packed_for_long_generations_of_few_sequences(native, packable, monkeypatch):
+    monkeypatch.setattr(kernels, "PACK_AFTER", 3)
+    cache, _ = prefilled(packable[0], [2, 7, 5, 3])
+    step = native_step(packable[0], cache)
+    for rows in ([0, 1, 2, 3], [0, 1, 2], [0, 1, 2, 3], [1], [0, 1, 2, 3]):
+        assert not packs(step)
+        step(torch.tensor(rows), torch.tensor(rows))
+    step(torch.tensor([5]), torch.tensor([2]))
+    assert packs(step)
+    cache, _ = prefilled(packable[1], [2])
+    for _ in range(3):
+        (wide := native_step(packable[1], cache))(torch.tensor([5]), torch.tensor([0]))
+    assert not packs(wide)  # fp32
+
+
+def test_a_model_too_large_for_this_machine_is_not_packed(native, packable, monkeypatch):
+    monkeypatch.setattr(kernels, "PACK_AFTER", 1)
+    monkeypatch.setattr(kernels, "SHARE_OF_MEMORY", 1e-9)
+    cache, _ = prefilled(packable[0], [2])
+    step = native_step(packable[0], cache)
+    step(torch.tensor([5]), torch.tensor([0]))
+    assert not packs(step)
+
+
+def test_a_training_step_is_heard_at_once(native, packable, monkeypatch):
+    """In the next generation, and in a session that was there before."""
+    monkeypatch.setattr(kernels, "PACK_AFTER", 2)
+    model, prompt, greedy = packable[0], [7, 11, 13], Sampler(SamplingConfig(temperature=0.0))
+
+    def answer(session):
+        return list(session.tokens(prompt, greedy, 17, ()))
+
+    old = Session(model)
+    before = answer(old)
+    assert packs(old._step)
+    matrices = [p.requires_grad_() for p in model.parameters() if p.dim() == 2]  # a session copies the norms' weights
+    optimizer = torch.optim.AdamW(matrices, lr=0.1)
+    model(torch.tensor([prompt])).float().logsumexp(-1).mean().backward()
+    optimizer.step()
+    model.requires_grad_(False)
+    monkeypatch.setattr(kernels, "PACK_AFTER", -1)
+    untouched = answer(Session(model))
+    assert untouched != before
+    monkeypatch.setattr(kernels, "PACK_AFTER", 2)
+    assert answer(Session(model)) == untouched
+    old.ids = []  # the cache holds what the old weights made of the prompt
+    assert answer(old) == untouched
+    assert not packs(old._step)
+
+
+def test_a_step_outlives_the_tensors_of_its_model(native, gqa):
+    ours, _ = prefilled(gqa, [5])
+    step, (tokens, rows) = native_step(gqa, ours), (torch.tensor([3]), torch.arange(1))
+    before = step(tokens, rows)
+    gqa.to(torch.float64)
+    ours.lengths = ours.lengths - 1
+    assert torch.equal(step(tokens, rows), before)
 
 
 def test_rows_that_do_not_step_are_left_alone(native, gqa):
