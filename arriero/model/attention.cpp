@@ -1,13 +1,16 @@
 // Causal attention over the packed documents of one row on a CPU, forward and backward, without stored scores.
 //
-// A tile of queries goes over its keys a block at a time, so that scores live in the first-level cache and die there;
-// blocks that causality masks are never computed. All products run through one small matrix kernel on fp32 copies:
-// sums are fp32 whatever the tensors are. Keys and values are copied once, keys (and, backward, values) transposed as
-// well, so that the kernel always reads whole vectors. Backward as in arXiv 2205.14135, the scores computed again.
+// A tile of queries goes over its keys a block at a time, so that scores live in the nearest caches and die there;
+// blocks that causality masks are never computed. All products run through one small matrix kernel with fp32 sums. It
+// takes its factors in units of 32 bits along the depth of a product: a float, or a pair of bf16 where the tensors are
+// bf16 and the CPU multiplies such pairs (AVX512_BF16), at twice the speed. Softmax is fp32 either way; with pairs, its
+// weights and the gradients of scores are rounded to bf16 between two products, as FlashAttention-2 does (arXiv
+// 2307.08691). Backward as in arXiv 2205.14135, the scores computed again.
 // Every number is the sum of the same terms in the same order whichever thread adds them: reruns are equal bit by bit.
 //
 // Compiled on first use by attention.py, which describes the call; slow twin: `naive_attention` there.
-// Shapes: N tokens, H heads, K KV heads, G = H/K, h head width, W = h rounded up to whole vectors.
+// Shapes: N tokens, H heads, K KV heads, G = H/K, h head width, W = h rounded up to whole vectors, P values a unit.
+// Layouts in units of a matrix [m, n]: rows [m, n/P]; along [m/P, n]; across [n/P, m].
 
 #include <algorithm>
 #include <cmath>
@@ -15,7 +18,12 @@
 #include <cstring>
 #include <new>
 #include <numeric>
+#include <type_traits>
 #include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -29,8 +37,9 @@ constexpr int64_t kBytes = 16, kRows = 4;
 constexpr int64_t kLanes = kBytes / 4;
 constexpr int64_t kQueries = 32;  // a tile
 constexpr int64_t kKeys = 64;     // a block
+constexpr float kLn2 = 0.69314718f;
 constexpr int64_t kStrands = 16;  // backward: documents are dealt to so many strands a KV head
-static_assert(kLanes % kRows == 0 && kQueries % kRows == 0 && kKeys % kLanes == 0, "no kernel row crosses a block");
+static_assert(kLanes % kRows == 0 && kQueries % kLanes == 0 && kKeys % kLanes == 0, "no kernel row crosses a block");
 
 typedef float Lanes __attribute__((vector_size(kBytes)));
 typedef int32_t IntLanes __attribute__((vector_size(kBytes)));
@@ -40,6 +49,8 @@ typedef uint16_t HalfLanes __attribute__((vector_size(kBytes / 2)));
 struct bf16 {
     uint16_t bits;
 };
+
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 inline Lanes load(const float* p) {
     Lanes lanes;
@@ -56,45 +67,42 @@ inline Lanes load(const bf16* p) {
 }
 
 inline void store(bf16* p, Lanes lanes) {  // to nearest, ties to even
+#if defined(__AVX512BF16__)
+    const auto half = _mm512_cvtneps_pbh((__m512)lanes);
+#else
     const WideLanes bits = (WideLanes)lanes;
     const HalfLanes half = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, HalfLanes);
+#endif
     std::memcpy(p, &half, sizeof half);
 }
 
-// to[i] = from[i] * scale for i < width, then zeros up to whole vectors.
 template <class T>
-inline void widen_row(const T* from, int64_t width, float scale, float* to) {
-    int64_t i = 0;
-    for (; i + kLanes <= width; i += kLanes) store(to + i, load(from + i) * scale);
-    if (i == width) return;
-    T rest[kLanes] = {};
-    std::copy(from + i, from + width, rest);
-    store(to + i, load(rest) * scale);
+inline Lanes load_some(const T* p, int64_t count) {  // then zeros
+    if (count >= kLanes) return load(p);
+    T some[kLanes] = {};
+    std::copy(p, p + count, some);
+    return load(some);
 }
 
 template <class T>
-inline void narrow_row(const float* from, int64_t width, float scale, T* to) {
-    int64_t i = 0;
-    for (; i + kLanes <= width; i += kLanes) store(to + i, load(from + i) * scale);
-    if (i == width) return;
-    T rest[kLanes];
-    store(rest, load(from + i) * scale);
-    std::copy(rest, rest + (width - i), to + i);
+inline void store_some(T* p, Lanes lanes, int64_t count) {
+    if (count >= kLanes) return store(p, lanes);
+    T some[kLanes];
+    store(some, lanes);
+    std::copy(some, some + count, p);
 }
 
-inline Lanes exponential(Lanes x) {  // relative error below 3e-7 on [-87, 88], clamped outside
-    x = x < -87.0f ? Lanes{} - 87.0f : x;
-    x = x > 88.0f ? Lanes{} + 88.0f : x;
-    const Lanes magic = Lanes{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-    const Lanes whole = (x * 1.44269504f + magic) - magic;
-    const Lanes part = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // x - whole * ln 2, in two parts
-    Lanes series = part * (1.0f / 720) + 1.0f / 120;
-    series = series * part + 1.0f / 24;
-    series = series * part + 1.0f / 6;
-    series = series * part + 0.5f;
+inline Lanes power_of_two(Lanes x) {  // relative error below 3e-7 for x in [-126, 127], clamped below
+    x = x < -126.0f ? Lanes{} - 126.0f : x;
+    const Lanes shifted = x + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, held in the lowest bits
+    const Lanes part = x - (shifted - 12582912.0f);
+    Lanes series = part * 1.5403530e-4f + 1.3333558e-3f;  // (ln 2)^k / k!
+    series = series * part + 9.6181291e-3f;
+    series = series * part + 5.5504109e-2f;
+    series = series * part + 2.4022651e-1f;
+    series = series * part + 6.9314718e-1f;
     series = series * part + 1.0f;
-    series = series * part + 1.0f;
-    return (Lanes)((IntLanes)series + (__builtin_convertvector(whole, IntLanes) << 23));
+    return (Lanes)((WideLanes)series + ((WideLanes)shifted << 23));
 }
 
 inline float sum(Lanes x) {
@@ -104,64 +112,115 @@ inline float sum(Lanes x) {
 }
 
 inline float highest(Lanes x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     float best = x[0];
     for (int64_t i = 1; i < kLanes; ++i) best = std::max(best, x[i]);
     return best;
+#endif
 }
 
-// Zero (or `other`) in the lanes of vector `v` that are not among the first `seen` values of their row.
+// `other` in the lanes of vector `v` that are not among the first `seen` values of their row.
 inline Lanes masked(Lanes x, int64_t v, int64_t seen, float other) {
+    if (seen >= (v + 1) * kLanes) return x;
     IntLanes order;
     for (int64_t i = 0; i < kLanes; ++i) order[i] = int32_t(i);
     return order < int32_t(seen - v * kLanes) ? x : Lanes{} + other;
 }
 
-// C[m, n] (+)= sum over k of A[m, k] B[k, n] for kRows rows and V vectors; A[m, k] lies at a[m * am + k * ak].
-template <int64_t V, bool kAdd>
-inline void multiply_block(int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c,
+// The units of a product: floats, or pairs of bf16.
+struct Pair {
+    bf16 first, second;
+};
+
+template <class Unit>
+using Value = std::conditional_t<std::is_same_v<Unit, Pair>, bf16, float>;
+template <class Unit>
+constexpr int64_t kPerUnit = sizeof(Unit) / sizeof(Value<Unit>);
+
+inline Lanes load_units(const float* p) { return load(p); }
+inline Lanes spread(const float* p) { return Lanes{} + *p; }
+inline Lanes add_product(Lanes sums, Lanes a, Lanes b) { return sums + a * b; }
+inline void store_along(float* to, const Lanes (&rows)[1]) { store(to, rows[0]); }
+
+#if defined(__AVX512BF16__)
+using UnitOfBf16 = Pair;
+
+inline __m512bh load_units(const Pair* p) {
+    __m512bh pairs;
+    std::memcpy(&pairs, p, sizeof pairs);
+    return pairs;
+}
+
+inline __m512bh spread(const Pair* p) {
+    int32_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return (__m512bh)_mm512_set1_epi32(bits);
+}
+
+inline Lanes add_product(Lanes sums, __m512bh a, __m512bh b) { return (Lanes)_mm512_dpbf16_ps((__m512)sums, a, b); }
+
+inline void store_along(Pair* to, const Lanes (&rows)[2]) {
+    const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i pairs =
+        _mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh((__m512)rows[1], (__m512)rows[0]));
+    std::memcpy(to, &pairs, sizeof pairs);
+}
+#else
+using UnitOfBf16 = float;
+#endif
+
+// C[m, n] (+)= sum over k of A[m, k] B[k, n] for kRows rows and V vectors; A's unit [m, k] lies at a[m * am + k * ak].
+template <int64_t V, bool kAdd, class Unit>
+inline void multiply_block(int64_t depth, const Unit* a, int64_t am, int64_t ak, const Unit* b, int64_t ldb, float* c,
                            int64_t ldc) {
     Lanes sums[kRows][V];
     for (int64_t m = 0; m < kRows; ++m)
         for (int64_t v = 0; v < V; ++v) sums[m][v] = kAdd ? load(c + m * ldc + v * kLanes) : Lanes{};
     for (int64_t k = 0; k < depth; ++k) {
-        Lanes right[V];
-        for (int64_t v = 0; v < V; ++v) right[v] = load(b + k * ldb + v * kLanes);
-        for (int64_t m = 0; m < kRows; ++m)
-            for (int64_t v = 0; v < V; ++v) sums[m][v] += a[m * am + k * ak] * right[v];
+        decltype(load_units(b)) right[V];
+        for (int64_t v = 0; v < V; ++v) right[v] = load_units(b + k * ldb + v * kLanes);
+        for (int64_t m = 0; m < kRows; ++m) {
+            const auto left = spread(a + m * am + k * ak);
+            for (int64_t v = 0; v < V; ++v) sums[m][v] = add_product(sums[m][v], left, right[v]);
+        }
     }
     for (int64_t m = 0; m < kRows; ++m)
         for (int64_t v = 0; v < V; ++v) store(c + m * ldc + v * kLanes, sums[m][v]);
 }
 
-template <int64_t V, bool kAdd>
-void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
+template <int64_t V, bool kAdd, class Unit>
+void multiply_panel(int64_t rows, int64_t depth, const Unit* a, int64_t am, int64_t ak, const Unit* b, int64_t ldb,
                     float* c, int64_t ldc) {
     for (int64_t m = 0; m < rows; m += kRows)
         multiply_block<V, kAdd>(depth, a + m * am, am, ak, b, ldb, c + m * ldc, ldc);
 }
 
-// The same for any number of rows (rounded up to kRows: buffers have room) and of vectors.
-template <bool kAdd>
-void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b,
+// The same for any number of rows (rounded up to kRows: buffers have room) and of vectors; `depth` counts values.
+template <bool kAdd, class Unit>
+void multiply(int64_t rows, int64_t vectors, int64_t depth, const Unit* a, int64_t am, int64_t ak, const Unit* b,
               int64_t ldb, float* c, int64_t ldc) {
+    const int64_t units = up(depth, kPerUnit<Unit>) / kPerUnit<Unit>;
     int64_t v = 0;
     for (; v + 2 <= vectors; v += 2)
-        multiply_panel<2, kAdd>(rows, depth, a, am, ak, b + v * kLanes, ldb, c + v * kLanes, ldc);
-    if (v < vectors) multiply_panel<1, kAdd>(rows, depth, a, am, ak, b + v * kLanes, ldb, c + v * kLanes, ldc);
+        multiply_panel<2, kAdd>(rows, units, a, am, ak, b + v * kLanes, ldb, c + v * kLanes, ldc);
+    if (v < vectors) multiply_panel<1, kAdd>(rows, units, a, am, ak, b + v * kLanes, ldb, c + v * kLanes, ldc);
 }
 
-// Floats on whole cache lines, not initialised.
+// Words of 32 bits on whole cache lines, not initialised.
+template <class Word>
 class Buffer {
   public:
-    explicit Buffer(int64_t size) : at_(static_cast<float*>(::operator new(size_t(size) * 4, std::align_val_t(64)))) {}
+    explicit Buffer(int64_t words) : at_(static_cast<Word*>(::operator new(size_t(words) * 4, std::align_val_t(64)))) {}
     ~Buffer() { ::operator delete(at_, std::align_val_t(64)); }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
-    float* get() const { return at_; }
-    float* zeroed(int64_t size) const { return std::fill(at_, at_ + size, 0.0f), at_; }
+    operator Word*() const { return at_; }
 
   private:
-    float* at_;
+    Word* at_;
 };
 
 extern "C" struct Attention {
@@ -174,14 +233,12 @@ extern "C" struct Attention {
     void *grad_q, *grad_k, *grad_v; // like q, k, v
 };
 
-inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-template <class T>
+template <class T, class Unit>
 class Packed {
   public:
     explicit Packed(const Attention& a, bool backward)
-        : a_(a), backward_(backward), width_(up(a.width, kLanes)), scale_(1 / std::sqrt(float(a.width))),
-          first_block_(a.n_documents + 1), order_(a.n_documents) {
+        : a_(a), backward_(backward), width_(up(a.width, kLanes)), units_(width_ / kPerUnit<Unit>),
+          scale_(1 / (kLn2 * std::sqrt(float(a.width)))), first_block_(a.n_documents + 1), order_(a.n_documents) {
         for (int64_t d = 0; d < a.n_documents; ++d)
             first_block_[d + 1] = first_block_[d] + (length(d) + kKeys - 1) / kKeys;
         std::iota(order_.begin(), order_.end(), 0);
@@ -189,37 +246,39 @@ class Packed {
     }
 
     void forward() {
-        const Buffer keys(blocks() * kKeys * width_), values(blocks() * kKeys * width_);
-        keys_t_ = keys.get(), values_ = values.get();
+        const Buffer<Unit> keys(packed_size()), values(packed_size());
+        keys_across_ = keys, values_along_ = values;
 #pragma omp parallel num_threads(int(a_.threads))
         {
             pack();
-            const Buffer scratch(kQueries * (2 * width_ + kKeys));
+            const Tile tile(width_);
 #pragma omp for schedule(dynamic)
             for (int64_t i = 0; i < a_.n_documents * a_.n_heads; ++i)
-                attend(order_[i / a_.n_heads], i % a_.n_heads, scratch.get());
+                attend(order_[i / a_.n_heads], i % a_.n_heads, tile);
         }
     }
 
     void backward() {
-        const int64_t size = blocks() * kKeys * width_, strands = std::min(kStrands, a_.n_documents);
+        const int64_t strands = std::min(kStrands, a_.n_documents);
         const int64_t shared = up(a_.prefix, kKeys) * width_, longest = up(length(order_[0]), kKeys) * width_;
-        const Buffer keys(size), keys_t(size), values_t(size), sums(2 * strands * a_.n_kv_heads * shared);
-        keys_ = keys.get(), keys_t_ = keys_t.get(), values_t_ = values_t.get();
+        const Buffer<Unit> keys(packed_size()), keys_across(packed_size()), values(packed_size());
+        const Buffer<float> sums(2 * strands * a_.n_kv_heads * shared);
+        keys_along_ = keys, keys_across_ = keys_across, values_across_ = values;
 #pragma omp parallel num_threads(int(a_.threads))
         {
             pack();
-            const Buffer own(2 * longest), scratch(kQueries * (3 * width_ + 2 * kKeys));
+            const Buffer<float> own(2 * longest);
+            const Tile tile(width_);
 #pragma omp for schedule(dynamic)
             for (int64_t i = 0; i < strands * a_.n_kv_heads; ++i) {
-                float* lead = sums.get() + 2 * i * shared;  // what this strand's documents ask of the prefix
+                float* lead = sums + 2 * i * shared;  // what this strand's documents ask of the prefix
                 std::fill(lead, lead + 2 * shared, 0.0f);
                 for (int64_t d = i / a_.n_kv_heads; d < a_.n_documents; d += strands)
-                    differentiate(order_[d], i % a_.n_kv_heads, lead, own.get(), scratch.get());
+                    differentiate(order_[d], i % a_.n_kv_heads, lead, own, tile);
             }
 #pragma omp for
             for (int64_t i = 0; i < a_.n_kv_heads; ++i) {
-                float* total = sums.get() + 2 * i * shared;
+                float* total = sums + 2 * i * shared;
                 for (int64_t s = 1; s < strands; ++s)
                     for (int64_t j = 0; j < 2 * shared; ++j) total[j] += total[2 * s * a_.n_kv_heads * shared + j];
                 write_keys(0, a_.prefix, i, total, total + shared);
@@ -228,52 +287,73 @@ class Packed {
     }
 
   private:
+    static constexpr int64_t kBlockUnits = kKeys / kPerUnit<Unit>;
+
     struct Block {
         int64_t index, start, keys;  // in the packed copies; in the document, < 0 in the prefix; its keys
     };
 
+    struct Tile {  // what a thread works in
+        explicit Tile(int64_t width)
+            : units(4 * kQueries * width + 3 * kQueries * kKeys), words(kQueries * (width + 2 * kKeys)),  //
+              q(units), q_along(q + kQueries * width), grad(q_along + kQueries * width),
+              grad_along(grad + kQueries * width), weights(grad_along + kQueries * width),
+              slopes(weights + kQueries * kKeys), slopes_along(slopes + kQueries * kKeys),  //
+              scores(words), grad_weights(scores + kQueries * kKeys), sums(grad_weights + kQueries * kKeys) {}
+
+        const Buffer<Unit> units;
+        const Buffer<float> words;
+        Unit *const q, *const q_along, *const grad, *const grad_along;  // [kQueries, W]
+        Unit *const weights, *const slopes, *const slopes_along;  // [kQueries, kKeys]; slopes are the scores' gradients
+        float *const scores, *const grad_weights, *const sums;          // twice that; of out or grad_q [kQueries, W]
+    };
+
     int64_t begin(int64_t d) const { return a_.cu_seqlens[d]; }
     int64_t length(int64_t d) const { return a_.cu_seqlens[d + 1] - a_.cu_seqlens[d]; }
-    int64_t blocks() const { return a_.n_kv_heads * first_block_.back(); }
+    int64_t group() const { return a_.n_heads / a_.n_kv_heads; }
+    int64_t at(int64_t kv, int64_t block) const { return (kv * first_block_.back() + block) * kKeys * units_; }
+    int64_t packed_size() const { return at(a_.n_kv_heads, 0); }
 
-    // Copies of all keys and values: [K, blocks, kKeys, W], and transposed [K, blocks, W, kKeys].
+    // All keys and values, [K, blocks, (a layout of [kKeys, W])].
     void pack() const {
+        const Buffer<Unit> rows(kKeys * units_);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < a_.n_documents * a_.n_kv_heads; ++i) {
             const int64_t d = order_[i / a_.n_kv_heads], kv = i % a_.n_kv_heads;
             for (int64_t start = 0; start < length(d); start += kKeys) {
-                const int64_t token = begin(d) + start, count = std::min(kKeys, length(d) - start);
-                const int64_t to = at(kv, first_block_[d] + start / kKeys);
-                const T* k = static_cast<const T*>(a_.k) + (token * a_.n_kv_heads + kv) * a_.width;
-                const T* v = static_cast<const T*>(a_.v) + (token * a_.n_kv_heads + kv) * a_.width;
-                pack_across(k, count, keys_t_ + to);
-                pack_along(backward_ ? k : v, count, (backward_ ? keys_ : values_) + to);
-                if (backward_) pack_across(v, count, values_t_ + to);
+                const int64_t count = std::min(kKeys, length(d) - start), to = at(kv, first_block_[d] + start / kKeys);
+                lay_rows(a_.k, begin(d) + start, a_.n_kv_heads, kv, count, rows);
+                lay_across(rows, count, keys_across_ + to);
+                if (backward_) lay_along(rows, count, keys_along_ + to);
+                lay_rows(a_.v, begin(d) + start, a_.n_kv_heads, kv, count, rows);
+                if (backward_) lay_across(rows, count, values_across_ + to);
+                else lay_along(rows, count, values_along_ + to);
             }
         }
     }
 
-    void pack_along(const T* from, int64_t count, float* to) const {
-        for (int64_t j = 0; j < count; ++j)
-            widen_row(from + j * a_.n_kv_heads * a_.width, a_.width, 1, to + j * width_);
-        std::fill(to + count * width_, to + up(count, kLanes) * width_, 0.0f);
+    // By rows from `count` tokens of one of the heads of x [N, heads, h]; zeros up to whole vectors either way.
+    void lay_rows(const void* x, int64_t token, int64_t heads, int64_t head, int64_t count, Unit* to) const {
+        auto* values = reinterpret_cast<Value<Unit>*>(to);
+        const T* from = row_of(x, token * heads + head);
+        for (int64_t r = 0; r < count; ++r, from += heads * a_.width)
+            for (int64_t i = 0; i < width_; i += kLanes)
+                store(values + r * width_ + i, load_some(from + i, a_.width - i));
+        std::fill(values + count * width_, values + up(count, kLanes) * width_, Value<Unit>{});
     }
 
-    void pack_across(const T* from, int64_t count, float* to) const {
-        const int64_t padded = up(count, kLanes);
-        float rows[kKeys][kLanes];
-        for (int64_t c = 0; c < width_; c += kLanes) {
-            for (int64_t j = 0; j < padded; ++j)
-                if (j < count)
-                    widen_row(from + j * a_.n_kv_heads * a_.width + c, std::min(kLanes, a_.width - c), 1, rows[j]);
-                else
-                    store(rows[j], Lanes{});
-            for (int64_t i = 0; i < kLanes; ++i)
-                for (int64_t j = 0; j < padded; ++j) to[(c + i) * kKeys + j] = rows[j][i];
-        }
+    void lay_along(const Unit* rows, int64_t count, Unit* to) const {
+        const auto* from = reinterpret_cast<const Value<Unit>*>(rows);
+        auto* values = reinterpret_cast<Value<Unit>*>(to);
+        for (int64_t j = 0; j < up(count, kLanes); j += kPerUnit<Unit>)
+            for (int64_t i = 0; i < width_; ++i)
+                for (int64_t part = 0; part < kPerUnit<Unit>; ++part) *values++ = from[(j + part) * width_ + i];
     }
 
-    int64_t at(int64_t kv, int64_t block) const { return (kv * first_block_.back() + block) * kKeys * width_; }
+    void lay_across(const Unit* rows, int64_t count, Unit* to) const {
+        for (int64_t i = 0; i < units_; ++i)
+            for (int64_t j = 0; j < up(count, kLanes); ++j) to[i * kKeys + j] = rows[j * units_ + i];
+    }
 
     // visit(block) for the prefix's blocks, if d continues it, and for d's own up to the one that holds `last`.
     template <class Visit>
@@ -291,136 +371,156 @@ class Packed {
 
     static int64_t vectors(const Block& block, int64_t last) { return (seen(block, last) + kLanes - 1) / kLanes; }
 
-    // Rows [count, W] of one head from x [N, H, h], times scale; zeros up to whole kernel rows.
-    void widen_tile(const void* x, int64_t token, int64_t head, int64_t count, float scale, float* to) const {
-        const T* from = static_cast<const T*>(x) + (token * a_.n_heads + head) * a_.width;
-        for (int64_t r = 0; r < count; ++r) widen_row(from + r * a_.n_heads * a_.width, a_.width, scale, to + r * width_);
-        std::fill(to + count * width_, to + up(count, kRows) * width_, 0.0f);
-    }
-
-    void attend(int64_t d, int64_t head, float* scratch) const {
-        float *q = scratch, *out = q + kQueries * width_, *scores = out + kQueries * width_;
+    void attend(int64_t d, int64_t head, const Tile& tile) const {
         for (int64_t start = 0; start < length(d); start += kQueries) {
             const int64_t count = std::min(kQueries, length(d) - start), token = begin(d) + start;
-            float top[kQueries], total[kQueries] = {};
+            float top[kQueries];
+            Lanes total[kQueries] = {};
             std::fill(top, top + kQueries, -INFINITY);
-            std::fill(out, out + kQueries * width_, 0.0f);
-            widen_tile(a_.q, token, head, count, scale_, q);
+            std::fill(tile.sums, tile.sums + kQueries * width_, 0.0f);
+            lay_rows(a_.q, token, a_.n_heads, head, count, tile.q);
             over_blocks(d, start + count - 1, [&](const Block& block) {
                 const int64_t n = vectors(block, start + count - 1), from = at(head / group(), block.index);
-                multiply<false>(count, n, a_.width, q, width_, 1, keys_t_ + from, kKeys, scores, kKeys);
-                for (int64_t r = 0; r < count; ++r)
-                    soften(scores + r * kKeys, n, seen(block, start + r), top[r], total[r], out + r * width_);
-                multiply<true>(count, width_ / kLanes, n * kLanes, scores, kKeys, 1, values_ + from, width_, out, width_);
+                multiply<false>(count, n, a_.width, tile.q, units_, 1, keys_across_ + from, kKeys, tile.scores, kKeys);
+                for (int64_t r = 0; r < count; ++r) soften(tile, r, n, seen(block, start + r), top[r], total[r]);
+                multiply<true>(count, width_ / kLanes, n * kLanes, tile.weights, kBlockUnits, 1, values_along_ + from,
+                               width_, tile.sums, width_);
             });
             for (int64_t r = 0; r < count; ++r) {
                 const int64_t row = (token + r) * a_.n_heads + head;
-                narrow_row(out + r * width_, a_.width, 1 / total[r], static_cast<T*>(a_.out) + row * a_.width);
-                a_.logsumexp[row] = top[r] + std::log(total[r]);
+                const float all = sum(total[r]);
+                write_row(tile.sums + r * width_, 1 / all, static_cast<T*>(a_.out) + row * a_.width);
+                a_.logsumexp[row] = (top[r] + std::log2(all)) * kLn2;
             }
         }
     }
 
-    // Scores to exp(score - top), top the highest so far; what was summed under a lower top is scaled down.
-    void soften(float* scores, int64_t n, int64_t visible, float& top, float& total, float* out) const {
-        if (!visible) return (void)std::fill(scores, scores + n * kLanes, 0.0f);
-        Lanes best = Lanes{} + top, sums = Lanes{};
+    // Scores of a row to 2^(score - top), top the highest so far; what was summed under a lower top is scaled down.
+    void soften(const Tile& tile, int64_t r, int64_t n, int64_t visible, float& top, Lanes& total) const {
+        const float* scores = tile.scores + r * kKeys;
+        auto* weights = reinterpret_cast<Value<Unit>*>(tile.weights) + r * kKeys;
+        if (!visible) return (void)std::fill(weights, weights + n * kLanes, Value<Unit>{});
+        Lanes best = Lanes{} - INFINITY, added = Lanes{};
         for (int64_t v = 0; v < n; ++v) {
             const Lanes x = masked(load(scores + v * kLanes), v, visible, -INFINITY);
             best = best > x ? best : x;
         }
-        const float raised = highest(best);
+        const float raised = std::max(top, highest(best) * scale_);
         for (int64_t v = 0; v < n; ++v) {
-            const Lanes p = masked(exponential(load(scores + v * kLanes) - raised), v, visible, 0);
-            sums += p;
-            store(scores + v * kLanes, p);
+            const Lanes weight = masked(power_of_two(load(scores + v * kLanes) * scale_ - raised), v, visible, 0);
+            added += weight;
+            store(weights + v * kLanes, weight);
         }
         if (raised > top) {
-            const float shrink = std::exp(top - raised);
+            const float shrink = std::exp2(top - raised);
             total *= shrink;
-            for (int64_t i = 0; i < width_; i += kLanes) store(out + i, load(out + i) * shrink);
+            float* sums = tile.sums + r * width_;
+            for (int64_t i = 0; i < width_; i += kLanes) store(sums + i, load(sums + i) * shrink);
         }
         top = raised;
-        total += sum(sums);
+        total += added;
     }
 
     // One document and KV head: grad_q of its query heads, grad_k and grad_v of its own keys; the prefix's into `lead`.
-    void differentiate(int64_t d, int64_t kv, float* lead, float* own, float* scratch) const {
+    void differentiate(int64_t d, int64_t kv, float* lead, float* own, const Tile& tile) const {
         const int64_t shared = up(a_.prefix, kKeys) * width_, size = up(length(d), kKeys) * width_;
         const bool is_prefix = a_.prefix && d == 0;
         if (is_prefix) own = lead;
         else std::fill(own, own + 2 * size, 0.0f);
         for (int64_t head = kv * group(); head < (kv + 1) * group(); ++head)
             for (int64_t start = 0; start < length(d); start += kQueries)
-                differentiate_tile(d, head, start, lead, lead + shared, own, own + size, scratch);
+                differentiate_tile(d, head, start, lead, lead + shared, own, own + size, tile);
         if (!is_prefix) write_keys(begin(d), length(d), kv, own, own + size);
     }
 
     void differentiate_tile(int64_t d, int64_t head, int64_t start, float* lead_k, float* lead_v, float* own_k,
-                            float* own_v, float* scratch) const {
-        float *q = scratch, *grad = q + kQueries * width_, *grad_q = grad + kQueries * width_;
-        float *p = grad_q + kQueries * width_, *grad_p = p + kQueries * kKeys;
+                            float* own_v, const Tile& tile) const {
         const int64_t count = std::min(kQueries, length(d) - start), token = begin(d) + start, wide = width_ / kLanes;
-        float delta[kQueries];
-        widen_tile(a_.out, token, head, count, 1, grad_q);  // only lent, for delta = rowsum(grad * out)
-        widen_tile(a_.grad, token, head, count, 1, grad);
-        widen_tile(a_.q, token, head, count, scale_, q);
+        float lse[kQueries] = {}, delta[kQueries] = {};  // log2 sum exp; rowsum(grad * out)
+        lay_rows(a_.q, token, a_.n_heads, head, count, tile.q);
+        lay_rows(a_.grad, token, a_.n_heads, head, count, tile.grad);
+        lay_along(tile.q, count, tile.q_along);
+        lay_along(tile.grad, count, tile.grad_along);
         for (int64_t r = 0; r < count; ++r) {
-            Lanes products = Lanes{};
-            for (int64_t i = 0; i < width_; i += kLanes)
-                products += load(grad + r * width_ + i) * load(grad_q + r * width_ + i);
-            delta[r] = sum(products);
+            const int64_t row = (token + r) * a_.n_heads + head;
+            lse[r] = a_.logsumexp[row] / kLn2;
+            delta[r] = dot(row_of(a_.grad, row), row_of(a_.out, row));
         }
-        std::fill(grad_q, grad_q + kQueries * width_, 0.0f);
+        std::fill(tile.sums, tile.sums + kQueries * width_, 0.0f);
         over_blocks(d, start + count - 1, [&](const Block& block) {
             const int64_t n = vectors(block, start + count - 1), from = at(head / group(), block.index);
-            multiply<false>(count, n, a_.width, q, width_, 1, keys_t_ + from, kKeys, p, kKeys);
-            multiply<false>(count, n, a_.width, grad, width_, 1, values_t_ + from, kKeys, grad_p, kKeys);
-            for (int64_t r = 0; r < count; ++r) {
-                const float lse = a_.logsumexp[(token + r) * a_.n_heads + head];
-                const int64_t visible = seen(block, start + r);
-                for (int64_t v = 0; v < n; ++v) {
-                    float *x = p + r * kKeys + v * kLanes, *y = grad_p + r * kKeys + v * kLanes;
-                    const Lanes weight = masked(exponential(load(x) - lse), v, visible, 0);
-                    store(x, weight);
-                    store(y, weight * (load(y) - delta[r]));
-                }
-            }
+            multiply<false>(count, n, a_.width, tile.q, units_, 1, keys_across_ + from, kKeys, tile.scores, kKeys);
+            multiply<false>(count, n, a_.width, tile.grad, units_, 1, values_across_ + from, kKeys, tile.grad_weights,
+                            kKeys);
+            for (int64_t r = 0; r < count; r += kPerUnit<Unit>) weigh(tile, r, n, block, start, lse, delta);
             const int64_t to = (block.start < 0 ? block.start + a_.prefix : block.start) * width_;
             float *grad_v = (block.start < 0 ? lead_v : own_v) + to, *grad_k = (block.start < 0 ? lead_k : own_k) + to;
-            multiply<true>(n * kLanes, wide, count, p, 1, kKeys, grad, width_, grad_v, width_);
-            multiply<true>(n * kLanes, wide, count, grad_p, 1, kKeys, q, width_, grad_k, width_);
-            multiply<true>(count, wide, n * kLanes, grad_p, kKeys, 1, keys_ + from, width_, grad_q, width_);
+            multiply<true>(n * kLanes, wide, count, tile.weights, 1, kKeys, tile.grad_along, width_, grad_v,
+                           width_);
+            multiply<true>(n * kLanes, wide, count, tile.slopes_along, 1, kKeys, tile.q_along, width_, grad_k,
+                           width_);
+            multiply<true>(count, wide, n * kLanes, tile.slopes, kBlockUnits, 1, keys_along_ + from, width_,
+                           tile.sums, width_);
         });
         for (int64_t r = 0; r < count; ++r)
-            narrow_row(grad_q + r * width_, a_.width, scale_,
-                       static_cast<T*>(a_.grad_q) + ((token + r) * a_.n_heads + head) * a_.width);
+            write_row(tile.sums + r * width_, scale_ * kLn2,
+                      static_cast<T*>(a_.grad_q) + ((token + r) * a_.n_heads + head) * a_.width);
+    }
+
+    // The weights of a unit's rows again, along, and the gradients of their scores, along and by rows.
+    void weigh(const Tile& tile, int64_t r, int64_t n, const Block& block, int64_t start, const float* lse,
+               const float* delta) const {
+        auto* slopes = reinterpret_cast<Value<Unit>*>(tile.slopes);
+        for (int64_t v = 0; v < n; ++v) {
+            Lanes weights[kPerUnit<Unit>], gradients[kPerUnit<Unit>];
+            for (int64_t i = 0; i < kPerUnit<Unit>; ++i) {  // the last row may be of zeros: its weights do no harm
+                const int64_t from = (r + i) * kKeys + v * kLanes;
+                const Lanes weight = power_of_two(load(tile.scores + from) * scale_ - lse[r + i]);
+                weights[i] = masked(weight, v, seen(block, start + r + i), 0);
+                gradients[i] = weights[i] * (load(tile.grad_weights + from) - delta[r + i]);
+                store(slopes + from, gradients[i]);
+            }
+            const int64_t to = r / kPerUnit<Unit> * kKeys + v * kLanes;
+            store_along(tile.weights + to, weights);
+            store_along(tile.slopes_along + to, gradients);
+        }
+    }
+
+    const T* row_of(const void* x, int64_t row) const { return static_cast<const T*>(x) + row * a_.width; }
+
+    float dot(const T* a, const T* b) const {
+        Lanes products = Lanes{};
+        for (int64_t i = 0; i < a_.width; i += kLanes)
+            products += load_some(a + i, a_.width - i) * load_some(b + i, a_.width - i);
+        return sum(products);
+    }
+
+    void write_row(const float* from, float scale, T* to) const {
+        for (int64_t i = 0; i < a_.width; i += kLanes) store_some(to + i, load(from + i) * scale, a_.width - i);
     }
 
     void write_keys(int64_t token, int64_t count, int64_t kv, const float* grad_k, const float* grad_v) const {
         for (int64_t j = 0; j < count; ++j) {
             const int64_t to = ((token + j) * a_.n_kv_heads + kv) * a_.width;
-            narrow_row(grad_k + j * width_, a_.width, 1, static_cast<T*>(a_.grad_k) + to);
-            narrow_row(grad_v + j * width_, a_.width, 1, static_cast<T*>(a_.grad_v) + to);
+            write_row(grad_k + j * width_, scale_ * kLn2, static_cast<T*>(a_.grad_k) + to);
+            write_row(grad_v + j * width_, 1, static_cast<T*>(a_.grad_v) + to);
         }
     }
 
-    int64_t group() const { return a_.n_heads / a_.n_kv_heads; }
-
     const Attention& a_;
     const bool backward_;
-    const int64_t width_;
-    const float scale_;
+    const int64_t width_, units_;               // W, in values and in units
+    const float scale_;                         // of scores, to exponents of two
     std::vector<int64_t> first_block_, order_;  // [documents + 1]; documents, longest first
-    float *keys_ = nullptr, *keys_t_ = nullptr, *values_ = nullptr, *values_t_ = nullptr;
+    Unit *keys_along_ = nullptr, *keys_across_ = nullptr, *values_along_ = nullptr, *values_across_ = nullptr;
 };
 
 }  // namespace
 
 extern "C" void arriero_attention_forward(const Attention* a) {
-    a->bf16 ? Packed<bf16>(*a, false).forward() : Packed<float>(*a, false).forward();
+    a->bf16 ? Packed<bf16, UnitOfBf16>(*a, false).forward() : Packed<float, float>(*a, false).forward();
 }
 
 extern "C" void arriero_attention_backward(const Attention* a) {
-    a->bf16 ? Packed<bf16>(*a, true).backward() : Packed<float>(*a, true).backward();
+    a->bf16 ? Packed<bf16, UnitOfBf16>(*a, true).backward() : Packed<float, float>(*a, true).backward();
 }

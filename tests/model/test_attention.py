@@ -1,0 +1,52 @@
+"""attention.cpp as other CPUs compile it; tests/model/test_llama.py has it as this one does."""
+
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from arriero.cpp import load_cpp
+from arriero.model import attention
+from arriero.model.attention import document_attention, naive_attention
+
+pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86-64")
+
+
+@pytest.fixture(params=["-mno-avx512bf16", "-march=x86-64"])
+def older_cpu(request, monkeypatch) -> None:
+    """Without products of bf16 pairs; without wide vectors either."""
+    library = load_cpp(Path(attention.__file__).with_suffix(".cpp"), "no test", "-fopenmp", request.param)
+    assert library is not None
+    monkeypatch.setattr(attention, "load_library", lambda: library)
+
+
+@pytest.mark.usefixtures("older_cpu")
+@pytest.mark.parametrize("prefix", [0, 67])
+@pytest.mark.parametrize("width", [6, 64, 80])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2.5e-3)], ids=str)
+def test_attention_on_older_cpus_equals_the_naive_twin(dtype, bound, width, prefix):
+    compare(dtype, bound, width, prefix)
+
+
+@pytest.mark.parametrize("width", [6, 64, 80])
+@pytest.mark.parametrize("lengths", [(67, 131, 1, 63, 65), (1, 2, 3, 33, 7)], ids=str)
+def test_odd_documents_fill_pairs_with_nothing(width, lengths):
+    compare(torch.bfloat16, 3.5e-3, width, 0, lengths)
+
+
+def compare(dtype, bound, width, prefix, lengths=(67, 131, 1, 64, 65)):
+    """Relative errors in norm of the output and three gradients, against the twin in fp32, are below `bound`."""
+    g = torch.Generator().manual_seed(1)
+    cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    q, grad = torch.randn(2, 1, sum(lengths), 6, width, generator=g).to(dtype)
+    k, v = torch.randn(2, 1, sum(lengths), 2, width, generator=g).to(dtype)
+    runs = []
+    for attend in (document_attention, naive_attention):
+        wide = torch.float32 if attend is naive_attention else dtype
+        leaves = [x.to(wide, copy=True).requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves, cu, prefix)
+        runs.append((out.detach(), *torch.autograd.grad(out, leaves, grad.to(wide))))
+    for ours, naive in zip(*runs, strict=True):
+        assert ours.dtype == dtype
+        assert float((ours.float() - naive).norm() / naive.norm()) < bound
