@@ -2,7 +2,7 @@
 
 Logits are made for a chunk of positions, reduced, and dropped; their gradient is formed in the same pass,
 while they are at hand. Positions with target -100 cost nothing: they are dropped before the first product.
-Price: the head's forward once (checkpointing would make it twice) and one [chunk, V] fp32 buffer.
+Price: the head's forward once (checkpointing would make it twice), one [chunk, V] buffer and one like the head.
 Idea: Cut Your Losses (arXiv 2411.09009) and Liger's fused loss (2410.10989).
 
 Where the head is split over processes by vocabulary (a DTensor), each makes the logits of its part, and only three
@@ -52,8 +52,8 @@ def chunked_cross_entropy(
     if chunk is None:
         chunk = min(4 * CHUNK, max(CHUNK, FUSED_LOGITS // len(weight))) if fused else CHUNK
     hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
-    grade = _fused() if fused else functools.partial(_grade, vocabulary)
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, z_loss, grade)
+    passes = _CompiledPasses() if fused else _Passes(vocabulary)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, z_loss, passes)
 
 
 @torch.no_grad()
@@ -102,38 +102,61 @@ class Vocabulary:
         return largest + sums[:, :1].log(), sums[:, 1:], picked, here.long()
 
 
-def _grade(vocabulary: Vocabulary, logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """The loss of a chunk summed over its positions, and its gradient by the logits in their type; works in place."""
-    dtype, logits = logits.dtype, logits.float()
-    logsumexp, chosen, picked, here = vocabulary.look_up(logits, targets)
-    loss = (logsumexp - chosen).sum() + z_loss * logsumexp.square().sum()
-    grad = logits.sub_(logsumexp).exp_()  # softmax, in place of the logits
-    if z_loss:
-        grad *= 1 + 2 * z_loss * logsumexp
-    grad.scatter_add_(1, picked, -here.to(grad.dtype))
-    return loss, grad.to(dtype)
+class _Passes:
+    """The passes over a chunk's logits and the head's gradient that are not matrix products."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+
+    def grade(self, logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
+        """The loss of a chunk summed over its positions; its gradient takes the logits' place."""
+        wide = logits.float()
+        logsumexp, chosen, picked, here = self.vocabulary.look_up(wide, targets)
+        loss = (logsumexp - chosen).sum() + z_loss * logsumexp.square().sum()
+        grad = wide.sub_(logsumexp).exp_()  # softmax
+        if z_loss:
+            grad *= 1 + 2 * z_loss * logsumexp
+        grad.scatter_add_(1, picked, -here.to(grad.dtype))
+        if grad is not logits:
+            logits.copy_(grad)
+        return loss
+
+    def add(self, total: Tensor, part: Tensor) -> None:
+        """total += part, in total's type."""
+        total += part
 
 
-def _grade_whole(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """`_grade` over the whole vocabulary, in a form that the compiler makes two passes of, without fp32 logits."""
+class _CompiledPasses(_Passes):
+    """The same over a whole vocabulary: two passes over the logits and one over the gradient, without fp32 copies."""
+
+    def __init__(self) -> None:
+        super().__init__(Vocabulary())
+
+    def grade(self, logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
+        for x in (logits, targets):
+            torch._dynamo.maybe_mark_dynamic(x, 0)  # the last chunk is shorter
+        return _compiled(_grade_whole)(logits, targets, z_loss)
+
+    def add(self, total: Tensor, part: Tensor) -> None:
+        _compiled(_add)(total, part)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+def _grade_whole(logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
     wide, picked = logits.float(), targets[:, None]
     logsumexp = wide.logsumexp(1, keepdim=True)
     loss = (logsumexp - wide.gather(1, picked)).sum() + z_loss * logsumexp.square().sum()
     hot = torch.arange(logits.shape[1], device=logits.device) == picked
-    grad = (wide - logsumexp).exp() * (1 + 2 * z_loss * logsumexp) - hot.float()
-    return loss, grad.to(logits.dtype)
+    logits.copy_((wide - logsumexp).exp() * (1 + 2 * z_loss * logsumexp) - hot.float())
+    return loss
 
 
-@functools.cache
-def _fused() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
-    compiled = torch.compile(_grade_whole)
-
-    def grade(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-        for x in (logits, targets):
-            torch._dynamo.maybe_mark_dynamic(x, 0)  # the last chunk is shorter
-        return compiled(logits, targets, z_loss)
-
-    return grade
+def _add(total: Tensor, part: Tensor) -> None:
+    total.add_(part)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -145,20 +168,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         chunk: int,
         z_loss: float,
-        grade: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]],
+        passes: _Passes,
     ) -> Tensor:
         computed = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        # Both large results of the products have one place for all chunks: fresh memory costs as much as the product.
+        logits = hidden.new_empty(min(chunk, len(targets)), len(weight))
+        part = torch.empty_like(computed) if weight.requires_grad else None
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
-            loss, grad = grade(F.linear(hidden[rows], computed), targets[rows], z_loss)
-            total += loss
+            here = torch.mm(hidden[rows], computed.T, out=logits[: len(targets[rows])])
+            total += passes.grade(here, targets[rows], z_loss)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad @ computed
+                torch.mm(here, computed, out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight += grad.T @ hidden[rows]
+                passes.add(grad_weight, torch.mm(here.T, hidden[rows], out=part))
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
