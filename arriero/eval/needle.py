@@ -5,7 +5,7 @@ A needle is a sentence that gives a place's pass key, hidden between the sentenc
 a base model answers by going on. Three scores: whether the greedy answer is the key, whether the key is more probable
 than nine others of its form, and what it costs in bits. With several needles in one text all are asked for, each the
 others' distractor (multi-needle: Llama 3, 2407.21783, section 3.4.2). Beside that, what plain prose costs at each
-distance from its beginning: beyond the trained length it rises at once.
+distance from its beginning: beyond the trained length it rises.
 
 Texts are read through a cache, CHUNK tokens at a time, and what successive texts share is read once (depths go from the
 end to the beginning). Price: about half of `depths` readings of the length, and for the cache 2 L K h values a token:
