@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from arriero.data.loader import Batch
 from arriero.distributed.engine import Engine
 from arriero.distributed.stage import Objective
+from arriero.errors import ConfigError
 from arriero.optim.build import Together, build_optimizer
 from arriero.train.config import OptimConfig
 
@@ -31,6 +32,12 @@ class InBackward(Together):
     """The optimizer of `optim` over the engine's parameters, which a backward pass steps."""
 
     def __init__(self, engine: Engine, optim: OptimConfig) -> None:
+        """Raises `ConfigError` for Muon on many processes: it would communicate within the backward's communication."""
+        if optim.optimizer == "muon" and engine.mesh.world > 1:
+            raise ConfigError(
+                f"in_backward is on with muon on {engine.mesh.world} processes, whose matrices muon has to gather; "
+                "take adamw or adamw8bit, or leave in_backward off"
+            )
         each = {name: build_optimizer({name: p}, **optim.arguments) for name, p in engine.parameters.items()}
         super().__init__(*each.values())
         self.engine = engine

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from arriero.checkpoint import native
 from arriero.distributed.config import ParallelConfig
 from arriero.distributed.engine import Engine
+from arriero.distributed.mesh import Mesh
 from arriero.distributed.parallelize import prepare
 from arriero.errors import ConfigError
 from arriero.losses.lm import chunked_cross_entropy
@@ -158,6 +159,13 @@ def test_what_needs_the_whole_gradient_is_refused_with_a_step_in_the_backward_pa
     PretrainConfig(optim=optim, stages=(TrainingStage(0.5, batch_rows=8, seq_len=512),))
     with pytest.raises(ConfigError, match=r"batch_rows 8 is not micro_rows 2 x 1 data-parallel .* has to be kept"):
         trainer_of(tmp_path, batch_rows=8)
+
+
+def test_muon_is_not_stepped_in_the_backward_pass_of_many_processes():
+    engine = Engine.alone(Llama(SHAPE))
+    engine.mesh = Mesh(ParallelConfig(dp_shard=2), engine.mesh.device)
+    with pytest.raises(ConfigError, match=r"in_backward is on with muon on 2 processes, .* take adamw or adamw8bit"):
+        InBackward(engine, OptimConfig("muon", clip=0.0, in_backward=True))
 
 
 def test_eight_bits_are_refused_where_rows_are_cut():
