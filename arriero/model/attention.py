@@ -13,7 +13,7 @@ Without a C++ compiler the CPU's is torch's fused kernel, one call a document, w
 One layer of SmolLM2-135M, bf16, two Zen 4 cores, torch -> C++ in ms (bench/attention.py): a document of 155 tokens
 forward 1.0 -> 0.55, backward 4.3 -> 1.0; six of them 5.9 -> 2.5 and 29 -> 4.8; 400 + 600 tokens 11 -> 5.2 and 27 -> 11.
 Those are with fp32 products; of bf16 pairs (Zen 5, one core, four documents of 1024, 12 heads) forward takes 24 instead
-of 43, backward 51 instead of 83, and the error against fp64 is 2.0e-3 instead of 1.6e-3 (gradients 2.5e-3 and 1.9e-3).
+of 43, backward 52 instead of 83, and the error against fp64 is 2.0e-3 instead of 1.6e-3 (gradients 2.5e-3 and 1.9e-3).
 
 Twin: `naive_attention`, which materialises everything and is used by tests only.
 Shapes: B batch, T tokens, N = B*T, S cached tokens, H heads, K KV heads, G = H/K, h head width.
