@@ -19,7 +19,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import mmap
 import os
 import weakref
 from collections.abc import Iterable, Sequence
@@ -114,10 +113,8 @@ class PackedWeights:
         self._counted = [m for m in matrices if not m.is_inference()]  # nothing trains an inference tensor
         self._versions = self._count()
         sizes = [0 if m.shape[1] % 64 else m.numel() * 3 // 2 for m in matrices]
-        self._memory = mmap.mmap(-1, max(1, sum(sizes)))
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer page faults, where the system has such pages to give
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._memory = torch.empty(sum(sizes), dtype=torch.uint8)
+        start = self._memory.data_ptr()
 
         def pack(matrix: Tensor, size: int, end: int) -> int:
             return int(library.arriero_pack(matrix.data_ptr(), *matrix.shape, start + end - size if size else None))
