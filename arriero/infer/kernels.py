@@ -1,13 +1,13 @@
 """The decode step in C++: compiled on first use, cached, and only ever a faster twin of the torch one.
 
 Decoding one sequence reads every weight once a token, so memory bandwidth is the limit: 269 MB for SmolLM2-135M in
-bf16, of which two Zen 5 cores can read 47 to 52 GB/s. There a step takes 6.1 ms, and 5.0 ms with packed weights, where
-torch's own kernels take 20 (bench/decode.py).
+bf16, of which two Zen 5 cores can read 47 to 52 GB/s. There a step takes 5.7 ms, and 5.1 ms with packed weights, where
+torch's own kernels take about 20 (docs/log.md).
 
 A step works on the model's own tensors, in place. Where one or few sequences go on for long, it packs bf16 weights into
 twelve bits each, bit for bit the same (`Packed` in kernels.cpp). That costs three quarters of the weights' memory on
-top of them, for as long as the step lives (202 MB here), and the time of 15 tokens (91 ms), which some 80 tokens win
-back; so it is done after `PACK_AFTER` of them, and short answers go without.
+top of them, for as long as the step lives (202 MB here), and the time of 16 tokens (91 ms), which takes 80 to 160
+tokens to win back; so it is done after `PACK_AFTER` of them, and short answers go without.
 
 Make a step for each generation, after any training step or `model.to(...)`: its pointers are taken by the constructor,
 which is cheap. The tensors are held for as long as the step lives, so that no pointer can dangle, and weights that
