@@ -92,7 +92,7 @@ def do(run: Run, mesh: Mesh) -> Trainer:
     weights = trainer.engine.full_state_dict()
     if mesh.rank == 0:
         if outcome.interrupted is None:
-            save_file({name: t.contiguous() for name, t in weights.items()}, run_dir / "final.safetensors")
+            save_file({name: t.clone() for name, t in weights.items()}, run_dir / "final.safetensors")
         print("ended", outcome.progress.step, outcome.interrupted and outcome.interrupted.name, flush=True)
     return trainer
 

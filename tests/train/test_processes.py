@@ -35,6 +35,17 @@ def test_fine_tuning_on_two_processes_gives_the_run_directory_of_one(toy_model, 
 
 
 @pytest.mark.slow
+def test_a_tied_model_fine_tuned_whole_in_a_pipeline_is_exported_as_by_one_process(toy_model, rows, tmp_path):
+    sft(toy_model, rows, tmp_path / "one", 1, "--method", "full")
+    sft(toy_model, rows, tmp_path / "two", 2, "--method", "full", "--pp", "2")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("one", "two"))
+    assert one.keys() == two.keys() and "lm_head.weight" not in one
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.slow
 def test_what_cannot_be_split_so_is_said_before_step_1(toy_model, rows, tmp_path):
     with pytest.raises(AssertionError, match="tp 2 does not divide the model's n_kv_heads 11"):
         sft(toy_model, rows, tmp_path / "run", 2, "--tp", "2")
