@@ -6,12 +6,13 @@ torch's own kernels take about 20 (docs/log.md).
 
 A step works on the model's own tensors, in place. Where one or few sequences go on for long, it packs bf16 weights into
 twelve bits each, bit for bit the same (`Packed` in kernels.cpp). That costs three quarters of the weights' memory on
-top of them, for as long as the step lives (202 MB here), and the time of 16 tokens (91 ms), which takes 80 to 160
-tokens to win back; so it is done after `PACK_AFTER` of them, and short answers go without.
+top of them (202 MB here), and once the time of 16 tokens (91 ms); so it is done after `PACK_AFTER` steps, programs that
+say little go without, and what was packed serves all later steps of the model.
 
 Make a step for each generation, after any training step or `model.to(...)`: its pointers are taken by the constructor,
 which is cheap. The tensors are held for as long as the step lives, so that no pointer can dangle, and weights that
-were changed in place since they were packed are read from the tensors again, by their version counters.
+were changed in place since they were packed are read from the tensors again, by their version counters (which do not
+hear of writes through `.data`).
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class _Step(ctypes.Structure):
 class PackedWeights:
     """bf16 matrices [rows, width] at twelve bits a weight, where width is a multiple of 64; others stay as they are.
 
-    The matrices must outlive it; `fresh` tells whether they changed since.
+    `fresh` tells whether the matrices changed since, and `holds` whether these are still the ones.
     """
 
     def __init__(self, library: ctypes.CDLL, matrices: Sequence[Tensor]) -> None:
@@ -127,6 +128,12 @@ class PackedWeights:
         """Whether no matrix was changed in place, as an optimizer does it."""
         return self._count() == self._versions
 
+    def holds(self, matrices: Sequence[Tensor]) -> bool:
+        """Whether it was packed from just these as they are; never for inference tensors, which count no changes."""
+        if len(self._counted) < len(matrices) or not self.fresh():
+            return False
+        return all(a.data_ptr() == b.data_ptr() for a, b in zip(self._matrices, matrices, strict=True))
+
     def _count(self) -> int:
         return sum([m._version for m in self._counted])
 
@@ -135,6 +142,10 @@ class PackedWeights:
         matrix = torch.empty_like(self._matrices[i])
         self._library.arriero_unpack(self.pointers[i], *matrix.shape, matrix.data_ptr())
         return matrix
+
+
+_PACKED: weakref.WeakKeyDictionary[Llama, PackedWeights] = weakref.WeakKeyDictionary()
+"""What a generation of each model left for the next ones."""
 
 
 def _room_to_pack(matrices: Sequence[Tensor]) -> bool:
@@ -173,6 +184,9 @@ class NativeStep:
         kind = WEIGHT_TYPES.index(model.lm_head.weight.dtype)
         self._plain = self._found([matrix.data_ptr() for matrix in self._matrices], kind)
         self._packed: tuple[PackedWeights, _Found] | None = None
+        self._model = model
+        if (earlier := _PACKED.get(model)) is not None:
+            self._read_packed(earlier if earlier.holds(self._matrices) else None)
         self._until_packing = PACK_AFTER if kind == BF16 and _room_to_pack(self._matrices) else -1
         self._step = _Step(
             config.dim, config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim, config.ffn_dim,
@@ -203,12 +217,20 @@ class NativeStep:
         if n > FEW:
             return self._plain
         self._until_packing -= 1
-        if self._until_packing == 0:
-            packed = PackedWeights(self._library, self._matrices)
-            self._packed = packed, self._found(packed.pointers, PACKED)
         if self._packed is not None and not self._packed[0].fresh():
-            self._packed = None
+            self._read_packed(None)
+        elif self._packed is None and self._until_packing == 0:
+            self._read_packed(PackedWeights(self._library, self._matrices))
         return self._plain if self._packed is None else self._packed[1]
+
+    def _read_packed(self, packed: PackedWeights | None) -> None:
+        """Read `packed` from now on, as all later steps of the model will; None: the tensors."""
+        if packed is None:
+            self._packed = None
+            _PACKED.pop(self._model, None)
+        else:
+            self._packed = packed, self._found(packed.pointers, PACKED)
+            _PACKED[self._model] = packed
 
     def _found(self, pointers: Iterable[int], kind: int) -> _Found:
         each = iter(pointers)

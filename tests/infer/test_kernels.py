@@ -173,6 +173,30 @@ def test_weights_are_packed_for_long_generations_of_few_sequences(native, packab
     assert not packs(wide)  # fp32
 
 
+def test_what_one_generation_packed_serves_the_next(native, packable, monkeypatch):
+    monkeypatch.setattr(kernels, "PACK_AFTER", 2)
+    model = packable[0]
+
+    def step():
+        return native_step(model, prefilled(model, [3])[0])
+
+    first = step()
+    for _ in range(2):
+        first(torch.tensor([5]), torch.tensor([0]))
+    assert packs(second := step()) and second._packed[0] is first._packed[0]
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)  # other memory
+    assert not packs(step()) and not packs(step())
+    with torch.inference_mode():
+        loaded = model.__class__(model.config).to(torch.bfloat16)
+        loaded.load_state_dict(model.state_dict())
+    for _ in range(2):  # whose changes nothing counts: packed for one generation only
+        step = native_step(loaded, prefilled(loaded, [3])[0])
+        assert not packs(step)
+        for _ in range(2):
+            step(torch.tensor([5]), torch.tensor([0]))
+        assert packs(step)
+
+
 def test_a_model_too_large_for_this_machine_is_not_packed(native, packable, monkeypatch):
     monkeypatch.setattr(kernels, "PACK_AFTER", 1)
     monkeypatch.setattr(kernels, "SHARE_OF_MEMORY", 1e-9)
