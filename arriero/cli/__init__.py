@@ -7,6 +7,7 @@ parameters, and its docstring is its help. Whatever costs time is imported insid
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,12 @@ from arriero.errors import UserError, did_you_mean
 
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 MISUSED = 2
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REMEDIES = {
+    **dict.fromkeys(FULL, "free disk space, or write elsewhere"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or give another path"),
+    errno.ENOTDIR: "a part of the path is a file; give another path",
+}
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -57,11 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"arriero: {error}", file=sys.stderr)
         return MISUSED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a file that no command looked at beforehand: the path or the disk is to blame, not us
+        if error.filename is None and error.errno not in FULL:
+            raise
+        file = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+        print(f"arriero: {file}{error.strerror}; {REMEDIES.get(error.errno or 0, 'check the path')}", file=sys.stderr)
+        return MISUSED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -190,8 +190,9 @@ def open_law(name: str) -> Known:
         power = PowerLaw(**_values(found["power_law"]))
         loss = LossLaw(**_values(found["loss_law"]))
         resampled = [PowerLaw(*values) for values in found["resamples"]["power_law"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: not what `arriero scaling fit` writes ({error!r}); run it again") from error
+    except (ValueError, KeyError, TypeError) as error:  # its type is enough: the text may hold all of the file
+        why = type(error).__name__
+        raise DataError(f"{file}: not what `arriero scaling fit` writes ({why}); run it again") from error
     return Known(name, power, loss, resampled)
 
 
