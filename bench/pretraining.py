@@ -8,6 +8,9 @@ of eager and compiled, the whole batch at once and accumulated; --all adds fp32,
 pure bf16, Arriero as `arriero pretrain` does: fp32 weights, bf16 products, compiled blocks. Peers that are not
 installed are left out by name (pip install --no-deps litgpt lightning; torchtune wants an old torchao).
 
+Arriero's recipe has glibc keep freed memory (train/hardware.py), so it is kept in Arriero's steps and given back in the
+peers', as glibc does by itself; --keep-for-all lets the peers profit too.
+
 FLOPs are the model's own (`LlamaConfig.flops_per_token`), the peak that of a 2048^3 bf16 product here.
 """
 
@@ -29,7 +32,7 @@ from arriero.distributed.parallelize import prepare
 from arriero.model.config import LADDER, LlamaConfig
 from arriero.model.llama import Llama
 from arriero.optim.build import build_optimizer
-from arriero.train.hardware import matmul_peak
+from arriero.train.hardware import keep_freed_memory, matmul_peak
 from arriero.train.objectives import lm_loss
 
 Step = Callable[[], float]
@@ -131,6 +134,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compiled", action="store_true", help="leave the eager peers out")
     parser.add_argument("--all", action="store_true", help="every peer in fp32 too")
+    parser.add_argument("--keep-for-all", action="store_true", help="keep freed memory in the peers' steps too")
     args = parser.parse_args()
     shape = LADDER[args.model]
     generator = torch.Generator().manual_seed(0)
@@ -150,6 +154,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(-2, args.rounds):
         for name, step in contenders.items():
+            keep_freed_memory(args.keep_for_all or name.startswith("arriero"))
             start = time.perf_counter()
             step()
             if index >= 0:  # the first steps compile and warm

@@ -174,7 +174,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
-        # Both large results of the products have one place for all chunks: fresh memory costs as much as the product.
+        # Both large results of the products have one place for all chunks: fresh memory is faulted in page by page.
         logits = hidden.new_empty(min(chunk, len(targets)), len(weight))
         part = torch.empty_like(computed) if weight.requires_grad else None
         for start in range(0, len(targets), chunk):

@@ -42,7 +42,7 @@ from arriero.model.initial import initial_weight
 from arriero.model.llama import Llama
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.train.config import PretrainConfig, PretrainDataConfig
-from arriero.train.hardware import matmul_peak, refuse_what_cannot_fit
+from arriero.train.hardware import keep_freed_memory, matmul_peak, refuse_what_cannot_fit
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.objectives import lm_loss
 from arriero.train.recipe import DTYPES, alone, compiles, eagerly, execute
@@ -175,6 +175,7 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
     model, values = make_model(config, tokenizer, max(phase.seq_len for phase in phases))
     model.set_compute_dtype(DTYPES[loop.precision]).train()
     compiled = compiles(loop, tokens_of(phases, total_steps))
+    keep_freed_memory()
     for phase in phases:
         mesh.config.check_batch(phase.batch_rows, loop.micro_rows, phase.seq_len)
     engine = Engine(parallelize(model, mesh, values=values, recompute=loop.recompute, compile=compiled), mesh)
