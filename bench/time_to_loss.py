@@ -51,7 +51,7 @@ from arriero.train.objectives import lm_loss
 from arriero.train.pretrain import build
 
 MODEL, SEQ_LEN, VOCABULARY, HELD_OUT_ROWS = "10m", 512, 4096, 256
-# Plain's rate and rows are the best of those tried (docs/log.md); its steps take four minutes here, Arriero's reach as far.
+# Plain's rate and rows are the best of those tried (docs/log.md); its steps take four minutes here.
 PLAIN_ROWS, PLAIN_STEPS = 2, 1000
 PLAIN = OptimConfig("adamw", lr=1e-3, schedule="cosine", warmup=0.05, min_lr=0.1, weight_decay=0.1)
 ROWS, STEPS = 8, 120
