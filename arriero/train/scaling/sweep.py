@@ -33,8 +33,8 @@ from arriero.checkpoint.hf import save_hf
 from arriero.data.shards import Shards, open_sources, refuse_changed
 from arriero.errors import ConfigError
 from arriero.files import replaced_file
+from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig
-from arriero.model.llama import Llama
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.train import pretrain
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig
@@ -173,7 +173,7 @@ def _train(run: PlannedRun, config: SweepConfig, tokenizer: Tokenizer) -> Outcom
     told = settings(run, config)
     directory = Path(told.out)
     if not (directory / "init").exists():
-        model = Llama(run.shape).init_weights(seed=run.seed, depth_scaled=True)
+        model = build_model(run.shape).init_weights(seed=run.seed, depth_scaled=True)
         save_hf(model, directory / "init", tokenizer, dtype=torch.float32)
     torch.compiler.reset()  # type: ignore[no-untyped-call]  # else code for ever more shapes is kept, up to a limit
     outcome = pretrain.main(told)
