@@ -41,7 +41,6 @@ from rich.console import Console
 from torch import nn
 
 from arriero.data.documents import DataStage, PretrainLoader
-from arriero.data.pack import random_order
 from arriero.data.shards import Shards, open_sources
 from arriero.model.llama import Llama
 from arriero.optim.groups import decay_groups, trained_parameters
@@ -82,10 +81,9 @@ def plain(shards: Path, seed: int, steps: int, eager: bool = False) -> tuple[nn.
     optimizer = torch.optim.AdamW(groups, lr=PLAIN.lr, betas=PLAIN.betas, eps=PLAIN.eps, fused=True)
     sources = open_sources(shards / "train")
     loader = PretrainLoader(sources, [DataStage(0, SEQ_LEN, dict.fromkeys(sources, 1.0))], seed, "concat")
-    order = random_order(loader.rows_in_epoch(next(iter(sources))), seed)  # neighbours are one document's
 
     def step(index: int) -> None:
-        rows = [loader.row(int(i)) for i in order[index * PLAIN_ROWS : (index + 1) * PLAIN_ROWS]]
+        rows = [loader.row(i) for i in range(index * PLAIN_ROWS, (index + 1) * PLAIN_ROWS)]
         inputs = torch.stack([torch.from_numpy(row.tokens) for row in rows]).long()
         targets = torch.cat([torch.from_numpy(row.targets) for row in rows])
         with torch.autocast("cpu", torch.bfloat16, enabled=not eager):

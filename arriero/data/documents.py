@@ -11,7 +11,8 @@ state but a count, so resume is "go on from index", with any batch size. From in
    epoch orders the windows, and the rows in each, anew.
 3. In a window the documents are packed. "best-fit" cuts those longer than a row into pieces of a row, drops nothing,
    and packs the pieces (`pack.py`); a document attends to itself only. "concat" lays them end to end and cuts where a
-   row is full, as Llama 1 and 2 did: no padding, and attention over the whole row.
+   row is full, as Llama 1 and 2 did: no padding, and attention over the whole row. The rows then change places, or a
+   small batch would be of one document.
 
 What a row holds are predictions: a document of n tokens is n - 1 inputs, each with the next token as its target, so a
 position never goes to waste on an end of text that predicts nothing; the end of text itself is predicted. A piece that
@@ -33,7 +34,7 @@ import hashlib
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -50,6 +51,8 @@ from arriero.errors import ConfigError, DataError, did_you_mean
 
 WINDOW = 2**17  # documents; more pack a little better, and take longer to pack
 KEPT = 3  # packed windows kept for each source: two where rows are asked for in order, one for looking back
+BLOCK = 2**16  # rows of concatenated text that change places with each other
+ENDLESS = 2**62
 
 IntArray = NDArray[np.int64]
 PackingKind = Literal["best-fit", "concat"]
@@ -264,14 +267,26 @@ class BestFit:
 
 
 class Concat:
-    """Rows cut from the documents laid end to end, epoch after epoch; the run begins with token `offset` of that."""
+    """Rows cut from the documents laid end to end, epoch after epoch, in random order.
 
-    def __init__(self, windows: Windows, seq_len: int, offset: int = 0) -> None:
-        self.windows, self.seq_len, self.offset = windows, seq_len, offset
+    Neighbouring rows are often one document's, so the rows of a window change places, in blocks of at most BLOCK; a
+    row over a window's end keeps its own.
+
+    spans: the stretches of that endless text that the run gives, the last without end. There are several where rows of
+    another length gave a block in part.
+    """
+
+    def __init__(self, windows: Windows, seq_len: int, spans: Sequence[tuple[int, int]] = ((0, ENDLESS),)) -> None:
+        self.windows, self.seq_len = windows, seq_len
         self.n_tokens = windows.shards.n_tokens
+        self._starts, self._stops = np.array(spans, dtype=np.int64).T
+        self._ends = np.cumsum(self._stops - self._starts)  # of each span, counted in tokens of the run
+        self._endless = int(self._ends[-2]) if len(spans) > 1 else 0  # where the last span begins, counted so
+        self._given = int(self._starts[-1]) - self._endless  # tokens, by the runs before
         self._counts = np.array([windows.lengths(w).sum() for w in range(windows.n)])
         self._bounds = lru_cache(maxsize=2)(self._epoch_bounds)
         self._laid_out = lru_cache(maxsize=KEPT)(self._lay_out)
+        self._order = lru_cache(maxsize=KEPT)(self._random_order)
 
     @property
     def rows_in_epoch(self) -> int:
@@ -279,26 +294,69 @@ class Concat:
         return self.n_tokens // self.seq_len
 
     def row(self, k: int) -> Row:
-        """Row k of the run: one stretch of text, its last token predicting the next row's first."""
-        ids = np.empty(self.seq_len + 1, dtype=np.int64)
-        at, place = 0, self.offset + k * self.seq_len
-        while at < len(ids):
-            part = self._from(place + at, len(ids) - at)
-            ids[at : at + len(part)] = part
-            at += len(part)
-        return Row(ids[:-1].astype(np.int32), ids[1:], np.array([self.seq_len]))
+        """Row k of the run: each of its tokens predicts the one after it in the text."""
+        first, order = self._block(k)
+        at = (first + int(order[k - first])) * self.seq_len
+        ids = [self._text(start, stop + 1) for start, stop in self._spans(at, at + self.seq_len)]
+        tokens, targets = np.concatenate([x[:-1] for x in ids]), np.concatenate([x[1:] for x in ids])
+        return Row(tokens.astype(np.int32), targets, np.array([self.seq_len]))
 
     def rows_until(self, epochs: Fraction) -> int:
         """Rows from the run's first to where the source has been gone through so many times."""
-        return max(0, (math.floor(epochs * self.n_tokens) - self.offset) // self.seq_len)
+        return max(0, (math.floor(epochs * self.n_tokens) - self._given) // self.seq_len)
 
     def epochs(self, n: int) -> float:
         """How often n rows go through the source."""
         return n * self.seq_len / self.n_tokens
 
     def resized(self, k: int, seq_len: int) -> Concat:
-        """The run that goes on at row k with rows of another length."""
-        return Concat(self.windows, seq_len, self.offset + k * self.seq_len)
+        """The run that goes on at row k with rows of another length: what is left of its block, then what follows."""
+        first, order = self._block(k)
+        left = [(row * self.seq_len, (row + 1) * self.seq_len) for row in np.sort(first + order[k - first :]).tolist()]
+        left.append(((first + len(order)) * self.seq_len, int(self._ends[-1])))
+        joined: list[tuple[int, int]] = []
+        for start, stop in (span for part in left for span in self._spans(*part)):
+            if joined and joined[-1][1] == start:
+                start = joined.pop()[0]
+            joined.append((start, stop))
+        return Concat(self.windows, seq_len, joined)
+
+    def _block(self, k: int) -> tuple[int, IntArray]:
+        """The first of the rows among which row k changes places, and their order."""
+        at, epoch = k * self.seq_len, -1
+        begin, end = 0, self._endless
+        if at >= self._endless:
+            epoch = (at + self._given) // self.n_tokens
+            bounds = self._bounds(epoch) + epoch * self.n_tokens - self._given
+            window = int(np.searchsorted(bounds, at, side="right"))
+            begin, end = (max(self._endless, int(bounds[i])) for i in (window - 1, window))
+        first, stop = -(-begin // self.seq_len), end // self.seq_len
+        if not first <= k < stop:
+            return k, np.zeros(1, dtype=np.int64)
+        first += (k - first) // BLOCK * BLOCK
+        return first, self._order(min(BLOCK, stop - first), epoch + 1, first)
+
+    def _random_order(self, n: int, *key: int) -> IntArray:
+        return random_order(n, self.windows.key(0), *key)
+
+    def _spans(self, at: int, end: int) -> Iterator[tuple[int, int]]:
+        """Where tokens `at` to `end` of the run lie in the endless text."""
+        i = int(np.searchsorted(self._ends, at, side="right"))
+        while at < end:
+            start = int(self._stops[i] - self._ends[i]) + at
+            stop = min(int(self._stops[i]), start + end - at)
+            yield start, stop
+            at, i = at + stop - start, i + 1
+
+    def _text(self, start: int, stop: int) -> IntArray:
+        """Tokens `start` to `stop` of the endless text."""
+        ids = np.empty(stop - start, dtype=np.int64)
+        at = 0
+        while at < len(ids):
+            part = self._from(start + at, len(ids) - at)
+            ids[at : at + len(part)] = part
+            at += len(part)
+        return ids
 
     def _from(self, place: int, n: int) -> NDArray[np.generic]:
         """Up to n tokens from `place` in the endless text on, to the end of a document."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -148,17 +149,31 @@ def test_padding_stays_under_three_percent_at_4096_on_lengths_as_the_web_has_the
 
 
 @settings(max_examples=50, deadline=None)
-@given(LENGTHS, st.integers(0, 2**31))
-def test_concatenation_is_the_documents_end_to_end_cut_where_a_row_is_full(lengths, seed):
+@given(LENGTHS, st.integers(0, 2**31), st.sampled_from([3, 2**16]))
+def test_concatenation_is_the_documents_end_to_end_cut_where_a_row_is_full(lengths, seed, block):
     shards = written(lengths)
-    loader = one(shards, seed=seed, packing="concat", window=WINDOW)
     n_epochs = 2 + 2 * S // shards.n_tokens
     text = [t for epoch in range(n_epochs + 1) for t in concatenated(shards, seed, epoch)]  # the slow twin
-    for k in range((n_epochs * shards.n_tokens) // S):
-        row = loader.row(k)
-        assert row.tokens.tolist() == text[k * S : (k + 1) * S]
-        assert row.targets.tolist() == text[k * S + 1 : (k + 1) * S + 1]
-        assert row.lengths.tolist() == [S]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("arriero.data.documents.BLOCK", block)
+        loader = one(shards, seed=seed, packing="concat", window=WINDOW)
+        rows = [loader.row(k) for k in range(n_epochs * shards.n_tokens // S)]
+    found = [(row.tokens.tolist(), row.targets.tolist()) for row in rows]
+    expected = [(text[k * S : (k + 1) * S], text[k * S + 1 : (k + 1) * S + 1]) for k in range(len(rows))]
+    ends = [epoch * shards.n_tokens / S for epoch in range(n_epochs + 1)]
+    for begin, end in itertools.pairwise(ends):  # whole rows of an epoch change places with each other only
+        whole = slice(math.ceil(begin), math.floor(end))
+        assert sorted(found[whole]) == sorted(expected[whole])
+    over = [k for k in map(math.floor, ends[1:]) if k < len(rows) and (k * S) % shards.n_tokens]
+    assert [found[k] for k in over] == [expected[k] for k in over]
+    assert all(row.lengths.tolist() == [S] for row in rows)
+
+
+def test_neighbours_in_a_text_are_not_neighbours_in_a_batch():
+    shards = written([S * 40 + 1] * 11)
+    loader = one(shards, packing="concat")
+    documents = [int(loader.row(k).tokens[0]) // (S * 40 + 1) for k in range(loader.rows_in_epoch("documents"))]
+    assert sum(a == b for a, b in itertools.pairwise(documents)) / len(documents) < 0.2
 
 
 def concatenated(shards: Shards, seed: int, epoch: int) -> list[int]:
@@ -323,14 +338,26 @@ def test_a_change_of_row_length_between_two_epochs_cuts_documents_at_the_new_len
     assert all(same(changing.row(n + k), longer.row(m + k)) for k in range(m))
 
 
-def test_a_change_of_row_length_goes_on_at_the_next_token_of_the_text():
-    shards = written(web_like(37))
-    stages = [DataStage(0, S, {"documents": 1.0}), DataStage(5, 17, {"documents": 1.0})]
-    loader = PretrainLoader({"documents": shards}, stages, 3, "concat", window=WINDOW)
-    rows = [loader.row(i) for i in range(9)]
-    assert [len(row.tokens) for row in rows] == [S] * 5 + [17] * 4
-    text = concatenated(shards, 3, 0)
-    assert [t for row in rows for t in row.tokens.tolist()] == text[: 5 * S + 4 * 17]
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=LENGTHS,
+    seq_lens=st.lists(st.sampled_from([7, 17, S, 2 * S, 5 * S]), min_size=2, max_size=4),
+    rows=st.integers(1, 40),
+    block=st.sampled_from([3, 2**16]),
+)
+def test_a_change_of_row_length_in_concatenated_text_loses_and_repeats_nothing(lengths, seq_lens, rows, block):
+    shards = written(lengths)
+    stages = [DataStage(k * rows, seq_len, {"documents": 1.0}) for k, seq_len in enumerate(seq_lens)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("arriero.data.documents.BLOCK", block)
+        bounds = {"documents": 2 + 5 * S / shards.n_tokens}  # two epochs, and what fills the last row
+        loader = PretrainLoader({"documents": shards}, stages, 3, "concat", bounds, window=WINDOW)
+        assert loader.n_rows is not None
+        found = [loader.row(i) for i in range(loader.n_rows)]
+    assert all(len(row.tokens) == loader.seq_len(i) for i, row in enumerate(found))
+    text = [t for epoch in range(3) for t in concatenated(shards, 3, epoch)][: 2 * shards.n_tokens + 1]
+    assert not Counter(itertools.pairwise(text)) - pairs(found)
+    assert 0 <= sum(len(row.tokens) for row in found) - 2 * shards.n_tokens <= 5 * S  # so nothing is there too often
 
 
 def test_the_mixture_changes_at_its_rows_and_keeps_its_weights_in_each_stage(sources):
