@@ -1,4 +1,4 @@
-"""Writing so that a reader never sees half a file: temporary name, fsync, rename.
+"""Directories, written so that a reader never sees half of one, and JSON. For one file there is arriero/files.py.
 
 A crash leaves either the old content or the new, and at worst a stray file whose name begins with a dot.
 """
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import CheckpointError
-from arriero.files import replaced_file as replaced_file
 from arriero.files import sync
 
 

@@ -20,20 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arriero.checkpoint.files import replaced_file
-from arriero.checkpoint.weights import (
-    EMBEDDINGS,
-    HEAD,
-    Entry,
-    Weights,
-    checked,
-    rotary_heads,
-    to_halves,
-    to_pairs,
-)
+from arriero.checkpoint.weights import Entry, Weights, checked, rotary_heads, to_halves, to_pairs
 from arriero.errors import CheckpointError
+from arriero.files import replaced_file
 from arriero.gguf_header import read_header, read_metadata
 from arriero.model.config import ARCHITECTURES, LlamaConfig, Qwen3Config, RopeScaling
+from arriero.model.llama import EMBEDDINGS, HEAD
 from arriero.model.rope import rope_frequencies
 
 Kind = gguf.GGMLQuantizationType

@@ -16,9 +16,10 @@ from arriero.checkpoint.gguf import open_gguf
 from arriero.checkpoint.hf import open_hf
 from arriero.checkpoint.meta import open_meta
 from arriero.checkpoint.source import resolve
-from arriero.checkpoint.weights import Weights, empty_model
+from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError
 from arriero.gguf_header import read_metadata
+from arriero.model.build import empty_model
 from arriero.model.llama import Llama
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def load_model(
     """Load a model by path, Hub id or built-in name.
 
     dtype: the type to hold the weights in; None keeps the stored one (quantised weights become fp32).
-    Raises `CheckpointError` when it is not found, damaged, or no Llama.
+    Raises `CheckpointError` when it is not found, damaged, or of an unknown architecture.
     """
     weights = open_weights(resolve(name_or_path))
     dtype = dtype or weights.dtype

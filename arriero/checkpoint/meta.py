@@ -21,18 +21,10 @@ import torch
 from torch import Tensor
 
 from arriero.checkpoint.files import read_json, replaced_directory, write_json
-from arriero.checkpoint.weights import (
-    EMBEDDINGS,
-    HEAD,
-    Entry,
-    Weights,
-    checked,
-    rotary_heads,
-    to_halves,
-    to_pairs,
-)
+from arriero.checkpoint.weights import Entry, Weights, checked, rotary_heads, to_halves, to_pairs
 from arriero.errors import CheckpointError
 from arriero.model.config import PUBLISHED, LlamaConfig, RopeScaling
+from arriero.model.llama import EMBEDDINGS, HEAD
 
 _BLOCK_NAMES = {
     "input_layernorm": "attention_norm",

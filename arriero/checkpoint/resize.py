@@ -24,8 +24,9 @@ from arriero.checkpoint.convert import check_destination
 from arriero.checkpoint.hf import generation_ids, write_hf
 from arriero.checkpoint.load import open_weights
 from arriero.checkpoint.source import resolve
-from arriero.checkpoint.weights import EMBEDDINGS, HEAD, Entry, Weights
+from arriero.checkpoint.weights import Entry, Weights
 from arriero.errors import CheckpointError
+from arriero.model.llama import EMBEDDINGS, HEAD
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.extend import Extension
 

@@ -20,8 +20,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from arriero.checkpoint.files import replaced_file
 from arriero.errors import CheckpointError, did_you_mean
+from arriero.files import replaced_file
 from arriero.paths import cache_dir
 
 

@@ -15,18 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from arriero.errors import CheckpointError
-from arriero.model.build import build_model
+from arriero.model.build import empty_model
 from arriero.model.config import LlamaConfig
-from arriero.model.llama import EMBEDDINGS as EMBEDDINGS
-from arriero.model.llama import HEAD as HEAD
-from arriero.model.llama import Llama
+from arriero.model.llama import HEAD, Llama
 
 
 @dataclass(frozen=True)
@@ -68,21 +64,6 @@ class Weights:
         for entry in self.entries.values():
             sizes[entry.dtype] += prod(entry.shape)
         return sizes.most_common(1)[0][0]
-
-
-class _NoInit(TorchFunctionMode):
-    """Skips torch.nn.init. On the meta device it does nothing, but first imports torch's compiler: 1 s and 80 MB."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def empty_model(config: LlamaConfig) -> Llama:
-    """A model of this shape on the meta device: no memory, no values."""
-    with torch.device("meta"), _NoInit():
-        return build_model(config)
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

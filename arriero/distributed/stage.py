@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from arriero.data.loader import Batch
-from arriero.model.build import build_model
+from arriero.model.build import empty_model
 from arriero.model.llama import EMBEDDINGS, HEAD, Llama
 
 Objective = Callable[[nn.Module, Batch], Tensor]
@@ -87,8 +87,7 @@ class PassThrough(nn.Module):
 
 def part_of(model: Llama, layers: range) -> Llama:
     """A Llama that holds `layers` of `model`, the embeddings with the first of them and norm and head with the last."""
-    with torch.device("meta"):
-        part = build_model(model.config)
+    part = empty_model(model.config)
     part.train(model.training)
     part.model.compute_dtype = model.model.compute_dtype
     part.model.embed_tokens = model.model.embed_tokens if layers.start == 0 else PassThrough()  # type: ignore[assignment]

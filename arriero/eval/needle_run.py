@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from arriero.checkpoint.files import replaced_file, write_json
+from arriero.checkpoint.files import write_json
 from arriero.checkpoint.source import resolve
 from arriero.curate.sources import read_documents
 from arriero.errors import ConfigError
@@ -23,6 +23,7 @@ from arriero.eval.config import NeedleConfig
 from arriero.eval.needle import Finding, Haystack, bits_by_position, find_needles, prose
 from arriero.eval.results import Results, Sample, compare, comparison_table, results_table, save
 from arriero.eval.run import bar, measured
+from arriero.files import replaced_file
 from arriero.model.llama import Llama
 from arriero.page import LIGHT, Theme, png
 from arriero.tokenizer.base import Tokenizer

@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from arriero import __version__
-from arriero.checkpoint.files import replaced_file, write_json
+from arriero.checkpoint.files import write_json
 from arriero.eval.bootstrap import Interval, Ratio, difference, interval
+from arriero.files import replaced_file
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from arriero.checkpoint.files import replaced_file
 from arriero.errors import require
+from arriero.files import replaced_file
 
 PROJECT = "arriero"  # at W&B and in trackio
 SMOOTHING = 0.9  # weight of the past in the running mean of the loss

@@ -24,7 +24,6 @@ from rich.console import Console
 from arriero.checkpoint.files import read_json
 from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import open_model
-from arriero.checkpoint.weights import empty_model
 from arriero.data.documents import DataStage, PretrainLoader
 from arriero.data.loader import Batch
 from arriero.data.prefetch import Prefetched
@@ -36,7 +35,7 @@ from arriero.distributed.parallelize import parallelize
 from arriero.errors import ConfigError, did_you_mean
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import generate
-from arriero.model.build import build_model
+from arriero.model.build import build_model, empty_model
 from arriero.model.config import LADDER, SHAPES, LlamaConfig
 from arriero.model.initial import initial_weight
 from arriero.model.llama import Llama

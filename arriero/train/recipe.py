@@ -20,10 +20,11 @@ from rich.console import Console
 from torch import Tensor
 
 from arriero import config as configs
-from arriero.checkpoint.files import replaced_file, write_json
+from arriero.checkpoint.files import write_json
 from arriero.distributed.materialise import Values
 from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.errors import ConfigError
+from arriero.files import replaced_file
 from arriero.model.initial import initial_adapter
 from arriero.model.lora import is_adapter
 from arriero.train import attempts

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from arriero.checkpoint.hf import companions
-from arriero.checkpoint.weights import empty_model
 from arriero.distributed.config import ParallelConfig
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.distributed.parallelize import parallelize
+from arriero.model.build import empty_model
 from arriero.model.config import LlamaConfig
 from arriero.model.initial import initial_weight
 from arriero.train.config import LoopConfig, OptimConfig
