@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 from arriero.checkpoint.files import read_json, replaced_directory, write_json
-from arriero.checkpoint.hf import safetensors_entries, tensor_reader, write_safetensors
 from arriero.checkpoint.source import resolve
-from arriero.checkpoint.weights import Entry
+from arriero.checkpoint.tensor_file import Entry, safetensors_entries, tensor_reader, write_safetensors
 from arriero.errors import CheckpointError
 from arriero.model.config import LINEARS, LoraConfig
 from arriero.model.lora import add_lora, lora_state
@@ -47,9 +46,7 @@ def save_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig, base
         raise CheckpointError(f"{directory}: the model carries no adapter, so there is none to save")
     entries = {PREFIX + name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
     with replaced_directory(Path(directory), replaces=WEIGHTS) as temporary:
-        write_safetensors(
-            temporary / WEIGHTS, entries, lambda name: state[name.removeprefix(PREFIX)].detach(), {"format": "pt"}
-        )
+        write_safetensors(temporary / WEIGHTS, entries, lambda name: state[name.removeprefix(PREFIX)].detach())
         write_json(temporary / CONFIG, _to_peft(lora, base_name))
 
 

@@ -6,6 +6,8 @@ hf and gguf hold one tensor in memory; meta, a pickle, holds the model.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -43,11 +45,18 @@ def convert(
     check_destination(source, dst, force)
     weights = open_weights(source)
     tokenizer = load_tokenizer_at(source) if has_tokenizer(source) else None
+    with tensor_bar(f"{source.name} -> {to}", len(weights.entries)) as progress:
+        _write(weights, dst, to, dtype, tokenizer, progress)
+    return dst
+
+
+@contextmanager
+def tensor_bar(title: str, n_tensors: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar; yields what to call with the name of each tensor."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{source.name} -> {to}", total=len(weights.entries))
-        _write(weights, dst, to, dtype, tokenizer, lambda name: bar.advance(task))
-    return dst
+        task = bar.add_task(title, total=n_tensors)
+        yield lambda name: bar.advance(task)
 
 
 def check_destination(source: Path, dst: Path, force: bool) -> None:
@@ -75,7 +84,9 @@ def _check_request(dst: Path, to: str, dtype: str | None) -> None:
         raise CheckpointError(f"{dst}: --to {to} writes a directory; give it the name of one")
 
 
-def _write(weights: Weights, dst: Path, to: str, dtype: str | None, tokenizer: Any, progress: Any) -> None:
+def _write(
+    weights: Weights, dst: Path, to: str, dtype: str | None, tokenizer: Any, progress: Callable[[str], None]
+) -> None:
     save = None if tokenizer is None else tokenizer.save
     if to == "hf":
         write_hf(

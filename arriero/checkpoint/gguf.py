@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arriero.checkpoint.weights import Entry, Weights, checked, rotary_heads, to_halves, to_pairs
+from arriero.checkpoint.tensor_file import Entry
+from arriero.checkpoint.weights import Weights, checked, rotary_heads, to_halves, to_pairs
 from arriero.errors import CheckpointError
 from arriero.files import replaced_file
 from arriero.gguf_header import read_header, read_metadata
-from arriero.model.config import ARCHITECTURES, LlamaConfig, Qwen3Config, RopeScaling
+from arriero.model.config import ARCHITECTURES, LlamaConfig, RopeScaling
 from arriero.model.llama import EMBEDDINGS, HEAD
 from arriero.model.rope import rope_frequencies
 
@@ -38,7 +39,7 @@ _FILE_TYPES = {
     Kind.BF16: gguf.LlamaFileType.MOSTLY_BF16,
     Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
 }
-_READABLE = {*_PLAIN, *gguf.quants._type_traits}
+_READABLE = {*_PLAIN, *gguf.quants._type_traits}  # the quantised types that the package can dequantise
 _ROPE_FREQS = "rope_freqs.weight"
 
 _BLOCK_NAMES = {
@@ -52,8 +53,23 @@ _BLOCK_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_QWEN3_NAMES = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+_QK_NORM_NAMES = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 _TOP_NAMES = {EMBEDDINGS: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How llama.cpp stores an architecture."""
+
+    block_names: Mapping[str, str]  # Hugging Face's -> GGUF's, within a layer
+    pairs: bool  # RoPE turns adjacent pairs, so that the rows of q and k are reordered
+    rope_scaling: bool  # by factors in a `rope_freqs` tensor
+
+
+_LAYOUTS = {
+    "llama": Layout(_BLOCK_NAMES, pairs=True, rope_scaling=True),
+    "qwen3": Layout(_BLOCK_NAMES | _QK_NORM_NAMES, pairs=False, rope_scaling=False),
+}
 
 
 @dataclass(frozen=True)
@@ -151,7 +167,7 @@ def write_gguf(
     Raises `CheckpointError` when a weight is too large for F16, or a row cannot be cut into Q8_0's blocks of 32.
     """
     config = weights.config
-    if config.rope_scaling is not None and isinstance(config, Qwen3Config):
+    if config.rope_scaling is not None and not _LAYOUTS[config.model_type].rope_scaling:
         raise CheckpointError(f"{weights.source}: llama.cpp scales RoPE in Llama's way for Llama only: convert to hf")
     with replaced_file(file) as temporary, closing(gguf.GGUFWriter(temporary, config.model_type)) as writer:
         for key, value in {**_metadata(config, kind, name), **tokenizer}.items():
@@ -240,16 +256,15 @@ def _encoded(source: Path, name: str, tensor: Tensor, kind: Kind) -> np.ndarray:
 def tensor_names(config: LlamaConfig) -> dict[str, str]:
     """Hugging Face name -> GGUF name, of every tensor of a model of this shape."""
     names = dict(_TOP_NAMES)
-    in_block = _BLOCK_NAMES | (_QWEN3_NAMES if isinstance(config, Qwen3Config) else {})
     for layer in range(config.n_layers):
-        for hf, name in in_block.items():
+        for hf, name in _LAYOUTS[config.model_type].block_names.items():
             names[f"model.layers.{layer}.{hf}.weight"] = f"blk.{layer}.{name}.weight"
     return names
 
 
 def _paired_heads(name: str, config: LlamaConfig) -> int | None:
-    """Heads of a tensor whose rows llama.cpp rotates in adjacent pairs: q and k of a Llama, none of Qwen3."""
-    return None if isinstance(config, Qwen3Config) else rotary_heads(name, config)
+    """Heads of a tensor (q or k) whose rows llama.cpp turns in adjacent pairs, None for every other tensor."""
+    return rotary_heads(name, config) if _LAYOUTS[config.model_type].pairs else None
 
 
 def rope_factors(config: LlamaConfig) -> Tensor:

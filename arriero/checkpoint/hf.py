@@ -1,24 +1,22 @@
 """The Hugging Face layout: config.json, generation_config.json and safetensors, in one file or in shards.
 
 This is what Arriero writes everywhere; transformers, vLLM, PEFT and llama.cpp's converter open it as it is.
-Reading maps a file, copies one tensor out and unmaps, so that a load never holds two copies. Writing streams: the
-header is known from names, shapes and types before the first tensor is read, so a conversion holds one tensor.
+Tensors are read and written one at a time (tensor_file.py).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from arriero.checkpoint.files import read_json, replaced_directory, write_json
-from arriero.checkpoint.weights import Entry, Weights, checked, from_model
+from arriero.checkpoint.tensor_file import Entry, Reader, safetensors_entries, tensor_reader, write_safetensors
+from arriero.checkpoint.weights import Weights, checked, from_model
 from arriero.errors import CheckpointError
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
@@ -26,14 +24,6 @@ from arriero.model.llama import Llama
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ALL_WEIGHTS = "model*.safetensors*"
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def read_config(directory: Path) -> LlamaConfig:
@@ -77,75 +67,6 @@ def open_hf(directory: Path) -> Weights:
     )
 
 
-def safetensors_entries(file: Path) -> dict[str, Entry]:
-    """Names, shapes and types of the tensors in a safetensors file."""
-    entries = {}
-    try:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no dictionary)
-                piece = tensors.get_slice(name)
-                if piece.get_dtype() not in DTYPES:
-                    raise CheckpointError(
-                        f"{file}: tensor {name} has type {piece.get_dtype()}; readable are {', '.join(DTYPES)}"
-                    )
-                entries[name] = Entry(tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: no such file, though the index names it") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: damaged or cut short ({error}); copy or download it again") from error
-    return entries
-
-
-class Reader(Protocol):
-    """Reads one tensor by name, or its rows from `start` to `stop`, into memory of its own."""
-
-    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """The tensor."""
-
-
-def tensor_reader(file: Path) -> Reader:
-    """The reader of a safetensors file.
-
-    By plain reads: copying out of the library's memory map takes ten times as long (1.7 s against 0.15 s for 270 MB
-    here), a page fault at a time. `safetensors_entries` checks the header first.
-    """
-    with file.open("rb") as source:
-        length = int.from_bytes(source.read(8), "little")
-        header = json.loads(source.read(length))
-
-    def read(name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        n_rows, *row = header[name]["shape"]
-        stop = n_rows if stop is None else stop
-        tensor = torch.empty(stop - start, *row, dtype=DTYPES[header[name]["dtype"]])
-        with file.open("rb") as source:
-            source.seek(8 + length + header[name]["data_offsets"][0] + start * prod(row) * tensor.itemsize)
-            n_read = source.readinto(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore
-        if n_read != tensor.nbytes:
-            raise CheckpointError(f"{file}: cut short within {name}; copy or download it again")
-        return tensor
-
-    return read
-
-
-def write_safetensors(
-    file: Path, entries: Mapping[str, Entry], read: Callable[[str], Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write a safetensors file tensor by tensor: header length (u64), JSON header, then the raw tensors in order."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, entry in entries.items():
-        start, end = end, end + prod(entry.shape) * entry.dtype.itemsize
-        header[name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 64)  # tensors begin on a cache line
-    with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name, entry in entries.items():
-            tensor = read(name).to("cpu", entry.dtype).contiguous()
-            assert tuple(tensor.shape) == entry.shape, name
-            out.write(tensor.view(torch.uint8).numpy().data)
-
-
 def write_hf(
     weights: Weights,
     directory: Path,
@@ -171,7 +92,7 @@ def write_hf(
 
     with replaced_directory(directory, replaces=ALL_WEIGHTS) as temporary:
         for file, names in shards.items():
-            write_safetensors(temporary / file, {name: entries[name] for name in names}, read, {"format": "pt"})
+            write_safetensors(temporary / file, {name: entries[name] for name in names}, read)
         if len(shards) > 1:
             total = sum(prod(entry.shape) * dtype.itemsize for entry in entries.values())
             where = {name: file for file, names in shards.items() for name in names}

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from arriero.checkpoint.files import read_json, replaced_directory, write_json
-from arriero.checkpoint.weights import Entry, Weights, checked, rotary_heads, to_halves, to_pairs
+from arriero.checkpoint.tensor_file import Entry
+from arriero.checkpoint.weights import Weights, checked, rotary_heads, to_halves, to_pairs
 from arriero.errors import CheckpointError
 from arriero.model.config import PUBLISHED, LlamaConfig, RopeScaling
 from arriero.model.llama import EMBEDDINGS, HEAD
@@ -38,7 +39,8 @@ _BLOCK_NAMES = {
     "mlp.down_proj": "feed_forward.w2",
 }
 _TOP_NAMES = {EMBEDDINGS: "tok_embeddings.weight", "model.norm.weight": "norm.weight", HEAD: "output.weight"}
-_FFN_RULES = ((None, 256), (1.3, 1024), (1.3, 4096), (1.2, 4096), (1.5, 256), (1.0, 256))  # of the published sizes
+# (ffn_dim_multiplier, multiple_of) of the published sizes
+_FFN_RULES = ((None, 256), (1.3, 1024), (1.3, 4096), (1.2, 4096), (1.5, 256), (1.0, 256))
 
 Shards = list[dict[str, Tensor]]
 

@@ -39,28 +39,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from arriero.checkpoint.files import read_json, sync, write_json
+from arriero.checkpoint.files import read_json, write_json
+from arriero.checkpoint.tensor_file import Entry, header
 from arriero.errors import CheckpointError
+from arriero.files import sync
 
 FORMAT = 2  # of manifest.json
 WEIGHTS = "weights"  # the group that holds whole tensors by the model's own names
 CHUNK = 1 << 23  # bytes hashed and written at a time
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota and file-size limit
-
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 log = logging.getLogger(__name__)
 
@@ -310,11 +297,10 @@ def _file(group: str, part: int, parts: int) -> str:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] | None) -> dict[str, Any]:
-    """Write one file in the safetensors format, hashing on the way; return its fingerprint.
+    """Write one safetensors file, hashing on the way; return its fingerprint.
 
-    The format is a length (8 bytes), that many bytes of JSON, and the tensors. The library's own writer would need a
-    second pass to hash, brings all tensors from the GPU at once, and refuses those that share memory; torch's storage
-    writer holds every file in memory a second time before it writes.
+    The library's own writer would need a second pass to hash, brings all tensors from the GPU at once, and refuses
+    those that share memory; torch's storage writer holds every file in memory a second time before it writes.
     """
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
@@ -328,24 +314,11 @@ def _write(path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequ
 def _chunks(tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] | None) -> Iterator[bytes | memoryview]:
     # the widest types first: each tensor then begins at a multiple of its own width
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    metadata = {}
     if offsets is not None:
         begins = {name: {"saved_offsets": list(offsets[name])} for name in names}
-        header["__metadata__"] |= {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(begins)}
-    offset = 0
-    for name in names:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
+        metadata = {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(begins)}
+    yield header({name: Entry(tuple(tensors[name].shape), tensors[name].dtype) for name in names}, **metadata)
     for name in names:
         data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(data), CHUNK):

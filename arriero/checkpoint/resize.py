@@ -16,15 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from arriero.checkpoint.convert import check_destination
+from arriero.checkpoint.convert import check_destination, tensor_bar
 from arriero.checkpoint.hf import generation_ids, write_hf
 from arriero.checkpoint.load import open_weights
 from arriero.checkpoint.source import resolve
-from arriero.checkpoint.weights import Entry, Weights
+from arriero.checkpoint.tensor_file import Entry
+from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError
 from arriero.model.llama import EMBEDDINGS, HEAD
 from arriero.tokenizer.base import Tokenizer
@@ -76,13 +75,11 @@ def resize(model: str | Path, dst: Path, base: Tokenizer, extension: Extension) 
     source = resolve(model)
     check_destination(source, dst, force=True)  # writing over the source is refused in any case
     weights = resized(open_weights(source), base.vocab_size, extension.parts)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{source.name} -> {weights.config.vocab_size:,} ids", total=len(weights.entries))
+    with tensor_bar(f"{source.name} -> {weights.config.vocab_size:,} ids", len(weights.entries)) as progress:
         write_hf(
             weights,
             dst,
             save_tokenizer=extension.tokenizer.save,
             generation=generation_ids(extension.tokenizer),
-            progress=lambda name: bar.advance(task),
+            progress=progress,
         )

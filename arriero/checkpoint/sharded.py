@@ -125,7 +125,7 @@ class Checkpoints:
             else:
                 peers.gather(topic, word)
             verdict = peers.announce(topic, verdict)
-        if isinstance(failure, Exception) and not isinstance(failure, OSError | CheckpointError):
+        if failure is not None and not isinstance(failure, OSError | CheckpointError):
             raise failure  # a mistake of ours keeps its traceback
         if verdict is not None:
             raise CheckpointError(verdict) from failure

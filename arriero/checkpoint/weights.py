@@ -19,18 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arriero.checkpoint.tensor_file import Entry
 from arriero.errors import CheckpointError
 from arriero.model.build import empty_model
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import HEAD, Llama
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Shape of a tensor and the type it is read as."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

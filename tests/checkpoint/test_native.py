@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arriero.checkpoint import native
+from arriero.checkpoint.tensor_file import DTYPES
 from arriero.errors import CheckpointError
 
 
@@ -51,11 +52,13 @@ def assert_whole(saved: native.Saved) -> None:
 
 def test_every_type_shape_and_layout_is_read_back_by_the_safetensors_library(tmp_path: Path) -> None:
     base = torch.randn(11, 13)
-    tensors = {str(dtype): (base * 7).to(dtype) for dtype in native.DTYPE_NAMES}
+    tensors = {str(dtype): (base * 7).to(dtype) for dtype in DTYPES.values()}
     tensors |= {"transposed": base.T, "slice": base[3:5, 2:9], "scalar": torch.tensor(17.0), "empty": torch.empty(0, 5)}
     tensors |= {"shared": base, "nan": torch.tensor([float("nan"), float("-inf")]), "ä 'name'\n": torch.ones(3)}
     path = native.save(tmp_path, 5, {"weights": tensors, "none": {}}, {})
-    read = load_file(path / "weights/model.safetensors")
+    file = path / "weights/model.safetensors"
+    assert (8 + int.from_bytes(file.read_bytes()[:8], "little")) % 64 == 0  # tensors begin on a cache line
+    read = load_file(file)
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype

@@ -1,0 +1,117 @@
+"""A safetensors file, tensor by tensor: 8 bytes of length, so many bytes of JSON, then the raw tensors.
+
+The JSON is known from names, shapes and types before the first tensor is read, so whoever writes holds one tensor at a
+time. The package's own writer wants all of them, and its reader copies out of a memory map: ten times as slow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from arriero.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FLOATS = ("F64", "F32", "F16", "BF16")  # types of a model's weights
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Shape of a tensor and the type it is read as."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def header(entries: Mapping[str, Entry], **metadata: str) -> bytes:
+    """What a file of these tensors, in this order, begins with."""
+    described: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}  # "pt": transformers asks for it
+    end = 0
+    for name, entry in entries.items():
+        start, end = end, end + prod(entry.shape) * entry.dtype.itemsize
+        described[name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # tensors begin on a cache line
+    return len(text).to_bytes(8, "little") + text
+
+
+def safetensors_entries(file: Path) -> dict[str, Entry]:
+    """Names, shapes and types of the tensors in a safetensors file."""
+    entries = {}
+    try:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is no dictionary)
+                piece = tensors.get_slice(name)
+                if piece.get_dtype() not in FLOATS:
+                    raise CheckpointError(
+                        f"{file}: tensor {name} has type {piece.get_dtype()}; readable are {', '.join(FLOATS)}"
+                    )
+                entries[name] = Entry(tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: no such file, though the index names it") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: damaged or cut short ({error}); copy or download it again") from error
+    return entries
+
+
+class Reader(Protocol):
+    """Reads one tensor by name, or its rows from `start` to `stop`, into memory of its own."""
+
+    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The tensor."""
+
+
+def tensor_reader(file: Path) -> Reader:
+    """The reader of a safetensors file.
+
+    By plain reads: copying out of the library's memory map takes ten times as long (1.7 s against 0.15 s for 270 MB
+    here), a page fault at a time. `safetensors_entries` checks the header first.
+    """
+    with file.open("rb") as source:
+        length = int.from_bytes(source.read(8), "little")
+        header = json.loads(source.read(length))
+
+    def read(name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        n_rows, *row = header[name]["shape"]
+        stop = n_rows if stop is None else stop
+        tensor = torch.empty(stop - start, *row, dtype=DTYPES[header[name]["dtype"]])
+        with file.open("rb") as source:
+            source.seek(8 + length + header[name]["data_offsets"][0] + start * prod(row) * tensor.itemsize)
+            n_read = source.readinto(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore
+        if n_read != tensor.nbytes:
+            raise CheckpointError(f"{file}: cut short within {name}; copy or download it again")
+        return tensor
+
+    return read
+
+
+def write_safetensors(file: Path, entries: Mapping[str, Entry], read: Callable[[str], Tensor]) -> None:
+    """Write a file tensor by tensor, in the order of `entries`; `read(name)` gives each."""
+    with file.open("wb") as out:
+        out.write(header(entries))
+        for name, entry in entries.items():
+            tensor = read(name).to("cpu", entry.dtype).contiguous()
+            assert tuple(tensor.shape) == entry.shape, name
+            out.write(tensor.view(torch.uint8).numpy().data)
