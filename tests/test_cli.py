@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -224,15 +225,26 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         process.stderr.close()
 
 
-def test_ctrl_c_ends_with_code_130_and_one_line() -> None:
-    script = (
-        "import time; from arriero import cli; cli.COMMANDS['cp'] = lambda: print('on', flush=True) or time.sleep(60)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script + "; raise SystemExit(cli.main(['cp']))"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+SLEEPING_COMMAND = """
+from arriero import cli
+cli.COMMANDS["cp"] = lambda: print("on", flush=True) or time.sleep(60)
+"""
+SLEEPING_IMPORT = """
+class Sleep:
+    def find_spec(self, name, *_):
+        if name == "arriero.cli":
+            print("on", flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Sleep())
+"""
+
+
+@pytest.mark.parametrize("sleeping", [SLEEPING_COMMAND, SLEEPING_IMPORT], ids=["running", "being imported"])
+def test_ctrl_c_ends_with_code_130_and_one_line(sleeping: str) -> None:
+    entry = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]["arriero"]
+    module, function = entry.split(":")
+    script = f"import sys, time\n{sleeping}\nfrom {module} import {function}; sys.argv[1:] = ['cp']; sys.exit({function}())"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)

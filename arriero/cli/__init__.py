@@ -17,7 +17,6 @@ from arriero.cli import data, recipes, scaling, tokenizer, train, use
 from arriero.cli.parsing import call, description
 from arriero.errors import UserError, did_you_mean
 
-INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 MISUSED = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REMEDIES = {
@@ -57,7 +56,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code (2 for misuse, 130 for Ctrl-C)."""
+    """Run one command line; returns the exit code, 2 for misuse."""
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # so that a closed pipe shows here, not in the interpreter's shutdown
@@ -72,9 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
         print(f"arriero: {file}{error.strerror}; {REMEDIES.get(error.errno or 0, 'check the path')}", file=sys.stderr)
         return MISUSED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
     return 0
 
 
