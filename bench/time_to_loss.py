@@ -43,7 +43,7 @@ from torch import nn
 from arriero.data.documents import DataStage, PretrainLoader
 from arriero.data.shards import Shards, open_sources
 from arriero.model.llama import Llama
-from arriero.optim.groups import decay_groups, trained_parameters
+from arriero.optim.build import decay_groups
 from arriero.optim.schedule import lr_factor
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig
 from arriero.train.objectives import lm_loss
@@ -77,7 +77,7 @@ def plain(shards: Path, seed: int, steps: int, eager: bool = False) -> tuple[nn.
     ours, _ = arriero(shards, seed, steps)
     model: Any = Llama(ours.config).set_compute_dtype(torch.bfloat16) if eager else transformers(ours)
     model.load_state_dict(ours.state_dict())
-    groups = decay_groups(trained_parameters(model), PLAIN.weight_decay)
+    groups = decay_groups(dict(model.named_parameters()), PLAIN.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=PLAIN.lr, betas=PLAIN.betas, eps=PLAIN.eps, fused=True)
     sources = open_sources(shards / "train")
     loader = PretrainLoader(sources, [DataStage(0, SEQ_LEN, dict.fromkeys(sources, 1.0))], seed, "concat")

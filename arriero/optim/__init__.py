@@ -1,1 +1,1 @@
-"""Optimizers' parameter groups and learning-rate schedules."""
+"""Optimizers and learning-rate schedules."""

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from arriero.optim.adamw8bit import AdamW8bit
-from arriero.optim.groups import decay_groups
 
 Name = Literal["adamw", "adamw8bit", "muon"]
 
@@ -33,8 +32,9 @@ def build_optimizer(
 ) -> Optimizer:
     """The optimizer `name` over parameters by full name; norms are not decayed."""
     assert parameters, "there is nothing to train"
-    own = {n: p for n, p in parameters.items() if p.ndim == 2 and (name == "adamw8bit" or ".layers." in n)}
-    own = {} if name == "adamw" else own
+    matrices = {n: p for n, p in parameters.items() if p.ndim == 2}
+    in_blocks = {n: p for n, p in matrices.items() if ".layers." in n}
+    own: dict[str, nn.Parameter] = {"adamw": {}, "adamw8bit": matrices, "muon": in_blocks}[name]
     rest = {n: p for n, p in parameters.items() if n not in own}
     members: list[Optimizer] = []
     if own and name == "muon":
@@ -46,6 +46,14 @@ def build_optimizer(
     if rest:
         members.append(AdamW(decay_groups(rest, weight_decay), lr=lr, betas=betas, eps=eps, fused=True))
     return members[0] if len(members) == 1 else Together(*members)
+
+
+def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for an optimizer: matrices are decayed, norms (vectors) are not."""
+    matrices = [p for p in parameters.values() if p.ndim >= 2]
+    vectors = [p for p in parameters.values() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def empty_state(parameter: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-Shape = Literal["cosine", "linear", "wsd", "constant"]
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
 
-def lr_factor(step: int, total: int, shape: Shape, warmup: float, min_lr: float, decay: float = 0.2) -> float:
+def lr_factor(step: int, total: int, schedule: Schedule, warmup: float, min_lr: float, decay: float = 0.2) -> float:
     """The share of the peak rate at `step` (0-based) of `total`.
 
     Warmup: (step + 1) / w over the first w = ceil(warmup * total) steps, or w = warmup where that is 1 or more. Then
@@ -19,13 +19,13 @@ def lr_factor(step: int, total: int, shape: Shape, warmup: float, min_lr: float,
     warmup_steps = math.ceil(warmup if warmup >= 1 else warmup * total)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    if shape == "constant":
+    if schedule == "constant":
         return 1.0
-    if shape == "wsd":
+    if schedule == "wsd":
         decay_steps = min(math.ceil(decay * total), total - warmup_steps)
         done = (step - (total - decay_steps)) / max(decay_steps - 1, 1)
         return 1 - (1 - min_lr) * min(max(done, 0.0), 1.0)
     done = min((step - warmup_steps) / max(total - warmup_steps - 1, 1), 1.0)
-    if shape == "linear":
+    if schedule == "linear":
         return 1 - (1 - min_lr) * done
     return min_lr + (1 - min_lr) * (1 + math.cos(math.pi * done)) / 2

@@ -33,7 +33,7 @@ from arriero.model.config import LlamaConfig, LoraConfig, Qwen3Config
 from arriero.model.initial import initial_adapter, initial_weight, whole
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
-from arriero.optim.groups import decay_groups
+from arriero.optim.build import decay_groups
 from arriero.train.objectives import lm_loss
 
 SHAPE = LlamaConfig(22, 5, 6, 2, 34, 106, 64, head_dim=10)

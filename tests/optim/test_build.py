@@ -5,14 +5,13 @@ from torch import nn
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.optim.build import build_optimizer
-from arriero.optim.groups import trained_parameters
 
 CONFIG = LlamaConfig(dim=44, n_layers=2, n_heads=11, n_kv_heads=11, ffn_dim=29, vocab_size=101, max_context=64)
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
 def parameters():
-    return trained_parameters(Llama(CONFIG).init_weights(seed=3))
+    return dict(Llama(CONFIG).init_weights(seed=3).named_parameters())
 
 
 def with_gradients(named, seed=7):
