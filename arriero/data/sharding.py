@@ -30,7 +30,7 @@ from rich.table import Table
 
 from arriero.curate.document import Document
 from arriero.curate.sources import Position, Reading, SourceFile, from_record, list_files, read_documents, read_file
-from arriero.data.shard_writer import Encoded, SetName, ShardWriter, State
+from arriero.data.shard_writer import MarkedDocuments, SetName, ShardWriter, State
 from arriero.data.shards import FORMAT, ONE_SOURCE, Shards, open_sources, token_type
 from arriero.errors import DataError
 from arriero.pool import in_order
@@ -220,7 +220,7 @@ def chunked(items: Iterable[Item], part_size: int) -> Iterator[Chunk]:
 class Result:
     """A chunk's documents as ids, by set; how many were left out, by reason; UTF-8 bytes of all texts."""
 
-    encoded: dict[SetName, Encoded]
+    encoded: dict[SetName, MarkedDocuments]
     left_out: dict[str, int]
     n_bytes: int
 
@@ -271,7 +271,7 @@ class Encode:
             return "held out"
         return VALIDATION if hash_ < int(self.validation * 2**64) else TRAIN
 
-    def _encode(self, texts: list[str]) -> Encoded:
+    def _encode(self, texts: list[str]) -> MarkedDocuments:
         encoded = self._encoder.encode(texts)
         bos, eos = document_marks(self.tokenizer)
         lengths = np.diff(encoded.offsets) + sum(mark is not None for mark in (bos, eos))
@@ -282,11 +282,12 @@ class Encode:
             if mark is not None:
                 tokens[places], plain[places] = mark, False
         tokens[plain] = encoded.ids
-        return Encoded(tokens, lengths, np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts]))
+        text_bytes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts])
+        return MarkedDocuments(tokens, lengths, text_bytes)
 
     @cached_property
     def _encoder(self) -> DocumentEncoder:
-        return DocumentEncoder(self.tokenizer, threads=1)
+        return DocumentEncoder(self.tokenizer, parallel=False)
 
 
 # The whole

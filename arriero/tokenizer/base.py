@@ -16,6 +16,7 @@ import codecs
 import hashlib
 import itertools
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Literal
 from arriero.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from arriero.tokenizer.chat import ChatTemplate
+    from arriero.tokenizer.template import ChatTemplate
 
 # Special tokens that end a turn or a text in the families that people run as Llamas; llama.cpp keeps a like list.
 END_TOKENS = frozenset(
@@ -288,6 +289,11 @@ def utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         return _well_formed(text).encode()
+
+
+def usable_threads() -> int:
+    """Threads for one batch: every core, or one where `tokenizers` is told to use one, as in a worker of `pool.py`."""
+    return 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else os.cpu_count() or 1
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

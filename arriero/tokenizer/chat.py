@@ -1,128 +1,36 @@
-"""Conversations as text and as ids, and which of those ids a model learns from.
+"""Conversations as ids, and which of those ids a model learns from.
 
-A chat template is a Jinja program that ships with a model, so it is somebody else's code: it runs in Jinja's immutable
-sandbox, with the helpers that transformers gives it and with plain data only. Text inside a message can never become
-a special token: before rendering, each special token's text in the messages is broken by a character that occurs
-nowhere else, and after the text has been split at the real special tokens that character is taken out again.
+Text inside a message can never become a special token: before rendering (template.py), each special token's text in
+the messages is broken by a character that occurs nowhere else, and after the text has been split at the real special
+tokens that character is taken out again.
 
 `encode_training` builds the loss mask by rendering, never by searching for role names. For each answer the template
 is rendered up to the generation prompt, and up to the answer's end; the whole conversation must begin with both texts,
 or the template rewrites history and is refused. What lies between, up to and including the first token that ends a
 turn, is trained. An answer is encoded apart from its prompt, just as it is generated: prompt ids first, then answer.
 
-Price: two renders per answer, and a single tokenization (docs/masks.md has the speeds).
+Price: two renders per answer, and a single tokenization (docs/log.md has the speeds).
 """
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import jinja2
-import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from arriero.errors import CheckpointError, DataError, did_you_mean
+from arriero.errors import DataError
+from arriero.tokenizer.template import ChatTemplate, Message, Tool, for_template, plain
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
-
-Message = Mapping[str, Any]  # OpenAI's: role, content, tool_calls, tool_call_id, name
-Tool = Mapping[str, Any]
 
 # Unicode's noncharacters: no text needs them, yet one may hold them, so the first that is absent is taken.
 _NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 
 # Characters that JSON writes otherwise.
 _JSON_CHANGES = re.compile(r'["\\\x00-\x1f]')
-
-_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-# Templates that ship with Arriero, as files in templates/: the formats that the models were tuned on.
-BUILTIN_TEMPLATES = ("chatml", "llama2", "llama3", "llama3.1")
-
-# Our own keys in a message; the template never sees them.
-_PRIVATE_KEYS = frozenset(["weight", "train"])
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A template's source, the special tokens it may name ({"bos_token": "<s>"}), and its variant for tools, if any."""
-
-    source: str
-    special_tokens: Mapping[str, str] = field(default_factory=dict)
-    tool_source: str | None = None
-
-    def __post_init__(self) -> None:
-        for source in (self.source, self.tool_source):
-            if source is not None:
-                _compile(source)
-
-    def render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Tool] | None = None,
-        add_generation_prompt: bool = False,
-        **variables: Any,
-    ) -> str:
-        """Return the conversation as text, equal to transformers' `apply_chat_template(tokenize=False)`.
-
-        `variables` reach the template by name (date_string, enable_thinking).
-        Raises DataError where the template refuses the conversation.
-        """
-        plain_tools = None if tools is None else _plain(tools)
-        return self._render([_for_template(m) for m in messages], plain_tools, add_generation_prompt, variables)
-
-    def _render(
-        self, messages: Sequence[dict[str, Any]], tools: Any, add_generation_prompt: bool, variables: Mapping[str, Any]
-    ) -> str:
-        """Render messages and tools that are plain data already."""
-        source = self.tool_source if tools and self.tool_source is not None else self.source
-        names: dict[str, Any] = {
-            **self.special_tokens,
-            **variables,
-            "messages": messages,
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        try:
-            return _compile(source).render(names)
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-            raise DataError(
-                f"the chat template refuses this conversation: {error} (roles: {', '.join(_roles(messages))}); "
-                "change the messages, or give another chat template"
-            ) from error
-
-
-def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """Return a built-in template by name, or the template in a file, for the special tokens of a tokenizer.
-
-    Raises CheckpointError for an unknown name, and where the template writes a special token the tokenizer lacks.
-    """
-    from arriero.tokenizer.files import role_texts
-
-    if name in BUILTIN_TEMPLATES:
-        file = Path(__file__).parent / "templates" / f"{name}.jinja"
-    elif (file := Path(name)).is_file() is False:
-        raise CheckpointError(
-            f"no chat template {name!r}: neither a file nor one of {', '.join(BUILTIN_TEMPLATES)}"
-            f"{did_you_mean(name, BUILTIN_TEMPLATES)}"
-        )
-    source = file.read_text(encoding="utf-8")
-    lacking = sorted(set(re.findall(r"<\|\w+\|>", source)) - set(tokenizer.special_ids))
-    if lacking and name in BUILTIN_TEMPLATES:
-        raise CheckpointError(
-            f"the chat template {name!r} writes {', '.join(lacking)}, which this tokenizer does not have as special "
-            "tokens, so answers would never end; choose the template that the model was tuned on"
-        )
-    return ChatTemplate(source, role_texts(tokenizer.special))
 
 
 @dataclass(frozen=True)
@@ -146,7 +54,7 @@ def encode_chat(
     """
     template = _template_of(tokenizer)
     guard = _Guard.over(tokenizer, messages, tools)
-    text = template._render(guard.messages, guard.tools, add_generation_prompt, variables)
+    text = template.render_plain(guard.messages, guard.tools, add_generation_prompt, variables)
     [ids] = tokenizer.encode_pieces([text], sentinel=guard.sentinel)
     return ids
 
@@ -172,7 +80,7 @@ def encode_training(
         raise DataError("nothing to learn: no message with role 'assistant' is trained; add an answer or drop the row")
 
     def render(n_messages: int, prompt: bool) -> str:
-        return template._render(guard.messages[:n_messages], guard.tools, prompt, variables)
+        return template.render_plain(guard.messages[:n_messages], guard.tools, prompt, variables)
 
     whole = render(len(messages), False)
     cuts = [0]
@@ -246,7 +154,7 @@ def _check_contents(
             )
 
 
-def _texts(message: Mapping[str, Any]) -> Iterable[str]:
+def _texts(message: Message) -> Iterable[str]:
     """Yield what must be found in a rendered message: contents, stripped as templates often do, and called tools."""
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"text": content}]
@@ -281,10 +189,6 @@ def _template_of(tokenizer: Tokenizer) -> ChatTemplate:
     return tokenizer.chat_template
 
 
-def _roles(messages: Sequence[Message]) -> list[str]:
-    return [str(message.get("role")) for message in messages]
-
-
 @dataclass(frozen=True)
 class _Guard:
     """Messages and tools in which no special token's text is whole; `sentinel` is what breaks them ("": nothing)."""
@@ -296,11 +200,11 @@ class _Guard:
     @classmethod
     def over(cls, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None) -> _Guard:
         """Break the special-token text in all strings of messages and tools, however deep."""
-        plain = [_for_template(m) for m in messages]
-        plain_tools = None if tools is None else _plain(tools)
-        strings = list(_strings([plain, plain_tools]))
+        plain_messages = [for_template(m) for m in messages]
+        plain_tools = None if tools is None else plain(tools)
+        strings = list(_strings([plain_messages, plain_tools]))
         if not any(tokenizer.special_pattern.search(s) for s in strings):
-            return cls(plain, plain_tools, "")
+            return cls(plain_messages, plain_tools, "")
         sentinel = next((c for c in _NONCHARACTERS if not any(c in s for s in strings)), None)
         if sentinel is None:
             raise DataError("a message holds all 32 noncharacters U+FDD0 to U+FDEF and special-token text; clean it")
@@ -315,7 +219,7 @@ class _Guard:
                 return {guard(k): guard(v) for k, v in value.items()}
             return [guard(v) for v in value] if isinstance(value, list) else value
 
-        return cls(guard(plain), guard(plain_tools), sentinel)
+        return cls(guard(plain_messages), guard(plain_tools), sentinel)
 
 
 def _strings(value: Any) -> Iterable[str]:
@@ -328,88 +232,3 @@ def _strings(value: Any) -> Iterable[str]:
     elif isinstance(value, list):
         for v in value:
             yield from _strings(v)
-
-
-def _for_template(message: Message) -> dict[str, Any]:
-    """Return a message as templates expect it: no None, no keys of ours, reasoning under the names they know."""
-    value = {k: _plain(v) for k, v in message.items() if v is not None and k not in _PRIVATE_KEYS}
-    for call in value.get("tool_calls") or ():
-        _parse_arguments(call)
-    reasoning = next((value[key] for key in _REASONING_KEYS if key in value), None)
-    return value if reasoning is None else {"thinking": reasoning, **value, "reasoning_content": reasoning}
-
-
-def _parse_arguments(call: Any) -> None:
-    """Turn the arguments of a tool call, which OpenAI sends as JSON text, into the object that templates expect."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-        try:
-            arguments = json.loads(function["arguments"])
-        except json.JSONDecodeError:
-            return  # a template may still take it as text
-        if isinstance(arguments, dict):
-            function["arguments"] = arguments
-
-
-def _plain(value: Any) -> Any:
-    """Return a copy made of JSON's types only, so that a template meets no object with methods of its own."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    raise DataError(f"a message holds a {type(value).__name__}; only text, numbers, lists and objects can be rendered")
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}: transformers' mark around answers; rendered as its content."""
-
-    tags: set[str] = {"generation"}  # noqa: RUF012  jinja2 declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML's characters; models are trained on JSON as it is.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-@lru_cache(maxsize=32)
-def _compile(source: str) -> jinja2.Template:
-    try:
-        return _environment().from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise CheckpointError(
-            f"the chat template has a syntax error in line {error.lineno}: {error.message}"
-        ) from error

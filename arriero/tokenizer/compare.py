@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import DataError, require
-from arriero.tokenizer.base import Tokenizer
+from arriero.tokenizer.base import Tokenizer, utf8
 from arriero.tokenizer.hf import BYTE_PIECE, HfTokenizer
 from arriero.tokenizer.parallel import DocumentEncoder, Encoded
 from arriero.tokenizer.sentencepiece import BYTE, SentencePieceTokenizer
@@ -93,14 +93,12 @@ def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measure:
     return _Counter(tokenizer).add(texts, [ALL] * len(texts))[ALL]
 
 
-def compare(
-    tokenizers: Mapping[str, Tokenizer], documents: Iterable[tuple[str, str]], threads: int = 0
-) -> list[Comparison]:
+def compare(tokenizers: Mapping[str, Tokenizer], documents: Iterable[tuple[str, str]]) -> list[Comparison]:
     """Measure tokenizers by name on documents, given as (group, text); they are read once, a batch at a time.
 
     Raises DataError where there is no text.
     """
-    counters = {name: _Counter(tokenizer, threads) for name, tokenizer in tokenizers.items()}
+    counters = {name: _Counter(tokenizer) for name, tokenizer in tokenizers.items()}
     totals: dict[str, dict[str, Measure]] = {name: {} for name in tokenizers}
     for groups, texts in _batches(documents):
         for name, counter in counters.items():
@@ -111,10 +109,11 @@ def compare(
         whole = sum(totals[name].values(), Measure())
         if whole.tokens == 0:
             raise DataError("there is no text to measure on; check the file and its text column")
-        by_size = sorted(totals[name].items(), key=lambda item: -item[1].bytes)
-        groups_of = {ALL: whole, **(dict(by_size) if len(by_size) > 1 else {})}
-        speed = whole.bytes / 1e6 / counter.seconds
-        results.append(Comparison(name, counter.encoder.tokenizer.vocab_size, groups_of, speed, counter.encoder.engine))
+        largest_first = dict(sorted(totals[name].items(), key=lambda item: -item[1].bytes))
+        encoder, speed = counter.encoder, whole.bytes / 1e6 / counter.seconds
+        results.append(
+            Comparison(name, encoder.tokenizer.vocab_size, {ALL: whole, **largest_first}, speed, encoder.engine)
+        )
     return results
 
 
@@ -129,8 +128,8 @@ def group_of(by: By, text: str, source: str) -> str:
 class _Counter:
     """Encodes and counts with one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, threads: int = 0) -> None:
-        self.encoder = DocumentEncoder(tokenizer, threads=threads)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.encoder = DocumentEncoder(tokenizer)
         self.seconds = 0.0
         self._unknown = np.zeros(tokenizer.vocab_size, dtype=bool)
         if tokenizer.special.unk is not None and tokenizer.special.unk in tokenizer.special_ids:
@@ -145,9 +144,7 @@ class _Counter:
             self.seconds += time.perf_counter() - began
         found: dict[str, Measure] = {}
         for text, group, tokens, unknown, fallback in zip(texts, groups, *self._counts(encoded), strict=True):
-            one = Measure(
-                1, len(text.encode("utf-8", "replace")), len(text), len(text.split()), tokens, unknown, fallback
-            )
+            one = Measure(1, len(utf8(text)), len(text), len(text.split()), tokens, unknown, fallback)
             found[group] = found.get(group, Measure()) + one
         return found
 

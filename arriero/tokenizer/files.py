@@ -13,7 +13,7 @@ from typing import Any
 
 from arriero.errors import CheckpointError
 from arriero.tokenizer.base import SpecialTokens
-from arriero.tokenizer.chat import ChatTemplate
+from arriero.tokenizer.template import ChatTemplate
 
 ROLES = ("bos", "eos", "pad", "unk")
 

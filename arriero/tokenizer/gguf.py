@@ -19,10 +19,10 @@ from arriero.errors import CheckpointError, did_you_mean
 from arriero.gguf_header import read_metadata
 from arriero.tokenizer import llama3
 from arriero.tokenizer.base import SpecialTokens, Tokenizer
-from arriero.tokenizer.chat import ChatTemplate
 from arriero.tokenizer.files import role_texts
 from arriero.tokenizer.hf import HfTokenizer, with_bos
 from arriero.tokenizer.sentencepiece import SentencePieceTokenizer, pieces_of, tokenizer_from_pieces
+from arriero.tokenizer.template import ChatTemplate
 
 # Token types of the format.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

@@ -20,7 +20,7 @@ from tokenizers import processors
 from arriero.errors import CheckpointError
 from arriero.tokenizer import files
 from arriero.tokenizer.base import PrefixRule, SpecialTokens, Tokenizer
-from arriero.tokenizer.chat import ChatTemplate
+from arriero.tokenizer.template import ChatTemplate
 
 SPACE_MARKER = "▁"
 _FEW = 16  # the batch call starts a thread pool, which costs more than so few texts

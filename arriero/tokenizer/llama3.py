@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import binascii
 import itertools
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +21,9 @@ from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
 from arriero.tokenizer import files
-from arriero.tokenizer.base import SpecialTokens, Tokenizer
-from arriero.tokenizer.chat import ChatTemplate
+from arriero.tokenizer.base import SpecialTokens, Tokenizer, usable_threads
 from arriero.tokenizer.hf import byte_level_text, with_bos
+from arriero.tokenizer.template import ChatTemplate
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -80,7 +79,7 @@ class TiktokenTokenizer(Tokenizer):
         parts = [self.parts_of(segment) for segment in segments]
         flat = list(itertools.chain.from_iterable(parts))
         if len(flat) > _FEW:
-            encoded = iter(self._encoding.encode_ordinary_batch(flat, num_threads=os.cpu_count() or 1))
+            encoded = iter(self._encoding.encode_ordinary_batch(flat, num_threads=usable_threads()))
         else:
             encoded = map(self._encoding.encode_ordinary, flat)
         return [next(encoded) if len(row) == 1 else [i for _ in row for i in next(encoded)] for row in parts]

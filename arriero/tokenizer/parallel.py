@@ -66,14 +66,14 @@ class Encoded:
 class DocumentEncoder:
     """Encodes batches of documents into flat arrays, each as `Tokenizer.encode` does, by the fastest equal engine.
 
-    threads: 1 keeps to the calling thread, for a process that is one of many; 0 uses every core. engine: "exact" is
-    the slow twin, the library that defines the format. A copy in a worker process builds its own tables.
+    parallel: whether gigatoken uses every core; not in a process that is one of many. engine: "exact" is the slow
+    twin, the library that defines the format. A copy in a worker process builds its own tables.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, threads: int = 0, engine: Engine = "auto") -> None:
+    def __init__(self, tokenizer: Tokenizer, *, parallel: bool = True, engine: Engine = "auto") -> None:
         self.tokenizer = tokenizer
-        self.threads = threads
-        self._fast = _Gigatoken.build(tokenizer, parallel=threads != 1) if engine == "auto" else None
+        self.parallel = parallel
+        self._fast = _Gigatoken.build(tokenizer, parallel) if engine == "auto" else None
         self._n_documents = 0
 
     @property
@@ -119,10 +119,10 @@ class DocumentEncoder:
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tokenizer": self.tokenizer, "threads": self.threads, "engine": "auto" if self._fast else "exact"}
+        return {"tokenizer": self.tokenizer, "parallel": self.parallel, "engine": "auto" if self._fast else "exact"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["tokenizer"], threads=state["threads"], engine=state["engine"])  # type: ignore[misc]
+        self.__init__(state["tokenizer"], parallel=state["parallel"], engine=state["engine"])  # type: ignore[misc]
 
 
 def _joined(rows: Sequence[NDArray[np.uint32]], bos: list[int], eos: list[int]) -> Encoded:
@@ -277,10 +277,3 @@ def _spells_special(model: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
     in_vocabulary = [text for text in tokenizer.special_ids if text in model["vocab"]]
     made = {merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]}
     return bool(in_vocabulary) and (bool(model.get("ignore_merges")) or not made.isdisjoint(in_vocabulary))
-
-
-def encode_documents(
-    tokenizer: Tokenizer, texts: Sequence[str], *, bos: bool = False, eos: bool = False, threads: int = 0
-) -> Encoded:
-    """Encode one batch; for many, keep a `DocumentEncoder`, whose tables take a second to build."""
-    return DocumentEncoder(tokenizer, threads=threads).encode(texts, bos=bos, eos=eos)

@@ -23,9 +23,9 @@ from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
 from arriero.tokenizer import files
-from arriero.tokenizer.base import SpecialTokens, Tokenizer
-from arriero.tokenizer.chat import ChatTemplate
+from arriero.tokenizer.base import SpecialTokens, Tokenizer, usable_threads
 from arriero.tokenizer.hf import BYTE_PIECE, SPACE_MARKER, marked_bytes, with_bos
+from arriero.tokenizer.template import ChatTemplate
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -73,7 +73,8 @@ class SentencePieceTokenizer(Tokenizer):
         result: list[list[int]] = [[]] * len(segments)
         for processor, wanted in ((self.processor, True), (self._continuing, False)):
             rows = [i for i, start in enumerate(at_start) if start is wanted]
-            for i, ids in zip(rows, processor.encode([segments[i] for i in rows]), strict=True):
+            encoded = processor.encode([segments[i] for i in rows], num_threads=usable_threads())
+            for i, ids in zip(rows, encoded, strict=True):
                 result[i] = ids
         return result
 
@@ -216,7 +217,10 @@ def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
-        raise CheckpointError(f"the sentencepiece library cannot read this model ({error}); fetch it again") from error
+        raise CheckpointError(
+            "the sentencepiece library cannot read this as a model; give a model directory, tokenizer.json, "
+            "tokenizer.model or .gguf, or fetch the file again"
+        ) from error
 
 
 def _is_special(processor: sentencepiece.SentencePieceProcessor, i: int) -> bool:

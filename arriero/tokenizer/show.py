@@ -31,12 +31,6 @@ def token_view(tokenizer: Tokenizer, ids: Sequence[int], colour: bool = True) ->
     return view if colour else "|".join(shown)
 
 
-def token_table(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[int, str]]:
-    """Return (id, text as in `token_view`) of each token."""
-    specials = {i: text for text, i in tokenizer.special_ids.items()}
-    return [(i, specials.get(i) or _label(tokenizer.token_bytes(i))) for i in ids]
-
-
 def _label(data: bytes) -> str:
     try:
         text = data.decode()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,11 +26,11 @@ from arriero import __version__
 from arriero.errors import ConfigError, DataError, UserError, require
 from arriero.tokenizer import files
 from arriero.tokenizer.base import SpecialTokens, Tokenizer
-from arriero.tokenizer.chat import named_template
 from arriero.tokenizer.compare import measure, vocabulary_statistics
 from arriero.tokenizer.llama3 import N_SPECIAL, SPLIT, TiktokenTokenizer, special_tokens
 from arriero.tokenizer.sample import CHUNK, Sample, draw_sample, showing
 from arriero.tokenizer.sentencepiece import SentencePieceTokenizer
+from arriero.tokenizer.template import named_template
 
 Kind = Literal["llama3", "llama2"]
 
@@ -115,17 +116,20 @@ def learn_llama2(training: Iterable[bytes], vocab_size: int) -> SentencePieceTok
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise DataError(
-            f"sentencepiece cannot learn {vocab_size:,} pieces from this text: {_last_sentence(str(error))}; give more "
-            "text, or another vocab_size"
-        ) from error
+        reason = _reason(str(error))
+        raise DataError(f"sentencepiece cannot learn {vocab_size:,} pieces from this text: {reason}") from error
     special = SpecialTokens({"<unk>": 0, "<s>": 1, "</s>": 2}, bos="<s>", eos="</s>", unk="<unk>", adds_bos=True)
     return SentencePieceTokenizer(model.getvalue(), special)
 
 
-def _last_sentence(message: str) -> str:
-    """Return what sentencepiece says after the place in its source: "Internal: trainer.cc(670) [condition] text"."""
-    return message.rsplit("] ", 1)[-1].strip().rstrip(".") or message
+def _reason(message: str) -> str:
+    """Return the reason in a message of sentencepiece, and the remedy in our terms where it is one of the usual two."""
+    if few := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
+        return f"its characters, the bytes and special tokens take {few[1]}; give a vocab_size of at least that"
+    if most := re.search(r"set it to a value <= (\d+)", message):
+        return f"it gives {most[1]}; give more text, or a vocab_size of at most {most[1]}"
+    # "Internal: trainer.cc(670) [condition] text": the place in its source helps nobody
+    return f"{message.rsplit('] ', 1)[-1].strip().rstrip('.') or message}; give more text, or another vocab_size"
 
 
 def learn(sample: Sample, config: TrainingConfig) -> Tokenizer:
@@ -178,6 +182,8 @@ def train(texts: Iterable[str], config: TrainingConfig, directory: Path) -> dict
 
 
 def check_empty(out: Path, force: bool) -> None:
-    """Refuse to write where something is already, without `force`."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not force):
+    """Refuse to write where a file is, or without `force` where a directory holds something."""
+    if out.is_file():
+        raise UserError(f"{out}: is a file, and a directory is to be written; choose another name")
+    if out.is_dir() and any(out.iterdir()) and not force:
         raise UserError(f"{out}: exists already; choose another name, or give --force to write over it")

@@ -13,12 +13,13 @@ import pytest
 from helpers.processes import killer
 from rich.console import Console
 
-from arriero.data import sft
+from arriero.data import sft, sft_cache
 from arriero.data.formats import read_conversations
 from arriero.data.pack import pack
 from arriero.data.sft import SftDataset, build_dataset, build_splits, data_stats, split_by_content
 from arriero.errors import DataError
-from arriero.tokenizer.chat import ChatTemplate, encode_training
+from arriero.tokenizer.chat import encode_training
+from arriero.tokenizer.template import ChatTemplate
 
 from .conftest import sums, turns, write_rows
 
@@ -103,7 +104,7 @@ def test_a_cache_that_cannot_be_written_is_refused_with_the_remedy(tmp_path, tok
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_leaves_no_cache(tmp_path, tokenizer, monkeypatch):
     path = write_rows(tmp_path / "sums.jsonl", sums(29))
-    monkeypatch.setattr(sft, "_write_parts", lambda *_: Path("/dev/full").write_bytes(b"x"))
+    monkeypatch.setattr(sft_cache, "_write_parts", lambda *_: Path("/dev/full").write_bytes(b"x"))
     with pytest.raises(DataError, match=r"\(No space left on device\); free disk space"):
         build_dataset(path, tokenizer, cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -115,7 +116,7 @@ def test_worker_processes_give_the_same_bytes_as_none(tmp_path, tokenizer, monke
     for k in range(3):
         write_rows(files / f"{k}.jsonl", sums(331 + k))
     alone = build_dataset(files, tokenizer, cache_dir=tmp_path / "one")
-    monkeypatch.setattr(sft, "IN_PROCESS_BYTES", 0)
+    monkeypatch.setattr(sft_cache, "IN_PROCESS", 0)
     together = build_dataset(files, tokenizer, workers=2, cache_dir=tmp_path / "two")
     assert contents(alone.directory) == contents(together.directory)
     assert together.where(331) == f"row 1 of {files / '1.jsonl'}"
@@ -125,7 +126,7 @@ def test_a_bad_row_found_by_a_worker_is_named_and_leaves_no_cache(tmp_path, toke
     rows = sums(701)
     rows[600] = {"messages": [{"role": "robot", "content": "beep"}]}
     path = write_rows(tmp_path / "sums.jsonl", rows)
-    monkeypatch.setattr(sft, "IN_PROCESS_BYTES", 0)
+    monkeypatch.setattr(sft_cache, "IN_PROCESS", 0)
     with pytest.raises(DataError, match=f"row 601 of {path}: message 0 has the unknown role 'robot'"):
         build_dataset(path, tokenizer, workers=2, cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -133,7 +134,7 @@ def test_a_bad_row_found_by_a_worker_is_named_and_leaves_no_cache(tmp_path, toke
 
 def test_workers_that_are_killed_again_and_again_are_told_of_and_leave_no_cache(tmp_path, tokenizer, monkeypatch):
     path = write_rows(tmp_path / "sums.jsonl", sums(701))
-    monkeypatch.setattr(sft, "IN_PROCESS_BYTES", 0)
+    monkeypatch.setattr(sft_cache, "IN_PROCESS", 0)
     with killer(lambda: 0.05), pytest.raises(DataError, match=r"3 tokenising processes died .*: give fewer workers"):
         build_dataset(path, tokenizer, workers=2, cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -158,8 +159,8 @@ def test_a_process_that_comes_second_leaves_the_first_ones_cache_as_it_is(tmp_pa
     path = write_rows(tmp_path / "sums.jsonl", sums(29))
     dataset = build_dataset(path, tokenizer, cache_dir=tmp_path / "cache")
     before = (dataset.directory / "tokens.bin").stat().st_ino
-    parts = sft.encode_files([path], tokenizer, 1, Console(file=io.StringIO()))
-    sft.write_cache(dataset.directory, [path], parts)
+    parts = sft_cache.encode_files([path], tokenizer, 1, Console(file=io.StringIO()))
+    sft_cache.write_cache(dataset.directory, [path], parts)
     assert (dataset.directory / "tokens.bin").stat().st_ino == before
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from arriero.errors import DataError
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.tokenizer.base import SpecialTokens
-from arriero.tokenizer.chat import ChatTemplate, encode_chat, named_template
+from arriero.tokenizer.chat import encode_chat
 from arriero.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceTokenizer, write_model
+from arriero.tokenizer.template import ChatTemplate, named_template
 
 WEATHER = {
     "type": "function",

@@ -11,8 +11,9 @@ import pytest
 from arriero.errors import CheckpointError, DataError
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.tokenizer.base import SpecialTokens
-from arriero.tokenizer.chat import ChatTemplate, encode_chat, encode_training, named_template
+from arriero.tokenizer.chat import encode_chat, encode_training
 from arriero.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceTokenizer, write_model
+from arriero.tokenizer.template import ChatTemplate, named_template
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,7 @@ REFUSED = {
         "{{ messages[0].content.missing.x }}",
         "refuses this conversation: .* has no attribute",
     ),
+    "divides by nothing": ("{{ 1 / 0 }}", "refuses this conversation: division by zero"),
     "tries to escape": ("{{ messages.__class__.__mro__ }}", "refuses this conversation: access to attribute"),
     "changes its input": ("{{ messages.append(1) }}", "refuses this conversation"),
 }

@@ -13,7 +13,7 @@ from arriero import cli
 from arriero.errors import DataError
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.tokenizer.compare import ALL, Measure, compare, fallback_ids, measure
-from arriero.tokenizer.show import token_table, token_view
+from arriero.tokenizer.show import token_view
 from arriero.tokenizer.train import learn_llama3
 
 
@@ -58,14 +58,14 @@ def test_fallback_tokens_are_byte_pieces_or_parts_of_characters(byte_level, piec
 
 def test_groups_add_up_to_the_whole(byte_level, pieces):
     documents = [("code", python_source("typing")), ("prose", "The quick brown fox. " * 101), ("code", "x = 1\n" * 17)]
-    results = compare({"a": byte_level, "b": pieces}, iter(documents), threads=1)
+    results = compare({"a": byte_level, "b": pieces}, iter(documents))
     assert [r.name for r in results] == ["a", "b"]
     for result in results:
         assert list(result.groups) == [ALL, "code", "prose"] and result.mb_per_s > 0
         assert result.groups["code"] + result.groups["prose"] == result.groups[ALL]
         assert result.groups["code"].documents == 2
     one = compare({"a": byte_level}, [("code", "x = 1")])
-    assert list(one[0].groups) == [ALL]
+    assert list(one[0].groups) == [ALL, "code"] and one[0].groups["code"] == one[0].groups[ALL]
     with pytest.raises(DataError, match="there is no text to measure on; check the file and its text column"):
         compare({"a": byte_level}, [])
 
@@ -74,7 +74,6 @@ def test_tokens_are_shown_with_their_spaces_ends_and_bytes(byte_level, smollm2_g
     tokenizer = load_tokenizer(smollm2_gguf)
     ids = tokenizer.encode("Hi there\n", bos=True)
     assert token_view(tokenizer, ids, colour=False) == "<|im_start|>|Hi|·there|⏎\n"
-    assert [text for _, text in token_table(tokenizer, ids)] == ["<|im_start|>", "Hi", "·there", "⏎\n"]
     assert token_view(tokenizer, ids).plain == "<|im_start|>Hi·there⏎\n"
     assert token_view(byte_level, byte_level.encode("é\t"), colour=False) == "<C3>|<A9>|→\t"
 
@@ -153,6 +152,20 @@ def test_compare_prints_a_table_or_json(directory, capsys, monkeypatch, tmp_path
     assert set(only[0]["groups"]) == {"all"}
     languages = json.loads(run(capsys, monkeypatch, *args, "--json", "--by", "language")[1])
     assert set(languages[0]["groups"]) == {"all", "en", "de"}
+
+
+def test_compare_reads_no_more_than_its_limit_and_refuses_what_it_cannot_do(directory, capsys, monkeypatch, tmp_path):
+    data = tmp_path / "text.txt"
+    data.write_text("naïve llamas hum")
+    args = ["compare", str(directory), "--data", str(data)]
+    for limit, n_bytes in ((1, 1), (3, 2), (4, 4), (17, 17), (99, 17)):  # "ï" is the bytes 2 and 3
+        out = run(capsys, monkeypatch, *args, "--json", "--limit", str(limit))[1]
+        assert json.loads(out)[0]["groups"]["all"]["bytes"] == n_bytes
+    assert "limit is 0; give a positive number of bytes" in run(capsys, monkeypatch, *args, "--limit", "0")[2]
+    code, _, err = run(capsys, monkeypatch, "compare", "--data", str(data), str(directory))  # two files, so it seems
+    assert code == 2 and "no tokenizer is given; name one or more" in err
+    code, _, err = run(capsys, monkeypatch, "train", "--out", str(tmp_path / "out"))
+    assert code == 2 and "no text is given; name a file" in err
 
 
 def test_train_writes_a_directory_that_compare_opens(capsys, monkeypatch, tmp_path):

@@ -17,10 +17,11 @@ from arriero.errors import CheckpointError, DataError
 from arriero.gguf_header import read_metadata
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.tokenizer.base import SpecialTokens
-from arriero.tokenizer.chat import ChatTemplate, encode_chat, named_template
+from arriero.tokenizer.chat import encode_chat
 from arriero.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
 from arriero.tokenizer.llama3 import load_tiktoken_model, special_tokens
 from arriero.tokenizer.sentencepiece import SentencePieceTokenizer
+from arriero.tokenizer.template import ChatTemplate, named_template
 
 TEXTS = ["", " ", "Hello", "  Hi\n\n", "naïve 😀👩‍👩‍👧 日本", "</s><s> <|eot_id|><|im_end|>", "a\x00b", "x" * 41, "\n"]
 
@@ -198,7 +199,9 @@ def test_files_that_hold_no_tokenizer_are_refused_by_name(tmp_path, families):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x03abc")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.model: the sentencepiece library cannot read this model"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.model: the sentencepiece library cannot read this as a model; give"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_text("aGk= 0\n!? 1\n")
     with pytest.raises(CheckpointError, match=r"tokenizer\.model, line 2: not 'base64 rank'"):

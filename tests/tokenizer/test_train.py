@@ -241,13 +241,19 @@ def test_settings_that_cannot_be_are_refused(settings, text):
 def test_too_little_text_is_refused_with_what_it_would_give(tmp_path):
     with pytest.raises(DataError, match=r"holds only 2\d\d different tokens, 4,000 are asked for \(and 11 special"):
         learn_llama3([b"to be or not to be"], 4011, n_special=11)
-    with pytest.raises(DataError, match=r"sentencepiece cannot learn 4,011 pieces from this text: Vocabulary size"):
-        learn_llama2([b"to be or not to be"], 4011)
+    text = b"to be or not to be"
+    with pytest.raises(DataError, match=r"cannot learn 4,011 pieces .*: it gives 281; give more text, or .* most 281$"):
+        learn_llama2([text], 4011)
+    with pytest.raises(DataError, match=r"its characters, the bytes and special tokens take 266; give a vocab_size of"):
+        learn_llama2([text], 265)
+    assert [learn_llama2([text], n).vocab_size for n in (266, 281)] == [266, 281]  # as advised
     with pytest.raises(DataError, match="there is no text to learn from; check the sources and the text column"):
         draw_sample(["", ""], 101)
     with pytest.raises(DataError, match="no chunk of text fits in a sample of 3 bytes; give a larger sample"):
         draw_sample(["long enough"], 3)
     (tmp_path / "there").write_text("x")
+    with pytest.raises(UserError, match="there: is a file, and a directory is to be written; choose another name"):
+        check_empty(tmp_path / "there", force=True)
     with pytest.raises(UserError, match="exists already; choose another name, or give --force"):
         check_empty(tmp_path, force=False)
     check_empty(tmp_path, force=True)

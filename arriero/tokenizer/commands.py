@@ -10,9 +10,9 @@ from typing import Literal
 
 from rich.console import Console
 
-from arriero.errors import DataError
+from arriero.errors import DataError, check
 from arriero.tokenizer import show
-from arriero.tokenizer.base import Tokenizer
+from arriero.tokenizer.base import Tokenizer, utf8
 from arriero.tokenizer.compare import By, compare, group_of
 from arriero.tokenizer.extend import Extension, backend_of, extend
 from arriero.tokenizer.sample import draw_sample, showing
@@ -97,24 +97,27 @@ def run_compare(
     documents: Iterable[tuple[str, str]],
     by: By,
     limit: int,
-    threads: int,
     *,
     as_json: bool,
 ) -> None:
-    """Print a comparison on (source, text) documents, as a table or as JSON."""
+    """Print a comparison on the first `limit` bytes of (source, text) documents, as a table or as JSON."""
+    check(bool(tokenizers), "no tokenizer is given; name one or more, as in: arriero tokenizer compare A B --data FILE")
+    check(limit > 0, f"limit is {limit}; give a positive number of bytes")
     with showing("encoding", unit=True) as progress:
 
         def grouped() -> Iterator[tuple[str, str]]:
-            read = 0
+            left = limit
             for source, text in documents:
-                size = len(text.encode("utf-8", "replace"))
-                read += size
-                if read > limit:
+                if left <= 0:
                     return
-                progress(size)
+                data = utf8(text)
+                if len(data) > left:
+                    text = data[:left].decode("utf-8", "ignore")
+                left -= len(data)
+                progress(len(data))
                 yield group_of(by, text, source), text
 
-        results = compare(tokenizers, grouped(), threads)
+        results = compare(tokenizers, grouped())
     if as_json:
         print(json.dumps([result.as_dict() for result in results]))
     else:
