@@ -26,7 +26,7 @@ from arriero.checkpoint.tensor_file import Entry
 from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError
 from arriero.model.llama import EMBEDDINGS, HEAD
-from arriero.tokenizer.base import Tokenizer
+from arriero.tokenizer.base import Tokenizer, load_tokenizer
 from arriero.tokenizer.extend import Extension
 
 
@@ -67,13 +67,36 @@ def _with_rows(matrix: Tensor, n_rows: int, parts: Mapping[int, Sequence[int]]) 
     return grown
 
 
-def resize(model: str | Path, dst: Path, base: Tokenizer, extension: Extension) -> None:
-    """Write `model` (path, Hub id or built-in name) at `dst` with rows for the new ids, and the grown tokenizer.
+def check_request(model: str | Path, dst: Path, base: Tokenizer) -> Path:
+    """Return the path of `model` (path, Hub id or built-in name), where it can be resized for a growth of `base`.
 
-    All or nothing, in Hugging Face's layout and the stored number type (quantised weights become f32), with progress.
+    Raises CheckpointError where `dst` is the model itself, or where the tokenizer that lies with it is not `base`: the
+    means would be of other tokens' rows. A model that comes without a tokenizer is taken on trust.
     """
     source = resolve(model)
     check_destination(source, dst, force=True)  # writing over the source is refused in any case
+    try:
+        own = load_tokenizer(source)
+    except CheckpointError:
+        return source
+    if _tokens(own) != _tokens(base):
+        raise CheckpointError(
+            f"{model} has its own tokenizer ({own.vocab_size:,} ids), and the one to extend ({base.vocab_size:,} ids) "
+            "gives other ids; extend the model's own"
+        )
+    return source
+
+
+def _tokens(tokenizer: Tokenizer) -> list[bytes]:
+    return [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+
+
+def resize(model: str | Path, dst: Path, base: Tokenizer, extension: Extension) -> None:
+    """Write `model` at `dst` with rows for the new ids, and the grown tokenizer; `check_request` says what is refused.
+
+    All or nothing, in Hugging Face's layout and the stored number type (quantised weights become f32), with progress.
+    """
+    source = check_request(model, dst, base)
     weights = resized(open_weights(source), base.vocab_size, extension.parts)
     with tensor_bar(f"{source.name} -> {weights.config.vocab_size:,} ids", len(weights.entries)) as progress:
         write_hf(

@@ -107,6 +107,9 @@ def test_the_command_grows_tokenizer_and_checkpoint(base, tmp_path, capsys):
     for wrong, text in {
         ("--add", "3", "--vocab-size", "700"): "give either --add",
         ("--vocab-size", "503"): "the base has 503 ids already",
+        ("--add", "0"): "--add 0: give a positive number of tokens",
+        ("--add", "3", "--model", "nowhere"): "no model 'nowhere'",
+        ("--add", "3", "--model", "smollm2-135m"): "smollm2-135m has its own tokenizer (49,152 ids), and the one to",
         ("--add", "99999"): "new tokens that occur at least twice, 99,999 are asked for",
     }.items():
         assert cli.main([*args, *wrong, "--out", str(tmp_path / "x")]) == 2
