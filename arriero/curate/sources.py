@@ -23,6 +23,7 @@ import json
 import re
 import sysconfig
 import tokenize
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 
 from arriero.curate.document import Document
 from arriero.errors import DataError, require
-from arriero.records import HUB_ID, Record, as_row, hub_files, is_readable, parse_row, read_records
+from arriero.records import COMPRESSED, HUB_ID, Record, as_row, hub_files, is_readable, parse_row, read_records
 
 STDLIB = "stdlib"
 MANIFEST = "manifest.json"  # of a curated directory; lists its shards
@@ -135,8 +136,11 @@ def read_file(
 # Which files
 
 
-def list_files(sources: Sequence[str | Path]) -> list[SourceFile]:
-    """The files of the sources in order: sources as given, files of a directory sorted by path."""
+def list_files(sources: Sequence[str | Path], passed_over: Counter[str] | None = None) -> list[SourceFile]:
+    """The files of the sources in order: sources as given, files of a directory sorted by path.
+
+    passed_over: counts, by the ending of their names, the files of directories that are no documents.
+    """
     files: list[SourceFile] = []
     names: set[str] = set()
     for source in sources:
@@ -146,7 +150,7 @@ def list_files(sources: Sequence[str | Path]) -> list[SourceFile]:
             count += 1
             name = f"{base}~{count}"
         names.add(name)
-        files += _files_of(source, name)
+        files += _files_of(source, name, Counter() if passed_over is None else passed_over)
     return files
 
 
@@ -155,19 +159,19 @@ def _name_of(source: str | Path) -> str:
     return path.resolve().name if path.exists() else str(source)
 
 
-def _files_of(source: str | Path, name: str) -> list[SourceFile]:
+def _files_of(source: str | Path, name: str, passed_over: Counter[str]) -> list[SourceFile]:
     path = Path(source)
     if str(source) == STDLIB:
         return _stdlib()
     if path.is_dir():
-        return _directory(path, name)
+        return _directory(path, name, passed_over)
     if path.exists():
         kind = _kind(path)
         if kind is None:
-            raise DataError(
-                f"{source}: files ending {path.suffix!r} are not read; rename plain text to .txt, or convert it to "
-                ".jsonl or .parquet"
-            )
+            remedy = "rename plain text to .txt, or convert it to .jsonl or .parquet"
+            if path.suffix in COMPRESSED:
+                remedy = "unpack it (only .jsonl, .json, .csv and .warc are read compressed)"
+            raise DataError(f"{source}: files ending {''.join(path.suffixes[-2:])!r} are not read; {remedy}")
         return [SourceFile(path, name, _stem(name), kind)]
     if HUB_ID.fullmatch(str(source)) and _kind(path) is None:
         return [SourceFile(file, f"{name}/{file.name}", name, "rows") for file in hub_files(str(source))]
@@ -176,7 +180,7 @@ def _files_of(source: str | Path, name: str) -> list[SourceFile]:
     )
 
 
-def _directory(root: Path, name: str) -> list[SourceFile]:
+def _directory(root: Path, name: str, passed_over: Counter[str]) -> list[SourceFile]:
     if (root / MANIFEST).exists():
         return curated_shards(root, name)
     files = []
@@ -184,6 +188,8 @@ def _directory(root: Path, name: str) -> list[SourceFile]:
         kind = _kind(path)
         if kind is not None and path.suffix not in SELDOM_DOCUMENTS:
             files.append(SourceFile(path, f"{name}/{path.relative_to(root).as_posix()}", name, kind))
+        else:
+            passed_over[path.suffix or "without an ending"] += 1
     if not files:
         raise DataError(
             f"{root}: no document in this directory; put .txt, .md, .html, .warc.gz, .jsonl, .parquet or source "
@@ -277,6 +283,8 @@ def _from_row(row: Mapping[str, Any], file: SourceFile, number: int, text_key: s
     rest = dict(row)
     text = rest.pop(text_key, None)
     if text is None:
+        if text_key in row:
+            raise DataError(f"{where}: {text_key!r} is null; fill it or drop the row")
         columns = ", ".join(repr(name) for name in row) or "none"
         raise DataError(f"{where}: no column {text_key!r} (there are: {columns}); name the text's with --text-key")
     if not isinstance(text, str):
@@ -355,6 +363,7 @@ def _read_warc(file: SourceFile, after: int, reading: Reading) -> Rows:
     """Responses with HTML or plain text, and the texts of WET files; other records are no documents."""
     warc = require("fastwarc.warc", "data")
     kinds = warc.WarcRecordType.response | warc.WarcRecordType.conversion
+    number = 0
     with open(file.path, "rb") as stream:
         records = warc.ArchiveIterator(stream, record_types=kinds, parse_http=True, auto_decode="all")
         for number, record in enumerate(records, start=1):
@@ -362,6 +371,8 @@ def _read_warc(file: SourceFile, after: int, reading: Reading) -> Rows:
                 found = _from_warc(record, file, number, reading)
                 if found is not None:
                     yield number, found
+    if number == 0:
+        raise DataError(f"{file.path}: the file holds no response; fetch it again or remove it")
 
 
 def _from_warc(record: Any, file: SourceFile, number: int, reading: Reading) -> Document | DataError | None:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from arriero.curate import engine
+from arriero.curate import engine, sources
 from arriero.curate.config import CurateConfig
 from arriero.curate.engine import curate
 from arriero.curate.parts import json_line
 from arriero.errors import ConfigError, DataError
+from arriero.records import read_records
 
 from .conftest import corpus_rows, dropped, hashes, kept, prose, run
 
@@ -227,8 +228,53 @@ def test_other_settings_are_refused_by_name(corpus, tmp_path):
         ConfigError, match=r"out was begun with other .*; changed: part_mb \(0\.031 -> 0\.02\)\. Give the old"
     ):
         run(corpus, tmp_path / "out", part_mb=0.02)
-    with pytest.raises(ConfigError, match=r'changed: steps \(\["normalise", .*; language \('):
+    with pytest.raises(ConfigError, match=r'changed: steps \(\["normalise", .* -> \["normalise"\]\)\. Give the old'):
         run(corpus, tmp_path / "out", steps=("normalise",))
+
+
+def test_settings_with_which_nothing_was_done_may_be_mended(corpus, tmp_path):
+    with pytest.raises(DataError, match="no column 'body'"):
+        run(corpus, tmp_path / "out", text_key="body")
+    assert run(corpus, tmp_path / "out")["documents"] > 0
+
+
+def test_a_run_that_stopped_at_a_broken_row_goes_on_with_skip(corpus, tmp_path):
+    with open(corpus / "b.jsonl", "a") as file:
+        file.write("{broken\n" + json.dumps({"text": prose(400)}) + "\n")
+    with pytest.raises(DataError, match="--on-error skip"):
+        run(corpus, tmp_path / "out")
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / ".work" / "read").glob("*.arrow")}
+    assert len(parts) > 3
+    run(corpus, tmp_path / "whole", on_error="skip")
+    assert run(corpus, tmp_path / "out", on_error="skip")["unreadable"]["count"] == 1
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_how_a_source_is_spelled_makes_no_other_plan(corpus, tmp_path):
+    first = run(corpus, tmp_path / "out")
+    assert run(f"{corpus}/../{corpus.name}/", tmp_path / "out") == first
+
+
+def test_an_output_directory_below_a_source_is_no_source(corpus, tmp_path, monkeypatch):
+    run(corpus, tmp_path / "whole")
+    out = corpus / "out"
+    monkeypatch.setattr(engine.Run, "_manifest", lambda *_: (_ for _ in ()).throw(Crash))
+    with pytest.raises(Crash):
+        run(corpus, out)
+    monkeypatch.undo()
+    assert list(out.glob("shard-*"))
+    run(corpus, out)
+    assert kept(out) == kept(tmp_path / "whole")
+    with pytest.raises(ConfigError, match=r"all sources lie in .*out, where the result goes; give another --out"):
+        run(out, out)
+
+
+def test_a_file_is_opened_once_however_many_parts_it_makes(corpus, tmp_path, monkeypatch):
+    """Each part from the beginning of its file would make a large one take quadratic time."""
+    opened = []
+    monkeypatch.setattr(sources, "read_records", lambda path, after: opened.append(path) or read_records(path, after))
+    run(corpus, tmp_path / "out")
+    assert opened == [corpus / "a.jsonl", corpus / "b.jsonl"]
 
 
 def test_changed_sources_are_refused_by_name(corpus, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import json
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -150,6 +151,10 @@ BROKEN = {
         '{"text": "a"}\n{"body": "b", "id": 3}\n{"text": "c"}\n',
         r"row 2 of .*a\.jsonl: no column 'text' \(there are: 'body', 'id'\); name the text's with --text-key",
     ),
+    "null": (
+        '{"text": "a"}\n{"text": null}\n{"text": "c"}\n',
+        r"row 2 of .*a\.jsonl: 'text' is null; fill it or drop the row",
+    ),
     "no string": (
         '{"text": "a"}\n{"text": 7}\n{"text": "c"}\n',
         r"row 2 of .*a\.jsonl: 'text' is of type int; it must be a text",
@@ -184,6 +189,17 @@ def test_files_that_cannot_be_read_are_named_or_passed_over(tmp_path):
     assert "not UTF-8 text" in str(errors[0]) and "convert it" in str(errors[0])
 
 
+def test_a_crawl_without_a_response_is_refused_and_what_is_passed_over_is_counted(tmp_path):
+    (tmp_path / "a.warc.gz").touch()
+    with pytest.raises(DataError, match=r"a\.warc\.gz: the file holds no response; fetch it again or remove it"):
+        list(read_documents([tmp_path]))
+    for name in ("b.pdf", "c.pdf", "d.json", "LICENCE"):
+        (tmp_path / name).touch()
+    passed_over = Counter()
+    assert [file.path.name for file in list_files([tmp_path], passed_over)] == ["a.warc.gz"]
+    assert passed_over == {".pdf": 2, ".json": 1, "without an ending": 1}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -193,6 +209,7 @@ def test_files_that_cannot_be_read_are_named_or_passed_over(tmp_path):
         ),
         (lambda p: p, r"no document in this directory; put \.txt"),
         (lambda p: (p / "a.docx").touch() or p / "a.docx", r"files ending '\.docx' are not read; rename plain text"),
+        (lambda p: (p / "a.txt.gz").touch() or p / "a.txt.gz", r"files ending '\.txt\.gz' are not read; unpack it"),
     ],
 )
 def test_sources_that_are_none_are_refused(tmp_path, make, message):

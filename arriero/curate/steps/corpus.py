@@ -256,6 +256,8 @@ class NearDedup:
         )
         if not total:
             return np.empty(0, DROPPED)
+        for path in scratch:  # new files, not old ones cut to nothing: a worker of a killed run may still map those
+            path.unlink(missing_ok=True)
         try:
             keys = np.memmap(scratch[0], np.uint64, "w+", shape=(self.settings.bands, total))
             signatures = np.memmap(scratch[1], np.uint32, "w+", shape=(total, self.settings.hashes))
