@@ -18,6 +18,7 @@ from arriero.curate.spans import MASK, MULTIPLIER
 
 Json = dict[str, Any]
 EXCERPT = 700  # characters of an example
+CONTEXT = 60  # of these, before what has changed
 BINS_PER_DECADE = 5  # of the histograms of lengths
 FATES = ("kept", "dropped", "changed")
 
@@ -127,9 +128,16 @@ def excerpt(text: str, length: int = EXCERPT) -> str:
 
 
 def changes(old: str, new: str) -> Json:
-    """The first lines that differ: what went and what came."""
+    """What went and what came: the lines that differ, from shortly before the first difference in them."""
     before, after = old.split("\n"), new.split("\n")
     came, went = set(after), set(before)
     removed = "\n".join(line for line in before if line not in came)
     added = "\n".join(line for line in after if line not in went)
-    return {"removed": removed[: EXCERPT // 2], "added": added[: EXCERPT // 2]}
+    same = next((i for i, (a, b) in enumerate(zip(removed, added, strict=False)) if a != b), 0)
+    start = max(0, same - CONTEXT)
+    return {"removed": _cut_out(removed, start), "added": _cut_out(added, start)}
+
+
+def _cut_out(text: str, start: int) -> str:
+    end = start + EXCERPT // 2
+    return "[...] " * (start > 0) + text[start:end] + " [...]" * (end < len(text))
