@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class ShardWriter:
         with ExitStack() as stack:
             stack.enter_context(_locked(self.out))
             self.state = self._read_state() if begun else State(self._request)
-            if not begun:
+            if not self.state.parts:
                 self._save()
             for stray in self.out.glob("**/.*.tmp"):  # of a run that was killed
                 stray.unlink()
@@ -168,11 +168,13 @@ class ShardWriter:
             state = State(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise DataError(f"{path}: not readable ({error}); remove {self.out} and begin again") from error
+        if not state.parts:  # stopped before anything was durable: what was asked for may be mended
+            return State(self._request)
         for what, asked in self._request.items():
             if (before := state.request.get(what)) != asked:
                 raise DataError(
                     f"{self.out} was begun with {what} = {before!r}, now it is {asked!r}; "
-                    "go on with what it was begun with, or give another --out"
+                    "go on with what it was begun with, give another --out, or remove this one"
                 )
         return state
 
@@ -205,7 +207,8 @@ class _HashedFile:
 
     def abandon(self) -> None:
         """Leave nothing behind, unless it is in place already."""
-        self._file.close()
+        with suppress(OSError):  # of a full disk, which has been reported
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

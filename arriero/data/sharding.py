@@ -14,6 +14,7 @@ about four chunks a worker.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -32,7 +33,7 @@ from arriero.curate.document import Document
 from arriero.curate.sources import Position, Reading, SourceFile, from_record, list_files, read_documents, read_file
 from arriero.data.shard_writer import MarkedDocuments, SetName, ShardWriter, State
 from arriero.data.shards import FORMAT, ONE_SOURCE, Shards, open_sources, token_type
-from arriero.errors import DataError
+from arriero.errors import DataError, check
 from arriero.pool import in_order
 from arriero.records import Record, read_records
 from arriero.tokenizer.base import Tokenizer
@@ -81,8 +82,10 @@ def shard_sources(
     validation: the share of documents to hold out, by a hash of their text, or a source of held-out documents, whose
     texts are then left out of training. by_source: a set for each `Document.source`, so that they can be weighted.
     workers: encoding processes, 0 for one a core. part_size: bytes of source that become durable at once.
-    Returns {"train": {source: shards}, "validation": ...}. Raises DataError.
+    Returns {"train": {source: shards}, "validation": ...}. Raises ConfigError, or DataError with the file and row.
     """
+    check(bool(sources), "no source is given; name a file, a directory, 'stdlib', or a Hub data set id (owner/name)")
+    check(workers >= 0, f"workers is {workers}; give a number of processes, or 0 for one a core")
     share, held_out_source = parse_validation(validation)
     held_out_files = list_files([held_out_source]) if held_out_source is not None else []
     files = [*held_out_files, *list_files(sources)]
@@ -333,11 +336,10 @@ def _shard(
                     raise DataError(f"{out}: {refusal}")
                 writer.finish()
     except OSError as error:
-        if error.errno is None or error.filename is None:
+        if error.errno in (None, errno.EPIPE):
             raise
-        raise DataError(
-            f"{error.filename}: {error.strerror}; mend that and run again: it goes on from there"
-        ) from error
+        place = out if error.filename is None else error.filename  # a full disk comes without a name
+        raise DataError(f"{place}: {error.strerror}; mend that and run again: it goes on from there") from error
     return {split: open_sources(out / split) for split in (TRAIN, VALIDATION) if (out / split).is_dir()}
 
 

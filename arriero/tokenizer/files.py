@@ -1,4 +1,4 @@
-"""The small JSON files beside a tokenizer, in Hugging Face's layout: read once, written once.
+"""A tokenizer's directory in Hugging Face's layout: its small JSON files read, all of it written.
 
 tokenizer_config.json names the special tokens and may hold the chat template, special_tokens_map.json is its older
 form, chat_template.jinja its newer one, and generation_config.json lists every id that ends a text.
@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
 from arriero.tokenizer.base import SpecialTokens
@@ -74,12 +76,15 @@ def role_texts(special: SpecialTokens) -> dict[str, str]:
     return {f"{role}_token": text for role in ROLES if (text := getattr(special, role)) is not None}
 
 
-def write_companions(directory: Path, special: SpecialTokens, template: ChatTemplate | None) -> None:
-    """Write tokenizer_config.json, special_tokens_map.json and the chat template.
+def write_tokenizer(directory: Path, backend: Backend, special: SpecialTokens, template: ChatTemplate | None) -> None:
+    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and the chat template.
 
     The class named is the generic one, which takes tokenizer.json as it is: transformers 5 rebuilds a "LlamaTokenizer"
     from its vocabulary and so would lose the pre-tokenizer that tokenizer.json states.
     """
+    directory.mkdir(parents=True, exist_ok=True)
+    # Not by the library's own `save`, which raises a bare Exception where the disk is full.
+    (directory / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8", newline="\n")
     roles = role_texts(special)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -70,10 +70,7 @@ class HfTokenizer(Tokenizer):
         return self.backend.to_str().encode()
 
     def save(self, directory: str | Path) -> None:
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(directory / "tokenizer.json"))
-        files.write_companions(directory, self.special, self.chat_template)
+        files.write_tokenizer(Path(directory), self.backend, self.special, self.chat_template)
 
 
 def load_tokenizer_json(path: Path) -> HfTokenizer:

@@ -111,11 +111,8 @@ class TiktokenTokenizer(Tokenizer):
         return with_bos(backend, self.special)
 
     def save(self, directory: str | Path) -> None:
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.to_backend().save(str(directory / "tokenizer.json"))
-        (directory / "tokenizer.model").write_bytes(_tiktoken_file(self.ranks))
-        files.write_companions(directory, self.special, self.chat_template)
+        files.write_tokenizer(Path(directory), self.to_backend(), self.special, self.chat_template)
+        (Path(directory) / "tokenizer.model").write_bytes(_tiktoken_file(self.ranks))
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:

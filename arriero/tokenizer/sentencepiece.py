@@ -116,12 +116,8 @@ class SentencePieceTokenizer(Tokenizer):
         return with_bos(backend, self.special)
 
     def save(self, directory: str | Path) -> None:
-        directory = Path(directory)
-        backend = self.to_backend()
-        directory.mkdir(parents=True, exist_ok=True)
-        backend.save(str(directory / "tokenizer.json"))
-        (directory / "tokenizer.model").write_bytes(self.model)
-        files.write_companions(directory, self.special, self.chat_template)
+        files.write_tokenizer(Path(directory), self.to_backend(), self.special, self.chat_template)
+        (Path(directory) / "tokenizer.model").write_bytes(self.model)
 
 
 _BPE = 2  # TrainerSpec.model_type

@@ -27,7 +27,7 @@ from arriero.curate.sources import read_documents
 from arriero.data import sharding
 from arriero.data.sharding import document_marks, shard_documents, shard_sources, text_hash
 from arriero.data.shards import Shards, open_shards, open_sources, refuse_changed
-from arriero.errors import DataError
+from arriero.errors import ConfigError, DataError
 from arriero.tokenizer.base import SpecialTokens, Tokenizer, load_tokenizer
 
 QUIET = Console(file=io.StringIO())
@@ -359,6 +359,21 @@ def test_other_settings_documents_or_tokenizers_are_not_mixed_into_what_was_begu
         shard(path, small, tmp_path / "out", validation="0.1")
 
 
+def test_a_mistake_that_left_nothing_durable_is_mended_in_the_same_directory(tmp_path, small):
+    path = write_corpus(tmp_path / "c.jsonl", 29)
+    with pytest.raises(DataError, match="no column 'body'"):
+        shard(path, small, tmp_path / "out", text_key="body", validation=0)
+    shard(path, small, tmp_path / "out", validation=0)
+    shard(path, small, tmp_path / "whole", validation=0)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    with pytest.raises(DataError, match=r"was begun with text_key = 'text', now it is 'body'; .* or remove this one"):
+        shard(path, small, tmp_path / "out", text_key="body", validation=0)
+    with pytest.raises(ConfigError, match="workers is -2; give a number of processes, or 0 for one a core"):
+        shard(path, small, tmp_path / "other", workers=-2)
+    with pytest.raises(ConfigError, match="no source is given; name a file"):
+        shard([], small, tmp_path / "other")
+
+
 def test_a_directory_that_holds_something_else_is_left_alone(tmp_path, small):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("mine")
@@ -392,14 +407,13 @@ def test_sets_that_would_be_empty_are_refused(tmp_path, small, texts, validation
     shard_documents(["a", "b"], small, tmp_path / "out", validation=0, console=QUIET)  # nothing is in the way
 
 
-def test_a_full_disk_is_named_with_the_remedy(tmp_path, small, monkeypatch):
+@pytest.mark.parametrize(("named", "place"), [(["out/x"], "out/x"), ([], "out")])  # Linux names no file
+def test_a_full_disk_is_named_with_the_remedy(tmp_path, small, monkeypatch, named, place):
     def full(*_):
-        raise OSError(28, "No space left on device", str(tmp_path / "out/x"))
+        raise OSError(28, "No space left on device", *(str(tmp_path / name) for name in named))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        DataError, match=r"out/x: No space left on device; mend that and run again: it goes on from there"
-    ):
+    with pytest.raises(DataError, match=f"{place}: No space left on device; mend that and run again: it goes on from"):
         shard_documents(["a"], small, tmp_path / "out", validation=0, console=QUIET)
 
 

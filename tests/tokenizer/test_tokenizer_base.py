@@ -129,6 +129,13 @@ def test_saved_files_load_again_with_equal_ids_and_special_tokens(tokenizer, tmp
     ]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_an_error_of_the_system_not_of_a_library(tokenizer, tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        tokenizer.save(tmp_path)
+
+
 def test_the_fingerprint_changes_with_ids_special_tokens_and_template(tmp_path):
     prints = {small_sentencepiece().fingerprint}
     assert prints == {small_sentencepiece().fingerprint}
