@@ -11,8 +11,10 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from arriero import config as configs
 from arriero.errors import ConfigError, did_you_mean
 from arriero.model.config import LADDER, LoraConfig
 from arriero.train.config import RECIPES as TRAINING
@@ -318,6 +320,16 @@ def get(name: str) -> tuple[str, Any]:
     config = PRESETS[name]()
     recipe = next(recipe for recipe, cls in RECIPES.items() if cls is type(config))
     return recipe, config
+
+
+def is_settings(word: str) -> bool:
+    """Whether a word of a command line names settings rather than a model: a preset, or a TOML file."""
+    return word in PRESETS or word.endswith(".toml")
+
+
+def load(name: str) -> tuple[str, Any]:
+    """The recipe's name and the configuration of a preset or of a TOML file; raises `ConfigError`."""
+    return configs.load_recipe(RECIPES, name) if name.endswith(".toml") or Path(name).is_file() else get(name)
 
 
 def summary(name: str) -> str:

@@ -30,7 +30,7 @@ step "4. Pretraining a Llama of 10 million parameters (about ten minutes)"
     $([ -f $out/run/config.toml ] && echo --resume)
 
 step "5. What it says"
-arriero generate $out/run/model "def parse(text):" --raw --temperature 0.7 --seed 1 --max-new-tokens 80
+arriero generate $out/run/model $'\ndef parse(text):\n    """' --raw --temperature 0.7 --seed 2 --max-new-tokens 80
 cat <<END
 
   $out/corpus/report.html   what was kept and dropped, and why

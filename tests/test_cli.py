@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from arriero import cli, presets
-from arriero.cli import recipes
+from arriero.cli import recipes, train
 from arriero.config import load_recipe
 from arriero.model.config import SHAPES
 
@@ -136,6 +136,18 @@ def test_run_takes_the_file_and_lets_flags_change_it(tmp_path: Path, monkeypatch
     assert (config.lora.rank, config.model) == (8, "meta-llama/Llama-3.1-8B-Instruct")
 
 
+def test_a_preset_or_a_file_may_stand_in_the_models_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(train, "start", lambda recipe, config: started.append((recipe, config)))
+    file = tmp_path / "a.toml"
+    assert cli.main(["cp", "pretrain-10m", str(file)]) == 0
+    for name in ("pretrain-10m", str(file)):
+        assert cli.main(["pretrain", name, "--data", "x", "--tokens", "2e6"]) == 0
+        recipe, config = started.pop()
+        assert recipe == "pretrain" and (config.model, config.data.train, config.tokens) == ("10m", "x", 2e6)
+        assert (config.optim.optimizer, config.loop.batch_rows) == ("muon", 64)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -146,7 +158,7 @@ def test_run_takes_the_file_and_lets_flags_change_it(tmp_path: Path, monkeypatch
         ("cp lora-8 a.toml", "no preset 'lora-8'; did you mean 'lora-8b'"),
         ("cp lora-8b a.toml --forc", "Unrecognized options: --forc"),
         ("cp lora-8b a.toml --forc", "Perhaps you meant: --force"),
-        ("run", "run: the first argument must be a file, such as one written by `arriero cp`"),
+        ("run", "run: the first argument must be a file as `arriero cp` writes it, or a preset"),
         ("run nix.toml", "nix.toml: no such file; `arriero ls presets` lists what `arriero cp PRESET nix.toml` can write"),
         ("run bad.toml", "bad.toml, line 4: unknown key 'optim.lrr'; did you mean 'lr'"),
         ("run ok.toml --lrr 3", "Unrecognized options: --lrr, 3"),
@@ -154,11 +166,16 @@ def test_run_takes_the_file_and_lets_flags_change_it(tmp_path: Path, monkeypatch
         ("run ok.toml --lr fast", "fast"),
         ("run ok.toml --lr 0", "lr is 0.0; it must be above 0"),
         ("run empty.toml", 'the key "recipe" is missing; begin the file with: recipe = "sft"'),
+        ("run pretrain-9m", "no preset 'pretrain-9m'; did you mean 'pretrain-1m'"),
+        ("pretrain ok.toml --data x", "ok.toml configures sft, which is nothing to pretrain: arriero run ok.toml"),
+        ("pretrain pretrain-1m --steps 3", "tokens is 2.1e+07 and steps is 3; a run has one length: set the other to 0"),
+        ("plan curate-web", "curate-web configures curate, which is nothing to plan: arriero run curate-web"),
+        ("plan 30m --data x", "30m has no weights to fine-tune; to plan its pretraining: arriero plan pretrain-30m --data x"),
         ("plan", "Missing from arriero plan: MODEL"),
         ("plan nix.toml", "nix.toml: no such file"),
         ("plan bad.toml", "bad.toml, line 4: unknown key 'optim.lrr'; did you mean 'lr'"),
         ("plan llama3.1-8b --rnk 8", "Perhaps you meant: --rank INT"),
-        ("validate", "validate: the first argument must be a file, such as one written by `arriero cp`"),
+        ("validate", "validate: the first argument must be a file as `arriero cp` writes it, or a preset"),
         ("validate ok.toml --model smolm2-135m", "no model 'smolm2-135m'"),
         ("chat", "Missing from arriero chat: MODEL"),
         ("chat smolm2-135m", "did you mean 'smollm2-135m'?"),
@@ -243,7 +260,9 @@ sys.meta_path.insert(0, Sleep())
 def test_ctrl_c_ends_with_code_130_and_one_line(sleeping: str) -> None:
     entry = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]["arriero"]
     module, function = entry.split(":")
-    script = f"import sys, time\n{sleeping}\nfrom {module} import {function}; sys.argv[1:] = ['cp']; sys.exit({function}())"
+    script = (
+        f"import sys, time\n{sleeping}\nfrom {module} import {function}; sys.argv[1:] = ['cp']; sys.exit({function}())"
+    )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()

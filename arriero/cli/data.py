@@ -8,7 +8,7 @@ from typing import Any, Literal
 from arriero import config as configs
 from arriero import presets
 from arriero.cli.tokenizer import open_tokenizer
-from arriero.errors import ConfigError, did_you_mean
+from arriero.errors import ConfigError
 
 
 def curate(
@@ -51,12 +51,7 @@ def curate(
     from arriero.curate.engine import curate as start
     from arriero.curate.report import funnel_table
 
-    if preset in presets.PRESETS:
-        _, config = presets.get(preset)
-    elif preset.endswith(".toml"):
-        _, config = configs.load_recipe(presets.RECIPES, preset)
-    else:
-        raise ConfigError(f"no preset {preset!r}{did_you_mean(preset, presets.PRESETS)} (or give a .toml file)")
+    _, config = presets.load(preset)
     if not isinstance(config, CurateConfig):
         raise ConfigError(f"{preset} is no preset of curation; `arriero ls presets` lists them")
     given = dict(

@@ -1,8 +1,9 @@
 """How a command's parameters become its arguments, and the only importer of tyro.
 
 Required parameters are arguments by position, keyword ones flags. A command with one parameter `config` has that
-dataclass's fields as flags, without their sections: --lr, not --optim.lr (both are understood). One with `recipe` and
-`config` reads them from a file first; flags change it.
+dataclass's fields as flags, without their sections: --lr, not --optim.lr (both are understood). Where it trains, a
+preset or a file of settings may stand in the model's place, and flags change it; one with `recipe` and `config` takes
+nothing else.
 """
 
 from __future__ import annotations
@@ -18,35 +19,37 @@ from arriero import config as configs
 from arriero import presets
 from arriero.cli.data import curate
 from arriero.errors import ConfigError, UserError
+from arriero.train.config import RECIPES as TRAINING
 
 REQUIRED = ("model", "data", "train")
 
 
 def call(name: str, command: Callable[..., Any], args: list[str]) -> None:
     """Parse `args` by the command's parameters and run it."""
-    parameters = inspect.signature(command).parameters
-    if "config" not in parameters:
+    hints = get_type_hints(command)
+    if "config" not in hints:
         _tyro(command, command, name, args)()
-    elif name == "plan" and args and args[0].endswith(".toml"):
-        _, config = configs.load_recipe(presets.RECIPES, args[0])
-        command(_tyro(command, type(config), f"{name} {args[0]}", args[1:], default=config))
-    elif "recipe" not in parameters:
-        command(_tyro(command, get_type_hints(command)["config"], name, args))
-    elif not args or args[0].startswith("-"):
-        print(f"usage: arriero {name} FILE [OPTIONS]\n\n{description(command)}\n")
-        print(f"OPTIONS are the recipe's settings: arriero {name} FILE --help lists them with the file's values.")
-        if not args or args[0] not in ("-h", "--help"):
-            raise UserError(f"{name}: the first argument must be a file, such as one written by `arriero cp`")
+    elif "recipe" in hints:
+        if not args or args[0].startswith("-"):
+            print(f"usage: arriero {name} FILE [OPTIONS]\n\n{description(command)}\n")
+            print(f"OPTIONS are the recipe's settings: arriero {name} FILE --help lists them with the file's values.")
+            if not args or args[0] not in ("-h", "--help"):
+                raise UserError(f"{name}: the first argument must be a file as `arriero cp` writes it, or a preset")
+        elif (settings := presets.load(args[0]))[0] == "curate" and name == "run":
+            call("curate", curate, ["--preset", *args])  # its steps have settings of the same name: no flags of fields
+        else:
+            command(settings[0], _changed(name, command, args, *settings))
+    elif hints["config"] in TRAINING.values() and args and presets.is_settings(args[0]):
+        command(_changed(name, command, args, *presets.load(args[0])))
     else:
-        recipe, config = configs.load_recipe(presets.RECIPES, args[0])
-        if recipe == "curate":  # its steps have settings of the same name, so that flags cannot be read off its fields
-            if name != "run":
-                raise ConfigError(
-                    f"{args[0]} configures a curation, which has nothing to {name}: arriero run {args[0]}"
-                )
-            call("curate", curate, ["--preset", *args])
-            return
-        command(recipe, _tyro(command, type(config), f"{name} {args[0]}", args[1:], default=config))
+        command(_tyro(command, hints["config"], name, args))
+
+
+def _changed(name: str, command: Callable[..., Any], args: list[str], recipe: str, config: Any) -> Any:
+    """The configuration that args[0] holds, changed by the flags after it."""
+    if recipe not in TRAINING or (name in TRAINING and recipe != name):
+        raise ConfigError(f"{args[0]} configures {recipe}, which is nothing to {name}: arriero run {args[0]}")
+    return _tyro(command, type(config), f"{name} {args[0]}", args[1:], default=config)
 
 
 def _tyro(command: Callable[..., Any], target: Any, name: str, args: list[str], default: Any = None) -> Any:

@@ -13,15 +13,20 @@ from arriero.train.config import PretrainConfig, SftConfig
 def pretrain(config: PretrainConfig) -> None:
     """Pretrain MODEL, a shape such as 30m or a model to go on with, on token shards.
 
+    A preset, or a file that `arriero cp` wrote, may stand in MODEL's place.
+
     Example:
         arriero shard documents/ --tokenizer out/tokenizer --out out/shards
         arriero pretrain 30m --data out/shards --tokens 20e6 --out out/mine
+        arriero pretrain pretrain-10m --data out/shards --tokens 20e6
     """
     start("pretrain", config)
 
 
 def sft(config: SftConfig) -> None:
     """Fine-tune MODEL on the conversations in a file, with LoRA or in full.
+
+    A preset, or a file that `arriero cp` wrote, may stand in MODEL's place.
 
     Example:
         arriero sft smollm2-135m --data train.jsonl --out out/mine
@@ -37,7 +42,7 @@ def plan(config: SftConfig) -> None:
         arriero plan llama3.1-8b --rank 8 --seq-len 4096 --recompute full
         arriero plan llama3.1-405b --method full --seq-len 8192 --batch-rows 2048 --tp 8 --pp 16 --dp-shard 64
         arriero plan smollm2-135m --data train.jsonl
-        arriero plan mine.toml
+        arriero plan pretrain-30m --data out/shards
     """
     from rich.console import Console
 

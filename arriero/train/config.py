@@ -250,7 +250,7 @@ class PretrainConfig:
     """Pretraining: a Llama learns to continue text."""
 
     model: str = ""
-    """A shape (`arriero ls models`) to begin from random weights, or a model, named as everywhere, to go on with."""
+    """A shape (`arriero ls models`) to begin from random weights, or a model to go on with: a directory, .gguf or Hub id."""
     out: str = "out/pretrain"
     """Run directory: config, metrics, checkpoints, report, and the model."""
     resume: bool = False
@@ -275,6 +275,10 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         for name in ("tokens", "rope_theta", "z_loss"):
             check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
+        check(
+            not (self.tokens and self.loop.steps),
+            f"tokens is {self.tokens:g} and steps is {self.loop.steps}; a run has one length: set the other to 0",
+        )
         check_together(self.optim, self.loop, self.parallel)
         starts = [stage.start for stage in self.stages]
         check(starts == sorted(set(starts)), f"stages start at {starts}; they must be in ascending order")

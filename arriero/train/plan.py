@@ -31,7 +31,7 @@ from arriero import config as configs
 from arriero.distributed.arithmetic import MOMENTS, Cost, cost, gradients_at_once, moment_bytes
 from arriero.distributed.config import ParallelConfig
 from arriero.errors import ConfigError, UserError
-from arriero.model.config import LINEARS, SHAPES, LlamaConfig
+from arriero.model.config import LADDER, LINEARS, SHAPES, LlamaConfig
 from arriero.train.config import RECIPES, PretrainConfig, SftConfig
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -76,10 +76,18 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
     Where degrees of parallelism are given, the arithmetic is that of each process. Raises what the run itself would
     raise for settings or data it refuses.
     """
-    if config.model in SHAPES and not config.data.train:
+    if isinstance(config, SftConfig) and config.data.train and config.model in LADDER:
+        raise ConfigError(
+            f"{config.model} has no weights to fine-tune; to plan its pretraining: "
+            f"arriero plan pretrain-{config.model} --data {config.data.train}"
+        )
+    data = config.data.train
+    if isinstance(config, PretrainConfig) and not Path(data).exists():
+        data = ""  # as in a preset, which names the data it would read
+    if config.model in SHAPES and not data:
         shape = SHAPES[config.model]
         return by_arithmetic(shape, config) if config.parallel == ParallelConfig() else split(shape, config)
-    if not config.data.train:
+    if not data:
         raise ConfigError(
             f"the plan of {config.model!r} needs data to probe with: add --data PATH; without data, plan one of the "
             f"known shapes by arithmetic: {', '.join(SHAPES)}"

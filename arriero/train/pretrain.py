@@ -76,8 +76,9 @@ class PretrainRun:
         config, total = self.config, self.trainer.total_steps
         tokens = self.total_tokens
         held = sum(shards.n_tokens for shards in self.sources.values())
+        begins = "random weights" if config.model in SHAPES else "its weights"
         return (
-            f"{config.model}: {self.model.config.n_params:,} parameters ({config.loop.precision}), "
+            f"{config.model}: {self.model.config.n_params:,} parameters, from {begins} ({config.loop.precision}), "
             f"{config.optim.optimizer}\n"
             f"{total:,} steps, {tokens:,} tokens: {tokens / held:.2f} times the {held:,} of "
             f"{len(self.sources)} source{'s' if len(self.sources) > 1 else ''} -> {config.out}"
@@ -243,6 +244,9 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> tu
     A shape of the ladder gets the tokenizer's vocabulary; a published one keeps its own, if that holds the tokenizer's.
     """
     if (shape := SHAPES.get(config.model)) is None:
+        near = did_you_mean(config.model, SHAPES)
+        if near and "/" not in config.model and not Path(config.model).exists():
+            raise ConfigError(f"no shape or model {config.model!r}{near} (arriero ls models lists the shapes)")
         model, weights = open_model(config.model, torch.float32)
         _check_vocabulary(config.model, model.config.vocab_size, tokenizer)
         changes: dict[str, Any] = {"max_context": max(seq_len, model.config.max_context)}

@@ -88,7 +88,7 @@ def test_mistakes_are_answered_with_the_remedy(arguments, message, capsys, tmp_p
 def test_other_recipes_commands_say_what_to_do_with_a_curation(tmp_path, capsys):
     assert cli.main(["cp", "curate-web", str(tmp_path / "a.toml")]) == 0
     said = refused(capsys, "validate", str(tmp_path / "a.toml"))
-    assert "configures a curation, which has nothing to validate: arriero run" in said
+    assert "configures curate, which is nothing to validate: arriero run" in said
 
 
 def test_a_classifier_is_trained_by_one_command_and_says_how_good_it_is(tmp_path, capsys):
