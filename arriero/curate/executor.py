@@ -7,6 +7,8 @@ A worker that dies is replaced and its task done again, at most three times (poo
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -61,12 +63,19 @@ def one_thread() -> None:
     pyarrow.set_io_thread_count(1)
 
 
+def reach(address: str, seconds: float = 5.0) -> None:
+    """Raise OSError where nothing answers at host:port: Ray itself would try again and again, for minutes."""
+    if found := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address):
+        socket.create_connection((found[1], int(found[2])), seconds).close()
+
+
 class RayCluster:
     """Tasks on a Ray cluster, or on a local one that is started for this run ("local")."""
 
     def __init__(self, address: str, workers: int) -> None:
         self.ray = require("ray", "ray")
         try:
+            reach(address)
             if address == "local":
                 self.ray.init(
                     num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False,
@@ -74,7 +83,7 @@ class RayCluster:
                 )  # fmt: skip
             else:
                 self.ray.init(address=address, log_to_driver=False, configure_logging=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"no Ray cluster at {address!r} ({error}); start one with `ray start --head`, or give --ray local"
             ) from error

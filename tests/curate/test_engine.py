@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from arriero.curate import engine, sources
 from arriero.curate.config import CurateConfig
 from arriero.curate.engine import curate
 from arriero.curate.parts import json_line
-from arriero.errors import ConfigError, DataError
+from arriero.errors import ConfigError, DataError, UserError
 from arriero.records import read_records
 
 from .conftest import corpus_rows, dropped, hashes, kept, prose, run
@@ -97,6 +98,17 @@ def test_ray_writes_the_same_bytes(corpus, tmp_path):
     run(corpus, tmp_path / "here", steps=ALL)
     run(corpus, tmp_path / "ray", steps=ALL, ray="local", workers=2)
     assert hashes(tmp_path / "ray") == hashes(tmp_path / "here")
+
+
+def test_a_ray_cluster_that_does_not_answer_is_named_at_once(corpus, tmp_path):
+    pytest.importorskip("ray")
+    with socket.socket() as taken:  # a port that is bound but not listened to refuses
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(
+            UserError, match=rf"no Ray cluster at '{address}' \(.*\); start one with `ray start --head`"
+        ):
+            run(corpus, tmp_path / "out", ray=address)
 
 
 def start(corpus, out, workers=1):
