@@ -49,7 +49,7 @@ def load_model(
     device: str | torch.device = "cpu",
     progress: Callable[[str], None] = lambda name: None,
 ) -> Llama:
-    """Load a model by path, Hub id or built-in name.
+    """Load a model by path, Hub id or built-in name, ready for use (`.train()` for dropout).
 
     dtype: the type to hold the weights in; None keeps the stored one (quantised weights become fp32).
     Raises `CheckpointError` when it is not found, damaged, or of an unknown architecture.
@@ -63,7 +63,7 @@ def load_model(
         state[name] = weights.read(name).to(device, dtype)
     model.load_state_dict(state, assign=True, strict=False)  # a tied head is missing; `checked` saw to the rest
     model.tie_weights()
-    return model
+    return model.eval()
 
 
 def open_model(name_or_path: str | Path, dtype: torch.dtype) -> tuple[Llama, Weights]:

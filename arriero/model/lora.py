@@ -37,6 +37,7 @@ class LoraLinear(Linear):
         device = base.weight.device
         self.lora_A = Linear(self.in_features, rank).to(device, torch.float32)
         self.lora_B = Linear(rank, self.out_features).to(device, torch.float32)
+        self.train(base.training)  # a model for use stays one: no dropout
 
     def forward(self, x: Tensor) -> Tensor:
         low = self.lora_A(F.dropout(x, self.dropout, self.training) if self.dropout else x)

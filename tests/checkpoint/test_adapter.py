@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.toys import LORAS, toy_model
 from safetensors.torch import load_file, save_file
 
 from arriero.checkpoint.adapter import adapter_base, load_adapter, save_adapter
@@ -15,9 +16,9 @@ from arriero.model.config import LoraConfig
 from arriero.model.lora import add_lora, lora_state
 
 
-def adapted(toys, lora: LoraConfig):
+def adapted(lora: LoraConfig):
     """A toy model with an adapter whose B is not zero."""
-    model = add_lora(toys.model(toys.config("llama3-8b")), lora)
+    model = add_lora(toy_model("llama3-8b"), lora)
     with torch.no_grad():
         for name, parameter in lora_state(model).items():
             if "lora_B" in name:
@@ -25,24 +26,11 @@ def adapted(toys, lora: LoraConfig):
     return model
 
 
-LORAS = [
-    LoraConfig(rank=3, alpha=7.0),
-    LoraConfig(rank=5, alpha=5.0, dropout=0.25, targets=("q_proj", "v_proj"), rslora=True),
-    LoraConfig(
-        rank=3,
-        alpha=7.0,
-        targets=("up_proj", "layers.1.mlp.down_proj"),
-        rank_pattern={"model.layers.2.mlp.up_proj": 2},
-        alpha_pattern={"model.layers.0.mlp.up_proj": 11.0},
-    ),
-]
-
-
-@pytest.mark.parametrize("lora", LORAS)
-def test_an_adapter_comes_back_bit_for_bit(toys, lora, tmp_path):
-    model = adapted(toys, lora)
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+def test_an_adapter_comes_back_bit_for_bit(lora, tmp_path):
+    model = adapted(lora)
     save_adapter(model, tmp_path, lora, "some/base")
-    fresh = toys.model(toys.config("llama3-8b"))
+    fresh = toy_model("llama3-8b")
     read = load_adapter(fresh, tmp_path)
     assert (read.rank, read.alpha, read.dropout, read.rslora) == (lora.rank, lora.alpha, lora.dropout, lora.rslora)
     expected, got = lora_state(model), lora_state(fresh)
@@ -53,10 +41,22 @@ def test_an_adapter_comes_back_bit_for_bit(toys, lora, tmp_path):
     assert adapter_base(tmp_path) == "some/base"
 
 
-def test_saving_and_loading_keeps_the_targets_short(toys, tmp_path):
-    lora = LORAS[1]
-    save_adapter(adapted(toys, lora), tmp_path, lora, "base")
-    assert load_adapter(toys.model(toys.config("llama3-8b")), tmp_path).targets == ("q_proj", "v_proj")
+def test_a_loaded_model_drops_nothing_out(tmp_path):
+    lora = LORAS["rslora"]
+    assert lora.dropout > 0
+    save_hf(toy_model("llama3-8b"), tmp_path / "base")
+    save_adapter(adapted(lora), tmp_path / "adapter", lora, "base")
+    model = load_model(tmp_path / "base")
+    load_adapter(model, tmp_path / "adapter")
+    tokens = torch.randint(211, (2, 13), generator=torch.Generator().manual_seed(3))
+    assert torch.equal(model(tokens), model(tokens))
+    assert not torch.equal(model.train()(tokens), model(tokens))
+
+
+def test_saving_and_loading_keeps_the_targets_short(tmp_path):
+    lora = LORAS["rslora"]
+    save_adapter(adapted(lora), tmp_path, lora, "base")
+    assert load_adapter(toy_model("llama3-8b"), tmp_path).targets == ("q_proj", "v_proj")
 
 
 @pytest.mark.parametrize(
@@ -69,50 +69,50 @@ def test_saving_and_loading_keeps_the_targets_short(toys, tmp_path):
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
     ],
 )
-def test_adapters_that_are_no_plain_lora_are_refused(toys, tmp_path, changes, problem):
-    save_adapter(adapted(toys, LORAS[0]), tmp_path, LORAS[0], "base")
+def test_adapters_that_are_no_plain_lora_are_refused(tmp_path, changes, problem):
+    save_adapter(adapted(LORAS["all"]), tmp_path, LORAS["all"], "base")
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    model = toys.model(toys.config("llama3-8b"))
+    model = toy_model("llama3-8b")
     with pytest.raises(CheckpointError, match=problem):
         load_adapter(model, tmp_path)
     assert not lora_state(model)
 
 
-def test_adapter_tensors_that_do_not_fit_are_refused(toys, tmp_path):
-    save_adapter(adapted(toys, LORAS[0]), tmp_path, LORAS[0], "base/of-another-shape")
+def test_adapter_tensors_that_do_not_fit_are_refused(tmp_path):
+    save_adapter(adapted(LORAS["all"]), tmp_path, LORAS["all"], "base/of-another-shape")
     with pytest.raises(CheckpointError, match=r"this model needs .*trained on 'base/of-another-shape'"):
-        load_adapter(toys.model(toys.config("smollm2-135m")), tmp_path)
+        load_adapter(toy_model("smollm2-135m"), tmp_path)
 
     file = tmp_path / "adapter_model.safetensors"
     state = load_file(file)
     key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     save_file({name: t for name, t in state.items() if name != key}, file)
     with pytest.raises(CheckpointError, match=r"up_proj\.lora_B\.weight is missing"):
-        load_adapter(toys.model(toys.config("llama3-8b")), tmp_path)
+        load_adapter(toy_model("llama3-8b"), tmp_path)
     save_file(state | {"base_model.model.lm_head.lora_A.weight": torch.ones(3, 96)}, file)
     with pytest.raises(CheckpointError, match=r"lm_head.* adapts none of the linears"):
-        load_adapter(toys.model(toys.config("llama3-8b")), tmp_path)
+        load_adapter(toy_model("llama3-8b"), tmp_path)
     save_file({}, file)
     with pytest.raises(CheckpointError, match="holds no LoRA tensors"):
-        load_adapter(toys.model(toys.config("llama3-8b")), tmp_path)
+        load_adapter(toy_model("llama3-8b"), tmp_path)
     file.write_bytes(b"12345678")
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: damaged or cut short"):
-        load_adapter(toys.model(toys.config("llama3-8b")), tmp_path)
+        load_adapter(toy_model("llama3-8b"), tmp_path)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: no such file"):
-        load_adapter(toys.model(toys.config("llama3-8b")), tmp_path)
+        load_adapter(toy_model("llama3-8b"), tmp_path)
 
 
-def test_a_model_without_adapter_has_none_to_save(toys, tmp_path):
+def test_a_model_without_adapter_has_none_to_save(tmp_path):
     with pytest.raises(CheckpointError, match="carries no adapter"):
-        save_adapter(toys.model(toys.config("llama3-8b")), tmp_path / "a", LORAS[0], "base")
+        save_adapter(toy_model("llama3-8b"), tmp_path / "a", LORAS["all"], "base")
 
 
-@pytest.mark.parametrize("lora", LORAS)
-def test_merge_writes_a_model_with_the_adapted_models_logits(toys, lora, tmp_path):
-    model = adapted(toys, lora)
-    save_hf(toys.model(toys.config("llama3-8b")), tmp_path / "base")
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+def test_merge_writes_a_model_with_the_adapted_models_logits(lora, tmp_path):
+    model = adapted(lora)
+    save_hf(toy_model("llama3-8b"), tmp_path / "base")
     save_adapter(model, tmp_path / "adapter", lora, "base")
     report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert report.max_difference < 2e-5 * report.largest_logit
@@ -124,14 +124,14 @@ def test_merge_writes_a_model_with_the_adapted_models_logits(toys, lora, tmp_pat
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
 
-def test_merge_refuses_a_type_that_cannot_hold_the_sum_and_leaves_nothing(toys, tmp_path):
+def test_merge_refuses_a_type_that_cannot_hold_the_sum_and_leaves_nothing(tmp_path):
     """Weights near F16's limit overflow when the adapter is added: the check must see it."""
-    base = toys.model(toys.config("llama3-8b"), torch.float16)
+    base = toy_model("llama3-8b", torch.float16)
     with torch.no_grad():
         base.model.layers[0].mlp.up_proj.weight[7, 11] = 65_000.0
     lora = LoraConfig(rank=3, alpha=3_000_000.0, targets=("up_proj",))
     save_hf(base, tmp_path / "base")
-    save_adapter(adapted(toys, lora), tmp_path / "adapter", lora, "base")
+    save_adapter(adapted(lora), tmp_path / "adapter", lora, "base")
     with pytest.raises(CheckpointError, match="not written: the merged model's logits differ by up to"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

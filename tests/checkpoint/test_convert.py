@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from helpers.toys import equal_weights, toy_model
 
 from arriero.checkpoint.convert import convert
 from arriero.checkpoint.hf import save_hf
@@ -17,37 +18,37 @@ FORMATS = {"hf": "h", "meta": "m", "gguf": "g.gguf"}
 
 
 @pytest.mark.parametrize("route", list(itertools.permutations(FORMATS)), ids="-".join)
-def test_any_route_through_the_formats_is_bit_exact(toys, family, route, tmp_path):
-    model = toys.model(toys.config(family), torch.bfloat16)
+def test_any_route_through_the_formats_is_bit_exact(family, route, tmp_path):
+    model = toy_model(family, torch.bfloat16)
     save_hf(model, tmp_path / "start")
     at = tmp_path / "start"
     for to in route:
         at = convert(at, tmp_path / FORMATS[to], to=to)
     final = load_model(convert(at, tmp_path / "end", to="hf"))
-    assert toys.equal(model, final)
+    assert equal_weights(model, final)
     assert final.config == model.config
 
 
-def test_number_types(toys, tmp_path):
-    model = toys.model(LlamaConfig(96, 2, 3, 1, 160, 211, 64))
+def test_number_types(tmp_path):
+    model = toy_model(LlamaConfig(96, 2, 3, 1, 160, 211, 64))
     save_hf(model, tmp_path / "hf")
     for name, dtype in (("f16", torch.float16), ("bf16", torch.bfloat16), ("f32", torch.float32)):
-        expected = toys.model(model.config).to(dtype)
+        expected = toy_model(model.config).to(dtype)
         for to, suffix in FORMATS.items():
             got = load_model(convert(tmp_path / "hf", tmp_path / f"{name}-{suffix}", to=to, dtype=name), dtype=dtype)
             if to == "gguf":  # norms stay fp32 there, so they are compared after rounding
                 assert got.state_dict().keys() == expected.state_dict().keys()
-            assert toys.equal(expected, got)
+            assert equal_weights(expected, got)
     q8 = load_model(convert(tmp_path / "hf", tmp_path / "q8.gguf", to="gguf", dtype="q8_0"))
     assert q8.lm_head.weight.dtype == torch.float32
 
 
-def test_the_real_model_goes_to_hugging_face_and_back_with_its_tokenizer(smollm2, tmp_path):
+def test_the_real_model_goes_to_hugging_face_and_back_with_its_tokenizer(smollm2_gguf, tmp_path):
     ids, chat, turn = {}, {}, [{"role": "user", "content": "Hi"}]
-    convert(smollm2, tmp_path / "hf", to="hf", dtype="bf16")
+    convert(smollm2_gguf, tmp_path / "hf", to="hf", dtype="bf16")
     convert(tmp_path / "hf", tmp_path / "back.gguf", to="gguf")
     text = "  The llama, 1234567 times:\n\n\tdef f(x): return x ** 2  # ¿qué? 你好 🦙 <|im_end|>"
-    for path in (smollm2, tmp_path / "hf", tmp_path / "back.gguf"):
+    for path in (smollm2_gguf, tmp_path / "hf", tmp_path / "back.gguf"):
         model, tokenizer = load(path, dtype=torch.bfloat16)
         ids[path.name] = tokenizer.encode(text)
         chat[path.name] = tokenizer.chat_template.render(turn, add_generation_prompt=True)
@@ -55,21 +56,21 @@ def test_the_real_model_goes_to_hugging_face_and_back_with_its_tokenizer(smollm2
         assert 2 in tokenizer.stop_ids
     assert len(set(map(tuple, ids.values()))) == 1
     assert len(set(chat.values())) == 1
-    assert torch.equal(model.lm_head.weight, load_model(smollm2, dtype=torch.bfloat16).lm_head.weight)
+    assert torch.equal(model.lm_head.weight, load_model(smollm2_gguf, dtype=torch.bfloat16).lm_head.weight)
 
 
-def test_nothing_is_overwritten_without_force(toys, tmp_path):
-    model, other = toys.model(toys.config("llama3-8b")), toys.model(toys.config("smollm2-135m"))
+def test_nothing_is_overwritten_without_force(tmp_path):
+    model, other = toy_model("llama3-8b"), toy_model("smollm2-135m")
     save_hf(model, tmp_path / "src")
     save_hf(other, tmp_path / "dst")
     (tmp_path / "dst.gguf").write_text("precious")
     for dst, to in ((tmp_path / "dst", "hf"), (tmp_path / "dst.gguf", "gguf")):
         with pytest.raises(CheckpointError, match=r"exists already.*--force"):
             convert(tmp_path / "src", dst, to=to)
-    assert toys.equal(load_model(tmp_path / "dst"), other)
+    assert equal_weights(load_model(tmp_path / "dst"), other)
     assert (tmp_path / "dst.gguf").read_text() == "precious"
     for dst, to in ((tmp_path / "dst", "hf"), (tmp_path / "dst.gguf", "gguf")):
-        assert toys.equal(load_model(convert(tmp_path / "src", dst, to=to, force=True)), model)
+        assert equal_weights(load_model(convert(tmp_path / "src", dst, to=to, force=True)), model)
     (tmp_path / "empty").mkdir()
     convert(tmp_path / "src", tmp_path / "empty", to="meta")
     with pytest.raises(CheckpointError, match="source and destination are the same"):
@@ -86,15 +87,15 @@ def test_nothing_is_overwritten_without_force(toys, tmp_path):
         ("x.gguf", "meta", None, "writes a directory"),
     ],
 )
-def test_requests_that_make_no_sense_are_refused(toys, tmp_path, dst, to, dtype, problem):
-    save_hf(toys.model(toys.config("smollm2-135m")), tmp_path / "src")
+def test_requests_that_make_no_sense_are_refused(tmp_path, dst, to, dtype, problem):
+    save_hf(toy_model("smollm2-135m"), tmp_path / "src")
     with pytest.raises(CheckpointError, match=problem):
         convert(tmp_path / "src", tmp_path / dst, to=to, dtype=dtype)
 
 
 @pytest.mark.parametrize(("to", "name"), FORMATS.items())
-def test_a_conversion_that_fails_leaves_nothing(toys, tmp_path, to, name):
-    save_hf(toys.model(toys.config("llama3-8b")), tmp_path / "src")
+def test_a_conversion_that_fails_leaves_nothing(tmp_path, to, name):
+    save_hf(toy_model("llama3-8b"), tmp_path / "src")
     (tmp_path / "src" / "tokenizer.json").write_text("{broken")
     with pytest.raises(CheckpointError, match="tokenizer"):
         convert(tmp_path / "src", tmp_path / name, to=to)
@@ -127,14 +128,14 @@ print(rss("VmHWM") - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a process is read from /proc")
-def test_a_load_holds_one_model_and_a_conversion_a_few_tensors(toys, tmp_path):
+def test_a_load_holds_one_model_and_a_conversion_a_few_tensors(tmp_path):
     """113 M parameters: 225 MB in bf16, 450 MB in fp32; the largest tensor is 17 MB."""
     config = LlamaConfig(1024, 11, 8, 2, 2048, 8191, 64)
-    model = toys.model(config, torch.bfloat16)
+    model = toy_model(config, torch.bfloat16)
     size = sum(p.nbytes for p in model.parameters())
     assert 220e6 < size < 260e6
     save_hf(model, tmp_path / "hf")
-    save_hf(toys.model(toys.config("smollm2-135m")), tmp_path / "small")
+    save_hf(toy_model("smollm2-135m"), tmp_path / "small")
 
     def peak(*arguments: str) -> int:
         command = [sys.executable, "-c", PEAK, *arguments, str(tmp_path / "small")]

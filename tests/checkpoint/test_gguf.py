@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from helpers.toys import equal_weights, toy_config, toy_model
 
 from arriero.checkpoint.gguf import Kind, open_gguf, read_config, rope_factors, write_gguf
 from arriero.checkpoint.load import load_model
@@ -18,27 +19,27 @@ TYPES = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16, torch.float16: Kind
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_round_trip_is_bit_exact(toys, family, dtype, tmp_path):
-    model = toys.model(toys.config(family), dtype)
+def test_round_trip_is_bit_exact(family, dtype, tmp_path):
+    model = toy_model(family, dtype)
     write_gguf(from_model(model), tmp_path / "m.gguf", kind=TYPES[dtype], tokenizer={})
     back = load_model(tmp_path / "m.gguf")
     assert back.config == model.config
-    assert toys.equal(model, back)
+    assert equal_weights(model, back)
 
 
-def test_every_entry_of_a_real_file_equals_that_of_the_gguf_package(smollm2):
+def test_every_entry_of_a_real_file_equals_that_of_the_gguf_package(smollm2_gguf):
     expected = {
         name: field.contents()
-        for name, field in gguf.GGUFReader(smollm2).fields.items()
+        for name, field in gguf.GGUFReader(smollm2_gguf).fields.items()
         if not name.startswith("GGUF.")
     }
-    assert read_metadata(smollm2) == expected
+    assert read_metadata(smollm2_gguf) == expected
     assert len(expected["tokenizer.ggml.merges"]) == 48_900
 
 
-def test_the_gguf_package_reads_what_we_write(toys, tmp_path):
-    config = toys.config("llama3.1-8b")
-    model = toys.model(config, torch.bfloat16)
+def test_the_gguf_package_reads_what_we_write(tmp_path):
+    config = toy_config("llama3.1-8b")
+    model = toy_model(config, torch.bfloat16)
     entries = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["ä", "b"], "tokenizer.ggml.scores": [0.5, 2.0],
                "tokenizer.ggml.token_type": [1, 3], "tokenizer.ggml.add_bos_token": False}  # fmt: skip
     write_gguf(from_model(model), tmp_path / "m.gguf", kind=Kind.BF16, tokenizer=entries, name="toy")
@@ -112,9 +113,9 @@ def test_every_type_that_the_gguf_package_dequantises_is_read(kind, tmp_path):
     assert np.unique(expected[np.isfinite(expected)]).size > 2
 
 
-def test_q8_0_is_within_half_a_step_of_each_block(toys, tmp_path):
+def test_q8_0_is_within_half_a_step_of_each_block(tmp_path):
     config = LlamaConfig(96, 2, 3, 1, 160, 211, 64)
-    model = toys.model(config)
+    model = toy_model(config)
     write_gguf(from_model(model), tmp_path / "m.gguf", kind=Kind.Q8_0, tokenizer={})
     back = load_model(tmp_path / "m.gguf").state_dict()
     for name, weight in model.state_dict().items():
@@ -128,10 +129,10 @@ def test_q8_0_is_within_half_a_step_of_each_block(toys, tmp_path):
             assert bool((error > 0).any())
 
 
-def test_rope_scaling_is_recovered_from_the_factors(toys, tmp_path):
+def test_rope_scaling_is_recovered_from_the_factors(tmp_path):
     for scaling in (RopeScaling(8.0), RopeScaling(32.0), RopeScaling(4.0, original_context=2048)):
-        config = replace(toys.config("llama3.1-8b"), rope_scaling=scaling)
-        write_gguf(from_model(toys.model(config)), tmp_path / "m.gguf", kind=Kind.F32, tokenizer={})
+        config = replace(toy_config("llama3.1-8b"), rope_scaling=scaling)
+        write_gguf(from_model(toy_model(config)), tmp_path / "m.gguf", kind=Kind.F32, tokenizer={})
         assert read_config(tmp_path / "m.gguf").rope_scaling == scaling
 
 
@@ -142,16 +143,16 @@ def test_rope_factors_by_hand():
     assert rope_factors(config).tolist() == pytest.approx([1.0, 1 / (smooth + (1 - smooth) / 8)])
 
 
-def test_rope_factors_of_another_rule_are_refused(toys, tmp_path):
-    config = replace(toys.config("llama3.1-8b"), rope_scaling=RopeScaling(8.0, low_freq_factor=1.5))
-    write_gguf(from_model(toys.model(config)), tmp_path / "m.gguf", kind=Kind.F32, tokenizer={})
+def test_rope_factors_of_another_rule_are_refused(tmp_path):
+    config = replace(toy_config("llama3.1-8b"), rope_scaling=RopeScaling(8.0, low_freq_factor=1.5))
+    write_gguf(from_model(toy_model(config)), tmp_path / "m.gguf", kind=Kind.F32, tokenizer={})
     with pytest.raises(CheckpointError, match=r"rope_freqs are not those of Llama 3\.1's scaling"):
         open_gguf(tmp_path / "m.gguf")
 
 
-def small_file(tmp_path, toys, **changes):
+def small_file(tmp_path, **changes):
     file = tmp_path / "m.gguf"
-    write_gguf(from_model(toys.model(toys.config("smollm2-135m"))), file, kind=Kind.F32, tokenizer=changes)
+    write_gguf(from_model(toy_model("smollm2-135m")), file, kind=Kind.F32, tokenizer=changes)
     return file
 
 
@@ -168,14 +169,14 @@ def small_file(tmp_path, toys, **changes):
         ({"split.count": 3}, "one of 3 parts"),
     ],
 )
-def test_what_is_no_plain_llama_is_refused(toys, tmp_path, changes, problem):
+def test_what_is_no_plain_llama_is_refused(tmp_path, changes, problem):
     with pytest.raises(CheckpointError, match=problem) as error:
-        open_gguf(small_file(tmp_path, toys, **changes))
+        open_gguf(small_file(tmp_path, **changes))
     assert "m.gguf" in str(error.value)
 
 
-def test_a_file_cut_anywhere_is_refused_by_name(toys, tmp_path):
-    file = small_file(tmp_path, toys, **{"tokenizer.ggml.tokens": ["a", "bc", "def"]})
+def test_a_file_cut_anywhere_is_refused_by_name(tmp_path):
+    file = small_file(tmp_path, **{"tokenizer.ggml.tokens": ["a", "bc", "def"]})
     whole = file.read_bytes()
     for keep in [0, 3, 23, 24, *range(30, 4000, 97), len(whole) // 2, len(whole) - 40]:
         file.write_bytes(whole[:keep])
@@ -185,8 +186,8 @@ def test_a_file_cut_anywhere_is_refused_by_name(toys, tmp_path):
     open_gguf(file)
 
 
-def test_other_files_and_versions_are_refused(toys, tmp_path):
-    file = small_file(tmp_path, toys)
+def test_other_files_and_versions_are_refused(tmp_path):
+    file = small_file(tmp_path)
     whole = file.read_bytes()
     for content, problem in (
         (b"PK\3\4" + whole[4:], "not a GGUF file"),
@@ -200,8 +201,8 @@ def test_other_files_and_versions_are_refused(toys, tmp_path):
         open_gguf(tmp_path / "none.gguf")
 
 
-def test_weights_that_do_not_fit_the_type_are_refused_and_nothing_is_left(toys, tmp_path):
-    model = toys.model(toys.config("smollm2-135m"))
+def test_weights_that_do_not_fit_the_type_are_refused_and_nothing_is_left(tmp_path):
+    model = toy_model("smollm2-135m")
     with pytest.raises(CheckpointError, match=r"Q8_0 needs multiples of 32"):
         write_gguf(from_model(model), tmp_path / "m.gguf", kind=Kind.Q8_0, tokenizer={})
     with torch.no_grad():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.toys import equal_weights, toy_model
 from safetensors.torch import load_file, save_file
 
 from arriero.checkpoint.hf import open_hf, read_config, save_hf
@@ -13,18 +14,18 @@ from arriero.errors import CheckpointError
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 100_000])
-def test_round_trip_is_bit_exact(toys, family, dtype, max_shard_bytes, tmp_path):
-    model = toys.model(toys.config(family), dtype)
+def test_round_trip_is_bit_exact(family, dtype, max_shard_bytes, tmp_path):
+    model = toy_model(family, dtype)
     save_hf(model, tmp_path / "m", max_shard_bytes=max_shard_bytes)
     back = load_model(tmp_path / "m")
     assert back.config == model.config
-    assert toys.equal(model, back)
+    assert equal_weights(model, back)
     tied = back.lm_head.weight.data_ptr() == back.model.embed_tokens.weight.data_ptr()
     assert tied == model.config.tied_embeddings
 
 
-def test_shards_keep_to_their_size_and_the_index_names_each_tensor_once(toys, tmp_path):
-    model = toys.model(toys.config("smollm2-135m"))
+def test_shards_keep_to_their_size_and_the_index_names_each_tensor_once(tmp_path):
+    model = toy_model("smollm2-135m")
     save_hf(model, tmp_path, max_shard_bytes=100_000)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 3
@@ -35,25 +36,25 @@ def test_shards_keep_to_their_size_and_the_index_names_each_tensor_once(toys, tm
     assert index["metadata"]["total_size"] == sum(t.nbytes for shard in shards for t in load_file(shard).values())
 
 
-def test_saving_over_a_sharded_model_leaves_no_shard_of_it(toys, tmp_path):
-    save_hf(toys.model(toys.config("llama3-8b")), tmp_path, max_shard_bytes=100_000)
+def test_saving_over_a_sharded_model_leaves_no_shard_of_it(tmp_path):
+    save_hf(toy_model("llama3-8b"), tmp_path, max_shard_bytes=100_000)
     (tmp_path / "notes.txt").write_text("mine")
-    small = toys.model(toys.config("smollm2-135m"))
+    small = toy_model("smollm2-135m")
     save_hf(small, tmp_path)
     assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
-    assert toys.equal(load_model(tmp_path), small)
+    assert equal_weights(load_model(tmp_path), small)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_dtype_converts_while_writing(toys, tmp_path):
-    model = toys.model(toys.config("llama3-8b"))
+def test_dtype_converts_while_writing(tmp_path):
+    model = toy_model("llama3-8b")
     save_hf(model, tmp_path, dtype=torch.bfloat16)
-    assert toys.equal(load_model(tmp_path), model.to(torch.bfloat16))
+    assert equal_weights(load_model(tmp_path), model.to(torch.bfloat16))
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_a_write_that_fails_leaves_the_old_model_whole_and_no_litter(toys, tmp_path):
-    old = toys.model(toys.config("smollm2-135m"))
+def test_a_write_that_fails_leaves_the_old_model_whole_and_no_litter(tmp_path):
+    old = toy_model("smollm2-135m")
     save_hf(old, tmp_path / "m")
 
     def fail(name):
@@ -61,25 +62,25 @@ def test_a_write_that_fails_leaves_the_old_model_whole_and_no_litter(toys, tmp_p
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_hf(toys.model(toys.config("llama3-8b")), tmp_path / "m", progress=fail)
+        save_hf(toy_model("llama3-8b"), tmp_path / "m", progress=fail)
     with pytest.raises(KeyboardInterrupt):
-        save_hf(toys.model(toys.config("llama3-8b")), tmp_path / "new", progress=fail)
+        save_hf(toy_model("llama3-8b"), tmp_path / "new", progress=fail)
     assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
-    assert toys.equal(load_model(tmp_path / "m"), old)
+    assert equal_weights(load_model(tmp_path / "m"), old)
 
 
-def test_rotary_tables_and_the_copy_of_a_tied_head_are_ignored(toys, tmp_path):
-    model = toys.model(toys.config("smollm2-135m"))
+def test_rotary_tables_and_the_copy_of_a_tied_head_are_ignored(tmp_path):
+    model = toy_model("smollm2-135m")
     save_hf(model, tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     save_file(state, tmp_path / "model.safetensors")
-    assert toys.equal(load_model(tmp_path), model)
+    assert equal_weights(load_model(tmp_path), model)
 
 
-def test_wrong_tensors_are_named(toys, tmp_path):
-    save_hf(toys.model(toys.config("llama3-8b")), tmp_path)
+def test_wrong_tensors_are_named(tmp_path):
+    save_hf(toy_model("llama3-8b"), tmp_path)
     file = tmp_path / "model.safetensors"
     state = load_file(file)
 
@@ -101,23 +102,23 @@ def test_wrong_tensors_are_named(toys, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, -1])
-def test_a_cut_file_is_refused_by_name(toys, tmp_path, keep):
-    save_hf(toys.model(toys.config("smollm2-135m")), tmp_path)
+def test_a_cut_file_is_refused_by_name(tmp_path, keep):
+    save_hf(toy_model("smollm2-135m"), tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged or cut short"):
         load_model(tmp_path)
 
 
-def test_a_missing_shard_is_refused_by_name(toys, tmp_path):
-    save_hf(toys.model(toys.config("smollm2-135m")), tmp_path, max_shard_bytes=100_000)
+def test_a_missing_shard_is_refused_by_name(tmp_path):
+    save_hf(toy_model("smollm2-135m"), tmp_path, max_shard_bytes=100_000)
     sorted(tmp_path.glob("*.safetensors"))[1].unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-.*: no such file, though the index names it"):
         load_model(tmp_path)
 
 
-def test_broken_config_files_are_refused(toys, tmp_path):
-    save_hf(toys.model(toys.config("smollm2-135m")), tmp_path)
+def test_broken_config_files_are_refused(tmp_path):
+    save_hf(toy_model("smollm2-135m"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "hidden_size"}))
     with pytest.raises(CheckpointError, match="'hidden_size' is missing"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.toys import equal_weights, toy_config, toy_model
 
 from arriero.checkpoint import meta
 from arriero.checkpoint.load import load_model
@@ -17,12 +18,12 @@ from arriero.model.config import PUBLISHED, RopeScaling
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_round_trip_is_bit_exact(toys, family, dtype, tmp_path):
-    model = toys.model(toys.config(family), dtype)
+def test_round_trip_is_bit_exact(family, dtype, tmp_path):
+    model = toy_model(family, dtype)
     write_meta(from_model(model), tmp_path / "m")
     back = load_model(tmp_path / "m")
     assert back.config == model.config
-    assert toys.equal(model, back)
+    assert equal_weights(model, back)
 
 
 def split(directory: Path, n_ranks: int, n_kv_heads: int, rows: bool) -> None:
@@ -45,29 +46,29 @@ def split(directory: Path, n_ranks: int, n_kv_heads: int, rows: bool) -> None:
 
 
 @pytest.mark.parametrize(("n_ranks", "rows"), [(2, False), (2, True), (4, True)])
-def test_shards_are_joined_as_meta_splits_them(toys, n_ranks, rows, tmp_path):
-    config = replace(toys.config("llama3.1-8b"), ffn_dim=212, vocab_size=212)
-    model = toys.model(config)
+def test_shards_are_joined_as_meta_splits_them(n_ranks, rows, tmp_path):
+    config = replace(toy_config("llama3.1-8b"), ffn_dim=212, vocab_size=212)
+    model = toy_model(config)
     write_meta(from_model(model), tmp_path)
     split(tmp_path, n_ranks, config.n_kv_heads, rows)
     assert len(list(tmp_path.glob("*.pth"))) == n_ranks
     back = load_model(tmp_path)
     assert back.config == config
-    assert toys.equal(model, back)
+    assert equal_weights(model, back)
 
 
-def test_writing_over_shards_leaves_none_of_them(toys, tmp_path):
-    model = toys.model(replace(toys.config("llama3.1-8b"), ffn_dim=212, vocab_size=212))
+def test_writing_over_shards_leaves_none_of_them(tmp_path):
+    model = toy_model(replace(toy_config("llama3.1-8b"), ffn_dim=212, vocab_size=212))
     write_meta(from_model(model), tmp_path)
     split(tmp_path, 2, 2, rows=True)
     write_meta(from_model(model), tmp_path)
     assert [file.name for file in tmp_path.glob("*.pth")] == ["consolidated.00.pth"]
-    assert toys.equal(load_model(tmp_path), model)
+    assert equal_weights(load_model(tmp_path), model)
 
 
-def test_rotary_rows_are_put_in_pairs(toys, tmp_path):
+def test_rotary_rows_are_put_in_pairs(tmp_path):
     """Row 2j of a Meta head is row j of ours, row 2j+1 is row j + h/2; keys have their own number of heads."""
-    model = toys.model(toys.config("llama3-8b"))
+    model = toy_model("llama3-8b")
     write_meta(from_model(model), tmp_path)
     state = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
     for name, heads in (("q", 12), ("k", 3)):
@@ -89,17 +90,17 @@ def test_params_of_each_published_size_give_its_ffn_width_by_metas_formula(name)
         assert params.keys() <= meta_keys
 
 
-def test_params_as_meta_published_them_are_read(toys, tmp_path):
+def test_params_as_meta_published_them_are_read(tmp_path):
     """Llama 2's vocabulary is -1 there; 3.2's factor 32 is known by its size; old files hold rope.freqs."""
-    config = replace(toys.config("llama1-7b"), norm_eps=1e-6, max_context=4096)
-    write_meta(from_model(toys.model(config)), tmp_path / "2")
+    config = replace(toy_config("llama1-7b"), norm_eps=1e-6, max_context=4096)
+    write_meta(from_model(toy_model(config)), tmp_path / "2")
     params = {"dim": 44, "multiple_of": 256, "n_heads": 11, "n_layers": 3, "norm_eps": 1e-06, "vocab_size": -1}
     (tmp_path / "2" / "params.json").write_text(json.dumps(params))
     state = torch.load(tmp_path / "2" / "consolidated.00.pth", weights_only=True)
     torch.save(state | {"rope.freqs": torch.ones(2)}, tmp_path / "2" / "consolidated.00.pth")
     assert open_meta(tmp_path / "2").config == config
 
-    small = replace(toys.config("llama3.2-1b"), dim=2048, n_layers=16, n_heads=32, head_dim=64, n_kv_heads=8, ffn_dim=2)
+    small = replace(toy_config("llama3.2-1b"), dim=2048, n_layers=16, n_heads=32, head_dim=64, n_kv_heads=8, ffn_dim=2)
     assert meta._params(small).get("rope_scale_factor") is None
     assert meta._factor(meta._params(small), 2048, 16) == 32.0
     assert meta._factor({}, 4096, 32) == 8.0
@@ -116,8 +117,8 @@ class Payload:
         return os.mkdir, (str(self.target),)
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(toys, tmp_path):
-    write_meta(from_model(toys.model(toys.config("llama3-8b"))), tmp_path)
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+    write_meta(from_model(toy_model("llama3-8b")), tmp_path)
     file = tmp_path / "consolidated.00.pth"
     state = torch.load(file, weights_only=True)
     torch.save(state | {"norm.weight": Payload(tmp_path / "owned")}, file)
@@ -126,9 +127,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(toys, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_damaged_and_foreign_files_are_refused_by_name(toys, tmp_path):
-    config = replace(toys.config("llama3.1-8b"), ffn_dim=212, vocab_size=212)
-    write_meta(from_model(toys.model(config)), tmp_path)
+def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
+    config = replace(toy_config("llama3.1-8b"), ffn_dim=212, vocab_size=212)
+    write_meta(from_model(toy_model(config)), tmp_path)
     split(tmp_path, 2, 2, rows=True)
     file = tmp_path / "consolidated.01.pth"
     whole = file.read_bytes()
@@ -150,12 +151,12 @@ def test_damaged_and_foreign_files_are_refused_by_name(toys, tmp_path):
         open_meta(tmp_path)
 
 
-def test_what_params_json_cannot_say_is_refused(toys, tmp_path):
-    config = toys.config("llama3.1-8b")
-    wide = toys.model(replace(config, head_dim=64))
+def test_what_params_json_cannot_say_is_refused(tmp_path):
+    config = toy_config("llama3.1-8b")
+    wide = toy_model(replace(config, head_dim=64))
     with pytest.raises(CheckpointError, match="head_dim 64 x 8 heads is not dim 256"):
         write_meta(from_model(wide), tmp_path / "m")
-    odd = toys.model(replace(config, rope_scaling=RopeScaling(8.0, original_context=2048)))
+    odd = toy_model(replace(config, rope_scaling=RopeScaling(8.0, original_context=2048)))
     with pytest.raises(CheckpointError, match="no place for the RoPE scaling"):
         write_meta(from_model(odd), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 from helpers.runs import Run, do_alone, do_together
+from helpers.training import losses
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arriero.checkpoint import native
-
-
-def losses(run_dir: Path) -> list[float]:
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if "event" not in record]
 
 
 def copied(run_dir: Path, name: str) -> str:

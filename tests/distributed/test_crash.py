@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from helpers.runs import Run, do_together
+from helpers.training import assert_same, losses
 from safetensors.torch import load_file
 
 from arriero.checkpoint import native
@@ -76,16 +77,10 @@ def output(run: Run) -> str:
     return (Path(run.run_dir) / "output.txt").read_text()
 
 
-def losses(run: Run) -> list[float]:
-    records = map(json.loads, (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if "event" not in record]
-
-
 def assert_same_end(run: Run, undisturbed: Run) -> None:
-    ours, theirs = (load_file(Path(r.run_dir) / "final.safetensors") for r in (run, undisturbed))
-    assert ours.keys() == theirs.keys()
-    assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
-    assert losses(run) == losses(undisturbed)
+    ours, theirs = Path(run.run_dir), Path(undisturbed.run_dir)
+    assert_same(load_file(ours / "final.safetensors"), load_file(theirs / "final.safetensors"))
+    assert losses(ours) == losses(theirs)
 
 
 def kill_and_compare(run: Run, world: int, kills: int, longest: float, seed: int) -> int:
@@ -136,7 +131,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_saves(tmp_pat
     saved = native.latest(tmp_path / "run")
     assert saved is not None
     assert f"ended {saved.step} SIGTERM" in output(run)
-    assert len(losses(run)) == saved.step
+    assert len(losses(tmp_path / "run")) == saved.step
 
 
 @pytest.mark.slow

@@ -13,22 +13,11 @@ from arriero.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, Sent
 
 ATOMS = [
     *["I'LL", "don't", "'s", "'S", "'ſ", "ſ", "K", "İ", "Hello", " the", "naïve", "e\u0301", "ﬁ", "x" * 37],
-    *[
-        "👩‍👩‍👧‍👦",
-        "🇩🇪🇫🇷",
-        "❤️‍🔥",
-        "👍🏽",
-        "\u200d",
-        "\ufeff",
-        "\u202e",
-        "\0",
-        "\x04",
-        "日本語",
-        "한국어",
-        "ไทย",
-        "हिन्दी",
-    ],
-    *["<s>", "</s>", "<unk>", "<|eot_id|>", "<|im_end|>", "<|begin_of_text|>", "<0x0A>", "▁", "Ġ", "�", "\ud83d"],
+    *["👩‍👩‍👧‍👦", "🇩🇪🇫🇷", "❤️‍🔥", "👍🏽", "🏴\U000e0067\U000e0062\U000e007f"],
+    *["\u200d", "\ufeff", "\u202e", "\0", "\x04"],
+    *["日本語", "한국어", "ไทย", "हिन्दी"],
+    *["<s>", "</s>", "<unk>", "<|eot_id|>", "<|im_end|>", "<|begin_of_text|>", "<0x0A>", "▁", "Ġ", "�"],
+    *["\ud83d", "\ude00", "\ud83d\ude00", "\ude00\ud83d", "\ud800a\udfff"],
 ]
 SPACES = [" ", "\t", "\n", "\r\n", "\r", "\u00a0", "\u3000", "\u0085", "\x0b", "\x1c", "\u2028", " \n"]
 
@@ -40,7 +29,7 @@ def python_source(*names: str) -> str:
 
 
 def hard_strings(n: int, seed: int = 7) -> list[str]:
-    """Return n strings of random Unicode blocks, code, whitespace runs, numbers, emoji and special-token text."""
+    """Return n strings of Unicode blocks, code, white space, numbers, emoji, special-token text and decoded bytes."""
     rng = random.Random(seed)
     lines = python_source("argparse", "inspect", "pydoc_data/topics").splitlines(keepends=True)
 
@@ -55,6 +44,8 @@ def hard_strings(n: int, seed: int = 7) -> list[str]:
         lambda: rng.choice(SPACES) * rng.randrange(1, 12),
         lambda: str(rng.randrange(10 ** rng.randrange(1, 12))),
         lambda: rng.choice(ATOMS),
+        lambda: rng.randbytes(rng.randrange(9)).decode("utf-8", "replace"),
+        lambda: rng.randbytes(rng.randrange(9)).decode("utf-8", "surrogateescape"),
     ]
     return ["".join(rng.choice(kinds)() for _ in range(rng.randrange(6))) for _ in range(n)]
 

@@ -1,18 +1,24 @@
 """A toy model and data for tests of the loop: primes as sizes, dropout on, packing on."""
 
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from arriero.checkpoint import native
 from arriero.data.loader import SftLoader
 from arriero.distributed.engine import Engine
 from arriero.model.config import LlamaConfig, LoraConfig
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
-from arriero.train.config import LoopConfig, OptimConfig
+from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig
 from arriero.train.loop import Trainer
+from arriero.train.metrics import read_records
 from arriero.train.objectives import lm_loss
 
 CONFIG = LlamaConfig(dim=44, n_layers=2, n_heads=11, n_kv_heads=11, ffn_dim=29, vocab_size=101, max_context=64)
@@ -72,3 +78,32 @@ def toy_trainer(
 
     optim = optim or OptimConfig(lr=1e-2)
     return Trainer(Engine.alone(model.train()), lm_loss, batches, steps, loop, optim, run_dir, validate)
+
+
+def whole_and_resumed(config: PretrainConfig, directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of the run in directory/whole, and of one in directory/parts that goes on as if killed in step 3."""
+    from arriero.train.pretrain import main  # not for every process that imports this module
+
+    whole, parts = (replace(config, out=str(directory / name)) for name in ("whole", "parts"))
+    main(whole)
+    main(parts)
+    saved = native.steps(directory / "parts")
+    assert saved == [*range(1, config.loop.steps + 1)], "every step has to be saved"
+    for step in saved[2:]:
+        shutil.rmtree(native.path_of(directory / "parts", step))
+    main(replace(parts, resume=True))
+    files = (directory / name / "model" / "model.safetensors" for name in ("whole", "parts"))
+    one, two = map(load_file, files)
+    return one, two
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Step -> training loss, as metrics.jsonl has it."""
+    return {r["step"]: r["loss"] for r in read_records(run_dir / "metrics.jsonl") if "event" not in r}
+
+
+def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    """Names and every bit of every tensor are equal."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name

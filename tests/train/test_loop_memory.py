@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.runs import SHAPE, Run, do_alone, do_together
-from helpers.training import toy_trainer
+from helpers.training import assert_same, losses, toy_trainer
 from safetensors.torch import load_file
 
 from arriero.checkpoint import native
@@ -38,12 +37,6 @@ OPTIMIZERS = ["adamw", "adamw8bit", "muon"]
 def trainer_of(run_dir, in_backward=True, optimizer="adamw", **more):
     optim = OptimConfig(optimizer, lr=1e-2, clip=0.0, weight_decay=0.1, in_backward=in_backward)
     return toy_trainer(run_dir, optim=optim, **{"batch_rows": 2, "micro_rows": 2, "full": True} | more)
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -174,11 +167,6 @@ def test_eight_bits_are_refused_where_rows_are_cut():
 
 
 # -- many processes ----------------------------------------------------------------------------------------------
-
-
-def losses(run_dir: Path) -> list[float]:
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if "event" not in record]
 
 
 def test_two_processes_step_in_the_backward_pass_as_they_would_after_it(tmp_path):

@@ -5,13 +5,8 @@ import sys
 import pytest
 import torch
 from helpers.parallel import run_processes
+from helpers.training import losses
 from safetensors.torch import load_file
-
-from arriero.train.metrics import read_records
-
-
-def losses(run_dir):
-    return [record["loss"] for record in read_records(run_dir / "metrics.jsonl") if "loss" in record]
 
 
 def sft(toy_model, rows, out, world, *more):

@@ -1,15 +1,13 @@
 """A Qwen3 is pretrained, resumed, saved and opened elsewhere like any Llama, and decodes through torch."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from helpers.training import assert_same, whole_and_resumed
 
-from arriero.checkpoint import native
 from arriero.checkpoint.load import load
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import generate, new_cache
@@ -18,7 +16,6 @@ from arriero.model import config as shapes
 from arriero.model.config import Qwen3Config
 from arriero.model.qwen3 import Qwen3
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig
-from arriero.train.pretrain import main
 
 SHAPE = Qwen3Config(34, 2, 6, 2, 29, 101, 64, norm_eps=1e-6, tied_embeddings=True, head_dim=22)
 
@@ -44,15 +41,9 @@ def settings(shards: Path, out: Path) -> PretrainConfig:
 
 
 def test_pretrained_resumed_and_opened_in_transformers(shards, tmp_path):
-    whole, parts = (settings(shards, tmp_path / name) for name in ("whole", "parts"))
-    assert main(whole).progress.step == 6
-    main(parts)
-    for step in (3, 4, 5, 6):  # as if it had been killed in step 3
-        shutil.rmtree(native.path_of(tmp_path / "parts", step))
-    main(replace(parts, resume=True))
-    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
-    norms = [value for name, value in one.items() if name.endswith(("q_norm.weight", "k_norm.weight"))]
+    whole, resumed = whole_and_resumed(settings(shards, tmp_path), tmp_path)
+    assert_same(whole, resumed)
+    norms = [value for name, value in whole.items() if name.endswith(("q_norm.weight", "k_norm.weight"))]
     assert len(norms) == 4 and all(norm.shape == (22,) and bool((norm != 1).any()) for norm in norms)
 
     ours, tokenizer = load(tmp_path / "whole" / "model")
