@@ -10,9 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
+from helpers.training import assert_same, losses, whole_and_resumed
 
-from arriero.checkpoint import native
 from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load
 from arriero.data.shards import open_sources
@@ -91,16 +90,8 @@ def test_stopped_and_resumed_gives_the_same_weights_across_a_stage(shards, tmp_p
     stages = (TrainingStage(start=0.5, batch_rows=2, seq_len=128, weights={"short": 1.0}),)
     changes = dict(stages=stages, optim=OptimConfig(optimizer=optimizer, lr=1e-2), z_loss=1e-4)
     loop = LoopConfig(steps=6, batch_rows=4, micro_rows=2, precision="fp32", save_every=1, keep_last=9, average=0.5)
-    whole, parts = (settings(shards, tmp_path / name, loop=loop, **changes) for name in ("whole", "parts"))
-    main(whole)
-    main(parts)
-    for step in (3, 4, 5, 6):  # as if it had been killed in step 3
-        shutil.rmtree(native.path_of(tmp_path / "parts", step))
-    main(replace(parts, resume=True))
-    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
-    losses = [[record["loss"] for record in records(tmp_path / name)] for name in ("whole", "parts")]
-    assert losses[0] == losses[1]
+    assert_same(*whole_and_resumed(settings(shards, tmp_path, loop=loop, **changes), tmp_path))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
 def test_a_stage_changes_what_a_step_reads(shards, tmp_path):
