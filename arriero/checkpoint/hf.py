@@ -17,7 +17,7 @@ from torch import Tensor
 from arriero.checkpoint.files import read_json, replaced_directory, write_json
 from arriero.checkpoint.tensor_file import Entry, Reader, safetensors_entries, tensor_reader, write_safetensors
 from arriero.checkpoint.weights import Weights, checked, from_model
-from arriero.errors import CheckpointError
+from arriero.errors import CheckpointError, UserError
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 
@@ -28,11 +28,16 @@ ALL_WEIGHTS = "model*.safetensors*"
 
 def read_config(directory: Path) -> LlamaConfig:
     """The shape of the model in a Hugging Face directory."""
-    config = read_json(directory / "config.json")
+    file = directory / "config.json"
+    config = read_json(file)
     try:
         return LlamaConfig.from_hf(config)
     except KeyError as error:
-        raise CheckpointError(f"{directory / 'config.json'}: the entry {error} is missing") from error
+        raise CheckpointError(f"{file}: the entry {error} is missing") from error
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: an entry is of the wrong type ({error}); copy or download it again") from error
 
 
 def open_hf(directory: Path) -> Weights:
@@ -42,7 +47,10 @@ def open_hf(directory: Path) -> Weights:
     """
     config = read_config(directory)
     if (directory / INDEX).is_file():
-        files = sorted({directory / name for name in read_json(directory / INDEX)["weight_map"].values()})
+        places = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise CheckpointError(f"{directory / INDEX}: no 'weight_map' of file names; copy or download it again")
+        files = sorted({directory / name for name in places.values()})
     elif (directory / WEIGHTS).is_file():
         files = [directory / WEIGHTS]
     elif any(directory.glob("pytorch_model*.bin")):

@@ -137,6 +137,8 @@ def _config(directory: Path, params: Mapping[str, Any], shards: Shards) -> Llama
         ffn_dim = sum(shard["layers.0.feed_forward.w1.weight"].shape[0] for shard in shards)
     except KeyError as error:
         raise CheckpointError(f"{directory}: {error} is missing from params.json or a consolidated.*.pth") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory}: an entry of params.json is of the wrong type ({error})") from error
     split_by_rows = embeddings[0].shape[1] == dim
     vocab_size = sum(e.shape[0] for e in embeddings) if split_by_rows else embeddings[0].shape[0]
     theta = float(params.get("rope_theta", 10_000.0))

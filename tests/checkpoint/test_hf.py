@@ -123,6 +123,10 @@ def test_broken_config_files_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "hidden_size"}))
     with pytest.raises(CheckpointError, match="'hidden_size' is missing"):
         read_config(tmp_path)
+    for wrong in ("wide", None, [72]):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": wrong}))
+        with pytest.raises(CheckpointError, match=r"config\.json: an entry is of the wrong type"):
+            read_config(tmp_path)
     for text, problem in (('{"model', "not valid JSON"), ("[1]", "an object is expected")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=problem):
@@ -132,5 +136,10 @@ def test_broken_config_files_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="are pickled"):
         load_model(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
+    for wrong in ({}, {"weight_map": ["model.safetensors"]}, {"weight_map": {"a": 1}}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(wrong))
+        with pytest.raises(CheckpointError, match=r"index\.json: no 'weight_map' of file names"):
+            load_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         load_model(tmp_path)

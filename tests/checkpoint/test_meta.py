@@ -146,6 +146,10 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
     file.unlink()
     with pytest.raises(CheckpointError, match="the config asks for"):
         open_meta(tmp_path)
+    params = json.loads((tmp_path / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps(params | {"dim": "wide"}))
+    with pytest.raises(CheckpointError, match=r"an entry of params\.json is of the wrong type"):
+        open_meta(tmp_path)
     (tmp_path / "consolidated.00.pth").unlink()
     with pytest.raises(CheckpointError, match=r"but no consolidated\.\*\.pth"):
         open_meta(tmp_path)
