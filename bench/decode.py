@@ -24,7 +24,8 @@ import transformers
 
 from arriero.checkpoint.load import load_model
 from arriero.infer import generate as infer
-from arriero.infer.sample import Sampler, SamplingConfig
+from arriero.infer.config import SamplingConfig
+from arriero.infer.sample import Sampler
 from arriero.model.config import PUBLISHED
 from arriero.model.llama import Llama
 

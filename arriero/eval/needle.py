@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from arriero.errors import DataError
-from arriero.infer.generate import CHUNK, decode_step, new_cache, prefill
+from arriero.infer.generate import CHUNK, decode_step, keep_beginning, new_cache, prefill
 from arriero.losses.lm import token_logprobs
 from arriero.model.llama import Llama
 from arriero.tokenizer.base import Tokenizer
@@ -34,8 +34,8 @@ PLACES = (
     "Lima", "Oslo", "Cairo", "Quito", "Delhi", "Paris", "Seoul", "Tunis", "Rome", "Kyoto", "Berlin", "Havana", "Dublin",
     "Lisbon", "Nairobi", "Warsaw", "Athens", "Bogota", "Vienna", "Prague",
 )  # fmt: skip
-CHOICES = 10
-DIGITS = 5
+CHOICES = 10  # keys that are compared: the right one, and others of its form
+DIGITS = 5  # of a key
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=\n)(?=\n)")
 
 
@@ -105,11 +105,9 @@ class Reader:
     @torch.inference_mode()
     def read(self, ids: Sequence[int]) -> Tensor:
         """Bring the cache to hold exactly `ids`; returns the logits fp32 [1, V] of what follows."""
-        pairs = zip(self.ids, ids[:-1], strict=False)  # the last token always runs: its logits are wanted
-        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self._rewind(same)
+        same = keep_beginning(self.cache, self.ids, ids)
         logits = prefill(self.model, self.cache, [ids[same:]])
-        self.ids = list(ids)
+        self.ids += ids[same:]
         return logits
 
     @torch.inference_mode()
@@ -119,7 +117,7 @@ class Reader:
         while len(answer) < n_tokens:
             logits = self._step(torch.tensor(answer[-1:], device=self.model.device), row)
             answer.append(int(logits.argmax()))
-        self._rewind(len(self.ids))
+        self._forget()
         return answer
 
     @torch.inference_mode()
@@ -131,11 +129,12 @@ class Reader:
             hidden = self.model.model(torch.tensor([inputs], device=self.model.device), cache=self.cache)[0]
             chunk = torch.tensor(targets, device=self.model.device)
             nats += (-token_logprobs(hidden, self.model.lm_head.weight, chunk)).tolist()
-        self._rewind(len(self.ids))
+        self._forget()
         return [nat / math.log(2) for nat in nats]
 
-    def _rewind(self, length: int) -> None:
-        self.cache.lengths = torch.full_like(self.cache.lengths, length)
+    def _forget(self) -> None:
+        """Take back what was read after `self.ids`."""
+        self.cache.lengths = torch.full_like(self.cache.lengths, len(self.ids))
 
 
 def find_needles(

@@ -15,14 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from arriero.checkpoint.files import write_json
-from arriero.checkpoint.source import resolve
 from arriero.curate.sources import read_documents
 from arriero.errors import ConfigError
 from arriero.eval.bootstrap import mean
 from arriero.eval.config import NeedleConfig
 from arriero.eval.needle import Finding, Haystack, bits_by_position, find_needles, prose
-from arriero.eval.results import Results, Sample, compare, comparison_table, results_table, save
-from arriero.eval.run import bar, measured
+from arriero.eval.results import Results, Sample, measures_table, save
+from arriero.eval.run import bar, before_and_after
 from arriero.files import replaced_file
 from arriero.model.llama import Llama
 from arriero.page import LIGHT, Theme, png
@@ -53,23 +52,15 @@ def run_needle(config: NeedleConfig, console: Console | None = None) -> NeedleRe
         raise ConfigError("eval needle: no model given; run: arriero eval needle MODEL")
     console = console or Console()
     text = prose(_documents(config.haystack), CHARS_PER_TOKEN * max(config.lengths))
-    for name in (config.compare_with, config.model, config.adapter):
-        if name:
-            resolve(name)  # a missing model is refused before the other one has been measured
 
     def measure(model: Llama, tokenizer: Tokenizer, name: str) -> NeedleResults:
         return _measure(config, text, model, tokenizer, name)
 
-    before = measured(measure, config.precision, config.compare_with, "") if config.compare_with else None
-    after = measured(measure, config.precision, config.model, config.adapter)
+    before, after = before_and_after(measure, config)
     models = [after] if before is None else [before, after]
     for results in models:
         console.print(needle_table(results))
-    if before is None:
-        console.print(results_table(after, config.resamples, config.seed))
-    else:
-        compared = compare(before, after, config.resamples, config.seed)
-        console.print(comparison_table(before, after, compared))
+    console.print(measures_table(before, after, config.resamples, config.seed))
     if config.out:
         out = Path(config.out)
         save(out, asdict(config), before, after)
@@ -160,19 +151,19 @@ def _measure(config: NeedleConfig, text: str, model: Llama, tokenizer: Tokenizer
 
 def _record(results: NeedleResults) -> dict[str, object]:
     """What needle.json holds of a model."""
-    lengths, depths = _axes(results)
-    cells = [
-        {
-            "length": length,
-            "depth": depth,
-            "found": _mean(f.found for f in here),
-            "chosen": _mean(f.chosen for f in here),
-            "key_bits": _mean(f.bits for f in here),
-            "questions": len(here),
-        }
-        for length, depth in itertools.product(lengths, depths)
-        for here in [[f for f in results.findings if (f.length, f.depth) == (length, depth)]]
-    ]
+    cells = []
+    for length, depth in itertools.product(*_axes(results)):
+        here = [f for f in results.findings if (f.length, f.depth) == (length, depth)]
+        cells.append(
+            {
+                "length": length,
+                "depth": depth,
+                "found": _mean(f.found for f in here),
+                "chosen": _mean(f.chosen for f in here),
+                "key_bits": _mean(f.bits for f in here),
+                "questions": len(here),
+            }
+        )
     return {"context": results.context, "cells": cells, "bits_per_byte_up_to": results.by_position}
 
 

@@ -92,11 +92,18 @@ class Comparison:
 def compare(before: Results, after: Results, resamples: int, seed: int) -> dict[str, Comparison]:
     """Set two models' results on the same rows side by side, by measure."""
     assert before.ratios.keys() == after.ratios.keys(), "the two were measured by different tasks"
-    return {
-        key: Comparison(MEASURES[key], old.value, new.value, difference(old, new, resamples, seed))
-        for key, old in before.ratios.items()
-        for new in [after.ratios[key]]
-    }
+    compared = {}
+    for key, old in before.ratios.items():
+        new = after.ratios[key]
+        compared[key] = Comparison(MEASURES[key], old.value, new.value, difference(old, new, resamples, seed))
+    return compared
+
+
+def measures_table(before: Results | None, after: Results, resamples: int, seed: int) -> Table:
+    """One model's numbers, or two models' side by side."""
+    if before is None:
+        return results_table(after, resamples, seed)
+    return comparison_table(before, after, compare(before, after, resamples, seed))
 
 
 def results_table(results: Results, resamples: int, seed: int) -> Table:

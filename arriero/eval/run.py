@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -23,10 +23,10 @@ from arriero.checkpoint.load import load
 from arriero.checkpoint.source import resolve
 from arriero.data.formats import Conversation, Record, parse_record, read_records, source_files
 from arriero.errors import ConfigError, DataError
-from arriero.eval.config import EvalConfig
+from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.eval.generative import answers
 from arriero.eval.perplexity import perplexity
-from arriero.eval.results import Results, compare, comparison_table, examples_table, results_table, save
+from arriero.eval.results import Results, examples_table, measures_table, save
 from arriero.model.llama import Llama
 from arriero.model.lora import merge_lora
 from arriero.tokenizer.base import Tokenizer
@@ -46,19 +46,9 @@ def run_eval(config: EvalConfig, console: Console | None = None) -> Results:
         if not getattr(config, name):
             raise ConfigError(f"eval: no {name} given; run: arriero eval MODEL --data FILE")
     console = console or Console()
-    measure = _measurement(config)  # reads the data: a bad file is refused before any model is loaded,
-    for name in (config.compare_with, config.model, config.adapter):
-        if name:
-            resolve(name)  # and a missing model before the other one has been measured
-    before = None
-    if config.compare_with:
-        before = measured(measure, config.precision, config.compare_with, "")
-    after = measured(measure, config.precision, config.model, config.adapter)
-    if before is not None:
-        compared = compare(before, after, config.resamples, config.seed)
-        console.print(comparison_table(before, after, compared))
-    else:
-        console.print(results_table(after, config.resamples, config.seed))
+    measure = _measurement(config)  # reads the data: a bad file is refused before any model is loaded
+    before, after = before_and_after(measure, config)
+    console.print(measures_table(before, after, config.resamples, config.seed))
     if after.samples and config.examples:
         console.print(examples_table(before or after, after if before else None, config.examples))
     if config.out:
@@ -67,14 +57,21 @@ def run_eval(config: EvalConfig, console: Console | None = None) -> Results:
     return after
 
 
-def measured(
-    measure: Callable[[Llama, Tokenizer, str], R], precision: Literal["bf16", "fp32"], name: str, adapter: str
-) -> R:
-    """What `measure` finds of the model `name` under `adapter` (none: "")."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load(name, dtype=DTYPES[precision], device=device, adapter=adapter or None)
-    merge_lora(model)
-    return measure(model, tokenizer, f"{name} + {adapter}" if adapter else name)
+def before_and_after(
+    measure: Callable[[Llama, Tokenizer, str], R], config: EvalConfig | NeedleConfig
+) -> tuple[R | None, R]:
+    """What `measure` finds of the model to compare with, if there is one, and of the model under its adapter."""
+    for name in (config.compare_with, config.model, config.adapter):
+        if name:
+            resolve(name)  # a missing model is refused before the other one has been measured
+
+    def measured(name: str, adapter: str) -> R:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, tokenizer = load(name, dtype=DTYPES[config.precision], device=device, adapter=adapter or None)
+        return measure(merge_lora(model), tokenizer, f"{name} + {adapter}" if adapter else name)
+
+    before = measured(config.compare_with, "") if config.compare_with else None
+    return before, measured(config.model, config.adapter)
 
 
 def _measurement(config: EvalConfig) -> Measurement:

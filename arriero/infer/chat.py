@@ -30,7 +30,7 @@ from arriero.model.llama import Llama
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_chat
 
-BLOCK = '"""'
+BLOCK = '"""'  # begins and ends a message of several lines
 CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

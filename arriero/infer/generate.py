@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from arriero.errors import ConfigError
+from arriero.infer.config import SamplingConfig
 from arriero.infer.kernels import native_step
-from arriero.infer.sample import Sampler, SamplingConfig
+from arriero.infer.sample import Sampler
 from arriero.model.cache import KVCache
 from arriero.model.llama import Llama
 from arriero.model.lora import merged_copy
@@ -65,6 +66,21 @@ def prefill(model: Llama, cache: KVCache, prompts: Sequence[Sequence[int]]) -> T
     assert last is not None, "prefill needs at least one token"
     cache.lengths = before + lengths
     return model.lm_head(last).float()
+
+
+def keep_beginning(cache: KVCache, held: list[int], ids: Sequence[int]) -> int:
+    """Cut a cache of one row, and `held`, the ids in it, back to how `ids` begins too; returns the tokens kept.
+
+    The last of `ids` is never kept: it has to run, for its logits are wanted.
+    """
+    same = 0
+    for old, new in zip(held, ids[:-1], strict=False):
+        if old != new:
+            break
+        same += 1
+    del held[same:]
+    cache.lengths = torch.full_like(cache.lengths, same)
+    return same
 
 
 def torch_step(model: Llama, cache: KVCache) -> Step:
@@ -127,8 +143,8 @@ def generate(
 @dataclass
 class _Row:
     index: int  # of the prompt
-    ids: list[int]
-    room: int
+    ids: list[int]  # prompt and answer
+    room: int  # tokens that the answer may have
     new: list[int] = field(default_factory=list)
     stopped: bool = False
 
@@ -202,15 +218,9 @@ class Session:
     def _read(self, ids: Sequence[int]) -> Tensor:
         """Bring the cache to hold exactly `ids`; returns the logits [1, V] of what follows."""
         began = time.perf_counter()
-        same = 0
-        for old, new in zip(self.ids, ids[:-1], strict=False):  # the last token always runs: its logits are wanted
-            if old != new:
-                break
-            same += 1
-        self.ids, self.reused = self.ids[:same], same
-        self._cache.lengths = torch.full_like(self._cache.lengths, same)
-        logits = prefill(self.model, self._cache, [ids[same:]])
-        self.ids = list(ids)
+        self.reused = keep_beginning(self._cache, self.ids, ids)
+        logits = prefill(self.model, self._cache, [ids[self.reused :]])
+        self.ids += ids[self.reused :]
         self.prefill_seconds = time.perf_counter() - began
         return logits
 

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from arriero.infer.config import SamplingConfig
 
-__all__ = ["Sampler", "SamplingConfig", "draw", "filtered", "min_p", "repetition_penalty", "top_k", "top_p"]
-
 _HEAD = 512  # most probable tokens that top-p looks at before it sorts the whole vocabulary
 
 

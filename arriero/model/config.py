@@ -140,7 +140,7 @@ class LlamaConfig:
         """Return the `config.json` that transformers, vLLM and llama.cpp's converter read."""
         out: dict[str, Any] = {
             "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "model_type": self.model_type,
             "hidden_size": self.dim,
             "num_hidden_layers": self.n_layers,
             "num_attention_heads": self.n_heads,
@@ -186,7 +186,7 @@ class Qwen3Config(LlamaConfig):
 
     def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
         """Return the `config.json` that transformers, vLLM and llama.cpp's converter read."""
-        own = {"architectures": ["Qwen3ForCausalLM"], "model_type": self.model_type, "use_sliding_window": False}
+        own = {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": False}
         return super().to_hf(dtype) | own
 
 

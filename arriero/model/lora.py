@@ -92,7 +92,7 @@ def merge_lora(model: M) -> M:
 
 def merged_copy(model: M) -> M:
     """The model with adapters folded, sharing every tensor that has none; the model itself when it has none."""
-    if not any(True for _ in _wrapped(model)):
+    if next(_wrapped(model), None) is None:
         return model
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return merge_lora(copy.deepcopy(model, memo=shared))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from arriero.data.sft import SftDataset
+from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import generate
-from arriero.infer.sample import SamplingConfig
 from arriero.model.llama import Llama
 from arriero.tokenizer.base import Tokenizer
 

@@ -10,8 +10,9 @@ from transformers import LlamaForCausalLM
 from arriero.checkpoint.load import load_model
 from arriero.errors import ConfigError
 from arriero.infer import generate as module
+from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import Session, generate, new_cache, prefill, stream, torch_step
-from arriero.infer.sample import Sampler, SamplingConfig
+from arriero.infer.sample import Sampler
 from arriero.model.config import LoraConfig
 from arriero.model.lora import LoraLinear, add_lora, merged_copy
 from arriero.tokenizer.chat import encode_chat

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from arriero.cpp import load_cpp
 from arriero.infer import kernels
+from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import Session, prefill, torch_step
 from arriero.infer.kernels import NativeStep, PackedWeights, native_step
-from arriero.infer.sample import Sampler, SamplingConfig
+from arriero.infer.sample import Sampler
 from arriero.model.cache import KVCache
 from arriero.model.config import LlamaConfig, LoraConfig
 from arriero.model.llama import Llama

@@ -12,7 +12,8 @@ from transformers.generation.logits_process import (
 )
 
 from arriero.errors import ConfigError
-from arriero.infer.sample import Sampler, SamplingConfig, draw, filtered, min_p, repetition_penalty, top_k, top_p
+from arriero.infer.config import SamplingConfig
+from arriero.infer.sample import Sampler, draw, filtered, min_p, repetition_penalty, top_k, top_p
 
 
 @pytest.fixture(params=[101, 1009])  # below and above the head that top-p looks at first
