@@ -14,9 +14,10 @@ from helpers.shards import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.data.documents import DataStage, Pieces, PretrainLoader, Windows, permuted
+from arriero.data.documents import DataStage, PretrainLoader
 from arriero.data.loader import IGNORED, Row, collate, rows_of_rank
 from arriero.data.mix import LLAMA1
+from arriero.data.order import Pieces, Windows, permuted
 from arriero.data.pack import count_rows, pack
 from arriero.data.prefetch import Prefetched
 from arriero.data.shards import Shards
@@ -155,7 +156,7 @@ def test_concatenation_is_the_documents_end_to_end_cut_where_a_row_is_full(lengt
     n_epochs = 2 + 2 * S // shards.n_tokens
     text = [t for epoch in range(n_epochs + 1) for t in concatenated(shards, seed, epoch)]  # the slow twin
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("arriero.data.documents.BLOCK", block)
+        patch.setattr("arriero.data.order.BLOCK", block)
         loader = one(shards, seed=seed, packing="concat", window=WINDOW)
         rows = [loader.row(k) for k in range(n_epochs * shards.n_tokens // S)]
     found = [(row.tokens.tolist(), row.targets.tolist()) for row in rows]
@@ -349,7 +350,7 @@ def test_a_change_of_row_length_in_concatenated_text_loses_and_repeats_nothing(l
     shards = written(lengths)
     stages = [DataStage(k * rows, seq_len, {"documents": 1.0}) for k, seq_len in enumerate(seq_lens)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("arriero.data.documents.BLOCK", block)
+        patch.setattr("arriero.data.order.BLOCK", block)
         bounds = {"documents": 2 + 5 * S / shards.n_tokens}  # two epochs, and what fills the last row
         loader = PretrainLoader({"documents": shards}, stages, 3, "concat", bounds, window=WINDOW)
         assert loader.n_rows is not None
