@@ -307,6 +307,8 @@ LADDER: dict[str, LlamaConfig] = {
     "350m": _small(1024, 28, 16, 4, 2816, 32_768, 2048),
     "1b": _small(2048, 16, 32, 8, 8192, 32_768, 4096),
 }
-"""Our own small shapes to pretrain from nothing, named by their size; the vocabulary is the tokenizer's in a run."""
+"""Our own small shapes to pretrain from nothing, named by their size.
+
+In a run the vocabulary is the tokenizer's, and the context that of the longest row."""
 
 SHAPES = {**LADDER, **PUBLISHED, **QWEN3}

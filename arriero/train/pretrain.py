@@ -241,7 +241,8 @@ def mixture(config: PretrainConfig, sources: Mapping[str, Shards]) -> dict[str, 
 def make_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> tuple[Llama, Values]:
     """A new model of the shape that `config.model` names, or the model of that name; without memory, and its values.
 
-    A shape of the ladder gets the tokenizer's vocabulary; a published one keeps its own, if that holds the tokenizer's.
+    A shape of the ladder gets the tokenizer's vocabulary and the context of its longest row (past it a model is lost);
+    a published one keeps its own, if its vocabulary holds the tokenizer's.
     """
     if (shape := SHAPES.get(config.model)) is None:
         near = did_you_mean(config.model, SHAPES)
@@ -255,7 +256,7 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> tu
         model.config = model.model.config = dataclasses.replace(model.config, **changes)
         return model, weights.part
     if config.model in LADDER:
-        shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)
+        shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size, max_context=seq_len)
     _check_vocabulary(config.model, shape.vocab_size, tokenizer)
     theta = config.rope_theta or shape.rope_theta
     shape = dataclasses.replace(shape, max_context=max(seq_len, shape.max_context), rope_theta=theta)
