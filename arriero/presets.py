@@ -107,15 +107,17 @@ def full_llama2_7b() -> SftConfig:
 def curate_web() -> CurateConfig:
     """Web pages as FineWeb keeps them (arXiv 2406.17557), with Llama 3's line and URL deduplication."""
     from arriero.curate.config import CurateConfig
-    from arriero.curate.rules import C4Rules
+    from arriero.curate.rules import C4Rules, FineWebRules
 
     return CurateConfig(
         on_error="skip",
         steps=(
-            "normalise", "url-dedup", "exact-dedup", "language", "gopher-repetition", "c4", "gopher-quality", "fineweb",
+            "normalise", "url-dedup", "exact-dedup", "language", "gopher-repetition", "gopher-quality", "c4", "fineweb",
             "ngram-coverage", "licence", "code", "line-dedup", "near-dedup", "scrub",
         ),
-        c4=C4Rules(line_ends=()),  # FineWeb took all of C4's rules but that lines must end in punctuation
+        # the thresholds of datatrove's examples/fineweb.py: all of C4's rules but that lines must end in punctuation
+        c4=C4Rules(min_words=3, min_sentences=5, line_ends=()),
+        fineweb=FineWebRules(max_dup_line_char_frac=0.01),
     )  # fmt: skip
 
 

@@ -142,7 +142,8 @@ class Arriero:
 
     def __init__(self) -> None:
         self.judges = GopherQuality(), GopherRepetition(), FineWebRules(max_dup_line_char_frac=0.01)
-        self.c4, self.config = C4Rules(), minhash.MinHashConfig()
+        self.c4 = C4Rules(min_words=3, min_sentences=5, line_ends=(".", "?", "!", '"', "'"))
+        self.config = minhash.MinHashConfig()
 
     def __call__(self, texts: list[str]) -> tuple[Outcome, list[np.ndarray]]:
         out = Outcome({rule.name: [] for rule in (*self.judges, self.c4)})

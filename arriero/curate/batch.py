@@ -71,7 +71,7 @@ def run_step(step: Any, batch: Batch, alive: Sequence[int]) -> Result:
 
 
 class Hit(str):
-    """A reason that is to be listed one by one in hits.jsonl, with these details."""
+    """A reason that is to be listed one by one in decontamination.jsonl, with these details."""
 
     details: dict[str, Any]
 

@@ -46,9 +46,9 @@ class MinHashConfig:
     def __post_init__(self) -> None:
         for field in ("ngram", "bands", "rows"):
             value = getattr(self, field)
-            check(value >= 1, f"MinHashConfig.{field} is {value}; it must be at least 1")
+            check(value >= 1, f"near_dedup.{field} is {value}; it must be at least 1")
         similarity = self.min_similarity
-        check(0 <= similarity <= 1, f"MinHashConfig.min_similarity is {similarity}; it must be from 0 to 1")
+        check(0 <= similarity <= 1, f"near_dedup.min_similarity is {similarity}; it must be from 0 to 1")
 
     @property
     def hashes(self) -> int:

@@ -1,8 +1,11 @@
 """The rules of C4 (Raffel et al. 2020, arXiv 1910.10683, section 2.2), in the order of its published pipeline.
 
 They edit: lines that are no sentence go, and a page is dropped for what is left, or for a curly bracket or "lorem
-ipsum" in a line that would stay. The rules on long words, citations and policy notices are in the pipeline's code,
-not in the paper. C4's list of bad words is `DirtyWords`.
+ipsum" in a line that would stay. The rule on long words is in the pipeline's code, not in the paper. C4's list of bad
+words is `DirtyWords`; its removal of repeated spans of three sentences is not here.
+
+Thresholds are those of the paper as printed (JMLR 21, 2020) and of that code. The paper's first version and datatrove,
+and with it FineWeb, ask for lines of 3 words and pages of 5 sentences instead; datatrove lets a line end in ' too.
 """
 
 from __future__ import annotations
@@ -31,13 +34,13 @@ class C4Rules:
 
     name: ClassVar[str] = "c4"
 
-    min_words: int = 3
+    min_words: int = 5
     """Fewest words of a line, parted by white space; shorter lines are removed."""
     max_word_length: int = 1000
     """A line with a longer word, characters, is removed."""
-    min_sentences: int = 5
+    min_sentences: int = 3
     """Fewest sentences in the lines that stay; a document with fewer is dropped."""
-    line_ends: tuple[str, ...] = (".", "?", "!", '"', "'")
+    line_ends: tuple[str, ...] = (".", "?", "!", '"')
     """A line must end in one of these (and not in ...), or is removed; empty to keep all, as FineWeb does."""
     remove_citations: bool = True
     """Take out [1], [edit] and [citation needed]."""

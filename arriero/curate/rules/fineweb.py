@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,12 +30,14 @@ class FineWebRules:
     short_line: int = 30
     """A line of at most so many characters is short."""
     max_dup_line_char_frac: float = 0.1
-    """Greatest share of characters in lines that occur earlier in the document; datatrove's code has 0.01."""
+    """Greatest share of characters in lines that occur earlier in the document: 0.1 in the paper's section 3.6, 0.01 in
+    its appendix E.4 and in the code that made FineWeb (and so in the preset curate-web)."""
     max_line_breaks: float = 0.3
     """Most line breaks for each token."""
 
     def __post_init__(self) -> None:
         check_bounds(self, 0, 1, "min_terminal_lines", "max_short_lines", "max_dup_line_char_frac")
+        check_bounds(self, 0, math.inf, "max_line_breaks")
 
     def judge(self, analysis: Analysis) -> list[str | None]:
         """For each document, None to keep it or the reason to drop it. Blank lines do not count."""

@@ -52,10 +52,9 @@ class GopherQuality:
     def __post_init__(self) -> None:
         check_bounds(self, 0, 1, "max_symbol_ratio", "max_bullet_lines", "max_ellipsis_lines", "min_alpha_words")
         check_bounds(self, 0, len(self.stop_words), "min_stop_words")
-        if self.min_words > self.max_words:
-            raise ConfigError(
-                f"GopherQuality.min_words is {self.min_words}, more than max_words, {self.max_words}: it would drop all"
-            )
+        low, high = self.min_words, self.max_words
+        if low > high:
+            raise ConfigError(f"gopher_quality.min_words is {low}, more than max_words, {high}: it would drop all")
 
     def judge(self, analysis: Analysis) -> list[str | None]:
         """For each document, None to keep it or the reason to drop it."""
@@ -127,8 +126,9 @@ class GopherRepetition:
 
     def __post_init__(self) -> None:
         check_bounds(
-            self, 0, 1, "max_dup_line_frac", "max_dup_para_frac", "max_dup_line_char_frac", "max_dup_para_char_frac"
-        )
+            self, 0, 1, "max_dup_line_frac", "max_dup_para_frac", "max_dup_line_char_frac", "max_dup_para_char_frac",
+            "max_top_ngram", "max_dup_ngram",
+        )  # fmt: skip
 
     def judge(self, analysis: Analysis) -> list[str | None]:
         """For each document, None to keep it or the reason to drop it."""

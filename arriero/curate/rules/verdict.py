@@ -36,12 +36,13 @@ def ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
     return part / np.maximum(whole, 1)
 
 
-def check_bounds(rule: object, low: float, high: float, *fields: str) -> None:
-    """Raise `ConfigError` unless these fields of a rule lie between the bounds."""
+def check_bounds(rule: Any, low: float, high: float, *fields: str) -> None:
+    """Raise `ConfigError` unless these fields of a rule (in a tuple: each number) lie between the bounds."""
     for field in fields:
         value = getattr(rule, field)
-        if not low <= value <= high:
-            raise ConfigError(f"{type(rule).__name__}.{field} is {value}; it must be from {low:g} to {high:g}")
+        if not all(low <= number <= high for number in (value if isinstance(value, tuple) else (value,))):
+            setting = f"{rule.name.replace('-', '_')}.{field}"
+            raise ConfigError(f"{setting} is {value}; it must be from {low:g} to {high:g}")
 
 
 def _number(value: Any, bound: float) -> str:

@@ -189,9 +189,9 @@ def test_signatures_of_shards_are_those_of_the_whole(corpus: tuple[list[list[str
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^MinHashConfig.rows is 0; it must be at least 1$"):
+    with pytest.raises(ConfigError, match=r"^near_dedup.rows is 0; it must be at least 1$"):
         MinHashConfig(rows=0)
-    with pytest.raises(ConfigError, match=r"^MinHashConfig.min_similarity is 70; it must be from 0 to 1$"):
+    with pytest.raises(ConfigError, match=r"^near_dedup.min_similarity is 70; it must be from 0 to 1$"):
         MinHashConfig(min_similarity=70)
 
 

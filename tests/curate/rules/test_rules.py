@@ -157,6 +157,13 @@ def test_a_line_of_thirty_characters_is_short_and_any_script_ends_sentences() ->
 
 
 SENTENCES = "One is here. Two is here! Is three here? Four is here. Five is here."
+DATATROVE_C4 = C4Rules(min_words=3, min_sentences=5, line_ends=(".", "?", "!", '"', "'"))
+
+
+def test_c4_has_the_thresholds_of_the_paper_as_printed() -> None:
+    enough = "There are five words here. And two sentences more. This is one."
+    assert edited(C4Rules(), f"{enough}\nHere are only four.\nA line that ends in 'quotes'") == (enough, None)
+    assert edited(C4Rules(), enough[:-13]) == (enough[:-13], "sentences 2 < 3")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +185,7 @@ SENTENCES = "One is here. Two is here! Is three here? Four is here. Five is here
     ],
 )  # fmt: skip
 def test_c4_keeps_lines_that_are_sentences(text: str, kept: str | None, expected: str | None) -> None:
-    result, why = edited(C4Rules(), text)
+    result, why = edited(DATATROVE_C4, text)
     assert why == expected
     if kept is not None:
         assert result == kept
@@ -186,7 +193,7 @@ def test_c4_keeps_lines_that_are_sentences(text: str, kept: str | None, expected
 
 def test_c4_without_line_ends_keeps_headings_too() -> None:
     text = f"A heading of four\n{SENTENCES}\nTwo words\nand so on..."
-    assert edited(C4Rules(line_ends=()), text) == (f"A heading of four\n{SENTENCES}\nand so on...", None)
+    assert edited(C4Rules(min_words=3, line_ends=()), text) == (f"A heading of four\n{SENTENCES}\nand so on...", None)
 
 
 # ---- Llama 1 and 3
@@ -196,6 +203,9 @@ def test_lines_of_repeated_ngrams_are_removed() -> None:
     log = "error at the gate of server nine retry now please " * 5
     assert edited(NgramCoverage(), f"{PROSE}\n{log}\n\n{PROSE}") == (f"{PROSE}\n\n{PROSE}", None)
     assert edited(NgramCoverage(), log) == ("", "repeated n-grams cover 1.00 of all its lines")
+    privileges = "privileges of citizenship regardless of race."
+    twice = f"All Americans must have the {privileges} And they are going to have those {privileges}"
+    assert edited(NgramCoverage(), twice) == (twice, None), "a phrase said twice in a good sentence: 0.62"
     ruler = "=" * 70
     assert edited(NgramCoverage(), ruler) == (ruler, None)
     assert edited(NgramCoverage(min_words=51), log)[1] is None
@@ -249,14 +259,20 @@ def test_divergence_by_hand() -> None:
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^GopherQuality.max_bullet_lines is 90; it must be from 0 to 1$"):
+    with pytest.raises(ConfigError, match=r"^gopher_quality.max_bullet_lines is 90; it must be from 0 to 1$"):
         GopherQuality(max_bullet_lines=90)
-    with pytest.raises(ConfigError, match=r"^GopherQuality.min_words is 7, more than max_words, 5: it would drop all$"):
+    with pytest.raises(
+        ConfigError, match=r"^gopher_quality.min_words is 7, more than max_words, 5: it would drop all$"
+    ):
         GopherQuality(min_words=7, max_words=5)
-    with pytest.raises(ConfigError, match=r"^GopherQuality.min_stop_words is 3; it must be from 0 to 2$"):
+    with pytest.raises(ConfigError, match=r"^gopher_quality.min_stop_words is 3; it must be from 0 to 2$"):
         GopherQuality(min_stop_words=3, stop_words=("a", "b"))
-    with pytest.raises(ConfigError, match=r"^NgramCoverage.ngram is 1; it must be from 2 to 1000$"):
+    with pytest.raises(ConfigError, match=r"^ngram_coverage.ngram is 1; it must be from 2 to 1000$"):
         NgramCoverage(ngram=1)
+    with pytest.raises(
+        ConfigError, match=r"^gopher_repetition.max_top_ngram is \(20, 18, 16\); it must be from 0 to 1$"
+    ):
+        GopherRepetition(max_top_ngram=(20, 18, 16))
 
 
 @pytest.mark.parametrize("name", rules.__all__)
@@ -392,7 +408,7 @@ C4_LINES = st.sampled_from(
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.lists(C4_LINES, max_size=11).map("\n".join), max_size=5))
 def test_c4_agrees_with_plain_python_on_random_documents(texts: list[str]) -> None:
-    for text, (result, why) in zip(texts, C4Rules(min_sentences=0).edit(analyse(texts)), strict=True):
+    for text, (result, why) in zip(texts, replace(DATATROVE_C4, min_sentences=0).edit(analyse(texts)), strict=True):
         kept, dropped = plain_c4(text)
         assert (why is not None) == dropped
         if not dropped:
