@@ -225,7 +225,8 @@ def hub_files(name: str) -> list[Path]:
         table = datasets.load_dataset(repo, config or None, split="train")
     except (ValueError, OSError) as error:  # unknown id, several configs, no such split, no network
         raise DataError(
-            f"Hub data set {name}: {error}; check the id, and name a config as owner/name:config"
+            f"Hub data set {name}: {error}; check the id (with a config: owner/name:config) and the network, without "
+            "which only what `datasets` has in its cache can be read"
         ) from error
     return [Path(file["filename"]) for file in table.cache_files]
 

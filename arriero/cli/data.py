@@ -37,7 +37,7 @@ def curate(
         sources: Files (text, .html, .warc.gz, .jsonl.zst, .parquet, code), directories, "stdlib", Hub data set ids.
         out: Directory for the shards, manifest.json and report.html.
         preset: A preset's name (arriero ls presets), or a file written by `arriero cp`.
-        steps: Names of the steps, in order, in place of the preset's.
+        steps: Names of the steps (arriero ls steps), in order, in place of the preset's.
         set: Other settings, as NAME=VALUE; `arriero cp curate-web FILE` writes all of them, explained.
         text_key: Column of the text in JSONL and Parquet.
         on_error: Stop at a row that cannot be read, or skip and count it.
@@ -47,7 +47,7 @@ def curate(
     """
     from rich.console import Console
 
-    from arriero.curate.config import CurateConfig
+    from arriero.curate.config import KINDS, CurateConfig
     from arriero.curate.engine import curate as start
     from arriero.curate.report import funnel_table
 
@@ -64,8 +64,13 @@ def curate(
         if not equals:
             raise ConfigError(f"--set {assignment}: write NAME=VALUE, such as language.keep=en,de")
         changes[name] = value
+    settings = configs.apply_overrides(config, changes)
+    for step in KINDS:
+        table = step.replace("-", "_")
+        if step not in settings.steps and getattr(settings, table, None) != getattr(config, table, None):
+            raise ConfigError(f"{table} was set, but steps has no {step!r}; name it in --steps, or leave that out")
     console = Console(stderr=True)
-    manifest = start(configs.apply_overrides(config, changes), console)
+    manifest = start(settings, console)
     console.print(funnel_table(manifest))
     written = changes.get("out", config.out)
     print(f"{written} written: {manifest['documents']:,} documents; look at {Path(written) / 'report.html'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,16 +12,24 @@ from arriero.cli.train import module_of, start
 from arriero.errors import ConfigError
 
 
-def ls(what: Literal["models", "presets"]) -> None:
-    """List known models with their sizes, or presets.
+def ls(what: Literal["models", "presets", "steps"]) -> None:
+    """List known models with their sizes, presets, or the steps of curation.
 
     Example:
         arriero ls models
         arriero ls presets
+        arriero ls steps
 
     Args:
-        what: Model shapes with exact parameter counts, or named configurations to copy.
+        what: Model shapes with exact parameter counts, named configurations to copy, or what curation can do.
     """
+    if what == "steps":
+        from arriero.curate.config import KINDS, CurateConfig
+
+        for name, kinds in KINDS.items():
+            says = (inspect.getdoc(CurateConfig().step(name)) or "").splitlines()[0]
+            print(f"{name:<17}  {'/'.join(kinds):<10}  {says}")
+        return
     if what == "presets":
         width = max(map(len, presets.PRESETS))
         for name in presets.PRESETS:

@@ -14,7 +14,7 @@ decides the bytes; a run with another plan is refused. The work directory takes 
 twice while a stage runs.
 
 Memory: a worker holds a batch (2 million characters, or one larger document) and its arrays, 0.25 GB in all; the parent
-0.12 GB (docs/curation.md has what was measured).
+0.14 GB (docs/curation.md has what was measured).
 """
 
 from __future__ import annotations

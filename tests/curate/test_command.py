@@ -1,11 +1,12 @@
 """`arriero curate` as a person types it: presets, files, settings by name, and the mistakes people make."""
 
 import json
+import re
 
 import pytest
 
 from arriero import cli, presets
-from arriero.curate.config import CurateConfig
+from arriero.curate.config import KINDS, CurateConfig
 
 from .conftest import kept, prose
 
@@ -53,6 +54,19 @@ def test_the_written_config_does_the_same_again(corpus, tmp_path, capsys):
     assert kept(tmp_path / "a") == kept(tmp_path / "b")
 
 
+def test_the_steps_are_listed_each_with_what_it_does(capsys):
+    assert cli.main(["ls", "steps"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(KINDS)
+    assert all(line.endswith(".") for line in lines)
+    assert re.search("^url-dedup +prose/code +Keep the newest of documents with the same URL", lines[11])
+
+
+def test_files_of_a_directory_that_are_no_documents_are_told(corpus, tmp_path, capsys):
+    (corpus / "scan.pdf").touch()
+    assert "passed over in directories: 1 .pdf" in curated(capsys, corpus, "--out", tmp_path / "out").err
+
+
 @pytest.mark.parametrize("name", ["curate-web", "curate-prose", "curate-code"])
 def test_presets_are_curations(name):
     recipe, config = presets.get(name)
@@ -67,6 +81,10 @@ def test_presets_are_curations(name):
         ("curate stdlib --out x --preset curate-wep", "no preset 'curate-wep'; did you mean 'curate-web'"),
         ("curate stdlib --out x --preset lora-8b", "lora-8b is no preset of curation"),
         ("curate stdlib --out x --set language.keep", "--set language.keep: write NAME=VALUE"),
+        (
+            "curate stdlib --out x --set gopher_quality.min_words=30",
+            "gopher_quality was set, but steps has no 'gopher-quality'; name it in --steps, or leave that out",
+        ),
         ("curate stdlib --out x --set min_words=3", "'min_words' is the name of several settings; write one of"),
         (
             "curate stdlib --out x --set language.keep=english",

@@ -4,7 +4,8 @@ Each goes in three moves. `collect` takes what it needs of each document, as a s
 of a part (some 10,000 documents) one file. `ranges` cuts the space of keys so that each range holds at most `AT_ONCE`
 records of all parts together, and `reduce` decides one range, alone and in any order, into a file. `decide` looks a
 part's documents up in these files. So any number of processes gives the same result, and none holds more than one
-range: 8 million records, some 300 MB. (Near duplicates are clustered by one process: 17 bytes a document more.)
+range: 8 million records, some 300 MB. (Near duplicates are clustered by one process: about 30 bytes a document, and up
+to 1 GB to sort.)
 
 Duplicates are kept in the order of the corpus: the first stays, of equal URLs the newest.
 """
@@ -367,7 +368,7 @@ def _summed(lines: Records) -> Records:
 
 @dataclass(frozen=True)
 class CorpusOutlier:
-    """`TokenOutlier` with the distribution of words in this very corpus."""
+    """Drop documents whose words are spread unlike this corpus': `TokenOutlier` with its own distribution."""
 
     name: ClassVar[str] = "token-outlier"
     ranges = staticmethod(whole)
