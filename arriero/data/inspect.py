@@ -6,7 +6,6 @@ that follows start at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
@@ -62,8 +61,7 @@ def marked_text(dataset: SftDataset, i: int, tokenizer: Tokenizer, brackets: boo
     text = Text()
     for trained, run in groupby(tokens, key=lambda token: token[1]):
         text.append("⟦" if brackets and trained else "")
-        kind: Callable[[tuple[int, bool]], bool] = lambda token: token[0] in special  # noqa: E731
-        for is_special, part in groupby(run, key=kind):
+        for is_special, part in groupby(run, key=lambda token: token[0] in special):
             written = b"".join(tokenizer.token_bytes(token) for token, _ in part).decode("utf-8", "replace")
             text.append(written, style=(TRAINED if trained else CONTEXT) + (" reverse" if is_special else ""))
         text.append("⟧" if brackets and trained else "")

@@ -275,18 +275,11 @@ class Encode:
         return VALIDATION if hash_ < int(self.validation * 2**64) else TRAIN
 
     def _encode(self, texts: list[str]) -> MarkedDocuments:
-        encoded = self._encoder.encode(texts)
-        bos, eos = document_marks(self.tokenizer)
-        lengths = np.diff(encoded.offsets) + sum(mark is not None for mark in (bos, eos))
-        ends = np.cumsum(lengths)
-        tokens = np.empty(int(ends[-1]), dtype=token_type(self.tokenizer.vocab_size))
-        plain = np.ones(len(tokens), dtype=bool)
-        for mark, places in ((bos, ends - lengths), (eos, ends - 1)):
-            if mark is not None:
-                tokens[places], plain[places] = mark, False
-        tokens[plain] = encoded.ids
+        before, after = document_marks(self.tokenizer)
+        encoded = self._encoder.encode(texts, before=before, after=after)
+        tokens = encoded.ids.astype(token_type(self.tokenizer.vocab_size))
         text_bytes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts])
-        return MarkedDocuments(tokens, lengths, text_bytes)
+        return MarkedDocuments(tokens, np.diff(encoded.offsets), text_bytes)
 
     @cached_property
     def _encoder(self) -> DocumentEncoder:

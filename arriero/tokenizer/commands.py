@@ -15,7 +15,7 @@ from arriero.tokenizer import show
 from arriero.tokenizer.base import Tokenizer, utf8
 from arriero.tokenizer.compare import By, compare, group_of
 from arriero.tokenizer.extend import Extension, backend_of, extend
-from arriero.tokenizer.sample import draw_sample, showing
+from arriero.tokenizer.sample import draw_sample
 
 View = Literal["ids", "count", "show", "decode"]
 
@@ -103,7 +103,7 @@ def run_compare(
     """Print a comparison on the first `limit` bytes of (source, text) documents, as a table or as JSON."""
     check(bool(tokenizers), "no tokenizer is given; name one or more, as in: arriero tokenizer compare A B --data FILE")
     check(limit > 0, f"limit is {limit}; give a positive number of bytes")
-    with showing("encoding", unit=True) as progress:
+    with show.showing("encoding", unit=True) as progress:
 
         def grouped() -> Iterator[tuple[str, str]]:
             left = limit
@@ -127,7 +127,7 @@ def run_compare(
 def run_extend(base: Tokenizer, texts: Iterable[str], n_new: int, limit: int) -> Extension:
     """Sample the texts and learn from them, with progress shown."""
     backend_of(base)  # refuses the wrong kind before anything is read
-    with showing("reading", unit=True) as progress:
+    with show.showing("reading", unit=True) as progress:
         sample = draw_sample(texts, limit, progress)
-    with showing(f"learning {n_new:,} tokens from {sample.training_bytes / 1e6:,.1f} MB"):
+    with show.showing(f"learning {n_new:,} tokens from {sample.training_bytes / 1e6:,.1f} MB"):
         return extend(base, (data.decode() for data in sample.training), n_new)

@@ -184,10 +184,9 @@ def vocabulary_statistics(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[st
     """
     fallback = fallback_ids(tokenizer)
     special = set(tokenizer.special_ids.values())
-    tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size) if i not in special]
-    words = [t.decode() for i, t in enumerate(map(tokenizer.token_bytes, range(tokenizer.vocab_size)))
-             if i not in special and not fallback[i]]  # fmt: skip
-    lengths = np.array([len(token) for token in tokens])
+    tokens = {i: tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size) if i not in special}
+    words = [token.decode() for i, token in tokens.items() if not fallback[i]]
+    lengths = np.array([len(token) for token in tokens.values()])
     ids = DocumentEncoder(tokenizer).encode(texts).ids
     return {
         "tokens": len(tokens),

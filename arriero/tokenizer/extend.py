@@ -9,8 +9,9 @@ included; `parts` says which base tokens each stands for, which is what a model'
 The learner is `tokenizers`' own, over an alphabet of base tokens: id i is written as the letter U+10000 + i, so that a
 word of base tokens is a word of letters. rustbpe, faster by four, starts from bytes only and cannot go on.
 
-Price: splitting text into words at 2 MB/s, and the learner's counts of distinct words. The result is a tokenizer.json;
-Llama 3's own file format cannot hold it, since there special tokens come right after the ranks.
+Price: splitting text into words at 2 MB/s; the sample in memory once more, as letters, and the learner's counts of
+distinct words. The result is a tokenizer.json; Llama 3's own file format cannot hold it, since there special tokens
+come right after the ranks.
 """
 
 from __future__ import annotations

@@ -21,11 +21,16 @@ from arriero.tokenizer import llama3
 from arriero.tokenizer.base import SpecialTokens, Tokenizer
 from arriero.tokenizer.files import role_texts
 from arriero.tokenizer.hf import HfTokenizer, with_bos
-from arriero.tokenizer.sentencepiece import SentencePieceTokenizer, pieces_of, tokenizer_from_pieces
+from arriero.tokenizer.sentencepiece import (  # a token's type has the same number in a GGUF file
+    CONTROL,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    SentencePieceTokenizer,
+    pieces_of,
+    tokenizer_from_pieces,
+)
 from arriero.tokenizer.template import ChatTemplate
-
-# Token types of the format.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 QWEN2_SPLIT = llama3.SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
@@ -141,8 +146,8 @@ def tokenizer_to_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
         assert isinstance(tokenizer, (HfTokenizer, llama3.TiktokenTokenizer))
         backend = tokenizer.backend if isinstance(tokenizer, HfTokenizer) else tokenizer.to_backend()
         state = json.loads(backend.to_str())
-        by_bytes = tokenizer.prefix_rule == "never"
-        fields = _byte_level_to_gguf(state) if by_bytes else _pieces_to_gguf(pieces_of(state))
+        byte_level = not isinstance(tokenizer, HfTokenizer) or tokenizer.byte_level
+        fields = _byte_level_to_gguf(state) if byte_level else _pieces_to_gguf(pieces_of(state))
     special = tokenizer.special
     for role, key in _ROLE_KEYS.items():
         text = getattr(special, role)

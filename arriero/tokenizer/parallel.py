@@ -81,24 +81,14 @@ class DocumentEncoder:
         """Who encodes: "gigatoken", or "exact" for the defining library."""
         return "exact" if self._fast is None else "gigatoken"
 
-    def encode(self, texts: Sequence[str], *, bos: bool = False, eos: bool = False) -> Encoded:
-        """Encode texts, each between `bos` and `eos` where asked; special-token text in them stays plain text.
+    def encode(self, texts: Sequence[str], *, before: int | None = None, after: int | None = None) -> Encoded:
+        """Encode texts, each between the ids `before` and `after`; special-token text in them stays plain text.
 
-        Raises CheckpointError if bos or eos is asked of a tokenizer that has none, and UserError if the fast engine
-        is caught giving other ids than the defining library.
+        Raises UserError if the fast engine is caught giving other ids than the defining library.
         """
-        ends = [self._edge(wanted, role) for wanted, role in ((bos, "bos"), (eos, "eos"))]
         rows = self._exactly(texts) if self._fast is None else self._fast_rows(texts)
         self._n_documents += len(texts)
-        return _joined(rows, *ends)
-
-    def _edge(self, wanted: bool, role: str) -> list[int]:
-        if not wanted:
-            return []
-        token_id = self.tokenizer.bos_id if role == "bos" else self.tokenizer.eos_id
-        if token_id is None:
-            raise CheckpointError(f"this tokenizer has no {role} token; encode without {role}=True")
-        return [token_id]
+        return _joined(rows, before, after)
 
     def _exactly(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         return [np.array(ids, dtype=np.uint32) for ids in self.tokenizer.encode_batch(texts)]
@@ -125,12 +115,19 @@ class DocumentEncoder:
         self.__init__(state["tokenizer"], parallel=state["parallel"], engine=state["engine"])  # type: ignore[misc]
 
 
-def _joined(rows: Sequence[NDArray[np.uint32]], bos: list[int], eos: list[int]) -> Encoded:
-    before, after = np.array(bos, dtype=np.uint32), np.array(eos, dtype=np.uint32)
-    lengths = np.array([len(row) + len(bos) + len(eos) for row in rows], dtype=np.int64)
+def _joined(rows: Sequence[NDArray[np.uint32]], before: int | None, after: int | None) -> Encoded:
+    n_marks = sum(mark is not None for mark in (before, after))
+    lengths = np.array([len(row) + n_marks for row in rows], dtype=np.int64)
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-    parts = [part for row in rows for part in (before, row, after)] if bos or eos else rows
-    return Encoded(np.concatenate(parts) if len(parts) else np.zeros(0, dtype=np.uint32), offsets)
+    plain = np.concatenate(rows) if len(rows) else np.zeros(0, dtype=np.uint32)
+    if not n_marks:
+        return Encoded(plain, offsets)
+    ids, is_plain = np.empty(offsets[-1], dtype=np.uint32), np.ones(offsets[-1], dtype=bool)
+    for mark, places in ((before, offsets[:-1]), (after, offsets[1:] - 1)):
+        if mark is not None:
+            ids[places], is_plain[places] = mark, False
+    ids[is_plain] = plain
+    return Encoded(ids, offsets)
 
 
 class _Gigatoken:

@@ -8,7 +8,6 @@ Price: the sample in memory, as UTF-8; hashing runs at about 1 GB/s.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Iterator
@@ -86,24 +85,3 @@ def chunks(text: str) -> Iterator[str]:
         start = end
     if start < len(text):
         yield text[start:]
-
-
-@contextlib.contextmanager
-def showing(task: str, unit: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show a line while the block runs, with the bytes read so far if `unit`; yield the function that counts them."""
-    from rich.console import Console
-    from rich.progress import (
-        DownloadColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
-    if unit:
-        columns += [DownloadColumn(), TransferSpeedColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        handle = bar.add_task(task, total=None)
-        yield lambda n: bar.advance(handle, n)

@@ -5,13 +5,11 @@ space. Meta encodes each stretch between special tokens as a text of its own, so
 `<s>` and `</s>`; llama.cpp and Llama 2's tokenizer.json do the same, and so do we. A segment that continues a text
 (an answer after its prompt) gets none: a second processor is loaded from the same model with the prefix switched off.
 
-A model file is one protobuf message. We need to write one where a GGUF file gives pieces and scores, and to append
-one setting; both are a few bytes of wire format, written here instead of depending on protobuf.
+A model file is one protobuf message, which the library reads. We write one where a GGUF file gives pieces and scores.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,45 +23,32 @@ from arriero.errors import CheckpointError
 from arriero.tokenizer import files
 from arriero.tokenizer.base import SpecialTokens, Tokenizer, usable_threads
 from arriero.tokenizer.hf import BYTE_PIECE, SPACE_MARKER, marked_bytes, with_bos
+from arriero.tokenizer.protobuf import field, fields
 from arriero.tokenizer.template import ChatTemplate
 
+# Fields by number, as in sentencepiece_model.proto: of a model, a piece, the trainer's and the normalizer's settings.
+PIECES, TRAINER, NORMALIZER = 1, 2, 3
+PIECE, SCORE, TYPE = 1, 2, 3
+MODEL_TYPE, BYTE_FALLBACK, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 35, 40, 41, 42, 43
+NAME, CHARACTER_MAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_SPACES, ESCAPE_SPACES = 1, 2, 3, 4, 5
+# Types of a piece, and the one model type that Llamas have.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+BPE = 2
 
-
-def _varint(n: int) -> bytes:
-    """Return n as protobuf writes it: 7 bits a byte, low first (negative: as 64 bits)."""
-    n &= (1 << 64) - 1
-    out = bytearray()
-    while n > 0x7F:
-        out.append(n & 0x7F | 0x80)
-        n >>= 7
-    return bytes([*out, n])
-
-
-def _field(number: int, value: int | float | bytes) -> bytes:
-    """Return one protobuf field: an integer, a 32-bit float, or bytes (a string or an inner message)."""
-    if isinstance(value, bytes):
-        return _varint(number << 3 | 2) + _varint(len(value)) + value
-    if isinstance(value, float):
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
-    return _varint(number << 3) + _varint(value)
-
-
-# A message given twice is merged, the later winning: appended to a model, this switches the dummy prefix off.
-_NO_DUMMY_PREFIX = _field(3, _field(3, 0))
+_NO_DUMMY_PREFIX = field(NORMALIZER, field(ADD_DUMMY_PREFIX, 0))  # appended to a model, it switches the prefix off
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece BPE model with byte fallback; `model` is the file's bytes."""
-
-    strips_space = True
-    prefix_rule = "always"
 
     def __init__(self, model: bytes, special: SpecialTokens, chat_template: ChatTemplate | None = None):
         super().__init__(special, chat_template)
         self.model = model
         self.processor = _processor(model)
         self._continuing = _processor(model + _NO_DUMMY_PREFIX)
+        _, normalizer = _read_settings(model)
+        self.strips_space = bool(normalizer.get(ADD_DUMMY_PREFIX, 1))
+        self.prefix_rule = "always" if self.strips_space else "never"
 
     @property
     def vocab_size(self) -> int:
@@ -95,7 +80,8 @@ class SentencePieceTokenizer(Tokenizer):
         trainer, normalizer = _read_settings(self.model)
         pieces = self.pieces()
         user_defined = [piece for piece, _, kind in pieces if kind == USER_DEFINED]
-        if trainer.get(3) != _BPE or normalizer.get(2) or normalizer.get(4, 1) or user_defined:
+        changes_text = normalizer.get(CHARACTER_MAP) or normalizer.get(REMOVE_EXTRA_SPACES, 1)
+        if trainer.get(MODEL_TYPE) != BPE or changes_text or user_defined:
             raise CheckpointError(
                 "this SentencePiece model cannot be written as tokenizer.json: only BPE without normalisation, extra "
                 "whitespace kept, and without user-defined symbols can (Llama 1 and 2 are of this kind)"
@@ -107,7 +93,7 @@ class SentencePieceTokenizer(Tokenizer):
         )
         steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE_MARKER)]
         undo: list[decoders.Decoder] = [decoders.Replace(SPACE_MARKER, " "), decoders.ByteFallback(), decoders.Fuse()]
-        if normalizer.get(3, 1):
+        if self.prefix_rule == "always":
             steps.insert(0, normalizers.Prepend(SPACE_MARKER))
             undo.append(decoders.Strip(" ", 1, 0))
         backend.normalizer = normalizers.Sequence(steps)
@@ -118,9 +104,6 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, directory: str | Path) -> None:
         files.write_tokenizer(Path(directory), self.to_backend(), self.special, self.chat_template)
         (Path(directory) / "tokenizer.model").write_bytes(self.model)
-
-
-_BPE = 2  # TrainerSpec.model_type
 
 
 def merges_of(pieces: Sequence[tuple[str, float, int]]) -> list[tuple[str, str]]:
@@ -197,16 +180,21 @@ def tokenizer_from_pieces(
 def write_model(
     pieces: Sequence[tuple[str, float, int]], ids: Mapping[str, int], *, dummy_prefix: bool = True
 ) -> bytes:
-    """Return a SentencePiece model file with Llama's settings: BPE, byte fallback, no normalisation.
-
-    Field numbers are those of sentencepiece_model.proto.
-    """
-    body = b"".join(_field(1, _field(1, p.encode()) + _field(2, s) + _field(3, t)) for p, s, t in pieces)
+    """Return a SentencePiece model file with Llama's settings: BPE, byte fallback, no normalisation."""
+    body = b"".join(
+        field(PIECES, field(PIECE, piece.encode()) + field(SCORE, score) + field(TYPE, kind))
+        for piece, score, kind in pieces
+    )
     fallback = any(kind == BYTE for _, _, kind in pieces)
-    roles = zip((40, 41, 42, 43), (ids["unk"], ids["bos"], ids["eos"], ids["pad"]), strict=True)
-    trainer = _field(3, _BPE) + _field(35, int(fallback)) + b"".join(_field(n, i) for n, i in roles)
-    normalizer = _field(1, b"identity") + _field(3, int(dummy_prefix)) + _field(4, 0) + _field(5, 1)
-    return body + _field(2, trainer) + _field(3, normalizer)
+    roles = {UNK_ID: ids["unk"], BOS_ID: ids["bos"], EOS_ID: ids["eos"], PAD_ID: ids["pad"]}
+    trainer = {MODEL_TYPE: BPE, BYTE_FALLBACK: int(fallback), **roles}
+    normalizer = {ADD_DUMMY_PREFIX: int(dummy_prefix), REMOVE_EXTRA_SPACES: 0, ESCAPE_SPACES: 1}
+    named = field(NAME, b"identity") + _message(normalizer)
+    return body + field(TRAINER, _message(trainer)) + field(NORMALIZER, named)
+
+
+def _message(values: Mapping[int, int]) -> bytes:
+    return b"".join(field(number, value) for number, value in values.items())
 
 
 def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
@@ -223,49 +211,17 @@ def _is_special(processor: sentencepiece.SentencePieceProcessor, i: int) -> bool
     return processor.is_control(i) or processor.is_unknown(i)
 
 
-def _read_fields(message: bytes) -> Iterator[tuple[int, int | float | bytes]]:
-    """Yield (field number, value) of a protobuf message: integers, 32-bit floats, and bytes for all else."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(message):
-        key = varint()
-        number, wire = key >> 3, key & 7
-        if wire == 0:
-            yield number, varint()
-        elif wire == 5:
-            yield number, struct.unpack_from("<f", message, at)[0]
-            at += 4
-        elif wire == 1:
-            yield number, message[at : at + 8]
-            at += 8
-        else:
-            size = varint()
-            yield number, message[at : at + size]
-            at += size
-
-
 def _read_pieces(model: bytes) -> Iterator[tuple[str, float, int]]:
-    for number, value in _read_fields(model):
-        if number == 1:
-            fields: dict[int, Any] = dict(_read_fields(cast(bytes, value)))
-            yield fields[1].decode(), fields.get(2, 0.0), fields.get(3, NORMAL)
+    for number, value in fields(model):
+        if number == PIECES:
+            piece: dict[int, Any] = dict(fields(cast(bytes, value)))
+            yield piece[PIECE].decode(), piece.get(SCORE, 0.0), piece.get(TYPE, NORMAL)
 
 
 def _read_settings(model: bytes) -> tuple[dict[int, Any], dict[int, Any]]:
-    """Return the fields of TrainerSpec and NormalizerSpec."""
-    specs: dict[int, dict[int, Any]] = {2: {}, 3: {}}
-    for number, value in _read_fields(model):
-        if number in specs:
-            specs[number].update(_read_fields(cast(bytes, value)))
-    return specs[2], specs[3]
+    """Return the fields of the trainer's and of the normalizer's settings."""
+    settings: dict[int, dict[int, Any]] = {TRAINER: {}, NORMALIZER: {}}
+    for number, value in fields(model):
+        if number in settings:
+            settings[number].update(fields(cast(bytes, value)))
+    return settings[TRAINER], settings[NORMALIZER]

@@ -1,12 +1,22 @@
-"""What the `arriero tokenizer` commands print: tokens side by side, counts, comparisons and training reports."""
+"""What the `arriero tokenizer` commands show: tokens side by side, comparisons, training reports, and progress."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group
+from rich.progress import (
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -105,3 +115,14 @@ def training_view(report: Mapping[str, Any]) -> Table:
     )
     table.add_row("seconds", f"{report['seconds']['read']} reading, {report['seconds']['learn']} learning")
     return table
+
+
+@contextmanager
+def showing(task: str, unit: bool = False) -> Iterator[Callable[[int], None]]:
+    """Show a line while the block runs, with the bytes read so far if `unit`; yield the function that counts them."""
+    columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+    if unit:
+        columns += [DownloadColumn(), TransferSpeedColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        handle = bar.add_task(task, total=None)
+        yield lambda n: bar.advance(handle, n)

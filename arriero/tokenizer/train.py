@@ -28,8 +28,9 @@ from arriero.tokenizer import files
 from arriero.tokenizer.base import SpecialTokens, Tokenizer
 from arriero.tokenizer.compare import measure, vocabulary_statistics
 from arriero.tokenizer.llama3 import N_SPECIAL, SPLIT, TiktokenTokenizer, special_tokens
-from arriero.tokenizer.sample import CHUNK, Sample, draw_sample, showing
+from arriero.tokenizer.sample import CHUNK, Sample, draw_sample
 from arriero.tokenizer.sentencepiece import SentencePieceTokenizer
+from arriero.tokenizer.show import showing
 from arriero.tokenizer.template import named_template
 
 Kind = Literal["llama3", "llama2"]

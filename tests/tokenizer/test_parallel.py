@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 from helpers.tokenizers import hard_strings, small_sentencepiece, train_sentencepiece
 
-from arriero.errors import CheckpointError, UserError
+from arriero.errors import UserError
 from arriero.tokenizer import Tokenizer, load_tokenizer, parallel
-from arriero.tokenizer.base import SpecialTokens
 from arriero.tokenizer.llama3 import _cut
 from arriero.tokenizer.parallel import DocumentEncoder
-from arriero.tokenizer.sentencepiece import SentencePieceTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +60,12 @@ def test_bos_and_eos_stand_around_every_document(families):
     tokenizer = families["tiktoken"]
     texts = ["Hello", "", "I'LL"]
     for engine in ("auto", "exact"):
-        encoded = DocumentEncoder(tokenizer, engine=engine).encode(texts, bos=True, eos=True)
-        assert [row.tolist() for row in encoded] == [tokenizer.encode(t, bos=True, eos=True) for t in texts]
-        assert len(DocumentEncoder(tokenizer, engine=engine).encode([])) == 0
-    bare = SentencePieceTokenizer(small_sentencepiece().model, SpecialTokens({"<unk>": 0}))
-    with pytest.raises(CheckpointError, match="has no eos token; encode without eos=True"):
-        DocumentEncoder(bare).encode(texts, eos=True)
+        encoder = DocumentEncoder(tokenizer, engine=engine)
+        for bos, eos in ((True, True), (True, False), (False, True)):
+            marks = {"before": tokenizer.bos_id if bos else None, "after": tokenizer.eos_id if eos else None}
+            rows = [row.tolist() for row in encoder.encode(texts, **marks)]
+            assert rows == [tokenizer.encode(t, bos=bos, eos=eos) for t in texts]
+        assert len(encoder.encode([])) == len(encoder.encode([], after=3)) == 0
 
 
 def test_rare_texts_take_the_slow_way_and_only_they(families):

@@ -241,12 +241,18 @@ def test_gguf_metadata_that_is_not_understood_is_refused(smollm2_gguf):
         tokenizer_from_gguf(pieces)
 
 
-def test_a_pieces_model_read_from_gguf_keeps_ids_and_prefix():
-    for name in ("▁Hi", "Hi"):
-        fields = tokenizer_to_gguf(small_sentencepiece())
-        fields["tokenizer.ggml.add_space_prefix"] = name.startswith("▁")
-        tokenizer = tokenizer_from_gguf(fields)
-        assert [tokenizer.processor.id_to_piece(i) for i in tokenizer.encode("Hi")] == [name]
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_pieces_model_with_or_without_dummy_prefix_keeps_ids_text_and_prefix_in_every_form(prefix, tmp_path):
+    fields = tokenizer_to_gguf(small_sentencepiece()) | {"tokenizer.ggml.add_space_prefix": prefix}
+    tokenizer = tokenizer_from_gguf(fields)
+    assert [tokenizer.processor.id_to_piece(i) for i in tokenizer.encode("Hi")] == ["▁Hi" if prefix else "Hi"]
+    tokenizer.save(tmp_path)
+    texts = ["Hi", " Hi", "  Hi", "", " "]
+    for other in (tokenizer, load_tokenizer(tmp_path), load_tokenizer(tmp_path / "tokenizer.model")):
+        assert other.encode_batch(texts) == tokenizer.processor.encode(texts)
+        assert [other.decode(other.encode(text)) for text in texts] == texts
+        assert tokenizer_to_gguf(other)["tokenizer.ggml.add_space_prefix"] is prefix
+        assert tokenizer_from_gguf(tokenizer_to_gguf(other)).encode_batch(texts) == other.encode_batch(texts)
 
 
 def test_asking_for_what_a_tokenizer_lacks_is_refused():
