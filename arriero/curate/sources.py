@@ -17,12 +17,14 @@ cannot be used raises `DataError`, which names it, or is handed to `on_error` an
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import io
 import json
 import re
 import sysconfig
 import tokenize
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -363,16 +365,43 @@ def _read_warc(file: SourceFile, after: int, reading: Reading) -> Rows:
     """Responses with HTML or plain text, and the texts of WET files; other records are no documents."""
     warc = require("fastwarc.warc", "data")
     kinds = warc.WarcRecordType.response | warc.WarcRecordType.conversion
-    number = 0
+    number, begins, found = 0, 0, None
     with open(file.path, "rb") as stream:
         records = warc.ArchiveIterator(stream, record_types=kinds, parse_http=True, auto_decode="all")
         for number, record in enumerate(records, start=1):
+            begins = record.stream_pos
             if number > after:
                 found = _from_warc(record, file, number, reading)
                 if found is not None:
                     yield number, found
+    if not isinstance(found, DataError) and _is_cut(file.path, begins):
+        raise DataError(f"{file.path}: the file ends within a record, after response {number}; fetch it again")
     if number == 0:
         raise DataError(f"{file.path}: the file holds no response; fetch it again or remove it")
+
+
+def _is_cut(path: Path, begins: int) -> bool:
+    """Whether a WARC file ends within a record, which fastwarc passes over in silence.
+
+    begins: where its last response does. A file that is one gzip member for all records is unpacked as a whole.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if path.suffix != ".gz":
+            file.seek(max(0, size - 4))
+            return size > 0 and not file.read().endswith((b"\r\n\r\n", b"\n\n"))
+        for start in (begins % max(1, size), 0):
+            file.seek(start)
+            try:
+                with gzip.GzipFile(fileobj=file) as rest:
+                    while rest.read(1 << 20):
+                        pass
+                return False
+            except EOFError:
+                return True
+            except (gzip.BadGzipFile, zlib.error):  # no member begins here
+                continue
+    return False
 
 
 def _from_warc(record: Any, file: SourceFile, number: int, reading: Reading) -> Document | DataError | None:

@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 from collections import Counter
 
 import pyarrow as pa
@@ -187,6 +188,28 @@ def test_files_that_cannot_be_read_are_named_or_passed_over(tmp_path):
     for error, place in itertools.zip_longest(errors, ["a.txt", "b.jsonl.gz", "c.jsonl.zst", "d.warc.gz", "e.parquet"]):
         assert place in str(error)
     assert "not UTF-8 text" in str(errors[0]) and "convert it" in str(errors[0])
+
+
+@pytest.mark.parametrize("packed", ["each record", "the file", "no"])
+def test_a_crawl_that_is_cut_anywhere_is_named(tmp_path, packed):
+    whole = warc([PAGE.format(SENTENCE * n, SENTENCE) for n in (2, 3, 5)])
+    ends = {len(whole)}
+    if packed == "each record":
+        ends |= {match.start() for match in re.finditer(b"\x1f\x8b\x08", whole)}
+    elif packed == "the file":
+        whole = gzip.compress(gzip.decompress(whole))
+        ends = {len(whole)}
+    else:
+        whole = gzip.decompress(whole)
+        ends = {match.end() for match in re.finditer(b"\r\n\r\n(?=WARC/|$)", whole)}
+    path = tmp_path / ("a.warc" if packed == "no" else "a.warc.gz")
+    path.write_bytes(whole)
+    assert len(list(read_documents([path]))) == 3
+    for size in range(1, len(whole), 31):
+        path.write_bytes(whole[:size])
+        errors = []
+        assert len(list(read_documents([path], on_error=errors.append))) < 3
+        assert len(errors) == (size not in ends), size
 
 
 def test_a_crawl_without_a_response_is_refused_and_what_is_passed_over_is_counted(tmp_path):
