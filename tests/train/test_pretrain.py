@@ -116,7 +116,8 @@ def test_the_timetable_counts_rows_by_hand():
     ]
     assert durations(phases, 20) == [5, 5, 10]
     # a quarter at 256 tokens a step, a quarter at 512, half at 1024: 704 on average
-    assert count_steps(replace(config, tokens=7040.0), 0) == 10
+    by_tokens = LoopConfig(steps=0, batch_rows=4)
+    assert count_steps(replace(config, tokens=7040.0, loop=by_tokens), 0) == 10
     assert count_steps(config, 0) == 6
     assert count_steps(replace(config, loop=LoopConfig(epochs=2.0, batch_rows=4)), 3520) == 10
 
@@ -134,6 +135,8 @@ def test_what_cannot_be_trained_on_is_refused_before_step_1(shards, tmp_path):
     config = settings(shards, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"no source 'shrot'.*did you mean 'short'"):
         main(replace(config, data=replace(config.data, weights={"shrot": 1.0})))
+    with pytest.raises(ConfigError, match="no shape or model '2m'; did you mean '124m' or '1m'"):
+        build(replace(config, model="2m"), None)
     with pytest.raises(ConfigError, match="stages start at"):
         replace(config, stages=(TrainingStage(0.5), TrainingStage(0.25)))
     with pytest.raises(ConfigError, match="batch_rows 3 is not a multiple of micro_rows 2"):
@@ -183,7 +186,10 @@ def validated(preset: str, shards: Path, tmp_path: Path, *flags: str) -> int:
 def test_small_presets_validate_on_any_shards(shards, tmp_path, capsys):
     assert validated("pretrain-1m", shards, tmp_path) == 0
     size = replace(shapes.LADDER["1m"], vocab_size=512).n_params
-    assert f"1m: {size:,} parameters (bf16), muon\n1,282 steps, 21,004,288 tokens" in capsys.readouterr().out
+    assert (
+        f"1m: {size:,} parameters, from random weights (bf16), muon\n1,282 steps, 21,004,288 tokens"
+        in capsys.readouterr().out
+    )
 
 
 def test_presets_with_a_mixture_want_its_sources(shards, tmp_path, capsys):

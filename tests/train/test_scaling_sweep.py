@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import signal
@@ -77,6 +78,9 @@ def test_a_budget_is_spent_by_every_model_and_rate_and_batch_follow_it() -> None
     assert small.lr > large.lr and small.batch_rows < large.batch_rows
     of_small = [run.shape.n_params for run in runs if run.flops == 1e15]
     assert min(of_small) < (1e15 / 120) ** 0.5 / 3 and max(of_small) > (1e15 / 120) ** 0.5 * 3
+    longer = planned_runs(dataclasses.replace(config, tokens_per_param=320.0), vocab_size=512)
+    middle = math.prod(run.tokens / run.shape.n_params for run in longer) ** (1 / len(longer))
+    assert middle == pytest.approx(320, rel=0.1)
 
 
 def test_every_run_is_recorded_with_the_loss_that_its_own_report_shows(swept: SweepConfig) -> None:

@@ -21,7 +21,9 @@ class SweepConfig:
     sizes: int = 6
     """Models for each budget."""
     spread: float = 4.0
-    """The largest model is so many times the size that 20 tokens a parameter gives, the smallest as many times less."""
+    """The largest model is so many times the middle size, the smallest as many times less."""
+    tokens_per_param: float = 20.0
+    """Tokens a parameter that the middle size of each budget gets; small models on few tokens are best with more."""
     seeds: int = 1
     """Runs of each model and budget, with seeds 0, 1, ...; more make the intervals honest about chance."""
     seq_len: int = 512
@@ -46,6 +48,7 @@ class SweepConfig:
             "budgets": (all(c > 0 for c in self.budgets), "each must be above 0"),
             "sizes": (4 <= self.sizes <= 24, "it must be in 4 (three models always lie on a parabola) to 24"),
             "spread": (self.spread > 1, "it must be above 1"),
+            "tokens_per_param": (self.tokens_per_param > 0, "it must be above 0"),
             "seeds": (self.seeds >= 1, "it must be at least 1"),
             "seq_len": (self.seq_len >= 8, "it must be at least 8"),
             "validation_tokens": (self.validation_tokens >= self.seq_len, f"it must hold a row of {self.seq_len}"),

@@ -133,7 +133,7 @@ class Fit:
                 f"{tokens / params:.1f}",
             )
         if outside:
-            table.caption = "* beyond the models that were run: extrapolated; give the sweep a larger --spread"
+            table.caption = "* beyond the models that were run: extrapolated; give the sweep other --tokens-per-param"
         return table
 
     def _laws_table(self) -> Table:
@@ -204,7 +204,7 @@ def fit(runs: Runs, resamples: int = 1000, seed: int = 0) -> Fit:
         if minimum is None:
             raise DataError(
                 f"budget {flops:.3g}: its losses have no minimum over the model's size (the parabola opens downwards); "
-                "run more sizes, over a larger --spread, or more --seeds"
+                "run more sizes, over a larger --spread, around other --tokens-per-param, or with more --seeds"
             )
     minima = [minimum for minimum in found if minimum is not None]
     best = fit_loss(runs)
@@ -222,7 +222,7 @@ def fit(runs: Runs, resamples: int = 1000, seed: int = 0) -> Fit:
     if len(powers) < max(1, resamples // 2):
         raise DataError(
             f"in {discarded} of {resamples} resamples some budget's losses had no minimum: the runs do not say where "
-            "it is; run more sizes, over a larger --spread, or more --seeds"
+            "it is; run more sizes, over a larger --spread, around other --tokens-per-param, or with more --seeds"
         )
     return Fit(runs, minima, fit_power(minima), best, powers, losses, discarded)
 

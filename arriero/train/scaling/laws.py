@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 FLOPS_PER_PARAMETER = 6  # and token: 2 forward, 4 backward
-TOKENS_PER_PARAMETER = 20  # what Chinchilla (arXiv 2203.15556) came to: where a sweep begins to look, and the ladder
+TOKENS_PER_PARAMETER = 20  # what Chinchilla (arXiv 2203.15556) came to: the ladder's
 
 
 class Law(Protocol):

@@ -41,9 +41,16 @@ from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, Pretra
 from arriero.train.loop import Outcome
 from arriero.train.metrics import duration, read_records
 from arriero.train.scaling.config import SweepConfig
-from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, TOKENS_PER_PARAMETER, suggested_batch, suggested_lr
+from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, suggested_batch, suggested_lr
 
-ADDED = ("out", "budgets", "sizes", "spread", "seeds")  # settings that may differ when a sweep goes on
+ADDED = (
+    "out",
+    "budgets",
+    "sizes",
+    "spread",
+    "tokens_per_param",
+    "seeds",
+)  # settings that may differ when a sweep goes on
 WIDTHS = (*range(32, 256, 32), *range(256, 1024, 64), *range(1024, 4097, 128))
 REPEATED = 4  # epochs up to which repeated text is about as good as new (Muennighoff et al., arXiv 2305.16264)
 RUNS = "runs.jsonl"
@@ -131,12 +138,12 @@ def planned_runs(config: SweepConfig, vocab_size: int) -> list[PlannedRun]:
 
 
 def _shapes(flops: float, config: SweepConfig, vocab_size: int) -> list[LlamaConfig]:
-    """Members of the family for one budget: the nearest to sizes in geometric steps around the guess, each once."""
-    guess = math.sqrt(flops / (FLOPS_PER_PARAMETER * TOKENS_PER_PARAMETER))
+    """Members of the family for one budget: the nearest to sizes in geometric steps around the middle, each once."""
+    middle = math.sqrt(flops / (FLOPS_PER_PARAMETER * config.tokens_per_param))
     left = [family(width, vocab_size, config.seq_len) for width in WIDTHS]
     chosen = []
     for i in range(config.sizes):
-        target = guess * config.spread ** (2 * i / (config.sizes - 1) - 1)
+        target = middle * config.spread ** (2 * i / (config.sizes - 1) - 1)
         chosen.append(min(left, key=lambda shape: abs(math.log(shape.n_params / target))))
         left.remove(chosen[-1])
     return sorted(chosen, key=lambda shape: shape.n_params)
