@@ -56,8 +56,8 @@ def source_files(source: str | Path) -> list[Path]:
 def read_records(path: Path, after: int = 0) -> Iterator[Record]:
     """Stream the rows of one file, those numbered up to `after` left out; raises DataError for a damaged or empty one.
 
-    Rows of Parquet are left out unread, by row groups; rows of text are passed over, which is many times faster than
-    parsing them.
+    Rows of Parquet are left out unread, by row groups; rows of Arrow and of text are passed over, which is many times
+    faster than parsing them.
     """
     reader = _reader(path)
     assert reader is not None, path
@@ -198,13 +198,16 @@ def _read_arrow(path: Path, after: int) -> Iterator[Record]:
 
     try:
         with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
-            yield from _arrow_records(path, batches, 0)
+            yield from _arrow_records(path, batches, 0, after=after)
     except (pa.lib.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as an Arrow stream ({error}); fetch the file again") from error
 
 
-def _arrow_records(path: Path, batches: Any, n_rows: int, number: int = 0) -> Iterator[Record]:
+def _arrow_records(path: Path, batches: Any, n_rows: int, number: int = 0, after: int = 0) -> Iterator[Record]:
     for batch in batches:
+        if number + batch.num_rows <= after:
+            number += batch.num_rows
+            continue
         for row in batch.to_pylist():
             number += 1
             # A column is there for every row of the table; None means that this row has none.

@@ -132,7 +132,8 @@ def read_file(
     except DataError as error:  # the file is damaged from here on
         yield row + 1, error
     except OSError as error:
-        yield row + 1, DataError(f"{file.path}: cannot be read ({error}); fetch it again or remove it")
+        behind = f" after row {row}" if row else ""
+        yield row + 1, DataError(f"{file.path}: cannot be read{behind} ({error}); fetch it again or remove it")
 
 
 # Which files

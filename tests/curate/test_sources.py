@@ -75,6 +75,9 @@ def mixed(tmp_path):
     (root / "c.py").write_bytes("# coding: latin-1\nname = 'José'\n".encode("latin-1"))
     (root / "d.jsonl").write_bytes(jsonl())
     pa.parquet.write_table(pa.Table.from_pylist(rows()), root / "e.parquet", row_group_size=2)
+    table = pa.Table.from_pylist(rows())
+    with pa.OSFile(str(root / "e2.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
     (root / "f.html").write_text(PAGE.format(SENTENCE * 3, SENTENCE * 2))
     (root / "g.warc.gz").write_bytes(warc([PAGE.format(SENTENCE * n, SENTENCE) for n in (2, 3, 5)]))
     (root / "package.json").write_text('{"name": "not a document"}')
@@ -86,7 +89,7 @@ def test_a_directory_gives_all_its_documents_sorted_by_path(tmp_path):
     found = list(read_documents([mixed(tmp_path)]))
     names = [document.id for document in found]
     assert names == [
-        "corpus/b.md", "corpus/c.py", *(f"doc-{i}" for i in range(7)), *(f"doc-{i}" for i in range(7)), "corpus/f.html",
+        "corpus/b.md", "corpus/c.py", *[f"doc-{i}" for i in range(7)] * 3, "corpus/f.html",
         "urn:uuid:0", "urn:uuid:1", "urn:uuid:2", "corpus/sub/z.txt",
     ]  # fmt: skip
     assert found[1] == Document("# coding: latin-1\nname = 'José'\n", "corpus/c.py", "code")
