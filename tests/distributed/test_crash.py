@@ -73,6 +73,14 @@ def wait_for(run: Run, n: int, job: subprocess.Popen[str], seconds: float = 120)
     return started
 
 
+def wait_for_checkpoint(run: Run, job: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Wait until there is one to go on from."""
+    deadline = time.monotonic() + seconds
+    while not native.steps(Path(run.run_dir)):
+        assert job.poll() is None and time.monotonic() < deadline, output(run)
+        time.sleep(0.01)
+
+
 def output(run: Run) -> str:
     return (Path(run.run_dir) / "output.txt").read_text()
 
@@ -84,13 +92,17 @@ def assert_same_end(run: Run, undisturbed: Run) -> None:
 
 
 def kill_and_compare(run: Run, world: int, kills: int, longest: float, seed: int) -> int:
-    """Kill `kills` times, each within `longest` seconds of a start; returns how many kills hit a save."""
+    """Kill `kills` times, each within `longest` seconds of a start; returns how many kills hit a save.
+
+    None comes before the first checkpoint: there would be nothing to go on from, and a slow machine would test nothing.
+    """
     chance, hits = random.Random(seed), 0
     undisturbed = replace(run, run_dir=run.run_dir + "-undisturbed", sleep=0.0)
     checkpoints = Path(run.run_dir) / "checkpoints"
     with torchrun(run, world, restarts=kills) as job:
         for n in range(1, kills + 1):
             started = wait_for(run, n * world, job)[-world:]
+            wait_for_checkpoint(run, job)
             time.sleep(chance.uniform(0, longest))
             assert job.poll() is None, f"the run ended before kill {n}: {output(run)}"
             os.kill(chance.choice(started)[1], signal.SIGKILL)
@@ -107,7 +119,7 @@ def kill_and_compare(run: Run, world: int, kills: int, longest: float, seed: int
 
 
 def test_a_run_whose_processes_are_killed_ends_by_itself_with_the_same_weights(tmp_path: Path) -> None:
-    kill_and_compare(Run(str(tmp_path / "run"), steps=24, save_every=1, sleep=0.05), 2, kills=2, longest=1.5, seed=3)
+    kill_and_compare(Run(str(tmp_path / "run"), steps=60, save_every=1, sleep=0.05), 2, kills=2, longest=1.5, seed=3)
 
 
 @pytest.mark.slow
@@ -123,9 +135,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_saves(tmp_pat
     run = Run(str(tmp_path / "run"), steps=100_000, save_every=1)
     with torchrun(run, 2, restarts=0) as job:
         started = dict(wait_for(run, 2, job))
-        deadline = time.monotonic() + 120
-        while not native.steps(tmp_path / "run") and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for_checkpoint(run, job)
         os.kill(started[1], signal.SIGTERM)
         assert job.wait(timeout=120) == 0, output(run)
     saved = native.latest(tmp_path / "run")
@@ -140,9 +150,7 @@ def test_a_process_that_hangs_is_named_within_the_time_out_and_the_run_goes_on(t
     run = Run(str(tmp_path / "run"), steps=40, save_every=1, sleep=0.05, timeout=25)
     with torchrun(run, 2, restarts=1) as job:
         started = dict(wait_for(run, 2, job))
-        deadline = time.monotonic() + 120
-        while not native.steps(tmp_path / "run") and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for_checkpoint(run, job)
         os.kill(started[stopped], signal.SIGSTOP)
         hung = time.monotonic()
         while "has not been heard of" not in output(run) and time.monotonic() < hung + 60:
