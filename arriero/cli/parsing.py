@@ -28,7 +28,7 @@ def call(name: str, command: Callable[..., Any], args: list[str]) -> None:
     """Parse `args` by the command's parameters and run it."""
     hints = get_type_hints(command)
     if "config" not in hints:
-        _tyro(command, command, name, args)()
+        _tyro(command, _binder(command), name, args)()
     elif "recipe" in hints:
         if not args or args[0].startswith("-"):
             print(f"usage: arriero {name} FILE [OPTIONS]\n\n{description(command)}\n")
@@ -53,11 +53,9 @@ def _changed(name: str, command: Callable[..., Any], args: list[str], recipe: st
 
 
 def _tyro(command: Callable[..., Any], target: Any, name: str, args: list[str], default: Any = None) -> Any:
-    """Let tyro read `args`: a dataclass gives its instance, a function a call still to be made."""
+    """Let tyro read `args` for `target`: a dataclass, which gives its instance, or what `_binder` makes."""
     import tyro
 
-    if inspect.isfunction(target):
-        target = _binder(command)
     from_file = default is not None
     if default is None and inspect.isclass(target):
         default = target()
@@ -74,7 +72,7 @@ def _tyro(command: Callable[..., Any], target: Any, name: str, args: list[str], 
         config=(
             tyro.conf.OmitArgPrefixes,
             tyro.conf.PositionalMetavarFromFieldName,
-            *(() if default else (tyro.conf.FlagCreatePairsOff,)),
+            *(() if default else (tyro.conf.FlagCreatePairsOff,)),  # --no-... where a setting may be on already
         ),
     )
 

@@ -250,7 +250,7 @@ class PretrainConfig:
     """Pretraining: a Llama learns to continue text."""
 
     model: str = ""
-    """A shape (`arriero ls models`) to begin from random weights, or a model to go on with: a directory, .gguf or Hub id."""
+    """A shape (`arriero ls models`), from random weights, or a model to go on with: a directory, .gguf or Hub id."""
     out: str = "out/pretrain"
     """Run directory: config, metrics, checkpoints, report, and the model."""
     resume: bool = False
