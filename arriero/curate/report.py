@@ -58,9 +58,14 @@ def funnel_table(manifest: Json) -> Table:
         table.add_row(row["step"], row["dropped"], row["changed"], row["left"], first)
     table.caption = (
         f"{kept['characters']:,} of {read['characters']:,} characters ({_share(kept, read, 'characters')}) in "
-        f"{len(manifest['shards'])} shards" + (f"; {unreadable:,} rows could not be read" if unreadable else "")
+        f"{_counted(len(manifest['shards']), 'shard')}"
+        + (f"; {_counted(unreadable, 'row')} could not be read" if unreadable else "")
     )
     return table
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def _share(part: dict[str, int], whole: dict[str, int], key: str) -> str:
