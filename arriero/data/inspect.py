@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from arriero.data.sft import DataStats, SftDataset, build_dataset, data_stats
-from arriero.errors import DataError
+from arriero.errors import DataError, check
 from arriero.tokenizer.base import Tokenizer
 
 BINS = 12
@@ -37,8 +37,11 @@ def inspect(
 ) -> DataStats:
     """Print `n_rows` rows of `source` from example `first` on, then the lengths and the statistics of all.
 
-    Returns the statistics. Raises DataError for data that cannot be learned from.
+    Returns the statistics. Raises ConfigError for numbers that make no sense, DataError for data that cannot be
+    learned from.
     """
+    check(n_rows >= 0, f"rows is {n_rows}; give a number of rows to print, or 0")
+    check(seq_len >= 1, f"seq_len is {seq_len}; a packed row holds 1 token at least")
     console = console or Console()
     dataset = build_dataset(source, tokenizer, workers=workers, cache_dir=cache_dir)
     if not 0 <= first < len(dataset):

@@ -50,8 +50,9 @@ def _label(data: bytes) -> str:
 
 
 def comparison_view(results: Sequence[Comparison]) -> Group:
-    """Return a table over all text and, where there are groups, one of bytes per token and fertility in each."""
-    whole = _table("all text", "tokenizer")
+    """Return a table over all text and, where there are several groups, one of bytes a token and fertility in each."""
+    groups = [group for group in results[0].groups if group != ALL]
+    whole = _table(f"all text: {groups[0]}" if len(groups) == 1 else "all text", "tokenizer")
     for heading in (
         "ids",
         "tokens",
@@ -70,8 +71,7 @@ def comparison_view(results: Sequence[Comparison]) -> Group:
         whole.add_row(
             result.name, f"{result.vocab_size:,}", f"{m.tokens:,}", *ratios, *shares, f"{result.mb_per_s:.1f}"
         )
-    groups = [group for group in results[0].groups if group != ALL]
-    if not groups:
+    if len(groups) < 2:
         return Group(whole)
     parts = _table("bytes/token (tokens/word) by group", "group")
     parts.add_column("MB", justify="right", no_wrap=True)

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from arriero.data.inspect import inspect, length_histogram
-from arriero.errors import DataError
+from arriero.errors import ConfigError, DataError
 
 from .conftest import turns, write_rows
 
@@ -51,6 +51,10 @@ def test_rows_can_be_shown_from_any_on(path, tokenizer):
     assert "row 1 of" not in text and "row 2 of" in text
     with pytest.raises(DataError, match=r"has 2 examples, numbered from 0; there is none with number 2"):
         shown(path, tokenizer, first=2)
+    with pytest.raises(ConfigError, match="rows is -1; give a number of rows to print, or 0"):
+        shown(path, tokenizer, n_rows=-1)
+    with pytest.raises(ConfigError, match="seq_len is 0; a packed row holds 1 token at least"):
+        shown(path, tokenizer, seq_len=0)
 
 
 def test_the_histogram_counts_every_example_once():

@@ -154,6 +154,13 @@ def test_compare_prints_a_table_or_json(directory, capsys, monkeypatch, tmp_path
     assert set(languages[0]["groups"]) == {"all", "en", "de"}
 
 
+def test_the_only_group_is_named_over_the_table(directory, capsys, monkeypatch, tmp_path):
+    (tmp_path / "hymn.txt").write_text("Llamas hum when they are glad. " * 7)
+    args = ["compare", str(directory), "--data", str(tmp_path / "hymn.txt")]
+    assert "all text: hymn" in run(capsys, monkeypatch, *args)[1]
+    assert "all text: en" in run(capsys, monkeypatch, *args, "--by", "language")[1]
+
+
 def test_compare_reads_no_more_than_its_limit_and_refuses_what_it_cannot_do(directory, capsys, monkeypatch, tmp_path):
     data = tmp_path / "text.txt"
     data.write_text("naïve llamas hum")
