@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from arriero.tokenizer.base import Tokenizer
-from arriero.tokenizer.compare import ALL, Comparison
+from arriero.tokenizer.compare import ALL, Comparison, Measure
 
 # Neighbouring tokens differ in background; special tokens stand out by being reversed.
 _STYLES = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta")
@@ -50,43 +50,38 @@ def _label(data: bytes) -> str:
 
 
 def comparison_view(results: Sequence[Comparison]) -> Group:
-    """Return a table over all text and, where there are several groups, one of bytes a token and fertility in each."""
+    """Return a table over all text and, where there are several groups, one of what each tokenizer makes of each."""
     groups = [group for group in results[0].groups if group != ALL]
-    whole = _table(f"all text: {groups[0]}" if len(groups) == 1 else "all text", "tokenizer")
-    for heading in (
-        "ids",
-        "tokens",
-        "bytes\n/token",
-        "chars\n/token",
-        "tokens\n/word",
-        "un-\nknown",
-        "fall-\nback",
-        "MB/s",
-    ):
-        whole.add_column(heading, justify="right", no_wrap=True)
+    title = f"all text: {groups[0]}" if len(groups) == 1 else "all text"
+    whole = _table(title, ["tokenizer"], ["ids", "tokens", *_MEASURES, "MB/s"])
     for result in results:
         m = result.groups[ALL]
-        ratios = [f"{ratio:.3f}" for ratio in (m.bytes_per_token, m.characters_per_token, m.fertility)]
-        shares = [f"{share:.2%}" for share in (m.unknown_share, m.fallback_share)]
-        whole.add_row(
-            result.name, f"{result.vocab_size:,}", f"{m.tokens:,}", *ratios, *shares, f"{result.mb_per_s:.1f}"
-        )
+        whole.add_row(result.name, f"{result.vocab_size:,}", f"{m.tokens:,}", *_measured(m), f"{result.mb_per_s:.1f}")
     if len(groups) < 2:
         return Group(whole)
-    parts = _table("bytes/token (tokens/word) by group", "group")
-    parts.add_column("MB", justify="right", no_wrap=True)
-    for result in results:
-        parts.add_column(result.name, justify="right")
+    parts = _table("by group", ["group", "tokenizer"], ["MB", *_MEASURES])
     for group in groups:
-        cells = [result.groups[group] for result in results]
-        row = [f"{m.bytes_per_token:.3f} ({m.fertility:.2f})" for m in cells]
-        parts.add_row(group, f"{cells[0].bytes / 1e6:.2f}", *row)
+        for n, result in enumerate(results):
+            m = result.groups[group]
+            first = [group, f"{m.bytes / 1e6:.2f}"] if n == 0 else ["", ""]
+            parts.add_row(first[0], result.name, first[1], *_measured(m))
     return Group(whole, parts)
 
 
-def _table(title: str, first: str) -> Table:
+_MEASURES = ("bytes\n/token", "chars\n/token", "tokens\n/word", "un-\nknown", "fall-\nback")
+
+
+def _measured(m: Measure) -> list[str]:
+    ratios = [f"{ratio:.3f}" for ratio in (m.bytes_per_token, m.characters_per_token, m.fertility)]
+    return ratios + [f"{share:.2%}" for share in (m.unknown_share, m.fallback_share)]
+
+
+def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column(first, overflow="fold")
+    for heading in names:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from helpers.tokenizers import small_sentencepiece
 from arriero.errors import CheckpointError, DataError
 from arriero.gguf_header import read_metadata
 from arriero.tokenizer import Tokenizer, load_tokenizer
-from arriero.tokenizer.base import SpecialTokens
+from arriero.tokenizer.base import SpecialTokens, usable_threads
 from arriero.tokenizer.chat import encode_chat
 from arriero.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
 from arriero.tokenizer.llama3 import load_tiktoken_model, special_tokens
@@ -266,6 +267,13 @@ def test_asking_for_what_a_tokenizer_lacks_is_refused():
     bare = SentencePieceTokenizer(tokenizer.model, SpecialTokens(tokenizer.special_ids))
     with pytest.raises(CheckpointError, match="has no bos token; encode without bos=True"):
         bare.encode("Hi", bos=True)
+
+
+def test_a_worker_process_encodes_with_one_thread(monkeypatch):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    assert usable_threads() == os.cpu_count()
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # as pool.py sets it
+    assert usable_threads() == 1
 
 
 def test_tokenizers_load_without_torch():
