@@ -117,6 +117,22 @@ def test_with_noise_the_truth_lies_in_the_intervals_and_they_are_of_use() -> Non
         assert high - low < 0.3 * getattr(LAW, name), name
 
 
+def test_six_models_a_budget_with_their_minimum_at_the_edge_are_enough_for_intervals() -> None:
+    # Measured: stdlib and prose, a vocabulary of 512; the best size lies between the first two or three of each budget.
+    sizes = [29_792, 131_392, 409_248, 853_120, 1_414_560, 1_869_504]
+    losses = {
+        3e12: [3.3347, 2.9289, 3.6610, 4.2433, 4.5339, 4.8047],
+        5.5e12: [3.2403, 2.8188, 3.2362, 3.8793, 4.1831, 4.4311],
+        1e13: [3.2222, 2.7386, 2.7325, 3.3274, 3.8147, 4.0665],
+    }
+    rows = [(c, n, c / (6 * n), loss) for c, of in losses.items() for n, loss in zip(sizes, of, strict=True)]
+    found = fit(Runs(*np.array(rows).T), resamples=60)
+    assert found.discarded < 10
+    assert all(minimum.inside for minimum in found.minima)
+    low, high = interval([law.exponent for law in found.powers])
+    assert low < found.power.exponent < high
+
+
 def test_the_same_seed_gives_the_same_intervals() -> None:
     first, second, other = (fit(measured(0.002), resamples=5, seed=seed) for seed in (7, 7, 8))
     assert first.summary() == second.summary() != other.summary()
