@@ -26,7 +26,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from arriero.errors import CheckpointError, DataError
 from arriero.tokenizer.base import Tokenizer, utf8
-from arriero.tokenizer.hf import HfTokenizer, byte_level_bytes
+from arriero.tokenizer.hf import HfTokenizer, byte_level_bytes, merges_into
 from arriero.tokenizer.llama3 import TiktokenTokenizer
 
 _FIRST_LETTER = 0x10000  # from here on no code point is whitespace, and none is a surrogate
@@ -128,9 +128,7 @@ def _grown(backend: Backend, vocabulary: Mapping[str, int], new: list[str], firs
         raise CheckpointError(f"{first + len(new):,} ids are too many; the limit is {_MAX_IDS:,}")
     for k, spelled in enumerate(new):
         # Every pair that joins to the token makes it, as in Llama 3's format, not only the pair that was learned.
-        pairs = ((spelled[:i], spelled[i:]) for i in range(1, len(spelled)))
-        usable = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
-        model["merges"] += [list(pair) for pair in sorted(usable, key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
+        model["merges"] += map(list, merges_into(spelled, ids))
         ids[spelled] = first + k
     # Special tokens are listed in the vocabulary as well, else the library would move them behind the new ids.
     model["vocab"] = ids

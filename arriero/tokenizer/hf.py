@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, AnyStr
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
@@ -179,6 +179,13 @@ def byte_level_bytes(token: str) -> bytes:
 def byte_level_text(data: bytes) -> str:
     """Return the byte-level spelling of bytes; the way back from `byte_level_bytes`."""
     return "".join(map(byte_level_alphabet().__getitem__, data))
+
+
+def merges_into(token: AnyStr, order: Mapping[AnyStr, float]) -> list[tuple[AnyStr, AnyStr]]:
+    """Return every pair of tokens that joins to `token`, in their `order`: its merges in a tokenizer.json."""
+    pairs = ((token[:k], token[k:]) for k in range(1, len(token)))
+    usable = [(left, right) for left, right in pairs if left in order and right in order]
+    return sorted(usable, key=lambda pair: (order[pair[0]], order[pair[1]]))
 
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Backend
 from arriero.errors import CheckpointError
 from arriero.tokenizer import files
 from arriero.tokenizer.base import SpecialTokens, Tokenizer, usable_threads
-from arriero.tokenizer.hf import byte_level_text, with_bos
+from arriero.tokenizer.hf import byte_level_text, merges_into, with_bos
 from arriero.tokenizer.template import ChatTemplate
 
 SPLIT = (
@@ -117,13 +117,8 @@ class TiktokenTokenizer(Tokenizer):
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
     """Return the merges, in byte-level spelling and in order, that build each token from every pair that can."""
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        pairs = [(token[:k], token[k:]) for k in range(1, len(token))]
-        usable = [(left, right) for left, right in pairs if left in ranks and right in ranks]
-        usable.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(byte_level_text(left), byte_level_text(right)) for left, right in usable]
-    return merges
+    pairs = (pair for token in sorted(ranks, key=ranks.__getitem__) for pair in merges_into(token, ranks))
+    return [(byte_level_text(left), byte_level_text(right)) for left, right in pairs]
 
 
 def is_tiktoken_file(path: Path) -> bool:

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Backend
 from arriero.errors import CheckpointError
 from arriero.tokenizer import files
 from arriero.tokenizer.base import SpecialTokens, Tokenizer, usable_threads
-from arriero.tokenizer.hf import BYTE_PIECE, SPACE_MARKER, marked_bytes, with_bos
+from arriero.tokenizer.hf import BYTE_PIECE, SPACE_MARKER, marked_bytes, merges_into, with_bos
 from arriero.tokenizer.protobuf import field, fields
 from arriero.tokenizer.template import ChatTemplate
 
@@ -108,13 +108,9 @@ class SentencePieceTokenizer(Tokenizer):
 
 def merges_of(pieces: Sequence[tuple[str, float, int]]) -> list[tuple[str, str]]:
     """Return the pairs that SentencePiece merges, best score of the result first."""
-    scores = {piece: score for piece, score, kind in pieces if kind == NORMAL}
-    merges = []
-    for piece in sorted(scores, key=lambda p: -scores[p]):  # stable: equal scores keep the order of ids
-        pairs = ((piece[:k], piece[k:]) for k in range(1, len(piece)))
-        usable = [(left, right) for left, right in pairs if left in scores and right in scores]
-        merges += sorted(usable, key=lambda pair: (-scores[pair[0]], -scores[pair[1]]))
-    return merges
+    order = {piece: -score for piece, score, kind in pieces if kind == NORMAL}
+    by_score = sorted(order, key=order.__getitem__)  # stable: equal scores keep the order of ids
+    return [pair for piece in by_score for pair in merges_into(piece, order)]
 
 
 def pieces_of(state: Mapping[str, Any]) -> list[tuple[str, float, int]]:
