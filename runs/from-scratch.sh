@@ -25,7 +25,7 @@ step "3. Token shards, 5% of the documents held out"
 
 step "4. Pretraining a Llama of 10 million parameters (about ten minutes)"
 [ -f $out/run/model/config.json ] ||
-  arriero pretrain 10m --data $out/shards --out $out/run --optimizer muon --lr 5e-3 --tokens 4e6 --seq-len 512 \
+  arriero pretrain 10m --data $out/shards --out $out/run --optimizer muon --lr 5e-3 --tokens 3e6 --seq-len 512 \
     --batch-rows 16 --micro-rows 4 --validation-tokens 50000 \
     $([ -f $out/run/config.toml ] && echo --resume)
 
