@@ -91,14 +91,14 @@ def tensor_reader(file: Path) -> Reader:
     """
     with file.open("rb") as source:
         length = int.from_bytes(source.read(8), "little")
-        header = json.loads(source.read(length))
+        described = json.loads(source.read(length))
 
     def read(name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        n_rows, *row = header[name]["shape"]
+        n_rows, *row = described[name]["shape"]
         stop = n_rows if stop is None else stop
-        tensor = torch.empty(stop - start, *row, dtype=DTYPES[header[name]["dtype"]])
+        tensor = torch.empty(stop - start, *row, dtype=DTYPES[described[name]["dtype"]])
         with file.open("rb") as source:
-            source.seek(8 + length + header[name]["data_offsets"][0] + start * prod(row) * tensor.itemsize)
+            source.seek(8 + length + described[name]["data_offsets"][0] + start * prod(row) * tensor.itemsize)
             n_read = source.readinto(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore
         if n_read != tensor.nbytes:
             raise CheckpointError(f"{file}: cut short within {name}; copy or download it again")

@@ -30,19 +30,26 @@ def call(name: str, command: Callable[..., Any], args: list[str]) -> None:
     if "config" not in hints:
         _tyro(command, _binder(command), name, args)()
     elif "recipe" in hints:
-        if not args or args[0].startswith("-"):
-            print(f"usage: arriero {name} FILE [OPTIONS]\n\n{description(command)}\n")
-            print(f"OPTIONS are the recipe's settings: arriero {name} FILE --help lists them with the file's values.")
-            if not args or args[0] not in ("-h", "--help"):
-                raise UserError(f"{name}: the first argument must be a file as `arriero cp` writes it, or a preset")
-        elif (settings := presets.load(args[0]))[0] == "curate" and name == "run":
-            call("curate", curate, ["--preset", *args])  # its steps have settings of the same name: no flags of fields
-        else:
-            command(settings[0], _changed(name, command, args, *settings))
+        _call_with_settings(name, command, args)
     elif hints["config"] in TRAINING.values() and args and presets.is_settings(args[0]):
         command(_changed(name, command, args, *presets.load(args[0])))
     else:
         command(_tyro(command, hints["config"], name, args))
+
+
+def _call_with_settings(name: str, command: Callable[..., Any], args: list[str]) -> None:
+    """Run a command on the recipe and the settings that args[0] names."""
+    if not args or args[0].startswith("-"):
+        print(f"usage: arriero {name} FILE [OPTIONS]\n\n{description(command)}\n")
+        print(f"OPTIONS are the recipe's settings: arriero {name} FILE --help lists them with the file's values.")
+        if not args or args[0] not in ("-h", "--help"):
+            raise UserError(f"{name}: the first argument must be a file as `arriero cp` writes it, or a preset")
+        return
+    recipe, config = presets.load(args[0])
+    if recipe == "curate" and name == "run":  # its steps share names of settings, so its fields cannot be flags
+        call("curate", curate, ["--preset", *args])
+    else:
+        command(recipe, _changed(name, command, args, recipe, config))
 
 
 def _changed(name: str, command: Callable[..., Any], args: list[str], recipe: str, config: Any) -> Any:

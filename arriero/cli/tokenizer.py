@@ -89,9 +89,8 @@ def encode(
         bos: Put the beginning-of-text token before each text.
         eos: Put the end-of-text token after each text.
     """
-    from arriero.tokenizer.commands import run_encode
+    from arriero.tokenizer.commands import View, run_encode
 
-    View = Literal["ids", "count", "show", "decode"]
     views: dict[View, bool] = {"ids": ids, "count": count, "show": show, "decode": decode}
     if sum(views.values()) > 1:
         raise ConfigError(f"--{' and --'.join(v for v, given in views.items() if given)}: give one of them")

@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol
 
 import numpy as np
@@ -88,6 +88,14 @@ class Windows:
     def lengths(self, w: int) -> IntArray:
         """Tokens of each document of window w."""
         return self.shards.lengths_of(self.documents(w))
+
+    def number(self, epoch: int, at: int) -> int:
+        """The window that is number `at` of the epoch."""
+        return int(self.epoch_order(epoch)[at])
+
+    def bounds(self, counts: IntArray, epoch: int) -> IntArray:
+        """Where each window of the epoch begins in its order, and where it ends, if window w counts `counts[w]`."""
+        return np.concatenate([[0], np.cumsum(counts[self.epoch_order(epoch)])]).astype(np.int64)
 
     def key(self, w: int) -> int:
         """A seed for what happens within window w."""
@@ -167,7 +175,7 @@ class BestFit:
         self.windows, self.seq_len = windows, seq_len
         self._counts = np.array([count_rows(windows.lengths(w) - 1, seq_len) for w in range(windows.n)])
         self.rows_in_epoch = int(self._counts.sum())
-        self._bounds = lru_cache(maxsize=2)(self._epoch_bounds)
+        self._bounds = lru_cache(maxsize=2)(partial(windows.bounds, self._counts))  # in rows
         self._packed = lru_cache(maxsize=KEPT)(self._pack_window)
         self._head, self._n_head = head, len(head.packing) if head else 0
         self._base = epoch * self.rows_in_epoch + int(self._bounds(epoch)[at])
@@ -191,7 +199,7 @@ class BestFit:
         if r == 0 and packed.times == 1:  # nothing of the window has been given out
             return BestFit(self.windows, seq_len, packed.epoch, packed.after - 1)
         rest = packed.pieces.take(packed.packing.examples[packed.packing.bounds[r] :]).joined().cut(seq_len)
-        key = self.windows.key(self._window(packed.epoch, packed.after - 1)) + packed.times
+        key = self.windows.key(self.windows.number(packed.epoch, packed.after - 1)) + packed.times
         packing = pack(rest.stop - rest.start, seq_len, key, packed.epoch)
         head = _Packed(rest, packing, packed.epoch, packed.after, packed.times + 1)
         return BestFit(self.windows, seq_len, packed.epoch, packed.after, head)
@@ -205,15 +213,8 @@ class BestFit:
         at = int(np.searchsorted(bounds, r, side="right")) - 1
         return self._packed(epoch, at), r - int(bounds[at])
 
-    def _window(self, epoch: int, at: int) -> int:
-        return int(self.windows.epoch_order(epoch)[at])
-
-    def _epoch_bounds(self, epoch: int) -> IntArray:
-        """First row of each window of the epoch in its order, and the epoch's number of rows."""
-        return np.concatenate([[0], np.cumsum(self._counts[self.windows.epoch_order(epoch)])]).astype(np.int64)
-
     def _pack_window(self, epoch: int, at: int) -> _Packed:
-        w = self._window(epoch, at)
+        w = self.windows.number(epoch, at)
         documents = self.windows.documents(w)
         inputs = self.windows.shards.lengths_of(documents) - 1
         pieces = Pieces(documents, np.zeros_like(inputs), inputs).cut(self.seq_len)
@@ -252,8 +253,8 @@ class Concat:
         self._ends = np.cumsum(self._stops - self._starts)  # of each span, counted in tokens of the run
         self._endless = int(self._ends[-2]) if len(spans) > 1 else 0  # where the last span begins, counted so
         self._given = int(self._starts[-1]) - self._endless  # tokens, by the runs before
-        self._counts = np.array([windows.lengths(w).sum() for w in range(windows.n)])
-        self._bounds = lru_cache(maxsize=2)(self._epoch_bounds)
+        counts = np.array([windows.lengths(w).sum() for w in range(windows.n)])
+        self._bounds = lru_cache(maxsize=2)(partial(windows.bounds, counts))  # in tokens
         self._laid_out = lru_cache(maxsize=KEPT)(self._lay_out)
         self._order = lru_cache(maxsize=KEPT)(self._random_order)
 
@@ -338,12 +339,9 @@ class Concat:
         start = t - int(starts[i])
         return self.windows.shards.tokens(int(documents[i]), start, start + n)
 
-    def _epoch_bounds(self, epoch: int) -> IntArray:
-        return np.concatenate([[0], np.cumsum(self._counts[self.windows.epoch_order(epoch)])]).astype(np.int64)
-
     def _lay_out(self, epoch: int, at: int) -> tuple[IntArray, IntArray]:
         """The documents of a window in the epoch's order, and where each begins in it."""
-        w = int(self.windows.epoch_order(epoch)[at])
+        w = self.windows.number(epoch, at)
         documents = self.windows.documents(w)
         documents = documents[random_order(len(documents), self.windows.key(w), epoch)]
         lengths = self.windows.shards.lengths_of(documents)

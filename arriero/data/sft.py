@@ -119,8 +119,8 @@ def build_dataset(
     """Tokenise `source` (see formats.py), or open the cache of that.
 
     max_length: tokens; longer examples are left out, and are an error where they are more than the share
-    `max_truncated`. workers: processes, 0 for one per core. cache_dir: default $ARRIERO_CACHE/data or
-    ~/.cache/arriero/data. Raises DataError, naming file and row, for rows that cannot be learned from.
+    `max_truncated`. workers: processes, 0 for one per core. cache_dir: default `data` in
+    Arriero's cache (paths.py). Raises DataError, naming file and row, for rows that cannot be learned from.
     """
     console = console or Console(stderr=True)
     files = source_files(source)

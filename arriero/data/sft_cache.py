@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from arriero import paths
 from arriero.data.formats import Conversation, Record, parse_record, read_records
 from arriero.errors import DataError
 from arriero.files import temporary_name
@@ -46,10 +47,8 @@ INDEX = {"offsets": np.int64, "hashes": np.uint64, "rows": np.int64, "files": np
 
 
 def cache_directory(cache_dir: str | Path | None) -> Path:
-    """Where tokenised data is kept: `cache_dir`, else $ARRIERO_CACHE/data, else ~/.cache/arriero/data."""
-    if cache_dir is not None:
-        return Path(cache_dir)
-    return Path(os.environ.get("ARRIERO_CACHE") or Path.home() / ".cache" / "arriero") / "data"
+    """Where tokenised data is kept: `cache_dir`, else `data` in Arriero's cache."""
+    return paths.cache_dir() / "data" if cache_dir is None else Path(cache_dir)
 
 
 def cache_key(files: Sequence[Path], tokenizer: Tokenizer) -> str:
