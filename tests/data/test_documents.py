@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import tempfile
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -44,8 +43,10 @@ def sources(tmp_path_factory) -> dict[str, Shards]:
     }
 
 
-def written(lengths: list[int], name: str = "documents") -> Shards:
-    return write_shards(Path(tempfile.mkdtemp()) / name, lengths, name)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Callable[..., Shards]:
+    """Shards of documents of these lengths."""
+    return lambda lengths, name="documents": write_shards(tmp_path_factory.mktemp("shards") / name, lengths, name)
 
 
 def one(shards: Shards, seq_len: int = S, seed: int = 3, **settings_) -> PretrainLoader:
@@ -98,7 +99,7 @@ def test_the_permutation_is_the_same_on_every_machine():
     assert permuted(np.arange(11), 11, key=17).tolist() == [5, 4, 10, 2, 9, 6, 3, 0, 1, 8, 7]
 
 
-def test_windows_are_of_one_size_to_within_a_document():
+def test_windows_are_of_one_size_to_within_a_document(written):
     windows = Windows(written([2] * 101), "documents", seed=1, size=WINDOW)
     sizes = [len(windows.documents(w)) for w in range(windows.n)]
     assert windows.n == 8 and set(sizes) == {12, 13}
@@ -117,7 +118,7 @@ def test_rows_are_counted_as_they_are_packed(lengths):
 
 @settings(max_examples=50, deadline=None)
 @given(LENGTHS, st.integers(0, 2**31), st.integers(0, 2))
-def test_an_epoch_trains_every_token_but_the_first_of_each_document_exactly_once(lengths, seed, epoch):
+def test_an_epoch_trains_every_token_but_the_first_of_each_document_exactly_once(written, lengths, seed, epoch):
     shards = written(lengths)
     loader = one(shards, seed=seed, window=WINDOW)
     n = loader.rows_in_epoch("documents")
@@ -127,7 +128,7 @@ def test_an_epoch_trains_every_token_but_the_first_of_each_document_exactly_once
         assert 0 < len(row.tokens) == row.lengths.sum() <= S and row.lengths.min() > 0
 
 
-def test_a_document_attends_to_itself_only_and_documents_that_fit_are_whole():
+def test_a_document_attends_to_itself_only_and_documents_that_fit_are_whole(written):
     lengths = web_like(101)
     shards = written(lengths)
     loader = one(shards, window=WINDOW)
@@ -151,7 +152,7 @@ def test_padding_stays_under_three_percent_at_4096_on_lengths_as_the_web_has_the
 
 @settings(max_examples=50, deadline=None)
 @given(LENGTHS, st.integers(0, 2**31), st.sampled_from([3, 2**16]))
-def test_concatenation_is_the_documents_end_to_end_cut_where_a_row_is_full(lengths, seed, block):
+def test_concatenation_is_the_documents_end_to_end_cut_where_a_row_is_full(written, lengths, seed, block):
     shards = written(lengths)
     n_epochs = 2 + 2 * S // shards.n_tokens
     text = [t for epoch in range(n_epochs + 1) for t in concatenated(shards, seed, epoch)]  # the slow twin
@@ -170,7 +171,7 @@ def test_concatenation_is_the_documents_end_to_end_cut_where_a_row_is_full(lengt
     assert all(row.lengths.tolist() == [S] for row in rows)
 
 
-def test_neighbours_in_a_text_are_not_neighbours_in_a_batch():
+def test_neighbours_in_a_text_are_not_neighbours_in_a_batch(written):
     shards = written([S * 40 + 1] * 11)
     loader = one(shards, packing="concat")
     documents = [int(loader.row(k).tokens[0]) // (S * 40 + 1) for k in range(loader.rows_in_epoch("documents"))]
@@ -187,7 +188,7 @@ def concatenated(shards: Shards, seed: int, epoch: int) -> list[int]:
     return [t for d in order for t in shards.tokens(d).tolist()]
 
 
-def test_epochs_differ_in_order_and_company():
+def test_epochs_differ_in_order_and_company(written):
     shards = written(web_like(2003))
     loader = one(shards)
     n = loader.rows_in_epoch("documents")
@@ -198,7 +199,7 @@ def test_epochs_differ_in_order_and_company():
     assert not same(one(shards, seed=4).row(0), loader.row(0))
 
 
-def test_epochs_order_the_windows_and_the_documents_in_each_anew():
+def test_epochs_order_the_windows_and_the_documents_in_each_anew(written):
     shards = written([7] * 101)
     windows = Windows(shards, "documents", seed=3, size=WINDOW)
     texts = [np.array(concatenated(shards, 3, epoch)[::7]) // 7 for epoch in (0, 1)]  # documents, in their order
@@ -211,7 +212,7 @@ def test_epochs_order_the_windows_and_the_documents_in_each_anew():
         ]
 
 
-def test_windows_of_equal_lengths_are_packed_in_different_arrangements():
+def test_windows_of_equal_lengths_are_packed_in_different_arrangements(written):
     shards = written(
         [S + 1] * 10 * WINDOW
     )  # a document fills a row, so rows are documents in the order of their window
@@ -301,7 +302,7 @@ def test_ranks_share_a_global_batch_evenly_and_in_order(first, n, world):
     seq_lens=st.lists(st.sampled_from([7, 17, S, 2 * S, 5 * S]), min_size=2, max_size=4),
     rows=st.integers(1, 40),
 )
-def test_a_change_of_row_length_in_the_middle_of_an_epoch_loses_and_repeats_nothing(lengths, seq_lens, rows):
+def test_a_change_of_row_length_in_the_middle_of_an_epoch_loses_and_repeats_nothing(written, lengths, seq_lens, rows):
     shards = written(lengths)
     stages = [DataStage(k * rows, seq_len, {"documents": 1.0}) for k, seq_len in enumerate(seq_lens)]
     loader = PretrainLoader({"documents": shards}, stages, 3, max_epochs={"documents": 2}, window=WINDOW)
@@ -329,7 +330,7 @@ def pieces_hold(pieces: Pieces) -> list[tuple[int, int]]:
     return sorted((document, t) for document, start, stop in spans for t in range(start, stop))
 
 
-def test_a_change_of_row_length_between_two_epochs_cuts_documents_at_the_new_length_only():
+def test_a_change_of_row_length_between_two_epochs_cuts_documents_at_the_new_length_only(written):
     shards = written(web_like(101, median=40.0))
     n = one(shards, window=WINDOW).rows_in_epoch("documents")
     stages = [DataStage(0, S, {"documents": 1.0}), DataStage(n, 5 * S, {"documents": 1.0})]
@@ -346,7 +347,7 @@ def test_a_change_of_row_length_between_two_epochs_cuts_documents_at_the_new_len
     rows=st.integers(1, 40),
     block=st.sampled_from([3, 2**16]),
 )
-def test_a_change_of_row_length_in_concatenated_text_loses_and_repeats_nothing(lengths, seq_lens, rows, block):
+def test_a_change_of_row_length_in_concatenated_text_loses_and_repeats_nothing(written, lengths, seq_lens, rows, block):
     shards = written(lengths)
     stages = [DataStage(k * rows, seq_len, {"documents": 1.0}) for k, seq_len in enumerate(seq_lens)]
     with pytest.MonkeyPatch.context() as patch:
@@ -404,7 +405,7 @@ def test_a_source_used_up_in_one_stage_stays_so_in_the_next(sources, percent, se
     assert {loader.source(i) for i in range(200, 300)} == {"web"} and loader.n_rows is None
 
 
-def test_sources_of_equal_documents_come_in_different_orders():
+def test_sources_of_equal_documents_come_in_different_orders(written):
     same_lengths = web_like(101)
     loaders = [
         PretrainLoader({name: written(same_lengths)}, [DataStage(0, S, {name: 1})], seed=3) for name in ("web", "books")
@@ -496,7 +497,7 @@ def test_what_making_a_batch_raises_is_raised_where_it_is_asked_for():
     prefetched.close()
 
 
-def test_longer_rows_in_the_middle_of_an_epoch_hold_longer_pieces_of_documents():
+def test_longer_rows_in_the_middle_of_an_epoch_hold_longer_pieces_of_documents(written):
     shards = written([1999] * 7)
     loader = PretrainLoader(
         {"documents": shards}, [DataStage(0, 97, {"documents": 1}), DataStage(11, 997, {"documents": 1})], 3
