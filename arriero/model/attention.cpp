@@ -3,14 +3,15 @@
 // A tile of queries goes over its keys a block at a time, so that scores live in the nearest caches and die there;
 // blocks that causality masks are never computed. All products run through one small matrix kernel with fp32 sums. It
 // takes its factors in units of 32 bits along the depth of a product: a float, or a pair of bf16 where the tensors are
-// bf16 and the CPU multiplies such pairs (AVX512_BF16), at twice the speed. Softmax is fp32 either way; with pairs, its
-// weights and the gradients of scores are rounded to bf16 between two products, as FlashAttention-2 does (arXiv
-// 2307.08691). Backward as in arXiv 2205.14135, the scores computed again.
+// bf16 and the CPU multiplies such pairs: by vectors (AVX512_BF16) at twice the speed, by tile registers (AMX) at more.
+// Softmax is fp32 in every case; with pairs, its weights and the gradients of scores are rounded to bf16 between two
+// products, as FlashAttention-2 does (arXiv 2307.08691). Backward as in arXiv 2205.14135, the scores computed again.
 // Every number is the sum of the same terms in the same order whichever thread adds them: reruns are equal bit by bit.
 //
 // Compiled on first use by attention.py, which describes the call; slow twin: `naive_attention` there.
-// Shapes: N tokens, H heads, K KV heads, G = H/K, h head width, W = h rounded up to whole vectors, P values a unit.
-// Layouts in units of a matrix [m, n]: rows [m, n/P]; along [m/P, n]; across [n/P, m].
+// Shapes: N tokens, H heads, K KV heads, G = H/K, h head width, W = h padded (kWhole), P values a unit.
+// Layouts in units of a matrix [m, n]: rows [m, n/P] and turned [n, m/P], left factors of products; along [m/P, n] and
+// across [n/P, m], right factors.
 
 #include <algorithm>
 #include <cmath>
@@ -24,6 +25,11 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
+#define ARRIERO_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -35,11 +41,15 @@ constexpr int64_t kBytes = 32, kRows = 4;
 constexpr int64_t kBytes = 16, kRows = 4;
 #endif
 constexpr int64_t kLanes = kBytes / 4;
-constexpr int64_t kQueries = 32;  // a tile
-constexpr int64_t kKeys = 64;     // a block
+#if defined(ARRIERO_TILES)
+constexpr int64_t kQueries = 64;  // a tile
+#else
+constexpr int64_t kQueries = 32;
+#endif
+constexpr int64_t kKeys = 64;  // a block
 constexpr float kLn2 = 0.69314718f;
 constexpr int64_t kStrands = 16;  // backward: documents are dealt to so many strands a KV head
-static_assert(kLanes % kRows == 0 && kQueries % kLanes == 0 && kKeys % kLanes == 0, "no kernel row crosses a block");
+static_assert(kLanes % kRows == 0, "no kernel row crosses a block");
 
 typedef float Lanes __attribute__((vector_size(kBytes)));
 typedef int32_t IntLanes __attribute__((vector_size(kBytes)));
@@ -80,7 +90,7 @@ template <class T>
 inline Lanes load_some(const T* p, int64_t count) {  // then zeros
     if (count >= kLanes) return load(p);
     T some[kLanes] = {};
-    std::copy(p, p + count, some);
+    if (count > 0) std::copy(p, p + count, some);
     return load(some);
 }
 
@@ -138,6 +148,13 @@ template <class Unit>
 using Value = std::conditional_t<std::is_same_v<Unit, Pair>, bf16, float>;
 template <class Unit>
 constexpr int64_t kPerUnit = sizeof(Unit) / sizeof(Value<Unit>);
+#if defined(ARRIERO_TILES)
+template <class Unit>
+constexpr int64_t kWhole = kPerUnit<Unit> == 2 ? 32 : kLanes;  // matrices are padded with zeros to multiples of it
+#else
+template <class Unit>
+constexpr int64_t kWhole = kLanes;
+#endif
 
 inline Lanes load_units(const float* p) { return load(p); }
 inline Lanes spread(const float* p) { return Lanes{} + *p; }
@@ -172,18 +189,55 @@ inline void store_along(Pair* to, const Lanes (&rows)[2]) {
 using UnitOfBf16 = float;
 #endif
 
-// C[m, n] (+)= sum over k of A[m, k] B[k, n] for kRows rows and V vectors; A's unit [m, k] lies at a[m * am + k * ak].
+#if defined(__AVX512F__)
+// kLanes rows and columns: the halves of rows that are kLanes / 2 apart change places, then quarters, and so on.
+template <class Unit>
+inline void turn_square(const Unit* from, int64_t ld_from, Unit* to, int64_t ld_to) {
+    __m512i rows[kLanes];
+    for (int64_t m = 0; m < kLanes; ++m) rows[m] = _mm512_loadu_si512(from + m * ld_from);
+    for (int64_t step = kLanes / 2; step; step /= 2) {
+        IntLanes upper, lower;
+        for (int64_t i = 0; i < kLanes; ++i) {
+            upper[i] = int32_t(i & step ? kLanes + i - step : i);
+            lower[i] = int32_t(i & step ? kLanes + i : i + step);
+        }
+        for (int64_t m = 0; m < kLanes; ++m) {
+            if (m & step) continue;
+            const __m512i a = rows[m], b = rows[m + step];
+            rows[m] = _mm512_permutex2var_epi32(a, (__m512i)upper, b);
+            rows[m + step] = _mm512_permutex2var_epi32(a, (__m512i)lower, b);
+        }
+    }
+    for (int64_t n = 0; n < kLanes; ++n) _mm512_storeu_si512(to + n * ld_to, rows[n]);
+}
+#endif
+
+// to[n, m] = from[m, n], in units.
+template <class Unit>
+void turn(int64_t rows, int64_t columns, const Unit* from, int64_t ld_from, Unit* to, int64_t ld_to) {
+    int64_t m = 0;
+#if defined(__AVX512F__)
+    if (columns % kLanes == 0)
+        for (; m + kLanes <= rows; m += kLanes)
+            for (int64_t n = 0; n < columns; n += kLanes)
+                turn_square(from + m * ld_from + n, ld_from, to + n * ld_to + m, ld_to);
+#endif
+    for (; m < rows; ++m)
+        for (int64_t n = 0; n < columns; ++n) to[n * ld_to + m] = from[m * ld_from + n];
+}
+
+// C[m, n] (+)= sum over k of A[m, k] B[k, n] for kRows rows and V vectors.
 template <int64_t V, bool kAdd, class Unit>
-inline void multiply_block(int64_t depth, const Unit* a, int64_t am, int64_t ak, const Unit* b, int64_t ldb, float* c,
+inline void multiply_block(int64_t units, const Unit* a, int64_t lda, const Unit* b, int64_t ldb, float* c,
                            int64_t ldc) {
     Lanes sums[kRows][V];
     for (int64_t m = 0; m < kRows; ++m)
         for (int64_t v = 0; v < V; ++v) sums[m][v] = kAdd ? load(c + m * ldc + v * kLanes) : Lanes{};
-    for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t k = 0; k < units; ++k) {
         decltype(load_units(b)) right[V];
         for (int64_t v = 0; v < V; ++v) right[v] = load_units(b + k * ldb + v * kLanes);
         for (int64_t m = 0; m < kRows; ++m) {
-            const auto left = spread(a + m * am + k * ak);
+            const auto left = spread(a + m * lda + k);
             for (int64_t v = 0; v < V; ++v) sums[m][v] = add_product(sums[m][v], left, right[v]);
         }
     }
@@ -192,21 +246,83 @@ inline void multiply_block(int64_t depth, const Unit* a, int64_t am, int64_t ak,
 }
 
 template <int64_t V, bool kAdd, class Unit>
-void multiply_panel(int64_t rows, int64_t depth, const Unit* a, int64_t am, int64_t ak, const Unit* b, int64_t ldb,
-                    float* c, int64_t ldc) {
+void multiply_panel(int64_t rows, int64_t units, const Unit* a, int64_t lda, const Unit* b, int64_t ldb, float* c,
+                    int64_t ldc) {
     for (int64_t m = 0; m < rows; m += kRows)
-        multiply_block<V, kAdd>(depth, a + m * am, am, ak, b, ldb, c + m * ldc, ldc);
+        multiply_block<V, kAdd>(units, a + m * lda, lda, b, ldb, c + m * ldc, ldc);
 }
 
-// The same for any number of rows (rounded up to kRows: buffers have room) and of vectors; `depth` counts values.
+#if defined(ARRIERO_TILES)
+// AMX: eight registers of 16 rows of 64 bytes. The kernel lends a process their state on request (Linux 5.16).
+const bool tiles_lent = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+
+struct TilesOfThread {  // configured while it lives
+    TilesOfThread() {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } config;
+        if (tiles_lent) _tile_loadconfig(&config);
+    }
+    ~TilesOfThread() {
+        if (tiles_lent) _tile_release();
+    }
+};
+
+// All three sizes are multiples of kWhole: 32 x 32 sums in four tiles, two tiles of either factor at a time.
+template <bool kAdd>
+void multiply_tiles(int64_t rows, int64_t columns, int64_t units, const Pair* a, int64_t lda, const Pair* b,
+                    int64_t ldb, float* c, int64_t ldc) {
+    asm volatile("" ::: "memory");  // GCC does not know that tile loads read what was just stored
+    for (int64_t m = 0; m < rows; m += 32)
+        for (int64_t n = 0; n < columns; n += 32) {
+            float *upper = c + m * ldc + n, *lower = upper + 16 * ldc;
+            if (kAdd) {
+                _tile_loadd(0, upper, ldc * 4);
+                _tile_loadd(1, upper + 16, ldc * 4);
+                _tile_loadd(2, lower, ldc * 4);
+                _tile_loadd(3, lower + 16, ldc * 4);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            for (int64_t k = 0; k < units; k += 16) {
+                _tile_loadd(4, a + m * lda + k, lda * 4);
+                _tile_loadd(6, b + k * ldb + n, ldb * 4);
+                _tile_loadd(7, b + k * ldb + n + 16, ldb * 4);
+                _tile_loadd(5, a + (m + 16) * lda + k, lda * 4);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, upper, ldc * 4);
+            _tile_stored(1, upper + 16, ldc * 4);
+            _tile_stored(2, lower, ldc * 4);
+            _tile_stored(3, lower + 16, ldc * 4);
+        }
+}
+#else
+struct TilesOfThread {};
+#endif
+
+// C[m, n] (+)= sum over k of A[m, k] B[k, n] for any number of rows (rounded up: buffers have room) and of vectors.
 template <bool kAdd, class Unit>
-void multiply(int64_t rows, int64_t vectors, int64_t depth, const Unit* a, int64_t am, int64_t ak, const Unit* b,
-              int64_t ldb, float* c, int64_t ldc) {
+void multiply(int64_t rows, int64_t vectors, int64_t depth, const Unit* a, int64_t lda, const Unit* b, int64_t ldb,
+              float* c, int64_t ldc) {
+#if defined(ARRIERO_TILES)
+    if constexpr (std::is_same_v<Unit, Pair>)
+        if (tiles_lent)
+            return multiply_tiles<kAdd>(rows, vectors * kLanes, up(depth, 32) / 2, a, lda, b, ldb, c, ldc);
+#endif
     const int64_t units = up(depth, kPerUnit<Unit>) / kPerUnit<Unit>;
     int64_t v = 0;
     for (; v + 2 <= vectors; v += 2)
-        multiply_panel<2, kAdd>(rows, units, a, am, ak, b + v * kLanes, ldb, c + v * kLanes, ldc);
-    if (v < vectors) multiply_panel<1, kAdd>(rows, units, a, am, ak, b + v * kLanes, ldb, c + v * kLanes, ldc);
+        multiply_panel<2, kAdd>(rows, units, a, lda, b + v * kLanes, ldb, c + v * kLanes, ldc);
+    if (v < vectors) multiply_panel<1, kAdd>(rows, units, a, lda, b + v * kLanes, ldb, c + v * kLanes, ldc);
 }
 
 // Words of 32 bits on whole cache lines, not initialised.
@@ -237,7 +353,7 @@ template <class T, class Unit>
 class Packed {
   public:
     explicit Packed(const Attention& a, bool backward)
-        : a_(a), backward_(backward), width_(up(a.width, kLanes)), units_(width_ / kPerUnit<Unit>),
+        : a_(a), backward_(backward), width_(up(a.width, kWhole<Unit>)), units_(width_ / kPerUnit<Unit>),
           scale_(1 / (kLn2 * std::sqrt(float(a.width)))), first_block_(a.n_documents + 1), order_(a.n_documents) {
         for (int64_t d = 0; d < a.n_documents; ++d)
             first_block_[d + 1] = first_block_[d] + (length(d) + kKeys - 1) / kKeys;
@@ -287,7 +403,8 @@ class Packed {
     }
 
   private:
-    static constexpr int64_t kBlockUnits = kKeys / kPerUnit<Unit>;
+    static constexpr int64_t kTileUnits = kQueries / kPerUnit<Unit>, kBlockUnits = kKeys / kPerUnit<Unit>;
+    static_assert(kQueries % kWhole<Unit> == 0 && kKeys % kWhole<Unit> == 0);
 
     struct Block {
         int64_t index, start, keys;  // in the packed copies; in the document, < 0 in the prefix; its keys
@@ -295,15 +412,17 @@ class Packed {
 
     struct Tile {  // what a thread works in
         explicit Tile(int64_t width)
-            : units(4 * kQueries * width + 3 * kQueries * kKeys), words(kQueries * (width + 2 * kKeys)),  //
-              q(units), q_along(q + kQueries * width), grad(q_along + kQueries * width),
-              grad_along(grad + kQueries * width), weights(grad_along + kQueries * width),
+            : units(5 * kQueries * width + 3 * kQueries * kKeys), words(kQueries * (width + 2 * kKeys)),  //
+              q(units), q_turned(q + kQueries * width), grad(q_turned + kQueries * width),
+              grad_turned(grad + kQueries * width), along(grad_turned + kQueries * width),
+              weights(along + kQueries * width),
               slopes(weights + kQueries * kKeys), slopes_along(slopes + kQueries * kKeys),  //
               scores(words), grad_weights(scores + kQueries * kKeys), sums(grad_weights + kQueries * kKeys) {}
 
+        const TilesOfThread registers{};
         const Buffer<Unit> units;
         const Buffer<float> words;
-        Unit *const q, *const q_along, *const grad, *const grad_along;  // [kQueries, W]
+        Unit *const q, *const q_turned, *const grad, *const grad_turned, *const along;  // [kQueries, W]
         Unit *const weights, *const slopes, *const slopes_along;  // [kQueries, kKeys]; slopes are the scores' gradients
         float *const scores, *const grad_weights, *const sums;          // twice that; of out or grad_q [kQueries, W]
     };
@@ -339,20 +458,26 @@ class Packed {
         for (int64_t r = 0; r < count; ++r, from += heads * a_.width)
             for (int64_t i = 0; i < width_; i += kLanes)
                 store(values + r * width_ + i, load_some(from + i, a_.width - i));
-        std::fill(values + count * width_, values + up(count, kLanes) * width_, Value<Unit>{});
+        std::fill(values + count * width_, values + up(count, kWhole<Unit>) * width_, Value<Unit>{});
     }
 
     void lay_along(const Unit* rows, int64_t count, Unit* to) const {
         const auto* from = reinterpret_cast<const Value<Unit>*>(rows);
-        auto* values = reinterpret_cast<Value<Unit>*>(to);
-        for (int64_t j = 0; j < up(count, kLanes); j += kPerUnit<Unit>)
-            for (int64_t i = 0; i < width_; ++i)
-                for (int64_t part = 0; part < kPerUnit<Unit>; ++part) *values++ = from[(j + part) * width_ + i];
+        for (int64_t j = 0; j < up(count, kWhole<Unit>); j += kPerUnit<Unit>)
+            for (int64_t i = 0; i < width_; i += kLanes, to += kLanes) {
+                Lanes unit[kPerUnit<Unit>];
+                for (int64_t part = 0; part < kPerUnit<Unit>; ++part) unit[part] = load(from + (j + part) * width_ + i);
+                store_along(to, unit);
+            }
     }
 
     void lay_across(const Unit* rows, int64_t count, Unit* to) const {
-        for (int64_t i = 0; i < units_; ++i)
-            for (int64_t j = 0; j < up(count, kLanes); ++j) to[i * kKeys + j] = rows[j * units_ + i];
+        turn(up(count, kWhole<Unit>), units_, rows, units_, to, kKeys);
+    }
+
+    void lay_turned(const Unit* rows, int64_t count, const Tile& tile, Unit* to) const {
+        lay_along(rows, count, tile.along);
+        turn(up(count, kWhole<Unit>) / kPerUnit<Unit>, width_, tile.along, width_, to, kTileUnits);
     }
 
     // visit(block) for the prefix's blocks, if d continues it, and for d's own up to the one that holds `last`.
@@ -369,7 +494,7 @@ class Packed {
         return std::max<int64_t>(0, std::min(block.keys, query - block.start + 1));
     }
 
-    static int64_t vectors(const Block& block, int64_t last) { return (seen(block, last) + kLanes - 1) / kLanes; }
+    static int64_t vectors(const Block& block, int64_t last) { return up(seen(block, last), kWhole<Unit>) / kLanes; }
 
     void attend(int64_t d, int64_t head, const Tile& tile) const {
         for (int64_t start = 0; start < length(d); start += kQueries) {
@@ -381,9 +506,9 @@ class Packed {
             lay_rows(a_.q, token, a_.n_heads, head, count, tile.q);
             over_blocks(d, start + count - 1, [&](const Block& block) {
                 const int64_t n = vectors(block, start + count - 1), from = at(head / group(), block.index);
-                multiply<false>(count, n, a_.width, tile.q, units_, 1, keys_across_ + from, kKeys, tile.scores, kKeys);
+                multiply<false>(count, n, a_.width, tile.q, units_, keys_across_ + from, kKeys, tile.scores, kKeys);
                 for (int64_t r = 0; r < count; ++r) soften(tile, r, n, seen(block, start + r), top[r], total[r]);
-                multiply<true>(count, width_ / kLanes, n * kLanes, tile.weights, kBlockUnits, 1, values_along_ + from,
+                multiply<true>(count, width_ / kLanes, n * kLanes, tile.weights, kBlockUnits, values_along_ + from,
                                width_, tile.sums, width_);
             });
             for (int64_t r = 0; r < count; ++r) {
@@ -435,12 +560,13 @@ class Packed {
 
     void differentiate_tile(int64_t d, int64_t head, int64_t start, float* lead_k, float* lead_v, float* own_k,
                             float* own_v, const Tile& tile) const {
-        const int64_t count = std::min(kQueries, length(d) - start), token = begin(d) + start, wide = width_ / kLanes;
+        const int64_t count = std::min(kQueries, length(d) - start), token = begin(d) + start;
+        const int64_t rows = up(count, kWhole<Unit>);  // with rows of zeros, whose weights do no harm
         float lse[kQueries] = {}, delta[kQueries] = {};  // log2 sum exp; rowsum(grad * out)
         lay_rows(a_.q, token, a_.n_heads, head, count, tile.q);
         lay_rows(a_.grad, token, a_.n_heads, head, count, tile.grad);
-        lay_along(tile.q, count, tile.q_along);
-        lay_along(tile.grad, count, tile.grad_along);
+        lay_turned(tile.q, count, tile, tile.q_turned);
+        lay_turned(tile.grad, count, tile, tile.grad_turned);
         for (int64_t r = 0; r < count; ++r) {
             const int64_t row = (token + r) * a_.n_heads + head;
             lse[r] = a_.logsumexp[row] / kLn2;
@@ -449,17 +575,15 @@ class Packed {
         std::fill(tile.sums, tile.sums + kQueries * width_, 0.0f);
         over_blocks(d, start + count - 1, [&](const Block& block) {
             const int64_t n = vectors(block, start + count - 1), from = at(head / group(), block.index);
-            multiply<false>(count, n, a_.width, tile.q, units_, 1, keys_across_ + from, kKeys, tile.scores, kKeys);
-            multiply<false>(count, n, a_.width, tile.grad, units_, 1, values_across_ + from, kKeys, tile.grad_weights,
+            multiply<false>(rows, n, a_.width, tile.q, units_, keys_across_ + from, kKeys, tile.scores, kKeys);
+            multiply<false>(rows, n, a_.width, tile.grad, units_, values_across_ + from, kKeys, tile.grad_weights,
                             kKeys);
-            for (int64_t r = 0; r < count; r += kPerUnit<Unit>) weigh(tile, r, n, block, start, lse, delta);
+            for (int64_t r = 0; r < rows; r += kPerUnit<Unit>) weigh(tile, r, n, block, start, lse, delta);
             const int64_t to = (block.start < 0 ? block.start + a_.prefix : block.start) * width_;
             float *grad_v = (block.start < 0 ? lead_v : own_v) + to, *grad_k = (block.start < 0 ? lead_k : own_k) + to;
-            multiply<true>(n * kLanes, wide, count, tile.weights, 1, kKeys, tile.grad_along, width_, grad_v,
-                           width_);
-            multiply<true>(n * kLanes, wide, count, tile.slopes_along, 1, kKeys, tile.q_along, width_, grad_k,
-                           width_);
-            multiply<true>(count, wide, n * kLanes, tile.slopes, kBlockUnits, 1, keys_along_ + from, width_,
+            multiply<true>(width_, n, rows, tile.grad_turned, kTileUnits, tile.weights, kKeys, grad_v, kKeys);
+            multiply<true>(width_, n, rows, tile.q_turned, kTileUnits, tile.slopes_along, kKeys, grad_k, kKeys);
+            multiply<true>(rows, width_ / kLanes, n * kLanes, tile.slopes, kBlockUnits, keys_along_ + from, width_,
                            tile.sums, width_);
         });
         for (int64_t r = 0; r < count; ++r)
@@ -473,7 +597,7 @@ class Packed {
         auto* slopes = reinterpret_cast<Value<Unit>*>(tile.slopes);
         for (int64_t v = 0; v < n; ++v) {
             Lanes weights[kPerUnit<Unit>], gradients[kPerUnit<Unit>];
-            for (int64_t i = 0; i < kPerUnit<Unit>; ++i) {  // the last row may be of zeros: its weights do no harm
+            for (int64_t i = 0; i < kPerUnit<Unit>; ++i) {
                 const int64_t from = (r + i) * kKeys + v * kLanes;
                 const Lanes weight = power_of_two(load(tile.scores + from) * scale_ - lse[r + i]);
                 weights[i] = masked(weight, v, seen(block, start + r + i), 0);
@@ -499,11 +623,16 @@ class Packed {
         for (int64_t i = 0; i < a_.width; i += kLanes) store_some(to + i, load(from + i) * scale, a_.width - i);
     }
 
+    // The gradients of `count` keys and values, turned in blocks [W, kKeys].
     void write_keys(int64_t token, int64_t count, int64_t kv, const float* grad_k, const float* grad_v) const {
+        const Buffer<float> row(width_);
         for (int64_t j = 0; j < count; ++j) {
+            const int64_t from = j / kKeys * kKeys * width_ + j % kKeys;
             const int64_t to = ((token + j) * a_.n_kv_heads + kv) * a_.width;
-            write_row(grad_k + j * width_, scale_ * kLn2, static_cast<T*>(a_.grad_k) + to);
-            write_row(grad_v + j * width_, 1, static_cast<T*>(a_.grad_v) + to);
+            for (int64_t i = 0; i < width_; ++i) row[i] = grad_k[from + i * kKeys];
+            write_row(row, scale_ * kLn2, static_cast<T*>(a_.grad_k) + to);
+            for (int64_t i = 0; i < width_; ++i) row[i] = grad_v[from + i * kKeys];
+            write_row(row, 1, static_cast<T*>(a_.grad_v) + to);
         }
     }
 

@@ -14,6 +14,7 @@ One layer of SmolLM2-135M, bf16, two Zen 4 cores, torch -> C++ in ms (bench/atte
 forward 1.0 -> 0.55, backward 4.3 -> 1.0; six of them 5.9 -> 2.5 and 29 -> 4.8; 400 + 600 tokens 11 -> 5.2 and 27 -> 11.
 Those are with fp32 products; of bf16 pairs (Zen 5, one core, four documents of 1024, 12 heads) forward takes 24 instead
 of 43, backward 52 instead of 83, and the error against fp64 is 2.0e-3 instead of 1.6e-3 (gradients 2.5e-3 and 1.9e-3).
+AMX (Xeon, two cores) is another 2.2 to 3.4 times faster forward, 2.4 to 4.9 backward, with the same error.
 
 Twin: `naive_attention`, which materialises everything and is used by tests only.
 Shapes: B batch, T tokens, N = B*T, S cached tokens, H heads, K KV heads, G = H/K, h head width.

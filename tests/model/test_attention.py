@@ -13,9 +13,9 @@ from arriero.model.attention import document_attention, naive_attention
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86-64")
 
 
-@pytest.fixture(params=["-mno-avx512bf16", "-march=x86-64"])
+@pytest.fixture(params=["-mno-amx-bf16", "-mno-avx512bf16", "-march=x86-64"])
 def older_cpu(request, monkeypatch) -> None:
-    """Without products of bf16 pairs; without wide vectors either."""
+    """Without tiles of bf16; without products of its pairs either; without wide vectors either."""
     library = load_cpp(Path(attention.__file__).with_suffix(".cpp"), "no test", "-fopenmp", request.param)
     assert library is not None
     monkeypatch.setattr(attention, "load_library", lambda: library)
@@ -24,7 +24,7 @@ def older_cpu(request, monkeypatch) -> None:
 @pytest.mark.usefixtures("older_cpu")
 @pytest.mark.parametrize("prefix", [0, 67])
 @pytest.mark.parametrize("width", [6, 64, 80])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2.5e-3)], ids=str)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 3.5e-3)], ids=str)
 def test_attention_on_older_cpus_equals_the_naive_twin(dtype, bound, width, prefix):
     compare(dtype, bound, width, prefix)
 
