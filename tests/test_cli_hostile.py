@@ -31,6 +31,7 @@ LINES = {
     "merge": "MODEL SHARDS out",
     "convert": "MODEL OUT --to gguf",
     "data inspect": "SOURCE --model MODEL",
+    "data verify": "SHARDS",
     "data build docstrings": "out --source SOURCE",
     "tokenizer train": "SOURCE --out OUT --vocab-size 300 --n-special 11",
     "tokenizer encode": "MODEL --file MISSING",

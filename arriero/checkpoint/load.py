@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
+def best_device() -> str:
+    """The GPU where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def open_weights(path: Path) -> Weights:
     """Open a checkpoint of any known format: a .gguf file, a Hugging Face directory or a Meta directory."""
     if path.is_file() and path.suffix == ".gguf":

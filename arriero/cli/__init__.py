@@ -42,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": use.merge,
     "convert": use.convert,
     "data inspect": data.inspect,
+    "data verify": data.verify,
     "data build docstrings": data.build_docstrings,
     "tokenizer train": tokenizer.train,
     "tokenizer encode": tokenizer.encode,

@@ -174,6 +174,29 @@ def inspect(file: str, *, model: str, rows: int = 3, first: int = 0, seq_len: in
     show(file, load_tokenizer(resolve(model)), rows, seq_len=seq_len, first=first, workers=workers)
 
 
+def verify(directory: Path) -> None:
+    """Read token shards whole and compare every file with the SHA-256 in its manifest, as after a copy.
+
+    Example:
+        arriero data verify out/shards
+
+    Args:
+        directory: What `arriero shard` wrote, or one of the sets in it.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from arriero.data.shards import find_sets
+
+    sets = find_sets(directory)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=sum(shards.size for shards in sets))
+        for shards in sets:
+            shards.verify(progress=lambda size: bar.advance(task, size))
+    for shards in sets:
+        print(f"{shards.directory}: {shards.n_documents:,} documents, {shards.n_tokens:,} tokens, as they were written")
+
+
 def build_docstrings(
     out: Path,
     source: str = "stdlib",

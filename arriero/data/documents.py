@@ -27,7 +27,7 @@ from fractions import Fraction
 from typing import Literal
 
 from arriero.data.loader import Batch, Row, collate
-from arriero.data.mix import Schedule
+from arriero.data.mix import Schedule, integer_weights
 from arriero.data.order import WINDOW, BestFit, Concat, Run, Windows
 from arriero.data.shards import Shards
 from arriero.errors import ConfigError, DataError, did_you_mean
@@ -186,6 +186,7 @@ def _check(sources: Mapping[str, Shards], stages: Sequence[DataStage], bounds: M
         if epochs <= 0:
             raise ConfigError(f"max_epochs of {name!r} is {float(epochs)}; give a number above 0")
     for stage in stages:
+        integer_weights(stage.weights)
         if stage.seq_len < 1:
             raise ConfigError(f"seq_len is {stage.seq_len}; a row holds 1 token at least")
     for name, shards in sources.items():

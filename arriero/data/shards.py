@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,16 @@ class Shards:
             "or put the tokenizer's directory beside it again"
         )
 
-    def verify(self) -> None:
-        """Read every byte and compare the SHA-256; raises DataError for the first file that differs."""
+    @property
+    def size(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(file["size"] for file in self.manifest["files"])
+
+    def verify(self, progress: Callable[[int], None] = lambda size: None) -> None:
+        """Read every byte and compare the SHA-256; raises DataError for the first file that differs.
+
+        progress: called with the bytes of each file that was read.
+        """
         for file in self.manifest["files"]:
             path = self.directory / file["name"]
             with open(path, "rb") as opened:
@@ -109,6 +117,7 @@ class Shards:
                     f"{path}: its SHA-256 is {found[:16]}..., the manifest says {file['sha256'][:16]}...; "
                     "the file has changed since it was written: copy it again, or make the shards anew"
                 )
+            progress(file["size"])
 
     def _check_size(self, file: Mapping[str, Any]) -> None:
         path = self.directory / file["name"]
@@ -154,6 +163,14 @@ def open_sources(directory: str | Path) -> dict[str, Shards]:
                 "shard both with the same one"
             )
     return by_name
+
+
+def find_sets(directory: str | Path) -> list[Shards]:
+    """Every set at `directory` and below it, training and validation alike; raises DataError where there is none."""
+    found = [Shards(path.parent) for path in sorted(Path(directory).rglob(MANIFEST))]
+    if not found:
+        raise DataError(f"{directory}: no token shards here (no {MANIFEST}); `arriero shard` makes them")
+    return found
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

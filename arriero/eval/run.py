@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from arriero.checkpoint.load import load
+from arriero.checkpoint.load import best_device, load
 from arriero.checkpoint.source import resolve
 from arriero.data.formats import Conversation, Record, parse_record, read_records, source_files
 from arriero.errors import ConfigError, DataError
@@ -66,8 +66,8 @@ def before_and_after(
             resolve(name)  # a missing model is refused before the other one has been measured
 
     def measured(name: str, adapter: str) -> R:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = load(name, dtype=DTYPES[config.precision], device=device, adapter=adapter or None)
+        dtype, device = DTYPES[config.precision], best_device()
+        model, tokenizer = load(name, dtype=dtype, device=device, adapter=adapter or None)
         return measure(merge_lora(model), tokenizer, f"{name} + {adapter}" if adapter else name)
 
     before = measured(config.compare_with, "") if config.compare_with else None

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from arriero.checkpoint.load import load
+from arriero.checkpoint.load import best_device, load
 from arriero.config import from_dict
 from arriero.errors import ConfigError, DataError, UserError, did_you_mean
 from arriero.infer.config import ChatConfig, GenerateConfig, SamplingConfig
@@ -35,12 +35,18 @@ CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def load_chosen(config: GenerateConfig | ChatConfig) -> tuple[Llama, Tokenizer]:
+    """The model that `config` names under its adapter, and its tokenizer; on the GPU if there is one (not measured)."""
+    dtype, adapter = DTYPES[config.precision], config.adapter or None
+    return load(config.model, dtype=dtype, device=best_device(), adapter=adapter)
+
+
 def run_generate(config: GenerateConfig) -> None:
     """Answer one prompt on standard output, as it is made."""
     prompt = config.prompt or sys.stdin.read()
     if not prompt.strip():
         raise ConfigError("the prompt is empty; give it after the model's name, or pipe text to standard input")
-    model, tokenizer = load(config.model, dtype=DTYPES[config.precision], adapter=config.adapter or None)
+    model, tokenizer = load_chosen(config)
     if config.raw:
         ids = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
     else:
@@ -56,7 +62,7 @@ def run_chat(config: ChatConfig) -> None:
     """Load the model, then talk until /quit or the end of the input."""
     screen = Screen()
     screen.note(f"loading {config.model} ...")
-    model, tokenizer = load(config.model, dtype=DTYPES[config.precision], adapter=config.adapter or None)
+    model, tokenizer = load_chosen(config)
     chat = Chat(model, tokenizer, config, screen)
     screen.note(f"{config.model}, {chat.session.context:,} tokens of context; /help lists the commands")
     for message in screen.messages():

@@ -200,6 +200,11 @@ class Tokenizer(ABC):
         """Return the bytes that an id stands for (special tokens: their text)."""
         return self._bytes[token_id]
 
+    def holds(self, other: Tokenizer) -> bool:
+        """Whether every id of `other` stands for the same bytes here, so that a model of ours can read its ids."""
+        n = other.vocab_size
+        return n <= self.vocab_size and all(self.token_bytes(i) == other.token_bytes(i) for i in range(n))
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of ids; bytes that are not UTF-8 become U+FFFD."""
         joined = b"".join(self._bytes[i] for i in map(int, ids) if not (skip_special and i in self._special_texts))

@@ -25,6 +25,7 @@ import os
 import secrets
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ from arriero.files import replaced_file
 
 PROJECT = "arriero"  # at W&B and in trackio
 SMOOTHING = 0.9  # weight of the past in the running mean of the loss
+PACE_STEPS = 100  # what the time left is judged by
 PLAIN_EVERY = 10.0  # seconds between lines where the output is not a terminal
 
 
@@ -201,7 +203,8 @@ class Unheard(MetricsLog):
 class LiveLine:
     """One line that keeps up with the run; where the output is no terminal, a plain line every ten seconds.
 
-    The loss shown is a running mean (0.9 of the past), the time left is from the mean speed since `start`.
+    The loss shown is a running mean (0.9 of the past), the time left is from the mean speed of the last 100 steps, but
+    for the first step, which compiles.
     """
 
     def __init__(self, total: int, start: int = 0, console: Console | None = None) -> None:
@@ -210,6 +213,7 @@ class LiveLine:
         self._live = Live(console=self._console, refresh_per_second=4) if self._console.is_terminal else None
         self._loss: float | None = None
         self._began = self._printed = time.monotonic()
+        self._ends: deque[float] = deque(maxlen=PACE_STEPS + 1)  # of the last steps
 
     def __enter__(self) -> Self:
         if self._live:
@@ -227,6 +231,7 @@ class LiveLine:
         loss, now = metrics["loss"], time.monotonic()
         if math.isfinite(loss):
             self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
+        self._ends.append(now)
         text = self._text(metrics, now)
         if self._live:
             self._live.update(text)
@@ -236,7 +241,8 @@ class LiveLine:
 
     def _text(self, metrics: Mapping[str, Any], now: float) -> Text:
         step, total = metrics["step"], self._total
-        left = (now - self._began) / max(1, step - self._start) * (total - step)
+        counted = len(self._ends) - 1
+        pace = (now - self._ends[0]) / counted if counted else now - self._began
         shown = "-" if self._loss is None else f"{self._loss:.4f}"
         parts = [
             (f"step {step:>{len(str(total))}}/{total}", "bold"),
@@ -244,7 +250,7 @@ class LiveLine:
             (f"  lr {metrics['lr']:.2e}", ""),
             (f"  {metrics['tokens_per_s']:,.0f} tokens/s", "green"),
             *([(f"  mfu {metrics['mfu']:.0%}", "green")] if "mfu" in metrics else []),
-            (f"  {duration(left)} left", ""),
+            (f"  {duration(pace * (total - step))} left", ""),
             (f"  {metrics['memory_bytes'] / 1e9:.2f} GB", "dim"),
         ]
         if metrics.get("skipped"):

@@ -23,7 +23,8 @@ from rich.console import Console
 
 from arriero.checkpoint.files import read_json
 from arriero.checkpoint.hf import companions, save_hf
-from arriero.checkpoint.load import open_model
+from arriero.checkpoint.load import has_tokenizer, load_tokenizer_at, open_model
+from arriero.checkpoint.source import resolve
 from arriero.data.documents import DataStage, PretrainLoader
 from arriero.data.loader import Batch
 from arriero.data.prefetch import Prefetched
@@ -242,13 +243,20 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> tu
     """A new model of the shape that `config.model` names, or the model of that name; without memory, and its values.
 
     A shape of the ladder gets the tokenizer's vocabulary and the context of its longest row (past it a model is lost);
-    a published one keeps its own, if its vocabulary holds the tokenizer's.
+    a published one keeps its own, if its vocabulary holds the tokenizer's. A model's own tokenizer must give the ids
+    of the shards the same meaning; one that comes without a tokenizer is taken on trust.
     """
     if (shape := SHAPES.get(config.model)) is None:
         near = did_you_mean(config.model, SHAPES)
         if near and "/" not in config.model and not Path(config.model).exists():
             raise ConfigError(f"no shape or model {config.model!r}{near} (arriero ls models lists the shapes)")
-        model, weights = open_model(config.model, torch.float32)
+        path = resolve(config.model)
+        if has_tokenizer(path) and not load_tokenizer_at(path).holds(tokenizer):
+            raise ConfigError(
+                f"the shards' ids are not those of {config.model}: its own tokenizer reads them as other text; "
+                "shard the data with it (arriero shard --tokenizer), or begin with a shape instead of a model"
+            )
+        model, weights = open_model(path, torch.float32)
         _check_vocabulary(config.model, model.config.vocab_size, tokenizer)
         changes: dict[str, Any] = {"max_context": max(seq_len, model.config.max_context)}
         if config.rope_theta:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from arriero import config as configs
 from arriero.checkpoint.files import write_json
+from arriero.checkpoint.load import best_device
 from arriero.distributed.materialise import Values
 from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.errors import ConfigError
@@ -69,9 +70,9 @@ Build = Callable[[Any, Console, Mesh], Run]
 def execute(config: Any, recipe: str, build: Build) -> Outcome:
     """Run a recipe as `config` says. Raises a `UserError` before step 1 for whatever cannot be trained on."""
     began = time.time()
-    if config.parallel.cpu_offload and _device() == "cpu":
+    if config.parallel.cpu_offload and best_device() == "cpu":
         raise ConfigError("cpu_offload is on, but there is no GPU here: all lies in the host's memory; leave it out")
-    with init_mesh(config.parallel, _device()) as mesh:
+    with init_mesh(config.parallel, best_device()) as mesh:
         return _execute(config, recipe, build, mesh, began)
 
 
@@ -185,11 +186,7 @@ def first_values(base: Values, seed: int) -> Values:
 
 def alone() -> Mesh:
     """One process, on the GPU if there is one."""
-    return Mesh.alone(_device())
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return Mesh.alone(best_device())
 
 
 def eagerly() -> AbstractContextManager[None]:

@@ -22,6 +22,7 @@ import tokenizers
 from helpers.shards import write_shards
 from rich.console import Console
 
+from arriero.cli.data import verify
 from arriero.curate.document import Document
 from arriero.curate.sources import read_documents
 from arriero.data import sharding
@@ -417,7 +418,7 @@ def test_a_full_disk_is_named_with_the_remedy(tmp_path, small, monkeypatch, name
         shard_documents(["a"], small, tmp_path / "out", validation=0, console=QUIET)
 
 
-def test_sets_that_are_not_whole_or_not_there_are_refused(tmp_path):
+def test_sets_that_are_not_whole_or_not_there_are_refused(tmp_path, capsys):
     with pytest.raises(
         DataError, match=r"nowhere: no token shards here \(no manifest.json\); `arriero shard` makes them"
     ):
@@ -428,7 +429,7 @@ def test_sets_that_are_not_whole_or_not_there_are_refused(tmp_path):
     ):
         open_sources(tmp_path / "sets")
     write_shards(tmp_path / "sets/train", [5, 7, 11])
-    shards = open_shards(tmp_path / "sets/train")
+    open_shards(tmp_path / "sets/train")
     tokens = tmp_path / "sets/train/tokens-00001.bin"
     whole = tokens.read_bytes()
     tokens.write_bytes(whole[:-2])
@@ -439,7 +440,10 @@ def test_sets_that_are_not_whole_or_not_there_are_refused(tmp_path):
     tokens.write_bytes(b"\xff" + whole[1:])
     open_shards(tmp_path / "sets/train")
     with pytest.raises(DataError, match=r"tokens-00001.bin: its SHA-256 is [0-9a-f]{16}\.\.\., the manifest says"):
-        shards.verify()
+        verify(tmp_path / "sets")
+    tokens.write_bytes(whole)
+    verify(tmp_path / "sets")
+    assert capsys.readouterr().out.count(": 3 documents, 23 tokens, as they were written\n") == 2
     tokens.unlink()
     with pytest.raises(DataError, match=r"tokens-00001.bin is missing"):
         open_shards(tmp_path / "sets/train")

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,17 @@ def test_on_a_terminal_the_line_shows_the_smoothed_loss_of_the_last_step() -> No
     loss = 0.9 * 2.0 + 0.1 * (2.0 / 3)  # the step whose loss was not finite does not count
     assert f"step 3/3  loss {loss:.4f}" in text
     assert "0s left" in text
+
+
+def test_the_time_left_forgets_the_step_that_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 60.0, 75.0, 90.0])  # the start, and the ends of three steps
+    monkeypatch.setattr("arriero.train.metrics.time.monotonic", lambda: next(clock))
+    screen = io.StringIO()
+    line = LiveLine(102, console=Console(file=screen, width=120))
+    for step in (1, 2, 3):
+        line.update(metrics(step))
+    left = [re.search(r"(\S+) left", text) for text in screen.getvalue().splitlines()]
+    assert [found[1] for found in left if found] == ["1h41m", "25m00s", "24m45s"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (3599, "59m59s"), (12000, "3h20m")])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from helpers.tokenizers import small_sentencepiece
 from helpers.training import assert_same, losses, whole_and_resumed
 
 from arriero.checkpoint.hf import save_hf
@@ -148,7 +149,20 @@ def test_what_cannot_be_trained_on_is_refused_before_step_1(shards, tmp_path):
     save_hf(small, tmp_path / "small", tokenizer)
     with pytest.raises(ConfigError, match=r"has 128 tokens, the shards were made with a tokenizer of 512"):
         main(replace(config, model=str(tmp_path / "small")))
+    with pytest.raises(ConfigError, match="no source has a weight above 0"):
+        main(replace(config, data=replace(config.data, weights={"short": 0.0, "long": 0.0})))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_does_not_go_on_with_ids_that_its_own_tokenizer_reads_as_other_text(shards, tmp_path):
+    other = Llama(replace(SHAPE, vocab_size=512)).init_weights(seed=1)
+    save_hf(other, tmp_path / "other", small_sentencepiece())
+    config = settings(shards, tmp_path / "run", model=str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="its own tokenizer reads them as other text; shard the data with it"):
+        main(config)
+    for file in ("tokenizer.json", "tokenizer.model"):
+        (tmp_path / "other" / file).unlink(missing_ok=True)
+    build(config, None)  # a model without a tokenizer is taken on trust
 
 
 def test_a_run_does_not_go_on_where_the_shards_have_changed(shards, tmp_path):
