@@ -79,7 +79,8 @@ def race(tokenizer: Tokenizer, texts: list[str], megabytes: float, rounds: int, 
             rows = encode(texts)
             wall[name].append(megabytes / (time.perf_counter() - began))
             cpu[name].append(megabytes / (time.process_time() - cpu_began))
-            assert all(np.array_equal(row, ids) for row, ids in zip(rows, expected, strict=True)), name
+            same = (np.array_equal(np.asarray(row), ids) for row, ids in zip(rows, expected, strict=True))
+            assert all(same), name
     medians = {name: statistics.median(values) for name, values in wall.items()}
     fastest = max((name for name in builders if not name.startswith("arriero")), key=medians.__getitem__)
     return {
