@@ -263,6 +263,7 @@ struct TilesOfThread {  // configured while it lives
             uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
         } config;
+        asm volatile("" ::"r"(&config) : "memory");  // GCC does not know that all of it is read
         if (tiles_lent) _tile_loadconfig(&config);
     }
     ~TilesOfThread() {

@@ -6,6 +6,7 @@ line reads this module to print its help.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -44,7 +45,9 @@ class OptimConfig:
     never lie in memory together. Needs clip 0, and batches that go through the model at once."""
 
     def __post_init__(self) -> None:
-        check(self.lr > 0, f"lr is {self.lr}; it must be above 0")
+        check(0 < self.lr < math.inf, f"lr is {self.lr}; it must be a number above 0")
+        check(all(0 <= b < 1 for b in self.betas), f"betas are {self.betas}; each is in [0, 1)")
+        check(0 <= self.eps < math.inf, f"eps is {self.eps}; it must be a number of at least 0")
         check(
             0 <= self.warmup < 1 or (self.warmup.is_integer() and self.warmup > 0),
             f"warmup is {self.warmup}; it is a share of the steps, in [0, 1), or a whole number of steps",
@@ -116,6 +119,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         check(self.steps >= 0, f"steps is {self.steps}; it must be at least 0 (0 takes them from epochs)")
+        check(self.epochs < math.inf, f"epochs is {self.epochs}; it must be a finite number")
         check(self.steps > 0 or self.epochs > 0, f"epochs is {self.epochs} and steps 0; one must be above 0")
         check(self.batch_rows >= 1, f"batch_rows is {self.batch_rows}; it must be at least 1")
         check(
@@ -274,7 +278,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "rope_theta", "z_loss"):
-            check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
+            check(0 <= getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}; it must be at least 0")
         check(
             not (self.tokens and self.loop.steps),
             f"tokens is {self.tokens:g} and steps is {self.loop.steps}; a run has one length: set the other to 0",

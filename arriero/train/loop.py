@@ -217,9 +217,9 @@ class Trainer:
             if saved_at != p.step:
                 self.save()
             self.checkpoints.wait()
-        if not stop and p.step < self.total_steps:
-            stop.append(signal.SIGTERM)  # that another process was sent
-        return Outcome(p, stop[0] if stop else None)
+        if p.step == self.total_steps:
+            return Outcome(p, None)  # whatever signal came during the last step: the others have not seen it
+        return Outcome(p, stop[0] if stop else signal.SIGTERM)  # SIGTERM: that another process was sent
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
@@ -237,7 +237,7 @@ class Trainer:
         p, measured = self.progress, self.measure()
         loss = p.validation[p.step] = measured["loss"]
         record.event("validation", step=p.step, **measured)
-        if p.best_loss is not None and loss >= p.best_loss:
+        if not math.isfinite(loss) or (p.best_loss is not None and loss >= p.best_loss):
             return False
         p.best_loss, p.best_step = loss, p.step
         return True

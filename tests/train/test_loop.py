@@ -160,7 +160,7 @@ def test_many_non_finite_steps_in_a_row_stop_with_a_clear_error(tmp_path):
 
 
 def test_the_best_checkpoint_is_kept_and_taken_up(tmp_path):
-    values = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
+    values = iter([3.0, 1.0, 2.0, 2.5, float("nan"), 2.7])  # what is not finite is never the best
     trainer = toy_trainer(
         tmp_path, steps=10, validate=lambda: {"loss": next(values)}, validate_every=2, save_every=1, keep_last=1
     )
@@ -170,6 +170,12 @@ def test_the_best_checkpoint_is_kept_and_taken_up(tmp_path):
     with MetricsLog(tmp_path, after=10) as log:
         trainer.load_result(log)
     assert_same(weights(trainer), native.at_step(tmp_path, 2).tensors("weights"))
+
+
+def test_a_signal_during_the_last_step_finds_a_finished_run(tmp_path):
+    trainer = toy_trainer(tmp_path, steps=2)
+    trainer.validate = lambda: (trainer.progress.step == 2 and signal.raise_signal(signal.SIGTERM)) or {"loss": 1.0}
+    assert run(trainer, tmp_path).interrupted is None
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
