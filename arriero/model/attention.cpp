@@ -41,11 +41,6 @@ constexpr int64_t kBytes = 32, kRows = 4;
 constexpr int64_t kBytes = 16, kRows = 4;
 #endif
 constexpr int64_t kLanes = kBytes / 4;
-#if defined(ARRIERO_TILES)
-constexpr int64_t kQueries = 64;  // a tile
-#else
-constexpr int64_t kQueries = 32;
-#endif
 constexpr int64_t kKeys = 64;  // a block
 constexpr float kLn2 = 0.69314718f;
 constexpr int64_t kStrands = 16;  // backward: documents are dealt to so many strands a KV head
@@ -271,7 +266,9 @@ struct TilesOfThread {  // configured while it lives
     }
 };
 
-// All three sizes are multiples of kWhole: 32 x 32 sums in four tiles, two tiles of either factor at a time.
+// 32 x 32 sums in four tiles, two tiles of either factor at a time. Rows are rounded up: what lies past them must be
+// readable, and makes sums that nobody reads.
+static_assert(kWhole<Pair> == 32, "padding is whole blocks of tiles");
 template <bool kAdd>
 void multiply_tiles(int64_t rows, int64_t columns, int64_t units, const Pair* a, int64_t lda, const Pair* b,
                     int64_t ldb, float* c, int64_t ldc) {
@@ -404,6 +401,7 @@ class Packed {
     }
 
   private:
+    static constexpr int64_t kQueries = kWhole<Unit> == 32 ? 64 : 32;  // a tile; products by registers gain by more
     static constexpr int64_t kTileUnits = kQueries / kPerUnit<Unit>, kBlockUnits = kKeys / kPerUnit<Unit>;
     static_assert(kQueries % kWhole<Unit> == 0 && kKeys % kWhole<Unit> == 0);
 
