@@ -164,7 +164,7 @@ def test_a_preset_or_a_file_may_stand_in_the_models_place(tmp_path: Path, monkey
         ("run ok.toml --lrr 3", "Unrecognized options: --lrr, 3"),
         ("run ok.toml --lrr 3", "Perhaps you meant: --lr FLOAT"),
         ("run ok.toml --lr fast", "fast"),
-        ("run ok.toml --lr 0", "lr is 0.0; it must be above 0"),
+        ("run ok.toml --lr 0", "lr is 0.0; it must be a number above 0"),
         ("run empty.toml", 'the key "recipe" is missing; begin the file with: recipe = "sft"'),
         ("run pretrain-9m", "no preset 'pretrain-9m'; did you mean 'pretrain-1m'"),
         ("pretrain ok.toml --data x", "ok.toml configures sft, which is nothing to pretrain: arriero run ok.toml"),
