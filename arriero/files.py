@@ -1,4 +1,4 @@
-"""One file, written so that a reader never sees half of it: temporary name, fsync, rename.
+"""One file, written so that a reader never sees half of it: temporary name, fsync, rename. And a directory's lock.
 
 A crash leaves either the old content or the new, and at worst a stray file whose name begins with a dot.
 """
@@ -8,8 +8,12 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from arriero.errors import UserError
+
+LOCK = ".lock"
 
 
 @contextmanager
@@ -28,6 +32,34 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as UTF-8; a reader sees the old file or the new one, never a part."""
     with replaced_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n", errors="surrogatepass")
+
+
+@contextmanager
+def locked(directory: Path, busy: UserError) -> Iterator[None]:
+    """Keep other processes from working in `directory`, which is made if need be; raises `busy` where one does.
+
+    The lock goes with the process, however it ends; a directory that is left empty goes too. Nothing is held on
+    Windows and on file systems without locks.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / LOCK
+    with open(path, "a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError  # taken away by one that has just finished, and perhaps made anew by a third
+        except BlockingIOError:
+            raise busy from None
+        except (ImportError, OSError):
+            pass
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+                directory.rmdir()
 
 
 def temporary_name(path: Path) -> Path:

@@ -341,7 +341,10 @@ def _verify(path: Path, expected: Any) -> None:
     """Raise `CheckpointError`, naming the file and what is wrong, unless its fingerprint is `expected`."""
     if not path.is_file():
         raise CheckpointError(f"{path}: missing")
-    found = _fingerprint(path)
+    try:
+        found = _fingerprint(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     if found == expected:
         return
     if isinstance(expected, dict) and found["bytes"] != expected.get("bytes"):

@@ -111,7 +111,8 @@ class Checkpoints:
         """This process's files, and on process 0 the checkpoint of all. Fails everywhere when it fails anywhere."""
         peers, topic = self._speaking, f"checkpoint of step {step}"
         failure = self._attempt(native.begin, self.run_dir, step) if peers.rank == 0 else None
-        verdict = peers.announce(topic, _text(failure))
+        unable = f"{self.run_dir}: the {topic} cannot be begun ({_text(failure)}); mend that, then resume"
+        verdict = peers.announce(topic, unable if failure else None)
         if verdict is None:
             word: dict[str, Any] = {"bytes": sum(native.n_bytes(part.tensors) for part in parts.values())}
             failure = self._attempt(self._write_own, step, parts, word)

@@ -84,7 +84,7 @@ def validate(recipe: str, config: Any) -> None:
     """
     from rich.console import Console
 
-    from arriero.train.recipe import open_run
+    from arriero.train.claim import goes_on
 
-    open_run(config, recipe)
+    goes_on(config, recipe)
     print(module_of(recipe).build(config, Console(stderr=True)).summary())

@@ -23,8 +23,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,9 +51,9 @@ from arriero.curate.stats import Json, add, best_examples
 from arriero.curate.steps.corpus import KeyFile
 from arriero.curate.tasks import ERRORS_SHOWN, MB, decision_path, finish_shard, read_unit, reduce_range, take_stage
 from arriero.errors import ConfigError
+from arriero.files import LOCK, locked
 
 WORK = ".work"
-LOCK = ".lock"
 PLAN = "plan.json"
 FORMAT = 1  # of the work directory and manifest
 
@@ -75,7 +74,9 @@ def curate(config: CurateConfig, console: Console | None = None) -> Json:
     if passed_over:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in passed_over.most_common(10))
         console.print(f"passed over in directories: {kinds}", highlight=False)
-    with locked(out):
+    refuse_what_is_not_ours(out)
+    busy = ConfigError(f"{out} is in use by another `arriero curate`; wait for it, or give another --out")
+    with locked(out, busy):
         plan = plan_of(config, files)
         if (out / MANIFEST).exists():
             manifest = read_json(out / MANIFEST)
@@ -278,27 +279,10 @@ def cut(files: Sequence[SourceFile], size: int) -> list[list[SourceFile]]:
     return units
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold a directory for this run alone; refuses one that is in use, or holds something else."""
+def refuse_what_is_not_ours(out: Path) -> None:
+    """Raise `ConfigError` where `out` holds something else than a curation."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give a directory with --out")
     ours = out.is_dir() and any((out / name).exists() for name in (WORK, MANIFEST))
     if out.is_dir() and not ours and any(path.name != LOCK for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no curation; give a new directory with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / LOCK, "w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except OSError:
-            raise ConfigError(
-                f"{out} is in use by another `arriero curate`; wait for it, or give another --out"
-            ) from None
-        try:
-            yield
-        finally:
-            (out / LOCK).unlink(missing_ok=True)

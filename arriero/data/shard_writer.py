@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,12 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from arriero.data.shards import FORMAT, MANIFEST
+from arriero.data.shards import FORMAT, MANIFEST, SPLITS
 from arriero.errors import DataError
-from arriero.files import put_in_place, replaced_file, sync, temporary_name, write_text
+from arriero.files import LOCK, locked, put_in_place, replaced_file, sync, temporary_name, write_text
 from arriero.tokenizer.base import Tokenizer
 
 PROGRESS = "progress.json"
-LOCK = ".lock"
 
 SetName = tuple[str, str]  # (split, source)
 
@@ -69,11 +67,12 @@ class ShardWriter:
         begun = (self.out / PROGRESS).is_file()
         if not begun and self.out.exists() and any(path.name != LOCK for path in self.out.iterdir()):
             raise DataError(f"{self.out} holds something else; give another --out, or empty it")
-        self.out.mkdir(parents=True, exist_ok=True)
+        busy = DataError(f"{self.out}: another process is writing shards there; wait for it, or give another --out")
         with ExitStack() as stack:
-            stack.enter_context(_locked(self.out))
+            stack.enter_context(locked(self.out, busy))
             self.state = self._read_state() if begun else State(self._request)
             if not self.state.parts:
+                self._clear()  # what a run was at before anything was durable
                 self._save()
             for stray in self.out.glob("**/.*.tmp"):  # of a run that was killed
                 stray.unlink()
@@ -121,14 +120,17 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Take away all that was written: it is of no use, and another try is to find the place empty."""
-        for split in {name.partition("/")[0] for part in self.state.parts for name in part}:
-            shutil.rmtree(self.out / split)
+        self._clear()
         (self.out / PROGRESS).unlink()
 
     def directory(self, name: SetName) -> Path:
         """Where a set lies; any character may be in a source's name, so it is percent-encoded."""
         split, source = name
         return self.out / split / quote(source, safe=" ").replace(".", "%2E") if self.by_source else self.out / split
+
+    def _clear(self) -> None:
+        for split in SPLITS:
+            shutil.rmtree(self.out / split, ignore_errors=True)
 
     def _save_tokenizer(self) -> None:
         if (self.out / "tokenizer").is_dir():
@@ -236,24 +238,6 @@ class _SetPart:
 
     def abandon(self) -> None:
         self._tokens.abandon()
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Keep other processes from writing here; the lock goes with the process, however it ends."""
-    if os.name == "nt":
-        yield
-        return
-    import fcntl
-
-    with open(directory / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(
-                f"{directory}: another process is writing shards there; wait for it, or give another --out"
-            ) from None
-        yield
 
 
 def _write_json(path: Path, value: Any) -> None:

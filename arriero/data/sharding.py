@@ -32,7 +32,7 @@ from rich.table import Table
 from arriero.curate.document import Document
 from arriero.curate.sources import Position, Reading, SourceFile, from_record, list_files, read_documents, read_file
 from arriero.data.shard_writer import MarkedDocuments, SetName, ShardWriter, State
-from arriero.data.shards import FORMAT, ONE_SOURCE, Shards, open_sources, token_type
+from arriero.data.shards import FORMAT, ONE_SOURCE, SPLITS, TRAIN, VALIDATION, Shards, open_sources, token_type
 from arriero.errors import DataError, check
 from arriero.pool import in_order
 from arriero.records import Record, read_records
@@ -42,7 +42,6 @@ from arriero.tokenizer.parallel import DocumentEncoder
 CHUNK = 2**20  # bytes of source that a worker gets at once
 PART = 2**28  # bytes of source that become durable at once
 IN_PROCESS = 2**23  # bytes of source below which they are encoded here: starting workers would take longer
-TRAIN, VALIDATION = "train", "validation"
 ONE_DOCUMENT = ("prose", "html", "code")  # kinds of files that workers open
 
 
@@ -120,7 +119,10 @@ def shard_documents(
     part_size: int = PART,
     console: Console | None = None,
 ) -> dict[str, dict[str, Shards]]:
-    """As `shard_sources`, for documents or texts in Python; stopped and called again, it passes over those done."""
+    """As `shard_sources`, for documents or texts in Python; stopped and called again, it passes over those done.
+
+    Called again, it has to be given the same documents: a list or tuple of others is refused, an iterator is trusted.
+    """
 
     def items(start: Position) -> Iterator[Item]:
         for i, document in enumerate(documents):
@@ -129,8 +131,15 @@ def shard_documents(
                 yield Item(whole, len(whole.text), Position(0, i + 1))
 
     share, _ = parse_validation(float(validation))
+    request = {"validation": str(validation)}
+    if isinstance(documents, Sequence):
+        digest = hashlib.sha256()
+        for d in documents:
+            text, source = (d, "") if isinstance(d, str) else (d.text, d.source)
+            digest.update(f"{len(text)}\0{source}\0{text}".encode("utf-8", "surrogatepass"))
+        request["documents"] = f"{len(documents):,} ({digest.hexdigest()[:16]})"
     encode = Encode(tokenizer, Reading(), share, by_source, frozenset())
-    return _shard(items, encode, Path(out), {"validation": str(validation)}, part_size, workers, [], console)
+    return _shard(items, encode, Path(out), request, part_size, workers, [], console)
 
 
 def parse_validation(validation: str | float) -> tuple[float, str | None]:
@@ -244,7 +253,7 @@ class Encode:
         for item in chunk.items:
             document = self._document(item)
             split = self._split(document.text, item.held_out)
-            if split in (TRAIN, VALIDATION):
+            if split in SPLITS:
                 name = document.source if self.by_source and document.source else ONE_SOURCE
                 by_set.setdefault((split, name), []).append(document.text)
             else:
@@ -333,7 +342,7 @@ def _shard(
             raise
         place = out if error.filename is None else error.filename  # a full disk comes without a name
         raise DataError(f"{place}: {error.strerror}; mend that and run again: it goes on from there") from error
-    return {split: open_sources(out / split) for split in (TRAIN, VALIDATION) if (out / split).is_dir()}
+    return {split: open_sources(out / split) for split in SPLITS if (out / split).is_dir()}
 
 
 def _refusal(state: State, encode: Encode) -> str:

@@ -34,6 +34,7 @@ from arriero.errors import DataError
 FORMAT = "arriero-shards-1"
 MANIFEST = "manifest.json"
 ONE_SOURCE = "documents"  # what the only source of a set without sources is called
+SPLITS = TRAIN, VALIDATION = "train", "validation"
 MAX_UINT16 = 2**16
 
 IntArray = NDArray[np.int64]
@@ -151,7 +152,7 @@ def open_sources(directory: str | Path) -> dict[str, Shards]:
         return {one.source: one}
     found = {unquote(path.parent.name): Shards(path.parent) for path in directory.glob(f"*/{MANIFEST}")}
     if not found:
-        inner = " or ".join(str(directory / s) for s in ("train", "validation") if (directory / s).is_dir())
+        inner = " or ".join(str(directory / split) for split in SPLITS if holds_shards(directory / split))
         hint = f"did you mean {inner}?" if inner else "`arriero shard` makes them; if it was stopped, run it again"
         raise DataError(f"{directory}: no token shards here (no {MANIFEST}); {hint}")
     by_name = dict(sorted(found.items()))
@@ -163,6 +164,40 @@ def open_sources(directory: str | Path) -> dict[str, Shards]:
                 "shard both with the same one"
             )
     return by_name
+
+
+def open_splits(train: str | Path, validation: str | Path = "") -> tuple[dict[str, Shards], dict[str, Shards]]:
+    """The sets to train on, and those to validate on, of which there may be none; each by the name of its source.
+
+    train: what `arriero shard` wrote, which may hold both, or any directory of sets. validation: likewise, to take the
+    place of what was held out beside `train`. Raises DataError where one tokenizer has not made them all.
+    """
+    directory = _of_split(Path(train), TRAIN)
+    sources = open_sources(directory)
+    if validation:
+        held_out = open_sources(_of_split(Path(validation), VALIDATION))
+    elif directory.name == TRAIN and (beside := _of_split(directory.parent, VALIDATION)) != directory.parent:
+        held_out = open_sources(beside)
+    else:
+        return sources, {}
+    first, other = (next(iter(sets.values())) for sets in (sources, held_out))
+    if first.manifest["tokenizer"] != other.manifest["tokenizer"]:
+        raise DataError(
+            f"{other.directory}, to validate on, was made with another tokenizer than {first.directory}; "
+            "shard both with the same one"
+        )
+    return sources, held_out
+
+
+def _of_split(directory: Path, split: str) -> Path:
+    """Where the sets of `split` lie in what `arriero shard` wrote, which has a tokenizer; anything else as it is."""
+    inner = directory / split
+    return inner if (directory / "tokenizer").is_dir() and holds_shards(inner) else directory
+
+
+def holds_shards(directory: Path) -> bool:
+    """Whether a set lies in `directory`, or in directories below it; an interrupted `arriero shard` left none."""
+    return (directory / MANIFEST).is_file() or any(directory.glob(f"*/{MANIFEST}"))
 
 
 def find_sets(directory: str | Path) -> list[Shards]:
@@ -196,21 +231,6 @@ def token_type(vocab_size: int) -> str:
     return "<u2" if vocab_size <= MAX_UINT16 else "<u4"
 
 
-def refuse_changed(recorded: Mapping[str, str], sources: Mapping[str, Shards], resume: str) -> None:
-    """Raise DataError where `sources` are not those of the recorded fingerprints: order and rows would be others.
-
-    resume: what cannot go on, for the message.
-    """
-    for name in sorted(recorded.keys() | sources.keys()):
-        if name not in sources:
-            raise DataError(f"{resume} was trained on a source {name!r}, which is not in the data; put it back")
-        if name not in recorded:
-            raise DataError(
-                f"{resume} was not trained on {sources[name].directory}: source {name!r} is new; "
-                "take it away, or begin a new run"
-            )
-        if recorded[name] != (found := sources[name].fingerprint):
-            raise DataError(
-                f"{sources[name].directory / MANIFEST} has changed since {resume} began (fingerprint {found[:16]}..., "
-                f"recorded {recorded[name][:16]}...): rows would be others; put the shards back, or begin a new run"
-            )
+def fingerprints(sources: Mapping[str, Shards], what: str) -> dict[str, str]:
+    """That of every set, under a name in words: `what` (such as "source"), and the source's."""
+    return {f"{what} {name!r}": shards.fingerprint for name, shards in sources.items()}

@@ -16,16 +16,21 @@ def lr_factor(step: int, total: int, schedule: Schedule, warmup: float, min_lr: 
     linear 1 - (1-m)p; constant 1;
     wsd (arXiv 2404.06395) 1 until the last `decay` share of all steps, then linear to m.
     """
-    warmup_steps = math.ceil(warmup if warmup >= 1 else warmup * total)
+    warmup_steps = int(warmup) if warmup >= 1 else share_of_steps(warmup, total)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":
         return 1.0
     if schedule == "wsd":
-        decay_steps = min(math.ceil(decay * total), total - warmup_steps)
+        decay_steps = min(share_of_steps(decay, total), total - warmup_steps)
         done = (step - (total - decay_steps)) / max(decay_steps - 1, 1)
         return 1 - (1 - min_lr) * min(max(done, 0.0), 1.0)
     done = min((step - warmup_steps) / max(total - warmup_steps - 1, 1), 1.0)
     if schedule == "linear":
         return 1 - (1 - min_lr) * done
     return min_lr + (1 - min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def share_of_steps(share: float, total: int) -> int:
+    """ceil(share * total), where 0.07 * 100 is 7 and not what floats make of it."""
+    return math.ceil(round(share * total, 6))

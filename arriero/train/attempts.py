@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arriero.files import write_text
 from arriero.train.metrics import duration, read_records
 
 FILE = "attempts.jsonl"
@@ -72,6 +73,5 @@ def effective(run_dir: Path, seconds: float) -> Effective:
 
 
 def _append(run_dir: Path, record: dict[str, Any]) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    kept = "".join(json.dumps(r) + "\n" for r in [*read_records(run_dir / FILE), record])  # without half a line
+    write_text(run_dir / FILE, kept)

@@ -128,8 +128,13 @@ class LoopConfig:
         )
         for name in ("log_every", "keep_last", "max_skipped"):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("validate_every", "save_every", "spike"):
+        for name in ("validate_every", "save_every"):
             check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
+        check(
+            self.spike == 0 or 1 <= self.spike < math.inf,
+            f"spike is {self.spike}; it must be 0, or at least 1: nearer to the mean is every other step",
+        )
+        check(0 <= self.seed < 2**63, f"seed is {self.seed}; it must be a whole number from 0 to below 2**63")
         check(0 <= self.average < 1, f"average is {self.average}; it is a share of the steps, in [0, 1)")
 
 
@@ -227,7 +232,7 @@ class PretrainDataConfig:
         )
         for name in ("weights", "max_epochs"):
             for source, value in getattr(self, name).items():
-                check(value >= 0, f"{name}: {source} is {value}; it must be at least 0")
+                check(0 <= value < math.inf, f"{name}: {source} is {value}; it must be a number of at least 0")
 
 
 @dataclass(frozen=True)

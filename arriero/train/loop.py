@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from arriero.distributed.engine import Engine
 from arriero.distributed.stage import Objective
 from arriero.errors import CheckpointError, TrainingError
 from arriero.optim.build import build_optimizer, empty_state
-from arriero.optim.schedule import lr_factor
+from arriero.optim.schedule import lr_factor, share_of_steps
 from arriero.peers import peers_of_this_run
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.guard import SpikeGuard
@@ -98,7 +99,7 @@ class Trainer:
         self.in_backward = InBackward(engine, optim) if optim.in_backward else None
         self.optimizer = self.in_backward or build_optimizer(self.parameters, **optim.arguments)
         self.seconds_at_peak = seconds_at_peak
-        self.average_from = total_steps - math.ceil(loop.average * total_steps)  # step
+        self.average_from = total_steps - share_of_steps(loop.average, total_steps)  # step
         self.average: dict[str, Tensor] = {}
         self.guard = SpikeGuard(loop.spike)
         self.progress = Progress()
@@ -185,10 +186,11 @@ class Trainer:
         self.progress.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.loop.max_skipped:
+            saved = native.steps(self.run_dir)[-1:]
+            before = "".join(f"; the weights before: {native.path_of(self.run_dir, s) / native.WEIGHTS}" for s in saved)
             raise TrainingError(
-                f"step {self.progress.step}: loss or gradient was not finite for {self.skipped_in_a_row} steps "
-                f"in a row (max_skipped); lower lr ({self.optim.lr}), or try precision fp32. "
-                f"The last good checkpoint is kept in {self.run_dir / 'checkpoints'}"
+                f"step {self.progress.step}: loss or gradient was not finite for {self.skipped_in_a_row} steps in a "
+                f"row (max_skipped); begin a new run with an lr below {self.optim.lr}, or precision fp32{before}"
             )
 
     # -- the run -------------------------------------------------------------------------------------------------
@@ -211,10 +213,11 @@ class Trainer:
                     record.step(metrics)
                 last = p.step == self.total_steps
                 improved = (last or p.step % validate_every == 0) and self._validate(record)
-                if last or improved or p.step % save_every == 0:
+                due = p.step % save_every == 0 and not self.skipped_in_a_row  # else good ones would be pruned for it
+                if last or improved or due:
                     self.save()
                     saved_at = p.step
-            if saved_at != p.step:
+            if saved_at != p.step and not self.skipped_in_a_row:
                 self.save()
             self.checkpoints.wait()
         if p.step == self.total_steps:
@@ -339,8 +342,14 @@ def _mix(seed: int, step: int, index: int) -> int:
 
 @contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
-    """Collect SIGINT and SIGTERM into a list instead of dying; a second Ctrl-C interrupts at once."""
+    """Collect SIGINT and SIGTERM into a list instead of dying; a second Ctrl-C interrupts at once.
+
+    Outside the main thread signals go to whoever has that.
+    """
     received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def note(number: int, _: object) -> None:
         received.append(signal.Signals(number))

@@ -21,14 +21,13 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from arriero.checkpoint.files import read_json
 from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import has_tokenizer, load_tokenizer_at, open_model
 from arriero.checkpoint.source import resolve
 from arriero.data.documents import DataStage, PretrainLoader
 from arriero.data.loader import Batch
 from arriero.data.prefetch import Prefetched
-from arriero.data.shards import Shards, open_sources, refuse_changed
+from arriero.data.shards import Shards, fingerprints, open_splits
 from arriero.distributed.engine import Engine
 from arriero.distributed.materialise import Values
 from arriero.distributed.mesh import Mesh
@@ -41,7 +40,7 @@ from arriero.model.config import LADDER, SHAPES, LlamaConfig
 from arriero.model.initial import initial_weight
 from arriero.model.llama import Llama
 from arriero.tokenizer import Tokenizer, load_tokenizer
-from arriero.train.config import PretrainConfig, PretrainDataConfig
+from arriero.train.config import PretrainConfig
 from arriero.train.hardware import keep_freed_memory, matmul_peak, refuse_what_cannot_fit
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.objectives import lm_loss
@@ -64,6 +63,7 @@ class PretrainRun:
     model: Llama
     tokenizer: Tokenizer
     sources: Mapping[str, Shards]
+    held_out: Mapping[str, Shards]
     phases: Sequence[Phase]
     trainer: Trainer
 
@@ -78,18 +78,25 @@ class PretrainRun:
         tokens = self.total_tokens
         held = sum(shards.n_tokens for shards in self.sources.values())
         begins = "random weights" if config.model in SHAPES else "its weights"
+        parts = ["what comes before the stages", *(f"the stage at {stage.start:g}" for stage in config.stages)]
+        steps = durations(timetable(config, {}, total), total)
+        empty = [part for part, n in zip(parts, steps, strict=True) if not n]
         return (
             f"{config.model}: {self.model.config.n_params:,} parameters, from {begins} ({config.loop.precision}), "
             f"{config.optim.optimizer}\n"
             f"{total:,} steps, {tokens:,} tokens: {tokens / held:.2f} times the {held:,} of "
             f"{len(self.sources)} source{'s' if len(self.sources) > 1 else ''} -> {config.out}"
+            + "".join(f"\nnone of so few steps is left for {part}" for part in empty)
         )
 
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the shards, which hold those of every byte and of the tokenizer."""
+        return fingerprints(self.sources, "source") | fingerprints(self.held_out, "validation source")
+
     def data_statistics(self) -> dict[str, Any]:
-        """What is learned from: files, fingerprints, and how much."""
+        """What is learned from, and how much."""
         return {
             "train": self.config.data.train,
-            "fingerprints": {name: shards.fingerprint for name, shards in self.sources.items()},
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "documents": {name: shards.n_documents for name, shards in self.sources.items()},
             "tokens": {name: shards.n_tokens for name, shards in self.sources.items()},
@@ -164,16 +171,14 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
     """Open the shards, make or load the model, split it over `mesh` (None: one process): everything up to step 1."""
     loop, data, mesh = config.loop, config.data, mesh or alone()
     device = mesh.device
-    train, validation = directories(data)
-    sources = open_sources(train)
-    if config.resume:
-        recorded = read_json(Path(config.out) / "data.json").get("fingerprints", {})
-        refuse_changed(recorded, sources, f"run {config.out}")
+    sources, held_out = open_splits(data.train, data.validation)
     tokenizer = load_tokenizer(next(iter(sources.values())).tokenizer_directory)
     weights = mixture(config, sources)
     total_steps = count_steps(config, sum(shards.n_tokens for shards in sources.values()))
     phases = timetable(config, weights, total_steps)
+    phases = [phase for phase, n in zip(phases, durations(phases, total_steps), strict=True) if n]
     model, values = make_model(config, tokenizer, max(phase.seq_len for phase in phases))
+    prompts = encode_prompts(config.prompts, tokenizer, model.config.max_context)
     model.set_compute_dtype(DTYPES[loop.precision]).train()
     compiled = compiles(loop, tokens_of(phases, total_steps))
     keep_freed_memory()
@@ -199,8 +204,7 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
         pad_to = loop.micro_rows * phase.seq_len  # one shape, see `SftLoader.collate`
         return [loader.collate([loader.row(i) for i in rows], pad_to).to(device) for rows in groups]
 
-    held_out = open_sources(validation) if validation else {}
-    validate = Validation(config, engine, tokenizer, held_out)
+    validate = Validation(config, engine, tokenizer, held_out, prompts)
     trainer = Trainer(
         engine,
         functools.partial(lm_loss, z_loss=config.z_loss, compile=compiled),
@@ -213,18 +217,7 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
         seconds_at_peak(model.config, str(device), DTYPES[loop.precision]),
         companions(model.config, tokenizer),
     )
-    return PretrainRun(config, model, tokenizer, sources, phases, trainer)
-
-
-def directories(data: PretrainDataConfig) -> tuple[Path, Path | None]:
-    """Shards to train on and to validate on: what `arriero shard` wrote holds both, as train and validation."""
-    train = Path(data.train)
-    if data.validation:
-        return train, Path(data.validation)
-    if (train / "train").is_dir():
-        train = train / "train"
-    beside = train.parent / "validation"
-    return train, beside if train.name == "train" and beside.is_dir() else None
+    return PretrainRun(config, model, tokenizer, sources, held_out, phases, trainer)
 
 
 def mixture(config: PretrainConfig, sources: Mapping[str, Shards]) -> dict[str, float]:
@@ -273,6 +266,18 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> tu
     return empty_model(shape), drawn
 
 
+def encode_prompts(texts: Sequence[str], tokenizer: Tokenizer, context: int) -> list[list[int]]:
+    """What the model goes on from at validations; raises `ConfigError` for what leaves it no room, or is nothing."""
+    prompts = [tokenizer.encode(text, bos=tokenizer.bos_id is not None) for text in texts]
+    for text, ids in zip(texts, prompts, strict=True):
+        if not 0 < len(ids) < context:
+            raise ConfigError(
+                f"prompts: {text[:40]!r} has {len(ids):,} tokens; for a context of {context:,} it must have at least "
+                "1 and leave room for an answer"
+            )
+    return prompts
+
+
 def _check_vocabulary(name: str, size: int, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size > size:
         raise ConfigError(
@@ -304,6 +309,7 @@ class Validation:
     engine: Engine
     tokenizer: Tokenizer
     held_out: Mapping[str, Shards]
+    prompts: Sequence[Sequence[int]]
 
     def __call__(self) -> dict[str, Any]:
         nats, tokens, bits_per_byte = 0.0, 0, {}
@@ -335,12 +341,11 @@ class Validation:
 
     def _samples(self) -> list[str]:
         """Each prompt and how the model goes on."""
-        prompts = [self.tokenizer.encode(text, bos=self.tokenizer.bos_id is not None) for text in self.config.prompts]
-        if not prompts:
+        if not self.prompts:
             return []
         shape = self.engine.model.config
         if (model := self.engine.whole_model(lambda: build_model(shape))) is None:
             return []
         with eagerly():
-            answers = generate(model, self.tokenizer, prompts, SAMPLING, SAMPLE_TOKENS)
+            answers = generate(model, self.tokenizer, self.prompts, SAMPLING, SAMPLE_TOKENS)
         return [text + answer.text for text, answer in zip(self.config.prompts, answers, strict=True)]

@@ -1,8 +1,8 @@
 """From settings to files: what all recipes do around the loop.
 
 A recipe is a configuration and a `build` that loads, tokenises and wraps: everything up to step 1, so that all that can
-be refused is refused before it. The run directory is a complete record (layout in train/report.py) and is claimed,
-resumed, trained and reported on here, once for all recipes.
+be refused is refused before it. The run directory is a complete record (layout in train/report.py) and is resumed,
+trained in and reported on here, once for all recipes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from arriero import config as configs
-from arriero.checkpoint.files import write_json
+from arriero.checkpoint.files import read_json, write_json
 from arriero.checkpoint.load import best_device
 from arriero.distributed.materialise import Values
 from arriero.distributed.mesh import Mesh, init_mesh
@@ -29,6 +29,7 @@ from arriero.files import replaced_file
 from arriero.model.initial import initial_adapter
 from arriero.model.lora import is_adapter
 from arriero.train import attempts
+from arriero.train.claim import claimed, refuse_changed
 from arriero.train.config import LoopConfig
 from arriero.train.environment import describe
 from arriero.train.loop import Outcome, Trainer
@@ -37,7 +38,6 @@ from arriero.train.report import write_report
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 COMPILE_FROM = 300_000  # tokens of a run above which compiling (half a minute to a minute) pays on two cores
-FREE = ("resume", "out", "loop.trackers", "data.workers", "parallel.")  # settings that may differ when a run is resumed
 
 
 class Run(Protocol):
@@ -54,8 +54,11 @@ class Run(Protocol):
     def summary(self) -> str:
         """What is about to happen, in a few lines."""
 
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of what is learned from and validated on, each under what it is: a run that goes on needs the same."""
+
     def data_statistics(self) -> dict[str, Any]:
-        """What is learned from: files, fingerprints, and how much. For data.json."""
+        """What is learned from, and how much. For data.json."""
 
     def sample(self, when: Literal["before", "after"]) -> None:
         """Write what the model says before step 1, and what after the last, to samples.jsonl; on every process."""
@@ -72,17 +75,17 @@ def execute(config: Any, recipe: str, build: Build) -> Outcome:
     began = time.time()
     if config.parallel.cpu_offload and best_device() == "cpu":
         raise ConfigError("cpu_offload is on, but there is no GPU here: all lies in the host's memory; leave it out")
-    with init_mesh(config.parallel, best_device()) as mesh:
-        return _execute(config, recipe, build, mesh, began)
+    with init_mesh(config.parallel, best_device()) as mesh, claimed(config, recipe, mesh) as resumes:
+        return _execute(config, recipe, build, mesh, resumes, began)
 
 
-def _execute(config: Any, recipe: str, build: Build, mesh: Mesh, began: float) -> Outcome:
+def _execute(config: Any, recipe: str, build: Build, mesh: Mesh, resumes: bool, began: float) -> Outcome:
     """On every process; process 0 alone writes the record and talks to the terminal."""
     console = Console(stderr=True, quiet=mesh.rank > 0)
     run_dir = Path(config.out)
-    resumes = open_run(config, recipe)
-    mesh.wait()  # all have looked before anything is written
     run = build(config, console, mesh)
+    if resumes:
+        refuse_changed(read_json(run_dir / "data.json").get("fingerprints", {}), run.fingerprints(), f"run {run_dir}")
     if mesh.rank == 0:
         record(config, recipe, run)
     console.print(run.summary(), markup=False)
@@ -125,47 +128,16 @@ def _account(outcome: Outcome, run_dir: Path, log: MetricsLog, console: Console)
     console.print(str(spent), markup=False)
 
 
-def open_run(config: Any, recipe: str) -> bool:
-    """Claim the run directory, refusing one in use; whether the run in it is to go on.
-
-    It goes on where that is asked for, and where torchrun has started this very job before.
-    """
-    run_dir = Path(config.out)
-    record_file = run_dir / "config.toml"
-    if not config.model or not config.data.train:
-        missing = "model" if not config.model else "data.train"
-        raise ConfigError(f"{missing} is not set; say what to train: arriero {recipe} MODEL --data PATH")
-    if not config.resume and not attempts.restarted(run_dir):
-        if record_file.exists():
-            raise ConfigError(
-                f"{run_dir} holds a run already; add --resume to go on with it, choose another --out, or delete it"
-            )
-        return False
-    if not record_file.exists() and not config.resume:
-        return False  # the attempt before was over before it began
-    if not record_file.exists():
-        raise ConfigError(f"{run_dir} holds no run to resume; leave --resume out to start one")
-    cls = type(config)
-    _, earlier = configs.load_recipe({recipe: cls}, record_file)
-    now, then = configs.to_dict(config), configs.to_dict(earlier)
-    differing = [p for p in configs.field_paths(cls) if not p.startswith(FREE) and _at(now, p) != _at(then, p)]
-    if differing:
-        raise ConfigError(
-            f"{record_file}: this run was started with other settings ({', '.join(differing)}); an exact resume needs "
-            f"the same ones: arriero run {record_file} --resume"
-        )
-    return True
-
-
 def record(config: Any, recipe: str, run: Run) -> None:
-    """Write what decides the run, before step 1: config.toml, data.json, environment.json; each whole or not at all."""
+    """Write what decides the run, before step 1; each file whole or not at all, and last that which makes it a run."""
     run_dir = Path(config.out)
+    data = {"fingerprints": run.fingerprints(), **run.data_statistics()}
+    for name, values in {"environment": describe(), "data": data}.items():
+        with replaced_file(run_dir / f"{name}.json") as file:
+            write_json(file, values)
     settled = dataclasses.replace(config, resume=False)
     with replaced_file(run_dir / "config.toml") as file:
         file.write_text(configs.to_toml(settled, recipe), encoding="utf-8")
-    for name, values in {"environment": describe(), "data": run.data_statistics()}.items():
-        with replaced_file(run_dir / f"{name}.json") as file:
-            write_json(file, values)
 
 
 def compiles(loop: LoopConfig, tokens: int) -> bool:
@@ -192,9 +164,3 @@ def alone() -> Mesh:
 def eagerly() -> AbstractContextManager[None]:
     """Leaves compiled blocks aside: text is generated in shapes that would each compile them again."""
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
-
-
-def _at(values: dict[str, Any], path: str) -> Any:
-    for key in path.split("."):
-        values = values[key]
-    return values

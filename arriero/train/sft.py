@@ -67,20 +67,19 @@ class SftRun:
             f"{self.trainer.total_steps:,} steps of {config.loop.batch_rows} rows -> {config.out}"
         )
 
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the rows as tokens, training and validation."""
+        both = {"training data": self.training, "validation data": self.validation}
+        return {f"the {name}": rows.fingerprint for name, rows in both.items() if rows is not None}
+
     def data_statistics(self) -> dict[str, Any]:
-        """What is learned from: files, fingerprints, and how much."""
-        out: dict[str, Any] = {
+        """What is learned from, and how much."""
+        return {
             "train": self.config.data.train,
-            "train_fingerprint": self.training.fingerprint,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             **data_stats(self.training, self.loader.seq_len).to_dict(),
+            "validation_examples": 0 if self.validation is None else len(self.validation),
         }
-        if self.validation is not None:
-            out |= {
-                "validation_examples": len(self.validation),
-                "validation_fingerprint": self.validation.fingerprint,
-            }
-        return out
 
     def sample(self, when: Literal["before", "after"]) -> None:
         """Answer a few held-out prompts."""

@@ -172,6 +172,12 @@ def test_a_save_that_fails_behind_is_reported_and_leaves_the_old_one_whole(tmp_p
     assert native.steps(tmp_path) == [1, 3]
 
 
+def test_a_save_that_cannot_be_begun_says_where_and_what_then(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(CheckpointError, match=r"checkpoint of step 1 cannot be begun \(.*File exists.*\); mend"):
+        Checkpoints(tmp_path).save(1, known(1), {})
+
+
 def test_a_part_that_process_0_cannot_see_is_told_from_a_damaged_one(tmp_path: Path) -> None:
     temporary = native.begin(tmp_path, 1)
     files = native.write(temporary, "optimizer", {"a": torch.ones(3)}, {"a": [0]}, part=1, parts=2)

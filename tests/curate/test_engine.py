@@ -17,6 +17,7 @@ from arriero.curate.config import CurateConfig
 from arriero.curate.engine import curate
 from arriero.curate.parts import json_line
 from arriero.errors import ConfigError, DataError, UserError
+from arriero.files import locked
 from arriero.records import read_records
 
 from .conftest import corpus_rows, dropped, hashes, kept, prose, run
@@ -305,7 +306,10 @@ def test_a_directory_of_something_else_or_in_use_is_refused(corpus, tmp_path):
     with pytest.raises(ConfigError, match="out is not empty and holds no curation; give a new directory with --out"):
         run(corpus, tmp_path / "out")
     (tmp_path / "out" / "thesis.txt").unlink()
-    with engine.locked(tmp_path / "out"), pytest.raises(ConfigError, match="in use by another `arriero curate`"):
+    with (
+        locked(tmp_path / "out", ConfigError("")),
+        pytest.raises(ConfigError, match="in use by another `arriero curate`"),
+    ):
         run(corpus, tmp_path / "out")
     run(corpus, tmp_path / "out")
 

@@ -27,7 +27,7 @@ from arriero.curate.document import Document
 from arriero.curate.sources import read_documents
 from arriero.data import sharding
 from arriero.data.sharding import document_marks, shard_documents, shard_sources, text_hash
-from arriero.data.shards import Shards, open_shards, open_sources, refuse_changed
+from arriero.data.shards import Shards, open_shards, open_sources, open_splits
 from arriero.errors import ConfigError, DataError
 from arriero.tokenizer.base import SpecialTokens, Tokenizer, load_tokenizer
 
@@ -408,6 +408,49 @@ def test_sets_that_would_be_empty_are_refused(tmp_path, small, texts, validation
     shard_documents(["a", "b"], small, tmp_path / "out", validation=0, console=QUIET)  # nothing is in the way
 
 
+def test_what_was_begun_with_a_held_out_share_may_go_on_without_one(tmp_path, small):
+    def stopped():
+        yield from (row["text"] for row in corpus(29))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shard_documents(stopped(), small, tmp_path / "out", validation=0.5, console=QUIET)
+    (tmp_path / "out/validation").mkdir(exist_ok=True)  # a kill leaves it, and files that nothing tells of
+    (tmp_path / "out/validation/tokens-00000.bin").write_bytes(b"0")
+    sets = shard_documents(["a", "b"], small, tmp_path / "out", validation=0, console=QUIET)
+    assert list(sets) == ["train"] and not (tmp_path / "out/validation").exists()
+
+
+def test_other_documents_from_python_are_refused(tmp_path, small):
+    first = shard_documents(["a", "b"], small, tmp_path / "out", validation=0, console=QUIET)
+    again = shard_documents(["a", "b"], small, tmp_path / "out", validation=0, console=QUIET)
+    assert first["train"]["documents"].fingerprint == again["train"]["documents"].fingerprint
+    with pytest.raises(DataError, match=r"out was begun with documents = '2 \(.*now it is '2 \("):
+        shard_documents(["a", "c"], small, tmp_path / "out", validation=0, console=QUIET)
+
+
+def test_splits_are_found_wherever_they_lie(tmp_path, small):
+    texts = [row["text"] for row in corpus(29)]
+    documents = [Document(t, "x", source=("train", "web")[i % 2]) for i, t in enumerate(texts)]
+    for out, share in (("both", 0.3), ("whole", 0), ("other", 0.3)):
+        shard_documents(documents, small, tmp_path / out, validation=share, by_source=True, console=QUIET)
+
+    def found(*places: str) -> list[list[str]]:
+        splits = open_splits(*(tmp_path / place for place in places))
+        return [[str(s.directory.relative_to(tmp_path)) for s in sets.values()] for sets in splits]
+
+    held_out = ["both/validation/train", "both/validation/web"]
+    assert found("both") == found("both/train") == [["both/train/train", "both/train/web"], held_out]
+    assert found("both/train/train") == [["both/train/train"], []]  # a source that is called so
+    assert found("whole") == [["whole/train/train", "whole/train/web"], []]
+    assert found("whole", "both") == found("whole", "both/validation") == [found("whole")[0], held_out]
+    manifest = tmp_path / "other/validation/web/manifest.json"
+    manifest.write_text(manifest.read_text().replace(small.fingerprint, "f" * 64))
+    (tmp_path / "other/validation/train/manifest.json").unlink()
+    with pytest.raises(DataError, match=r"web, to validate on, was made with another tokenizer than .*train/train; "):
+        found("both", "other")
+
+
 @pytest.mark.parametrize(("named", "place"), [(["out/x"], "out/x"), ([], "out")])  # Linux names no file
 def test_a_full_disk_is_named_with_the_remedy(tmp_path, small, monkeypatch, named, place):
     def full(*_):
@@ -461,21 +504,6 @@ def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, text, message):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=message):
         open_shards(tmp_path)
-
-
-def test_a_changed_manifest_is_refused_on_resume(tmp_path):
-    sources = {name: write_shards(tmp_path / name, [5, 7], name) for name in ("web", "books")}
-    recorded = {name: shards.fingerprint for name, shards in sources.items()}
-    refuse_changed(recorded, sources, "run out/mine")
-    changed = {**sources, "web": write_shards(tmp_path / "web", [5, 8], "web")}
-    with pytest.raises(
-        DataError, match=r"web/manifest.json has changed since run out/mine began .*put the shards back"
-    ):
-        refuse_changed(recorded, changed, "run out/mine")
-    with pytest.raises(DataError, match="run out/mine was trained on a source 'web', which is not in the data"):
-        refuse_changed(recorded, {"books": sources["books"]}, "run out/mine")
-    with pytest.raises(DataError, match=r"run out/mine was not trained on .*web: source 'web' is new"):
-        refuse_changed({"books": recorded["books"]}, sources, "run out/mine")
 
 
 def test_sets_made_apart_are_put_together_by_the_names_of_their_directories(tmp_path):

@@ -21,6 +21,7 @@ def refused(text: str):
         ({"pp_chunks": 2}, "pp_chunks is 2 but pp is 1; there is no pipeline to interleave"),
         ({"pp": 2, "reduce_every": True}, "reduce_every is on but pp is 2"),
         ({"timeout": 0}, "timeout is 0; it must be above 0 seconds"),
+        ({"timeout": float("inf")}, r"timeout is inf; it must be above 0 seconds and at most 604,800 \(a week\)"),
     ],
 )
 def test_settings_that_contradict_themselves_are_refused(settings, text):

@@ -27,6 +27,12 @@ def test_wsd_holds_until_its_decay():
     assert values[79] == 1 and values[81] < 1 and values[-1] == pytest.approx(0.1)
 
 
+def test_a_share_of_the_steps_is_not_rounded_up_for_what_floats_add():
+    assert 0.07 * 100 > 7
+    assert curve("constant", total=100, warmup=0.07)[5:8] == [6 / 7, 1, 1]
+    assert curve("wsd", total=100, warmup=0.0, decay=0.07)[92:95] == pytest.approx([1, 1, 0.85])
+
+
 def test_a_single_step_has_a_rate():
     for shape in ("cosine", "linear", "wsd", "constant"):
         assert lr_factor(0, 1, shape, 0.0, 0.1) > 0

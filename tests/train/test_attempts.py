@@ -34,6 +34,17 @@ def test_crashes_cost_their_time_and_stops_do_not(tmp_path: Path) -> None:
     assert str(spent) == "6m40s in all, 75.0% of it in steps that count (3 starts, 1 crash)"
 
 
+def test_half_a_line_of_a_crash_does_not_swallow_what_follows(tmp_path: Path) -> None:
+    now = time.time()
+    write(tmp_path, began(now - 100))
+    with open(tmp_path / attempts.FILE, "a") as file:
+        file.write('{"began": 17')
+    attempts.begin(tmp_path, 7, 4, now - 50)
+    assert attempts.effective(tmp_path, 50.0) == attempts.Effective(
+        pytest.approx(0.5, abs=0.01), pytest.approx(100, abs=1), starts=2, crashes=1
+    )
+
+
 def test_what_goes_on_now_counts_up_to_now(tmp_path: Path) -> None:
     attempts.begin(tmp_path, 0, 2, time.time() - 50)
     assert attempts.effective(tmp_path, 25.0).share == pytest.approx(0.5, abs=0.01)

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -150,13 +151,23 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
     assert trainer.skipped_in_a_row == 0
 
 
-def test_many_non_finite_steps_in_a_row_stop_with_a_clear_error(tmp_path):
-    trainer = toy_trainer(tmp_path, max_skipped=3)
-    trainer.objective = lambda model, batch: sum(p.sum() for p in model.parameters()) * float("inf")
-    trainer.step()
-    trainer.step()
-    with pytest.raises(TrainingError, match=r"not finite for 3 steps in a row \(max_skipped\); lower lr"):
-        trainer.step()
+def test_many_non_finite_steps_in_a_row_stop_with_a_clear_error_and_keep_good_checkpoints(tmp_path):
+    trainer = toy_trainer(tmp_path, max_skipped=4, save_every=1, keep_last=2)
+    honest = trainer.objective
+
+    def objective(model, batch):
+        return honest(model, batch) * (float("inf") if trainer.progress.step >= 5 else 1.0)
+
+    trainer.objective = objective
+    message = r"not finite for 4 steps in a row \(max_skipped\); begin a new run with an lr below .*00000005/weights$"
+    with pytest.raises(TrainingError, match=message):
+        run(trainer, tmp_path)
+    assert native.steps(tmp_path) == [4, 5]
+
+
+def test_a_run_outside_the_main_thread_leaves_signals_alone(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, toy_trainer(tmp_path, steps=2), tmp_path).result().progress.step == 2
 
 
 def test_the_best_checkpoint_is_kept_and_taken_up(tmp_path):

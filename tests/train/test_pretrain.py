@@ -171,7 +171,7 @@ def test_a_run_does_not_go_on_where_the_shards_have_changed(shards, tmp_path):
     main(config)
     manifest = copy / "train" / "short" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"made": "later"}))
-    with pytest.raises(DataError, match=r"manifest.json has changed since run .* began"):
+    with pytest.raises(DataError, match=r"source 'short' has changed since run .* began"):
         main(replace(config, resume=True))
 
 
@@ -185,7 +185,11 @@ def test_the_record_names_the_data(shards, tmp_path):
     main(settings(shards, tmp_path / "run", loop=LoopConfig(steps=1, batch_rows=2, precision="fp32")))
     data = json.loads((tmp_path / "run" / "data.json").read_text())
     sources = open_sources(shards / "train")
-    assert data["fingerprints"] == {name: source.fingerprint for name, source in sources.items()}
+    held_out = open_sources(shards / "validation")
+    assert data["fingerprints"] == {
+        **{f"source {name!r}": source.fingerprint for name, source in sources.items()},
+        **{f"validation source {name!r}": source.fingerprint for name, source in held_out.items()},
+    }
     assert data["tokens"] == {name: source.n_tokens for name, source in sources.items()}
 
 
@@ -220,3 +224,19 @@ def test_a_model_that_this_machine_cannot_hold_is_refused_before_it_is_made(shar
     assert "start more processes (torchrun), or take a smaller shape" in said
     monkeypatch.setenv("WORLD_SIZE", "16384")
     refuse_what_cannot_fit("llama3.1-405b", 405_853_388_800)
+
+
+def test_a_prompt_without_room_is_refused_before_the_run_directory_is_made(shards, tmp_path):
+    message = r"prompts: 'all the words .{26}' has [0-9]+ tokens; for a context of 64 it must"
+    with pytest.raises(ConfigError, match=message):
+        main(settings(shards, tmp_path / "run", prompts=("all the words " * 40,)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_stages_that_get_no_step_are_named(shards, tmp_path):
+    stages = (TrainingStage(start=0.05, batch_rows=2), TrainingStage(start=0.95, batch_rows=4))
+    said = build(settings(shards, tmp_path / "run", stages=stages), None).summary()
+    assert said.endswith(
+        "\nnone of so few steps is left for what comes before the stages"
+        "\nnone of so few steps is left for the stage at 0.95"
+    )

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from arriero.checkpoint.load import load
-from arriero.errors import ConfigError
+from arriero.errors import ConfigError, DataError
 from arriero.model.config import LoraConfig
 from arriero.train.config import DataConfig, LoopConfig, OptimConfig, SftConfig
 from arriero.train.metrics import read_records
@@ -91,6 +91,15 @@ def test_resuming_with_other_settings_is_refused_by_name(toy_model, rows, tmp_pa
     other = replace(config, resume=True, optim=OptimConfig(lr=3e-3))
     with pytest.raises(ConfigError, match=r"started with other settings \(optim.lr\)"):
         main(other)
+
+
+def test_resuming_with_other_data_is_refused(toy_model, rows, tmp_path):
+    config = settings(toy_model, rows, tmp_path / "run", samples=0)
+    main(config)
+    with open(rows, "a") as file:
+        file.write(rows.read_text().splitlines()[0].replace("0 + 2", "71 + 2") + "\n")
+    with pytest.raises(DataError, match=r"the training data has changed since run .* began .*: rows would be others"):
+        main(replace(config, resume=True))
 
 
 def test_resuming_where_nothing_ran_is_refused(toy_model, rows, tmp_path):

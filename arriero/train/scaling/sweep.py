@@ -30,13 +30,14 @@ from rich.table import Table
 from arriero import config as configs
 from arriero.checkpoint.files import write_json
 from arriero.checkpoint.hf import save_hf
-from arriero.data.shards import Shards, open_sources, refuse_changed
+from arriero.data.shards import Shards, fingerprints, open_splits
 from arriero.errors import ConfigError
-from arriero.files import replaced_file
+from arriero.files import locked, replaced_file
 from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.train import pretrain
+from arriero.train.claim import refuse_changed
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig
 from arriero.train.loop import Outcome
 from arriero.train.metrics import duration, read_records
@@ -74,18 +75,26 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Outcome | None
     """
     console = console or Console(stderr=True)
     out = Path(config.out)
-    train, validation = pretrain.directories(PretrainDataConfig(train=config.data))
-    sources = open_sources(train)
-    if validation is None:
+    sources, held_out = open_splits(config.data)
+    if not held_out:
         raise ConfigError(
             f"{config.data} holds no held-out documents, and the laws are about their loss; "
             "make shards with some: arriero shard ... --validation 0.01"
         )
     tokenizer = load_tokenizer(next(iter(sources.values())).tokenizer_directory)
     runs = planned_runs(config, tokenizer.vocab_size)
-    _claim(config, sources)
+    busy = ConfigError(f"{out}: another process sweeps there; wait for it, or give another --out")
+    with locked(out, busy):
+        _claim(config, sources)
+        return _train_all(runs, config, tokenizer, sum(shards.n_tokens for shards in sources.values()), console)
+
+
+def _train_all(
+    runs: list[PlannedRun], config: SweepConfig, tokenizer: Tokenizer, held_tokens: int, console: Console
+) -> Outcome | None:
+    out = Path(config.out)
     done = {record["name"] for record in read_records(out / RUNS)}
-    console.print(_table(runs, done, sum(shards.n_tokens for shards in sources.values())))
+    console.print(_table(runs, done, held_tokens))
     waiting = [run for run in runs if run.name not in done]
     outcome, spent, began = None, 0.0, time.monotonic()
     for index, run in enumerate(waiting):
@@ -212,9 +221,8 @@ def _claim(config: SweepConfig, sources: dict[str, Shards]) -> None:
                 f"{record}: this sweep was begun with other settings ({', '.join(differing)}), so losses could not "
                 "be compared; give the same ones, or another --out"
             )
-        refuse_changed(json.loads(data.read_text("utf-8")), sources, f"the sweep in {out}")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(data, {name: shards.fingerprint for name, shards in sources.items()})
+        refuse_changed(json.loads(data.read_text("utf-8")), fingerprints(sources, "source"), f"the sweep in {out}")
+    write_json(data, fingerprints(sources, "source"))
     with replaced_file(record) as temporary:
         temporary.write_text(configs.to_toml(config), encoding="utf-8")
 

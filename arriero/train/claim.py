@@ -1,0 +1,100 @@
+"""Whose a run directory is: a new run's, or that of the run which goes on in it with the same settings and data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from arriero import config as configs
+from arriero.checkpoint import native
+from arriero.distributed.mesh import Mesh
+from arriero.errors import ConfigError, DataError
+from arriero.files import locked
+from arriero.peers import peers_of_this_run
+from arriero.train import attempts
+
+FREE = ("resume", "out", "loop.trackers", "data.workers", "parallel.")  # settings that may differ when a run is resumed
+
+
+@contextmanager
+def claimed(config: Any, recipe: str, mesh: Mesh) -> Iterator[bool]:
+    """Hold `config.out` for the processes of `mesh` alone; yields whether the run in it is to go on.
+
+    Process 0 looks, and holds the lock; what it refuses, all do.
+    """
+    run_dir = Path(config.out)
+    with ExitStack() as stack:
+        resumes, refusal = False, None
+        if mesh.rank == 0:
+            try:
+                busy = ConfigError(f"{run_dir}: another process trains there; wait for it, or choose another --out")
+                stack.enter_context(locked(run_dir, busy))
+                resumes = goes_on(config, recipe)
+            except ConfigError as error:
+                refusal = str(error)
+            except OSError as error:
+                refusal = f"{run_dir}: nothing can be written there ({error.strerror}); choose another --out"
+        resumes, refusal = peers_of_this_run(mesh.config.timeout).announce("run directory", [resumes, refusal])
+        if refusal is not None:
+            raise ConfigError(refusal)
+        yield resumes
+
+
+def goes_on(config: Any, recipe: str) -> bool:
+    """Whether the run in `config.out` is to go on: where that is asked for, and where torchrun restarts its job.
+
+    Raises `ConfigError` where there is none to go on with, and where one is that should not.
+    """
+    run_dir = Path(config.out)
+    record = run_dir / "config.toml"
+    if not config.model or not config.data.train:
+        missing = "model" if not config.model else "data.train"
+        raise ConfigError(f"{missing} is not set; say what to train: arriero {recipe} MODEL --data PATH")
+    if not record.exists() and (steps := native.steps(run_dir)):
+        raise ConfigError(
+            f"{run_dir} holds a checkpoint of step {steps[-1]} but no config.toml; put that back to go on with it, "
+            "choose another --out, or delete the directory"
+        )
+    if not record.exists() and config.resume:
+        raise ConfigError(f"{run_dir} holds no run to resume; leave --resume out to start one")
+    if not record.exists():
+        return False
+    if not config.resume and not attempts.restarted(run_dir):
+        raise ConfigError(
+            f"{run_dir} holds a run already; add --resume to go on with it, choose another --out, or delete it"
+        )
+    cls = type(config)
+    _, earlier = configs.load_recipe({recipe: cls}, record)
+    now, then = configs.to_dict(config), configs.to_dict(earlier)
+    differing = [p for p in configs.field_paths(cls) if not p.startswith(FREE) and _at(now, p) != _at(then, p)]
+    if differing:
+        raise ConfigError(
+            f"{record}: this run was started with other settings ({', '.join(differing)}); an exact resume needs "
+            f"the same ones: arriero run {record} --resume"
+        )
+    return True
+
+
+def refuse_changed(recorded: Mapping[str, str], found: Mapping[str, str], run: str) -> None:
+    """Raise `DataError` where fingerprints are not those recorded: order and rows would be others.
+
+    Both are by what they are of, in words. run: what cannot go on, for the message.
+    """
+    for name in sorted(recorded.keys() | found.keys()):
+        if name not in found:
+            raise DataError(f"{run} was begun with {name}, which is not in the data; put it back, or begin a new run")
+        if name not in recorded:
+            raise DataError(f"{run} was begun without {name}; take it away, or begin a new run")
+        if recorded[name] != found[name]:
+            raise DataError(
+                f"{name} has changed since {run} began (fingerprint {found[name][:16]}..., recorded "
+                f"{recorded[name][:16]}...): rows would be others; put it back as it was, or begin a new run"
+            )
+
+
+def _at(values: dict[str, Any], path: str) -> Any:
+    for key in path.split("."):
+        values = values[key]
+    return values
