@@ -6,9 +6,7 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from helpers.parallel import started_by_torchrun
 from helpers.runs import Run, do_together
 from helpers.training import assert_same, losses
 from safetensors.torch import load_file
@@ -30,32 +29,13 @@ def torchrun(run: Run, world: int, restarts: int) -> Iterator[subprocess.Popen[s
     run_dir.mkdir(parents=True, exist_ok=True)
     plan = run_dir / "plan.json"
     plan.write_text(json.dumps([asdict(run)]))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    options = [f"--nproc-per-node={world}", f"--max-restarts={restarts}", "--master-addr=127.0.0.1"]
-    command = [sys.executable, "-m", "torch.distributed.run", *options, f"--master-port={port}"]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    with open(run_dir / "output.txt", "w") as output:
-        job = subprocess.Popen(
-            [*command, "-m", "helpers.runs", str(plan)],
-            env=env,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-    try:
-        yield job
-    finally:
-        for pid in [*(pid for _, pid in processes(run)), job.pid]:
-            if Path(f"/proc/{pid}").exists() and str(plan) in Path(f"/proc/{pid}/cmdline").read_text():
-                os.kill(pid, signal.SIGKILL)
-        job.wait()
+    with started_by_torchrun(["-m", "helpers.runs", str(plan)], world, restarts, run_dir / "output.txt") as job:
+        try:
+            yield job
+        finally:
+            for _, pid in processes(run):  # a torchrun that was killed has left them
+                if Path(f"/proc/{pid}").exists() and str(plan) in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(pid, signal.SIGKILL)
 
 
 def processes(run: Run) -> list[tuple[int, int]]:

@@ -14,11 +14,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -177,13 +179,42 @@ def run_cases(cases: list[Case], world: int, out: Path, timeout: float = 280) ->
     return results
 
 
-def run_processes(command: list[str], world: int, timeout: float) -> str:
-    """Run `command` once for each rank as torchrun would; returns rank 0's output. Fails when any of them does."""
+@contextmanager
+def started_by_torchrun(
+    arguments: list[str], world: int, restarts: int, output: Path
+) -> Iterator[subprocess.Popen[str]]:
+    """A job of `world` processes, each `python ARGUMENTS`; nothing of it is left when the block ends."""
+    options = [f"--nproc-per-node={world}", f"--max-restarts={restarts}", "--master-addr=127.0.0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, f"--master-port={free_port()}", *arguments]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    with open(output, "w") as file:
+        job = subprocess.Popen(
+            command, env=env, stdout=file, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+    try:
+        yield job
+    finally:
+        if job.poll() is None:
+            for process in (*psutil.Process(job.pid).children(recursive=True), job):
+                process.kill()
+        job.wait()
+
+
+def free_port() -> int:
+    """One that nobody listens on, on this machine."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def run_processes(command: list[str], world: int, timeout: float) -> str:
+    """Run `command` once for each rank as torchrun would; returns rank 0's output. Fails when any of them does."""
     shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     processes = [

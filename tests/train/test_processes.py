@@ -1,12 +1,19 @@
 """Recipes as a user starts them on several processes, from the command line to the files."""
 
+import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
-from helpers.parallel import run_processes
+from helpers.parallel import run_processes, started_by_torchrun
 from helpers.training import losses
 from safetensors.torch import load_file
+
+from arriero.checkpoint import native
+from arriero.train import attempts
+from arriero.train.metrics import read_records
 
 
 def sft(toy_model, rows, out, world, *more):
@@ -55,3 +62,35 @@ def test_pretraining_on_two_processes_gives_the_losses_of_one(shards, tmp_path):
         run_processes([*command, str(tmp_path / name), *settings.split()], world, 280)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert (tmp_path / "two" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_by_itself_while_no_other_may_train_there(shards, tmp_path):
+    settings = "--seq-len 64 --steps 40 --batch-rows 4 --precision fp32 --validation-tokens 500 --compile off --prompts"
+    command = [
+        "-m",
+        "arriero",
+        "pretrain",
+        "1m",
+        "--data",
+        str(shards),
+        *settings.split(),
+        "--save-every",
+        "1",
+        "--out",
+    ]
+    out, log = tmp_path / "run", tmp_path / "log"
+    with started_by_torchrun([*command, str(out)], 2, 2, log) as job:
+        while not native.steps(out):
+            assert job.poll() is None, log.read_text()
+            time.sleep(0.05)
+        other = subprocess.run([sys.executable, *command, str(out), "--resume"], capture_output=True, text=True)
+        assert other.returncode == 2 and "run: another process trains there; wait for it" in other.stderr
+        workers = psutil.Process(job.pid).children()
+        next(worker for worker in workers if worker.environ().get("RANK") == "1").kill()
+        assert job.wait(timeout=200) == 0, log.read_text()
+    assert sum("began" in record for record in read_records(out / attempts.FILE)) == 2, log.read_text()
+    run_processes([sys.executable, *command, str(tmp_path / "undisturbed")], 2, 280)
+    killed, undisturbed = (load_file(d / "model" / "model.safetensors") for d in (out, tmp_path / "undisturbed"))
+    assert killed.keys() == undisturbed.keys()
+    assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in killed.items())
