@@ -17,7 +17,7 @@ from arriero.model.config import LoraConfig
 from arriero.train.config import DataConfig, LoopConfig, OptimConfig, SftConfig
 from arriero.train.metrics import read_records
 from arriero.train.recipe import compiles
-from arriero.train.sft import main
+from arriero.train.sft import SftRun, main
 
 TOKENS = torch.arange(7, 48).view(1, -1)
 
@@ -83,6 +83,17 @@ def test_a_finished_run_is_not_overwritten(toy_model, rows, tmp_path):
     with pytest.raises(ConfigError, match="holds a run already; add --resume to go on with it"):
         main(config)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_start_that_was_cut_short_is_begun_again(toy_model, rows, tmp_path, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    config = settings(toy_model, rows, tmp_path / "run", samples=0)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(SftRun, "data_statistics", interrupted)
+        main(config)
+    assert main(config).interrupted is None
 
 
 def test_resuming_with_other_settings_is_refused_by_name(toy_model, rows, tmp_path):
