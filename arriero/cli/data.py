@@ -149,7 +149,7 @@ def shard(
         by_source=by_source,
         workers=workers,
     )
-    Console().print(summary_table(sets))
+    Console(markup=False).print(summary_table(sets))
 
 
 def inspect(file: str, *, model: str, rows: int = 3, first: int = 0, seq_len: int = 2048, workers: int = 0) -> None:
@@ -175,7 +175,7 @@ def inspect(file: str, *, model: str, rows: int = 3, first: int = 0, seq_len: in
 
 
 def verify(directory: Path) -> None:
-    """Read token shards whole and compare every file with the SHA-256 in its manifest, as after a copy.
+    """Read token shards whole, as after a copy: every file against the SHA-256 in its manifest, and the tokenizer.
 
     Example:
         arriero data verify out/shards
@@ -186,13 +186,14 @@ def verify(directory: Path) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from arriero.data.shards import find_sets
+    from arriero.data.shards import find_sets, verify_tokenizer
 
     sets = find_sets(directory)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("reading", total=sum(shards.size for shards in sets))
         for shards in sets:
             shards.verify(progress=lambda size: bar.advance(task, size))
+    verify_tokenizer(sets)
     for shards in sets:
         print(f"{shards.directory}: {shards.n_documents:,} documents, {shards.n_tokens:,} tokens, as they were written")
 

@@ -51,7 +51,7 @@ def train(
     train.check_empty(out, force)
     with replaced_directory(out) as temporary:
         report = train.train((d.text for d in _documents(sources, text_key)), config, temporary)
-    Console().print(show.training_view(report))
+    Console(markup=False).print(show.training_view(report))
     print(f"{out} written; try: arriero tokenizer encode {out} --show 'some text'")
 
 

@@ -103,13 +103,16 @@ def train(
 ) -> Classifier:
     """Train on documents of both kinds and write the classifier to `out`; a share of them is held out to measure it.
 
-    Raises DataError where a kind has too few documents, or `held_out` and `epochs` make no sense.
+    Raises DataError where a kind has too few documents, or `held_out`, `epochs`, `seed` or `out` make no sense.
     """
     console = console or Console(stderr=True)
-    if not 0 < held_out < 1 or epochs < 1:
+    if not 0 < held_out < 1 or epochs < 1 or seed < 0:
         raise DataError(
-            f"held_out is {held_out} and epochs {epochs}; give a share between 0 and 1, and at least 1 epoch"
+            f"held_out is {held_out}, epochs {epochs} and seed {seed}; give a share between 0 and 1, at least 1 epoch, "
+            "and a seed of at least 0"
         )
+    if Path(out).is_dir():
+        raise DataError(f"{out} is a directory; give a file for the classifier with --out")
     sets = []
     for name, sources in (("good", good), ("random", against)):
         sets.append(_read(sources, text_key, max_documents, seed, console))

@@ -7,6 +7,7 @@ for code judge only them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -123,8 +124,8 @@ class CurateConfig:
             if self.steps.count(name) > 1:
                 raise ConfigError(f"steps has {name!r} more than once; keep one of them")
         for name, least in (("shard_mb", 0.001), ("part_mb", 0.001), ("examples", 0), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+            if not least <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a number of at least {least}")
         for name, setting in (("dirty-words", "words"), ("quality", "model"), ("decontaminate", "against")):
             table = name.replace("-", "_")
             if name in self.steps and not getattr(getattr(self, table), setting):

@@ -55,7 +55,7 @@ from arriero.files import LOCK, locked
 
 WORK = ".work"
 PLAN = "plan.json"
-FORMAT = 1  # of the work directory and manifest
+KIND, FORMAT = "arriero curated corpus", 1  # of the work directory and manifest
 
 
 def curate(config: CurateConfig, console: Console | None = None) -> Json:
@@ -81,6 +81,7 @@ def curate(config: CurateConfig, console: Console | None = None) -> Json:
         if (out / MANIFEST).exists():
             manifest = read_json(out / MANIFEST)
             refuse_other_plan(out, manifest["plan"], plan)
+            refuse_what_is_lost(out, manifest)
             shutil.rmtree(out / WORK, ignore_errors=True)
             return manifest
         work = out / WORK
@@ -212,7 +213,7 @@ class Run:
         for hit in (hit for record in records for hit in record["hits"]):
             add(contaminated, {hit["evaluation"]: 1})
         return {
-            "format": f"arriero curated corpus {FORMAT}",
+            "format": f"{KIND} {FORMAT}",
             "documents": sum(shard["documents"] for shard in shards),
             "characters": sum(shard["characters"] for shard in shards),
             "shards": shards,
@@ -283,6 +284,25 @@ def refuse_what_is_not_ours(out: Path) -> None:
     """Raise `ConfigError` where `out` holds something else than a curation."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give a directory with --out")
-    ours = out.is_dir() and any((out / name).exists() for name in (WORK, MANIFEST))
+    ours = out.is_dir() and ((out / WORK).exists() or holds_our_manifest(out))
     if out.is_dir() and not ours and any(path.name != LOCK for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no curation; give a new directory with --out")
+
+
+def holds_our_manifest(out: Path) -> bool:
+    """Whether `out` holds a curation's manifest, and not one of something else."""
+    try:
+        return str(read_json(out / MANIFEST)["format"]).startswith(KIND)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def refuse_what_is_lost(out: Path, manifest: Json) -> None:
+    """Raise `ConfigError` where a shard that the manifest lists is not there, or not whole."""
+    for shard in manifest["shards"]:
+        path = out / shard["file"]
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            what = "has another size than" if path.is_file() else "is missing, and"
+            raise ConfigError(
+                f"{path} {what} {MANIFEST} says; copy it back, or remove {out} and curate again (it is a finished run)"
+            )

@@ -20,12 +20,10 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from arriero.data.shards import FORMAT, MANIFEST, SPLITS
+from arriero.data.shards import FORMAT, MANIFEST, PROGRESS, SPLITS
 from arriero.errors import DataError
 from arriero.files import LOCK, locked, put_in_place, replaced_file, sync, temporary_name, write_text
 from arriero.tokenizer.base import Tokenizer
-
-PROGRESS = "progress.json"
 
 SetName = tuple[str, str]  # (split, source)
 

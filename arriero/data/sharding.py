@@ -32,7 +32,17 @@ from rich.table import Table
 from arriero.curate.document import Document
 from arriero.curate.sources import Position, Reading, SourceFile, from_record, list_files, read_documents, read_file
 from arriero.data.shard_writer import MarkedDocuments, SetName, ShardWriter, State
-from arriero.data.shards import FORMAT, ONE_SOURCE, SPLITS, TRAIN, VALIDATION, Shards, open_sources, token_type
+from arriero.data.shards import (
+    FORMAT,
+    ONE_SOURCE,
+    PROGRESS,
+    SPLITS,
+    TRAIN,
+    VALIDATION,
+    Shards,
+    open_sources,
+    token_type,
+)
 from arriero.errors import DataError, check
 from arriero.pool import in_order
 from arriero.records import Record, read_records
@@ -105,7 +115,15 @@ def shard_sources(
     def items(start: Position) -> Iterator[Item]:
         return read_items(files, start, reading, n_held_out=len(held_out_files))
 
-    return _shard(items, encode, Path(out), request, part_size, workers, sizes, console)
+    console = console or Console(stderr=True)
+    sets = _shard(items, encode, Path(out), request, part_size, workers, sizes, console)
+    newest = max(files, key=lambda file: file.path.stat().st_mtime)
+    if newest.path.stat().st_mtime > (Path(out) / PROGRESS).stat().st_mtime:
+        console.print(
+            f"{newest.name} has changed since {out} was finished; to shard it again, remove that or give another --out",
+            markup=False,
+        )
+    return sets
 
 
 def shard_documents(

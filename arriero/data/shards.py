@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import DataError
+from arriero.tokenizer import load_tokenizer
 
 FORMAT = "arriero-shards-1"
 MANIFEST = "manifest.json"
+PROGRESS = "progress.json"  # of `arriero shard`: what is in all sets of a directory
 ONE_SOURCE = "documents"  # what the only source of a set without sources is called
 SPLITS = TRAIN, VALIDATION = "train", "validation"
 MAX_UINT16 = 2**16
@@ -132,7 +134,13 @@ class Shards:
     def _map(self, name: str, dtype: str, n: int) -> NDArray[Any]:
         if n == 0:
             return np.zeros(0, dtype=dtype)
-        return np.memmap(self.directory / name, dtype=dtype, mode="r", shape=(n,)).view(np.ndarray)
+        try:
+            return np.memmap(self.directory / name, dtype=dtype, mode="r", shape=(n,)).view(np.ndarray)
+        except (ValueError, OSError) as error:
+            raise DataError(
+                f"{self.directory / name}: it does not hold the {n:,} numbers of {MANIFEST} ({error}); "
+                "copy the set again, whole, or make it anew"
+            ) from error
 
 
 def open_shards(directory: str | Path) -> Shards:
@@ -201,11 +209,27 @@ def holds_shards(directory: Path) -> bool:
 
 
 def find_sets(directory: str | Path) -> list[Shards]:
-    """Every set at `directory` and below it, training and validation alike; raises DataError where there is none."""
+    """Every set at `directory` and below it, training and validation alike; raises DataError where there is none.
+
+    Also where one is missing that progress.json tells of.
+    """
     found = [Shards(path.parent) for path in sorted(Path(directory).rglob(MANIFEST))]
     if not found:
         raise DataError(f"{directory}: no token shards here (no {MANIFEST}); `arriero shard` makes them")
+    progress = Path(directory) / PROGRESS
+    written = json.loads(progress.read_text(encoding="utf-8"))["parts"] if progress.is_file() else []
+    there = {f"{shards.manifest['split']}/{shards.source}" for shards in found}
+    if missing := sorted({name for part in written for name in part} - there):
+        raise DataError(f"{directory}: the set {missing[0]}, of which {PROGRESS} tells, is missing; copy it again")
     return found
+
+
+def verify_tokenizer(sets: Iterable[Shards]) -> None:
+    """Raise DataError where the tokenizer that lies above a set is not the one that made it."""
+    for shards in sets:
+        directory = shards.tokenizer_directory
+        if load_tokenizer(directory).fingerprint != shards.manifest["tokenizer"]:
+            raise DataError(f"{directory}: not the tokenizer that made {shards.directory}; copy it again")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -223,7 +247,23 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise DataError(f"{path}: its format is {found!r}, this version reads {FORMAT!r}; make the shards anew")
+    if not _is_whole(manifest):
+        raise DataError(f"{path}: damaged, some of what it has to say is missing; copy the set again, whole")
     return manifest
+
+
+def _is_whole(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest says all that `Shards` asks of it."""
+    kinds = {
+        **dict.fromkeys(("split", "source", "tokenizer"), str),
+        **dict.fromkeys(("vocab_size", "n_documents", "n_tokens", "n_bytes"), int),
+        "files": list,
+    }
+    files = {"name": str, "size": int, "sha256": str}
+    return all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()) and all(
+        isinstance(file, dict) and all(isinstance(file.get(key), kind) for key, kind in files.items())
+        for file in manifest["files"]
+    )
 
 
 def token_type(vocab_size: int) -> str:

@@ -121,7 +121,7 @@ def run_compare(
     if as_json:
         print(json.dumps([result.as_dict() for result in results]))
     else:
-        Console().print(show.comparison_view(results))
+        Console(markup=False).print(show.comparison_view(results))
 
 
 def run_extend(base: Tokenizer, texts: Iterable[str], n_new: int, limit: int) -> Extension:

@@ -110,6 +110,7 @@ class _Words:
 def _learn(words: _Words, texts: Iterable[str], n_new: int) -> list[str]:
     """Return what the merges make, in order, as letters: somewhat more than `n_new` where the text has them."""
     lines = [" ".join(words.of(utf8(text).decode())) for text in texts]
+    n_new = min(n_new, sum(map(len, lines)))  # each merge joins a letter at least
     learner = Backend(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(

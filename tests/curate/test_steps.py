@@ -347,3 +347,12 @@ def test_reasons_are_counted_by_what_they_share():
     assert category("words 13 < 50") == category("words 7 < 50") == "words … < 50"
     assert category("dup_5gram_char_frac 0.153 > 0.15") == "dup_5gram_char_frac … > 0.15"
     assert category("language: de") == "language"
+
+
+def test_other_numbers_are_other_words(tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"answer": "2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41"}))
+    step = Decontaminate(against=(str(tmp_path / "test.jsonl"),))
+    days = "Days of the months: 31 28 31 30 31 30 31 31 30 31 30 31 30 and so on, we learn them by heart."
+    primes = "The first primes are 2 3 5 7 11 13 17 19 23 29 31 37 41 and so on."
+    found = [reason and str(reason) for _, reason in step.run(Batch(documents(days, primes)))]
+    assert found == [None, "in test.jsonl: row 1"]

@@ -22,6 +22,7 @@ import tokenizers
 from helpers.shards import write_shards
 from rich.console import Console
 
+from arriero import cli
 from arriero.cli.data import verify
 from arriero.curate.document import Document
 from arriero.curate.sources import read_documents
@@ -30,6 +31,7 @@ from arriero.data.sharding import document_marks, shard_documents, shard_sources
 from arriero.data.shards import Shards, open_shards, open_sources, open_splits
 from arriero.errors import ConfigError, DataError
 from arriero.tokenizer.base import SpecialTokens, Tokenizer, load_tokenizer
+from arriero.tokenizer.train import learn_llama3
 
 QUIET = Console(file=io.StringIO())
 END = 0  # <|endoftext|> of SmolLM2
@@ -421,6 +423,61 @@ def test_what_was_begun_with_a_held_out_share_may_go_on_without_one(tmp_path, sm
     assert list(sets) == ["train"] and not (tmp_path / "out/validation").exists()
 
 
+def test_an_incomplete_or_damaged_copy_does_not_verify(tmp_path, small, capsys):
+    documents = [Document(row["text"], "x", source=row["source"]) for row in corpus(29)]
+    shard_documents(documents, small, tmp_path / "out", validation=0.3, by_source=True, console=QUIET)
+    verify(tmp_path / "out")
+    assert capsys.readouterr().out.count("as they were written") == 6
+    manifest = tmp_path / "out/train/web/manifest.json"
+    whole = json.loads(manifest.read_text())
+
+    def refused(text: str):
+        return pytest.raises(DataError, match=text)
+
+    manifest.unlink()
+    with refused(r"out: the set train/web, of which progress\.json tells, is missing; copy it again"):
+        verify(tmp_path / "out")
+    for lacking in ({"n_documents": None}, {"files": [{"name": "x"}]}):
+        manifest.write_text(json.dumps(whole | lacking))
+        with refused("manifest.json: damaged, some of what it has to say is missing"):
+            verify(tmp_path / "out")
+    manifest.write_text(json.dumps(whole | {"n_documents": 10**6}))
+    with refused(r"offsets.bin: it does not hold the 1,000,001 numbers of manifest\.json"):
+        verify(tmp_path / "out")
+    manifest.write_text(json.dumps(whole))
+    shutil.rmtree(tmp_path / "out/tokenizer")
+    other = learn_llama3([text.encode() for text in ("other text " * 9, "of another kind")], 280, n_special=11)
+    (tmp_path / "out/tokenizer").mkdir()
+    other.save(tmp_path / "out/tokenizer")
+    with refused(r"out/tokenizer: not the tokenizer that made .*out/.*; copy it again"):
+        verify(tmp_path / "out")
+
+
+def test_a_source_that_has_changed_since_is_named(tmp_path, small):
+    path, said = write_corpus(tmp_path / "c.jsonl", 29), io.StringIO()
+    for _ in range(2):
+        shard(path, small, tmp_path / "out", validation=0, console=Console(file=said))
+    assert "has changed" not in said.getvalue()
+    path.write_text(path.read_text().replace("Document", "DOCUMENT"))
+    shard(path, small, tmp_path / "out", validation=0, console=Console(file=said, width=500))
+    assert "c.jsonl has changed since" in said.getvalue()
+
+
+def test_any_name_of_a_source_is_shown(tmp_path, small, monkeypatch, capsys):
+    row = {"text": "a text", "source": "[/INST]"}
+    (tmp_path / "c.jsonl").write_text(json.dumps(row))
+    small.save(made(tmp_path / "tokenizer"))
+    monkeypatch.chdir(tmp_path)
+    command = ["shard", "c.jsonl", "--tokenizer", "tokenizer", "--out", "out", "--by-source", "--validation", "0"]
+    assert cli.main(command) == 0
+    assert "[/INST]" in capsys.readouterr().out
+
+
+def made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
+
+
 def test_other_documents_from_python_are_refused(tmp_path, small):
     first = shard_documents(["a", "b"], small, tmp_path / "out", validation=0, console=QUIET)
     again = shard_documents(["a", "b"], small, tmp_path / "out", validation=0, console=QUIET)
@@ -461,7 +518,7 @@ def test_a_full_disk_is_named_with_the_remedy(tmp_path, small, monkeypatch, name
         shard_documents(["a"], small, tmp_path / "out", validation=0, console=QUIET)
 
 
-def test_sets_that_are_not_whole_or_not_there_are_refused(tmp_path, capsys):
+def test_sets_that_are_not_whole_or_not_there_are_refused(tmp_path):
     with pytest.raises(
         DataError, match=r"nowhere: no token shards here \(no manifest.json\); `arriero shard` makes them"
     ):
@@ -485,8 +542,7 @@ def test_sets_that_are_not_whole_or_not_there_are_refused(tmp_path, capsys):
     with pytest.raises(DataError, match=r"tokens-00001.bin: its SHA-256 is [0-9a-f]{16}\.\.\., the manifest says"):
         verify(tmp_path / "sets")
     tokens.write_bytes(whole)
-    verify(tmp_path / "sets")
-    assert capsys.readouterr().out.count(": 3 documents, 23 tokens, as they were written\n") == 2
+    open_shards(tmp_path / "sets/train").verify()
     tokens.unlink()
     with pytest.raises(DataError, match=r"tokens-00001.bin is missing"):
         open_shards(tmp_path / "sets/train")

@@ -1,8 +1,8 @@
 """Documents that hold texts of evaluation sets, found by their n-grams and dropped, with a list of what was hit.
 
 GPT-3 (Brown et al. 2020, appendix C) searched 13-grams of lower-case words without punctuation, and for evaluation
-texts that are shorter the whole text from 8 words on; so is it here. One match drops the document. Short answers ("18")
-are in no corpus by accident alone, and are not searched.
+texts that are shorter the whole text from 8 words on; so is it here, and accents do not count, while numbers do. One
+match drops the document. Short answers ("18") are in no corpus by accident alone, and are not searched.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from arriero.curate.analysis import analyse
+from arriero.curate.analysis import Analysis, analyse
 from arriero.curate.batch import Batch, Hit, Result
 from arriero.curate.rules.llama import _ngram_hashes
 from arriero.curate.sources import list_files, read_file
+from arriero.curate.spans import HAS_LETTER
 from arriero.errors import ConfigError, DataError
 from arriero.records import parse_row, read_records
 
@@ -54,7 +55,7 @@ class Decontaminate:
     def run(self, batch: Batch) -> Result:
         """Drop each document with a match; the reason names the evaluation row."""
         index, analysis = _index(self), batch.analysis
-        words, first = analysis.content
+        words, first = _words(analysis)
         places = np.flatnonzero(analysis.folded != 0)
         document = np.repeat(np.arange(len(analysis)), np.diff(first))
         hits: dict[int, Hit] = {}
@@ -71,6 +72,13 @@ class Decontaminate:
                 text = batch.documents[i].text[begin:end]
                 hits[i] = Hit(f"in {item.file}: row {item.row}", evaluation=item.file, row=item.row, text=text)
         return [(document, hits.get(i)) for i, document in enumerate(batch.documents)]
+
+
+def _words(analysis: Analysis) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """As `Analysis.content`, but for numbers, which are hashed as they stand: 1, 2, 3 is not 7, 8, 9."""
+    words, (_, first) = analysis.words, analysis.content
+    hashes = np.where((words.kind & HAS_LETTER) > 0, analysis.folded, words.hash)
+    return hashes[analysis.folded != 0], first
 
 
 class Item(NamedTuple):
@@ -92,7 +100,7 @@ def _index(step: Decontaminate) -> Index:
     items: list[Item] = []
     found: dict[int, list[tuple[NDArray[np.uint64], int]]] = {}
     for item, text in evaluation_texts(step.against):
-        words = analyse([text]).content[0]
+        words, _ = _words(analyse([text]))
         if len(words) < step.min_words:
             continue
         if not items or items[-1] != item:
