@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import sys
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from arriero.errors import DataError, require
+from arriero.errors import DataError, UserError, require
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
@@ -33,6 +34,7 @@ class Record(NamedTuple):
     row: int
     raw: bytes | Row  # a line of JSON, or the row itself
     done: float  # share of the file that has been read, for progress bars
+    error: DataError | None = None  # why there is no row
 
 
 def source_files(source: str | Path) -> list[Path]:
@@ -69,7 +71,7 @@ def read_records(path: Path, after: int = 0) -> Iterator[Record]:
                 yield record
     except (EOFError, gzip.BadGzipFile, zlib.error, _zstd_error()) as error:
         raise DataError(
-            f"{path}: damaged {COMPRESSED[path.suffix]} data after row {row} ({error}); fetch the file again"
+            f"{path}: damaged {COMPRESSED[endings(path)[1]]} data after row {row} ({error}); fetch the file again"
         ) from error
     if row == 0 and after == 0:
         raise DataError(f"{path}: the file holds no rows; remove it or fill it")
@@ -80,8 +82,14 @@ def is_readable(path: Path) -> bool:
     return _reader(path) is not None
 
 
+def endings(path: Path) -> tuple[str, str]:
+    """The ending of a name that says what the file holds, and that of its compression or nothing; in lower case."""
+    name = Path(path.name.lower())
+    return (Path(name.stem).suffix, name.suffix) if name.suffix in COMPRESSED else (name.suffix, "")
+
+
 def _reader(path: Path) -> Callable[[Path, int], Iterator[Record]] | None:
-    return _READERS.get(Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix)
+    return _READERS.get(endings(path)[0])
 
 
 def _zstd_error() -> type[Exception]:
@@ -93,12 +101,12 @@ def _zstd_error() -> type[Exception]:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
     """The file's bytes, unzipped, and a function that tells the share of the file read so far."""
-    size = max(1, path.stat().st_size)
+    size, packing = max(1, path.stat().st_size), endings(path)[1]
     with open(path, "rb") as raw:
-        if path.suffix == ".gz":
+        if packing == ".gz":
             with gzip.GzipFile(fileobj=raw) as stream:
                 yield cast(IO[bytes], stream), lambda: raw.tell() / size
-        elif path.suffix == ".zst":
+        elif packing == ".zst":
             with io.BufferedReader(_ZstdFrames(raw), buffer_size=1 << 20) as lines:
                 yield cast(IO[bytes], lines), lambda: raw.tell() / size
         else:
@@ -153,27 +161,45 @@ def _read_json(path: Path, after: int) -> Iterator[Record]:
                 f"{path}: broken JSON: {error}; mend the file, or write one object a line as .jsonl"
             ) from error
     for number, row in enumerate(rows, start=1):
-        yield Record(str(path), number, as_row(row, path, number), number / len(rows))
+        try:
+            yield Record(str(path), number, as_row(row, path, number), number / len(rows))
+        except DataError as error:
+            yield Record(str(path), number, {}, number / len(rows), error)
 
 
 def _read_csv(path: Path, after: int) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
-    delimiter = "\t" if ".tsv" in path.suffixes else ","
-    number = 0
-    with _opened(path) as (stream, done), io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+    delimiter = "\t" if endings(path)[0] == ".tsv" else ","
+    with (
+        _opened(path) as (stream, done),
+        io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
+    ):
         rows = csv.DictReader(text, delimiter=delimiter, strict=True)
         try:
-            for number, row in enumerate(rows, start=1):
+            n_fields = len(rows.fieldnames or ())
+        except csv.Error as error:
+            raise DataError(f"{path}: its header is {_broken_csv(error)}") from error
+        for number in itertools.count(1):
+            where = f"row {number} of {path}"
+            try:
+                row = next(rows)
                 if None in row or None in row.values():
                     raise DataError(
-                        f"row {number} of {path}: it has {'more' if None in row else 'fewer'} fields than the header's "
-                        f"{len(rows.fieldnames or ())}; quote fields that hold a {delimiter!r} or a line break"
+                        f"{where}: it has {'more' if None in row else 'fewer'} fields than the header's {n_fields}; "
+                        f"quote fields that hold a {delimiter!r} or a line break"
                     )
+                "".join([*row, *row.values()]).encode("utf-8", "surrogateescape").decode()
                 yield Record(str(path), number, row, done())
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(
-                f"row {number + 1} of {path}: broken CSV: {error}; write it as UTF-8 with quotes"
-            ) from error
+            except StopIteration:
+                return
+            except DataError as error:
+                yield Record(str(path), number, {}, done(), error)
+            except (csv.Error, UnicodeDecodeError) as error:
+                yield Record(str(path), number, {}, done(), DataError(f"{where}: {_broken_csv(error)}"))
+
+
+def _broken_csv(error: Exception) -> str:
+    return f"broken CSV: {error}; write it as UTF-8 with quotes"
 
 
 def _read_parquet(path: Path, after: int) -> Iterator[Record]:
@@ -210,8 +236,9 @@ def _arrow_records(path: Path, batches: Any, n_rows: int, number: int = 0, after
             continue
         for row in batch.to_pylist():
             number += 1
-            # A column is there for every row of the table; None means that this row has none.
-            yield Record(str(path), number, _without_none(row), number / n_rows if n_rows else 0.0)
+            # A field of a struct is there for every row of the table; None means that this row has none.
+            row = {key: _without_none(value) for key, value in row.items()}
+            yield Record(str(path), number, row, number / n_rows if n_rows else 0.0)
 
 
 def _without_none(value: Any) -> Any:
@@ -222,14 +249,17 @@ def _without_none(value: Any) -> Any:
 
 def hub_files(name: str) -> list[Path]:
     """Download the train split of `owner/name` or `owner/name:config` and return its Arrow files."""
-    datasets = require("datasets", "data")
+    try:
+        datasets = require("datasets", "data")
+    except UserError as error:
+        raise DataError(f"{name}: no such file or directory; to read it as a Hub data set, {error}") from error
     repo, _, config = name.partition(":")
     try:
         table = datasets.load_dataset(repo, config or None, split="train")
     except (ValueError, OSError) as error:  # unknown id, several configs, no such split, no network
         raise DataError(
-            f"Hub data set {name}: {error}; check the id (with a config: owner/name:config) and the network, without "
-            "which only what `datasets` has in its cache can be read"
+            f"{name}: no such file or directory, and Hub data set {name}: {error}; check the id (with a config: "
+            "owner/name:config) and the network, without which only what `datasets` has in its cache can be read"
         ) from error
     return [Path(file["filename"]) for file in table.cache_files]
 
@@ -246,7 +276,9 @@ _READERS: Mapping[str, Callable[[Path, int], Iterator[Record]]] = {
 
 
 def parse_row(record: Record) -> Row:
-    """The row as a dict; raises DataError where its JSON is broken or no object."""
+    """The row as a dict; raises DataError where there is none, its JSON is broken or no object."""
+    if record.error is not None:
+        raise record.error
     if not isinstance(record.raw, bytes):
         return record.raw
     where = f"row {record.row} of {record.file}"

@@ -6,7 +6,8 @@
     .jsonl(.gz/.zst) .parquet .arrow .json .csv      a document for each row, its text in the column `text_key`
     .py .c .rs ...             source code, a document each
     a directory                these below it, sorted by path (.json and .csv only where named themselves, since they
-                               are seldom documents); of one that `arriero curate` wrote, its shards
+                               are seldom documents; links to directories are not followed); of one that
+                               `arriero curate` wrote, there or below, its shards
     stdlib                     the running Python's standard library (a document each file) and its manual's topics
     owner/name[:config]        a Hub data set
 
@@ -17,10 +18,12 @@ cannot be used raises `DataError`, which names it, or is handed to `on_error` an
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import importlib
 import io
 import json
+import os
 import re
 import sysconfig
 import tokenize
@@ -33,10 +36,11 @@ from typing import Any, Literal, NamedTuple
 
 from arriero.curate.document import Document
 from arriero.errors import DataError, require
-from arriero.records import COMPRESSED, HUB_ID, Record, as_row, hub_files, is_readable, parse_row, read_records
+from arriero.records import HUB_ID, Record, as_row, endings, hub_files, is_readable, parse_row, read_records
 
 STDLIB = "stdlib"
 MANIFEST = "manifest.json"  # of a curated directory; lists its shards
+WORK, PLAN = ".work", "plan.json"  # what a curated directory holds until it is finished
 PROSE = frozenset({".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc"})
 HTML = frozenset({".html", ".htm", ".xhtml"})
 WARC = (".warc", ".warc.gz", ".warc.wet.gz", ".warc.wet")
@@ -159,7 +163,12 @@ def list_files(sources: Sequence[str | Path], passed_over: Counter[str] | None =
 
 def _name_of(source: str | Path) -> str:
     path = Path(source)
-    return path.resolve().name if path.exists() else str(source)
+    return _utf8(path.resolve().name) if path.exists() else str(source)
+
+
+def _utf8(name: str) -> str:
+    """A file's name with the bytes that are not UTF-8 written out, as in "caf\\xe9.txt"."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _files_of(source: str | Path, name: str, passed_over: Counter[str]) -> list[SourceFile]:
@@ -170,9 +179,11 @@ def _files_of(source: str | Path, name: str, passed_over: Counter[str]) -> list[
         return _directory(path, name, passed_over)
     if path.exists():
         kind = _kind(path)
+        if not path.is_file():
+            raise DataError(f"{source}: a pipe or device, which cannot be read twice; write it to a file and give that")
         if kind is None:
             remedy = "rename plain text to .txt, or convert it to .jsonl or .parquet"
-            if path.suffix in COMPRESSED:
+            if endings(path)[1]:
                 remedy = "unpack it (only .jsonl, .json, .csv and .warc are read compressed)"
             raise DataError(f"{source}: files ending {''.join(path.suffixes[-2:])!r} are not read; {remedy}")
         return [SourceFile(path, name, _stem(name), kind)]
@@ -185,15 +196,29 @@ def _files_of(source: str | Path, name: str, passed_over: Counter[str]) -> list[
 
 def _directory(root: Path, name: str, passed_over: Counter[str]) -> list[SourceFile]:
     if (root / MANIFEST).exists():
-        return curated_shards(root, name)
-    files = []
-    for path in sorted(walk(root, frozenset({"__pycache__", "node_modules"})), key=lambda p: p.relative_to(root).parts):
+        return curated_shards(root, name, name)
+    if is_curation(root):
+        raise DataError(f"{root}: a curation that is not finished; run it again to its end")
+    files, n_curations = [], 0
+    directories = frozenset({"__pycache__", "node_modules"})
+    for path in sorted(walk(root, directories, is_curation), key=lambda p: p.relative_to(root).parts):
+        inner = f"{name}/{_utf8(path.relative_to(root).as_posix())}"
         kind = _kind(path)
-        if kind is not None and path.suffix not in SELDOM_DOCUMENTS:
-            files.append(SourceFile(path, f"{name}/{path.relative_to(root).as_posix()}", name, kind))
+        if not path.is_file():
+            if path.is_symlink():
+                passed_over["links to directories" if path.is_dir() else "broken links"] += 1
+            elif not path.is_dir():
+                passed_over["pipes or devices"] += 1
+            elif (path / MANIFEST).exists():
+                files += curated_shards(path, inner, name)
+                n_curations += 1
+            else:
+                passed_over["unfinished curations"] += 1
+        elif kind is not None and endings(path)[0] not in SELDOM_DOCUMENTS:
+            files.append(SourceFile(path, inner, name, kind))
         else:
-            passed_over[path.suffix or "without an ending"] += 1
-    if not files:
+            passed_over["".join(endings(path)) or "without an ending"] += 1
+    if not files and not n_curations:
         raise DataError(
             f"{root}: no document in this directory; put .txt, .md, .html, .warc.gz, .jsonl, .parquet or source "
             "files there"
@@ -201,7 +226,18 @@ def _directory(root: Path, name: str, passed_over: Counter[str]) -> list[SourceF
     return files
 
 
-def curated_shards(root: Path, name: str) -> list[SourceFile]:
+def is_curation(directory: Path) -> bool:
+    """Whether `arriero curate` wrote a directory, to its end or not."""
+    if (directory / WORK / PLAN).exists():
+        return True
+    try:  # other tools write files of this name too
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and str(manifest.get("format")).startswith("arriero curated corpus")
+
+
+def curated_shards(root: Path, name: str, source: str) -> list[SourceFile]:
     """The shards of a directory that `arriero curate` wrote, as its manifest lists them."""
     try:
         shards = [shard["file"] for shard in json.loads((root / MANIFEST).read_text(encoding="utf-8"))["shards"]]
@@ -212,7 +248,7 @@ def curated_shards(root: Path, name: str) -> list[SourceFile]:
     for shard in shards:
         if not (root / shard).is_file():
             raise DataError(f"{root}: the manifest lists {shard}, which is missing; copy it again, or curate again")
-    return [SourceFile(root / shard, f"{name}/{shard}", name, "rows") for shard in shards]
+    return [SourceFile(root / shard, f"{name}/{shard}", source, "rows") for shard in shards]
 
 
 def _stdlib() -> list[SourceFile]:
@@ -229,19 +265,28 @@ def _stdlib() -> list[SourceFile]:
 def python_files(root: Path, skipped: frozenset[str] = SKIPPED_DIRECTORIES) -> Iterator[Path]:
     """Python files below `root` that are neither tests nor somebody else's packages."""
     for path in [root] if root.is_file() else walk(root, skipped):
-        if path == root or (path.suffix == ".py" and not re.fullmatch(r"(test_.*|.*_test|conftest)", path.stem)):
+        is_test = re.fullmatch(r"(test_.*|.*_test|conftest)", path.stem)
+        if path == root or (path.suffix == ".py" and not is_test and path.is_file()):
             yield path
 
 
-def walk(root: Path, skipped: frozenset[str]) -> Iterator[Path]:
-    """Files below `root`; hidden ones, directories of these names, and links to directories are left out."""
+def walk(
+    root: Path, skipped: frozenset[str], is_one: Callable[[Path], bool] = lambda directory: False
+) -> Iterator[Path]:
+    """Files below `root`; hidden ones and directories of the names `skipped` are left out.
+
+    Links to directories and directories of which `is_one` holds come as they are, not what lies in them.
+    """
     for path in root.iterdir():
         if path.name.startswith("."):
             continue
-        if not path.is_dir():
+        if path.is_symlink() or not path.is_dir():
             yield path
-        elif path.name not in skipped and not path.is_symlink():
-            yield from walk(path, skipped)
+        elif path.name not in skipped:
+            if is_one(path):
+                yield path
+            else:
+                yield from walk(path, skipped, is_one)
 
 
 def _kind(path: Path) -> Any:
@@ -298,6 +343,8 @@ def _from_row(row: Mapping[str, Any], file: SourceFile, number: int, text_key: s
             meta = as_row(json.loads(meta), file.path, number)
         except ValueError:  # DataError is one
             meta = {"meta": meta}
+        except RecursionError as error:
+            raise DataError(f"{where}: {TOO_DEEP}") from error
     elif not isinstance(meta, dict):
         meta = {"meta": meta}
     named = {key: _word(rest.pop(key, None)) for key in ("id", "source", "url", "date")}
@@ -307,7 +354,7 @@ def _from_row(row: Mapping[str, Any], file: SourceFile, number: int, text_key: s
         named["source"] or ("code" if file.kind == "code" else file.source),
         named["url"],
         named["date"],
-        {**{key: _plain(value) for key, value in rest.items()}, **meta},
+        _plain({**{key: value for key, value in rest.items() if value is not None}, **meta}, where),
     )
 
 
@@ -315,12 +362,18 @@ def _word(value: Any) -> str:
     return _valid(value) if isinstance(value, str) else "" if value is None else str(value)
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON can hold it: dates and other objects of Parquet as text."""
+DEEPEST = 100  # levels of a row's columns; a fixed number, so that every process and reader keeps the same rows
+TOO_DEEP = f"it is nested more than {DEEPEST} levels deep; flatten it or drop the row"
+
+
+def _plain(value: Any, where: str, level: int = 0) -> Any:
+    """A value as JSON and UTF-8 can hold it: dates and other objects of Parquet as text."""
+    if level > DEEPEST:
+        raise DataError(f"{where}: {TOO_DEEP}")
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {_word(key): _plain(item, where, level + 1) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_plain(item, where, level + 1) for item in value]
     return value if value is None or isinstance(value, bool | int | float) else _word(value)
 
 
@@ -342,8 +395,8 @@ def _read_whole(file: SourceFile, after: int, reading: Reading) -> Rows:
         yield 1, Document(_main_text(data, reading.html, str(file.path)), file.name, file.source)
         return
     try:
-        text = _decoded_code(data) if file.path.suffix == ".py" else data.decode("utf-8-sig")
-    except (UnicodeDecodeError, SyntaxError, LookupError) as error:
+        text = _decoded_code(data) if file.path.suffix.lower() == ".py" else data.decode("utf-8-sig")
+    except (UnicodeError, SyntaxError, LookupError) as error:
         yield 1, DataError(f"{file.path}: not UTF-8 text ({error}); convert it, for example by iconv, or remove it")
         return
     yield 1, Document(text, file.name, "code" if file.kind == "code" else file.source)
@@ -352,7 +405,7 @@ def _read_whole(file: SourceFile, after: int, reading: Reading) -> Rows:
 def _decoded_code(data: bytes) -> str:
     """Python source by the encoding that its first lines declare."""
     encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-    return data.decode(encoding)
+    return _valid(data.decode(encoding))
 
 
 def _read_topics(file: SourceFile, after: int, reading: Reading) -> Rows:
@@ -368,7 +421,7 @@ def _read_warc(file: SourceFile, after: int, reading: Reading) -> Rows:
     kinds = warc.WarcRecordType.response | warc.WarcRecordType.conversion
     number, begins, found = 0, 0, None
     with open(file.path, "rb") as stream:
-        records = warc.ArchiveIterator(stream, record_types=kinds, parse_http=True, auto_decode="all")
+        records = warc.ArchiveIterator(stream, record_types=kinds, parse_http=True)
         for number, record in enumerate(records, start=1):
             begins = record.stream_pos
             if number > after:
@@ -388,7 +441,7 @@ def _is_cut(path: Path, begins: int) -> bool:
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
-        if path.suffix != ".gz":
+        if path.suffix.lower() != ".gz":
             file.seek(max(0, size - 4))
             return size > 0 and not file.read().endswith((b"\r\n\r\n", b"\n\n"))
         for start in (begins % max(1, size), 0):
@@ -415,14 +468,19 @@ def _from_warc(record: Any, file: SourceFile, number: int, reading: Reading) -> 
         return None
     expected = record.content_length
     data = record.reader.read()
-    decoded = is_http and http is not None and ("Content-Encoding" in http or "Transfer-Encoding" in http)
-    if (is_http and http is None) or (len(data) < expected and not decoded):  # fastwarc ends in silence at a cut
+    if (is_http and http is None) or len(data) < expected:  # fastwarc ends in silence at a cut
         return DataError(f"row {number} of {file.path}: the file ends within this record; fetch it again")
     if kind not in WEB_TEXT:
         return None
     url = headers.get("WARC-Target-URI") or ""
     try:
-        text = _main_text(data, reading.html, url) if "html" in kind else _decoded_web(data, False)
+        data = _unpacked(data, http) if is_http else data
+        if "html" in kind:
+            text = _main_text(data, reading.html, url, record.http_charset)
+        elif is_http:
+            text = _decoded_web(data, record.http_charset)
+        else:  # of a WET file, which is UTF-8 by definition
+            text = data.decode("utf-8-sig", "replace")
     except DataError as error:
         return DataError(f"row {number} of {file.path}: {error}")
     id_ = (record.record_id or "").strip("<>") or f"{file.name}:{number}"
@@ -432,12 +490,39 @@ def _from_warc(record: Any, file: SourceFile, number: int, reading: Reading) -> 
 WEB_TEXT = ("text/html", "application/xhtml+xml", "text/plain")
 
 
+def _unpacked(body: bytes, http: Any) -> bytes:
+    """A response's body without its transfer and content encodings.
+
+    Crawlers often store the body unpacked under the old header, so one that is plain UTF-8 instead stays as it is.
+    fastwarc could unpack while it reads, but would give up the file at the first such response.
+    """
+    packed = [f"{name}: {http[name]}\r\n" for name in ("Content-Encoding", "Transfer-Encoding") if name in http]
+    if not packed:
+        return body
+    warc = require("fastwarc.warc", "data")
+    record = warc.WarcRecord()
+    record.init_headers(warc.WarcRecordType.response)
+    record.is_http = True
+    record.set_bytes_content("".join(["HTTP/1.1 200 OK\r\n", *packed, "\r\n"]).encode() + body)
+    try:
+        record.parse_http(auto_decode="all")
+        return record.reader.read()
+    except OSError as error:
+        try:
+            body.decode()
+        except UnicodeDecodeError:
+            header = ", ".join(line.strip() for line in packed)
+            raise DataError(f"the body is not what its header says ({header}: {error}); remove the record") from error
+        return body
+
+
 # HTML
 
 
-def _main_text(data: bytes, extractor: Extractor, where: str) -> str:
-    """The main text of a page, without menus, headers and the like."""
-    page = _decoded_web(data, True)
+def _main_text(data: bytes, extractor: Extractor, where: str, charset: str | None = None) -> str:
+    """The main text of a page, without menus, headers and the like. charset: as the HTTP header says."""
+    declared = DECLARED.search(data, 0, 1024)
+    page = _decoded_web(data, charset, declared[1].decode() if declared else None)
     if extractor == "trafilatura":
         found = require("trafilatura", "data").extract(page, include_comments=False, include_tables=True)
         return found or ""
@@ -448,7 +533,25 @@ def _main_text(data: bytes, extractor: Extractor, where: str) -> str:
         raise DataError(f"{where}: the HTML cannot be parsed ({error}); remove the page") from error
 
 
-def _decoded_web(data: bytes, is_html: bool) -> str:
-    """Text by the encoding that the page declares or that its bytes suggest."""
+DECLARED = re.compile(
+    rb"""<(?:meta\b[^>]*?\bcharset|\?xml\b[^>]*?\bencoding)\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE
+)
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def _decoded_web(data: bytes, charset: str | None, declared: str | None = None) -> str:
+    """Text by its byte order mark, its HTTP header, its own declaration, as UTF-8, or as its bytes suggest.
+
+    The first of these that decodes all bytes: a guess comes last, since it errs where few characters are not ASCII.
+    """
     encoding = require("resiliparse.parse.encoding", "data")
-    return encoding.bytes_to_str(data, encoding.detect_encoding(data, from_html_meta=is_html))
+    marks = [name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)]
+    said = [encoding.map_encoding_to_html5(name.strip("\"' "), False) for name in (charset, declared) if name]
+    if declared and (said[-1] or "").startswith("utf-16"):  # a declaration that was found as ASCII is not in UTF-16
+        said.pop()
+    for name in (*marks, *said, "utf-8"):
+        try:
+            return _valid(data.decode(name or "utf-8"))
+        except (UnicodeError, LookupError):
+            continue
+    return encoding.bytes_to_str(data, encoding.detect_encoding(data))

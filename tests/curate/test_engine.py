@@ -332,7 +332,7 @@ def test_a_broken_row_stops_the_run_or_is_counted(corpus, tmp_path):
         (dict(out=""), "no output directory; give one with --out DIR"),
         (dict(steps=("normalize",)), r"steps has 'normalize', which is no step; did you mean 'normalise'\?"),
         (dict(steps=("scrub", "scrub")), "steps has 'scrub' more than once; keep one of them"),
-        (dict(part_mb=0.0), r"part_mb is 0\.0; it must be at least 0\.001"),
+        (dict(part_mb=0.0), r"part_mb is 0\.0; it must be a number of at least 0\.001"),
         (dict(steps=("dirty-words",)), r'steps has "dirty-words", but dirty_words\.words is empty; give it, or'),
     ],
 )

@@ -1,9 +1,11 @@
 """Every kind of source gives its documents, in one order, resumable at each of them; what is broken is named."""
 
+import datetime
 import gzip
 import io
 import itertools
 import json
+import os
 import re
 from collections import Counter
 
@@ -31,11 +33,12 @@ def jsonl(data=None):
     return "".join(json.dumps(row) + "\n" for row in (data or rows())).encode()
 
 
-def warc(pages, status=200, kind="text/html; charset=utf-8"):
+def warc(pages, status=200, kind="text/html; charset=utf-8", header=""):
     out = io.BytesIO()
     for i, page in enumerate(pages):
-        body = page.encode()
-        http = f"HTTP/1.1 {status} OK\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        body = page if isinstance(page, bytes) else page.encode()
+        head = f"HTTP/1.1 {status} OK\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{header}\r\n"
+        http = head.encode() + body
         head = (
             f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:{i}>\r\nWARC-Target-URI: https://x.org/{i}\r\n"
             f"WARC-Date: 2024-03-0{i + 1}T00:00:00Z\r\nContent-Type: application/http; msgtype=response\r\n"
@@ -109,6 +112,69 @@ def test_warc_responses_that_failed_or_are_pictures_are_no_documents(tmp_path):
     assert list(read_documents([tmp_path / "a.warc.gz"])) == []
 
 
+ENGLISH = SENTENCE * 9 + "It had lunch at the café."
+
+
+@pytest.mark.parametrize("kind", ["html", "warc", "plain warc", "wet"])
+def test_utf8_with_a_single_character_that_is_not_ascii_is_read_as_utf8(tmp_path, kind):
+    page = f"<html><body><main><p>{ENGLISH}</p></main></body></html>"
+    path = tmp_path / "a.warc.gz"
+    if kind == "html":
+        path = tmp_path / "a.html"
+        path.write_text(page)
+    elif kind == "wet":
+        path.write_bytes(wet(ENGLISH.encode()))
+    else:
+        path.write_bytes(warc([ENGLISH], kind="text/plain") if kind == "plain warc" else warc([page], kind="text/html"))
+    [document] = read_documents([path])
+    assert document.text.strip() == ENGLISH
+
+
+def wet(body):
+    head = f"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n\r\n"
+    return gzip.compress(head.encode() + body + b"\r\n\r\n")
+
+
+def test_a_wet_text_is_utf8_and_what_is_not_is_replaced(tmp_path):
+    (tmp_path / "a.warc.wet.gz").write_bytes(wet("café ".encode() + b"caf\xe9"))
+    assert [d.text for d in read_documents([tmp_path / "a.warc.wet.gz"])] == ["café caf\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("charset", "declared", "encoding"),
+    [
+        ("iso-8859-2", "", "iso-8859-2"),
+        ("iso-8859-2", '<meta charset="utf-8">', "iso-8859-2"),  # the header goes before the page
+        ("", '<meta charset="iso-8859-2">', "iso-8859-2"),
+        ("", '<meta http-equiv="Content-Type" content="text/html; charset=iso-8859-2">', "iso-8859-2"),
+        ("", '<?xml version="1.0" encoding="iso-8859-2"?>', "iso-8859-2"),
+        ("nonsense", '<meta charset="iso-8859-2">', "iso-8859-2"),  # a codec that is none, and one for other things
+        ("hex", "", "utf-8"),
+        ("utf-8", '<meta charset="iso-8859-2">', "iso-8859-2"),  # its bytes do not decode
+        ("iso-8859-2", '<meta charset="iso-8859-2">', "utf-8-sig"),  # a mark goes before all
+        ("", '<meta charset="utf-16">', "utf-8"),
+        ("", "", "utf-16"),
+    ],
+)
+def test_a_page_is_read_in_the_encoding_that_it_names(tmp_path, charset, declared, encoding):
+    page = f"{declared}<html><body><main><p>{SENTENCE * 3} Łódź.</p></main></body></html>".encode(encoding)
+    kind = f"text/html; charset={charset}" if charset else "text/html"
+    (tmp_path / "a.warc.gz").write_bytes(warc([page], kind=kind))
+    [document] = read_documents([tmp_path / "a.warc.gz"])
+    assert document.text.strip().endswith("Łódź.")
+
+
+@pytest.mark.parametrize("header", ["Content-Encoding: gzip", "Transfer-Encoding: chunked", "Content-Encoding: foo"])
+def test_a_response_that_is_not_packed_as_its_header_says_costs_no_other(tmp_path, header):
+    pages = ["plain", gzip.compress(b"packed"), b"caf\xe9", "last"]
+    (tmp_path / "a.warc.gz").write_bytes(warc(pages, kind="text/plain", header=header + "\r\n"))
+    errors = []
+    found = [d.text for d in read_documents([tmp_path / "a.warc.gz"], on_error=errors.append)]
+    assert found == (["plain", "packed", "last"] if "gzip" in header else ["plain", "last"])
+    message = r"row 3 of .*a\.warc\.gz: the body is not what its header says \(.*-Encoding: .*\); remove the record"
+    assert re.fullmatch(message, str(errors[-1]))
+
+
 def test_reading_resumes_after_any_document(tmp_path):
     files = list_files([mixed(tmp_path)])
     everything = list(read_from(files))
@@ -136,6 +202,81 @@ def test_a_curated_directory_is_read_by_its_manifest(tmp_path):
         list(read_documents([tmp_path]))
 
 
+def curation(root, texts):
+    """What `arriero curate` leaves: shards and what is said of them."""
+    root.mkdir(parents=True)
+    (root / "shard-00000.jsonl").write_bytes(jsonl([{"text": text} for text in texts]))
+    (root / "report.html").write_text(PAGE.format(SENTENCE * 3, SENTENCE))
+    (root / "decontamination.jsonl").write_bytes(jsonl([{"text": "no document"}]))
+    manifest = {"format": "arriero curated corpus 1", "shards": [{"file": "shard-00000.jsonl"}]}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_curations_below_a_directory_are_read_by_their_manifests(tmp_path):
+    root = tmp_path / "corpora"
+    curation(root / "b", ["two", "three"])
+    curation(root / "c" / "d", ["four"])
+    curation(root / "e", ["unfinished"])
+    (root / "e" / "manifest.json").unlink()
+    (root / "e" / ".work").mkdir()
+    (root / "e" / ".work" / "plan.json").touch()
+    (root / "f").mkdir()
+    (root / "f" / "manifest.json").write_text('{"name": "a web app"}')
+    (root / "f" / "f.txt").write_text("five")
+    (root / "a.txt").write_text("one")
+    passed_over = Counter()
+    list_files([root], passed_over)
+    assert passed_over == {"unfinished curations": 1, ".json": 1}
+    assert {d.id: d.text for d in read_documents([root])} == {
+        "corpora/a.txt": "one",
+        "corpora/b/shard-00000.jsonl:1": "two",
+        "corpora/b/shard-00000.jsonl:2": "three",
+        "corpora/c/d/shard-00000.jsonl:1": "four",
+        "corpora/f/f.txt": "five",
+    }
+    assert {d.source for d in read_documents([root])} == {"corpora"}
+    with pytest.raises(DataError, match=r"e: a curation that is not finished; run it again to its end"):
+        list_files([root / "e"])
+
+
+def test_what_is_no_file_in_a_directory_is_passed_over_and_counted(tmp_path):
+    root = tmp_path / "crawl"
+    (root / "sub").mkdir(parents=True)
+    (root / "sub" / "a.txt").write_text("a")
+    (root / "linked.txt").symlink_to("sub/a.txt")
+    (root / "loop").symlink_to(root, target_is_directory=True)
+    (root / "broken.txt").symlink_to("nowhere.txt")
+    os.mkfifo(root / "pipe.jsonl")
+    passed_over = Counter()
+    assert [file.name for file in list_files([root], passed_over)] == ["crawl/linked.txt", "crawl/sub/a.txt"]
+    assert passed_over == {"links to directories": 1, "broken links": 1, "pipes or devices": 1}
+    with pytest.raises(DataError, match=r"pipe\.jsonl: a pipe or device, which cannot be read twice"):
+        list_files([root / "pipe.jsonl"])
+
+
+def test_endings_are_compared_in_lower_case_and_without_their_compression(tmp_path):
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(jsonl([{"text": "a"}])))
+    (tmp_path / "B.TXT").write_text("b")
+    (tmp_path / "C.PY").write_bytes("# coding: latin-1\n# José\n".encode("latin-1"))
+    (tmp_path / "d.json.gz").write_bytes(gzip.compress(b'[{"text": "no"}]'))
+    (tmp_path / "e.CSV").write_text("text\nno\n")
+    passed_over = Counter()
+    list_files([tmp_path], passed_over)
+    assert passed_over == {".json.gz": 1, ".csv": 1}
+    assert [d.text for d in read_documents([tmp_path])] == ["a", "b", "# coding: latin-1\n# José\n"]
+    assert [d.text for d in read_documents([tmp_path / "e.CSV"])] == ["no"]
+
+
+def test_a_file_whose_name_is_not_utf8_has_an_id_that_is(tmp_path):
+    try:
+        path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+        path.write_text("hello")
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    assert [d.id for d in read_documents([tmp_path])] == [f"{tmp_path.name}/caf\\xe9.txt"]
+    assert [d.id for d in read_documents([path])] == ["caf\\xe9.txt"]
+
+
 def test_two_directories_of_one_name_give_distinct_ids(tmp_path):
     for parent in "xy":
         (tmp_path / parent / "data").mkdir(parents=True)
@@ -147,6 +288,59 @@ def test_lone_surrogates_become_question_marks(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "bad \\ud800 pair"}\n')
     [document] = read_documents([tmp_path / "a.jsonl"])
     assert document.text == "bad ? pair"
+
+
+def test_columns_become_what_json_and_utf8_can_hold(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "\\ud800": 1, "no": null, "meta": {"x": ["\\ud800"]}}\n')
+    [document] = read_documents([tmp_path / "a.jsonl"])
+    assert document.meta == {"?": 1, "x": ["?"]}
+    when = datetime.datetime(2020, 1, 2)
+    pa.parquet.write_table(pa.Table.from_pylist([{"text": "a", "meta": {"when": when}}]), tmp_path / "a.parquet")
+    [document] = read_documents([tmp_path / "a.parquet"])
+    assert document.meta == {"when": "2020-01-02 00:00:00"}
+
+
+@pytest.mark.parametrize("depth", [101, 600, 100_000])
+@pytest.mark.parametrize("column", ["x", "meta"])
+def test_a_row_that_is_nested_too_deeply_is_passed_over(tmp_path, column, depth):
+    deep = "[" * depth + "]" * depth
+    meta = json.dumps({"y": 0}).replace("0", deep)
+    value = {"x": deep, "meta": json.dumps(meta)}[column]  # meta is a text, as in shards
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a"}}\n{{"text": "b", "{column}": {value}}}\n{{"text": "c"}}\n')
+    errors = []
+    assert [d.text for d in read_documents([tmp_path / "a.jsonl"], on_error=errors.append)] == ["a", "c"]
+    [error] = errors
+    assert re.search(r"row 2 of .*a\.jsonl: .* nested .*deep.*; flatten it or drop the (row|line)", str(error))
+
+
+def test_a_null_text_in_parquet_is_called_that(tmp_path):
+    pa.parquet.write_table(
+        pa.Table.from_pylist([{"text": "a", "d": 1}, {"text": None, "d": 2}]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(DataError, match=r"row 2 of .*a\.parquet: 'text' is null; fill it or drop the row"):
+        list(read_documents([tmp_path / "a.parquet"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.csv", b"text,id\na,1\nx,2,3\nb,4\n", r"row 2 of .*: it has more fields than the header's 2; quote"),
+        ("a.csv", b"text,id\na,1\nx\nb,4\n", r"row 2 of .*: it has fewer fields than the header's 2; quote"),
+        ("a.csv", b'text,id\na,1\n"x"y,2\nb,4\n', r"row 2 of .*: broken CSV: .*; write it as UTF-8 with quotes"),
+        ("a.csv", b"text,id\na,1\ncaf\xe9,2\nb,4\n", r"row 2 of .*: broken CSV: 'utf-8' codec can't decode"),
+        ("a.tsv", b"text\tid\na\t1\nx\nb\t4\n", r"row 2 of .*: it has fewer fields than the header's 2; quote"),
+        ("a.json", b'[{"text": "a"}, 5, {"text": "b"}]', r"row 2 of .*: expected a JSON object, found int"),
+    ],
+)
+def test_one_bad_row_of_a_table_costs_no_other(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    errors = []
+    assert [d.text for d in read_documents([tmp_path / name], on_error=errors.append)] == ["a", "b"]
+    assert len(errors) == 1 and re.search(message, str(errors[0]))
+    with pytest.raises(DataError, match=message):
+        list(read_documents([tmp_path / name]))
+    files = list_files([tmp_path / name])
+    assert [d.text for d, _ in read_from(files, Position(0, 2))] == ["b"]
 
 
 BROKEN = {
