@@ -46,16 +46,14 @@ from arriero.curate.config import CurateConfig, stages
 from arriero.curate.executor import Executor, open_executor
 from arriero.curate.parts import read_json, write_json, write_text
 from arriero.curate.plan import plan_of, refuse_other_plan
-from arriero.curate.sources import MANIFEST, SourceFile, list_files
+from arriero.curate.sources import KIND, MANIFEST, PLAN, WORK, SourceFile, is_curation, list_files
 from arriero.curate.stats import Json, add, best_examples
 from arriero.curate.steps.corpus import KeyFile
 from arriero.curate.tasks import ERRORS_SHOWN, MB, decision_path, finish_shard, read_unit, reduce_range, take_stage
 from arriero.errors import ConfigError
 from arriero.files import LOCK, locked
 
-WORK = ".work"
-PLAN = "plan.json"
-KIND, FORMAT = "arriero curated corpus", 1  # of the work directory and manifest
+FORMAT = 1  # of the work directory and manifest
 
 
 def curate(config: CurateConfig, console: Console | None = None) -> Json:
@@ -284,17 +282,9 @@ def refuse_what_is_not_ours(out: Path) -> None:
     """Raise `ConfigError` where `out` holds something else than a curation."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give a directory with --out")
-    ours = out.is_dir() and ((out / WORK).exists() or holds_our_manifest(out))
+    ours = out.is_dir() and ((out / WORK).exists() or is_curation(out))
     if out.is_dir() and not ours and any(path.name != LOCK for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no curation; give a new directory with --out")
-
-
-def holds_our_manifest(out: Path) -> bool:
-    """Whether `out` holds a curation's manifest, and not one of something else."""
-    try:
-        return str(read_json(out / MANIFEST)["format"]).startswith(KIND)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def refuse_what_is_lost(out: Path, manifest: Json) -> None:

@@ -41,6 +41,7 @@ from arriero.records import HUB_ID, Record, as_row, endings, hub_files, is_reada
 STDLIB = "stdlib"
 MANIFEST = "manifest.json"  # of a curated directory; lists its shards
 WORK, PLAN = ".work", "plan.json"  # what a curated directory holds until it is finished
+KIND = "arriero curated corpus"  # how its manifest's format begins
 PROSE = frozenset({".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc"})
 HTML = frozenset({".html", ".htm", ".xhtml"})
 WARC = (".warc", ".warc.gz", ".warc.wet.gz", ".warc.wet")
@@ -234,7 +235,7 @@ def is_curation(directory: Path) -> bool:
         manifest = json.loads((directory / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(manifest, dict) and str(manifest.get("format")).startswith("arriero curated corpus")
+    return isinstance(manifest, dict) and str(manifest.get("format")).startswith(KIND)
 
 
 def curated_shards(root: Path, name: str, source: str) -> list[SourceFile]:
@@ -545,13 +546,17 @@ def _decoded_web(data: bytes, charset: str | None, declared: str | None = None) 
     The first of these that decodes all bytes: a guess comes last, since it errs where few characters are not ASCII.
     """
     encoding = require("resiliparse.parse.encoding", "data")
-    marks = [name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)]
-    said = [encoding.map_encoding_to_html5(name.strip("\"' "), False) for name in (charset, declared) if name]
-    if declared and (said[-1] or "").startswith("utf-16"):  # a declaration that was found as ASCII is not in UTF-16
-        said.pop()
-    for name in (*marks, *said, "utf-8"):
+    names = [name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)]
+    if charset:
+        names.append(encoding.map_encoding_to_html5(charset.strip("\"' "), False))
+    if declared:  # in ASCII, which UTF-16 is not
+        name = encoding.map_encoding_to_html5(declared, False)
+        names.append("utf-8" if (name or "").startswith("utf-16") else name)
+    for name in filter(None, [*names, "utf-8"]):
         try:
-            return _valid(data.decode(name or "utf-8"))
+            return _valid(data.decode(name))
         except (UnicodeError, LookupError):
             continue
+    if encoding.detect_encoding(data, html5_compatible=False) == "utf-8":  # but for a few bytes
+        return data.decode("utf-8", "replace")
     return encoding.bytes_to_str(data, encoding.detect_encoding(data))

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections import Counter
 
 import pyarrow as pa
@@ -162,6 +163,15 @@ def test_a_page_is_read_in_the_encoding_that_it_names(tmp_path, charset, declare
     (tmp_path / "a.warc.gz").write_bytes(warc([page], kind=kind))
     [document] = read_documents([tmp_path / "a.warc.gz"])
     assert document.text.strip().endswith("Łódź.")
+
+
+def test_a_page_of_utf8_with_a_broken_byte_keeps_its_other_characters(tmp_path):
+    page = (
+        f"<html><body><main><p>{'Zażółć gęślą jaźń, powiedział król. ' * 9}".encode() + b"\xc5</p></main></body></html>"
+    )
+    (tmp_path / "a.warc.gz").write_bytes(warc([page]))
+    [document] = read_documents([tmp_path / "a.warc.gz"])
+    assert document.text.startswith("Zażółć gęślą jaźń") and document.text.strip().endswith("\ufffd")
 
 
 @pytest.mark.parametrize("header", ["Content-Encoding: gzip", "Transfer-Encoding: chunked", "Content-Encoding: foo"])
@@ -418,6 +428,14 @@ def test_a_crawl_without_a_response_is_refused_and_what_is_passed_over_is_counte
     passed_over = Counter()
     assert [file.path.name for file in list_files([tmp_path], passed_over)] == ["a.warc.gz"]
     assert passed_over == {".pdf": 2, ".json": 1, "without an ending": 1}
+
+
+def test_a_mistyped_directory_is_called_missing_besides_no_hub_data_set(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
+    with pytest.raises(
+        DataError, match=r"^no/where: no such file or directory; to read it as a Hub data set, this needs"
+    ):
+        list_files(["no/where"])
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,15 @@ def test_csv_with_a_wrong_number_of_fields_is_refused(tmp_path):
         messages(path)
 
 
+def test_a_json_array_is_read_up_to_its_first_row_that_is_none(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(f"[{GOOD}, 5, {GOOD}]")
+    conversations = read_conversations(path)
+    assert next(conversations).row == 1
+    with pytest.raises(DataError, match=f"row 2 of {path}: expected a JSON object, found int; one object a row"):
+        next(conversations)
+
+
 def test_damaged_files_are_refused_by_name(tmp_path):
     path = tmp_path / "rows.jsonl.gz"
     write_gz(path, [openai(str(i) * 97, "b") for i in range(997)])
