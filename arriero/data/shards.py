@@ -69,7 +69,13 @@ class Shards:
         part = int(np.searchsorted(self._starts, first, side="right")) - 1
         base = first - int(self._starts[part])
         stop = last - first if stop is None else min(stop, last - first)
-        return self._parts[part][base + start : base + stop]
+        ids = self._parts[part][base + start : base + stop]
+        if len(ids) and ids.max() >= self.vocab_size:
+            raise DataError(
+                f"{self.directory}: document {i} has the id {ids.max()}, of a vocabulary of {self.vocab_size}; the "
+                f"files are damaged (arriero data verify {self.directory}): copy the set again, or make it anew"
+            )
+        return ids
 
     @cached_property
     def lengths(self) -> IntArray:
@@ -182,6 +188,11 @@ def open_splits(train: str | Path, validation: str | Path = "") -> tuple[dict[st
     """
     directory = _of_split(Path(train), TRAIN)
     sources = open_sources(directory)
+    if len(splits := {shards.manifest["split"] for shards in sources.values()}) > 1:
+        raise DataError(
+            f"{directory}: sets of {' and '.join(sorted(splits))} side by side, and no directory 'tokenizer' as "
+            "`arriero shard` left it; put that back, or train on one of them"
+        )
     if validation:
         held_out = open_sources(_of_split(Path(validation), VALIDATION))
     elif directory.name == TRAIN and (beside := _of_split(directory.parent, VALIDATION)) != directory.parent:

@@ -73,7 +73,8 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """
     cumulative = logits.double().softmax(-1).cumsum(-1)
     target = uniform.double().to(logits.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return ids.clamp(max=logits.shape[-1] - 1)  # logits of diverged weights are NaN: some token, but a token
 
 
 class Sampler:

@@ -65,6 +65,10 @@ def goes_on(config: Any, recipe: str) -> bool:
         raise ConfigError(
             f"{run_dir} holds a run already; add --resume to go on with it, choose another --out, or delete it"
         )
+    if not (run_dir / "data.json").exists():
+        raise ConfigError(
+            f"{run_dir} holds a run but no data.json, which says what it learns from; put that back, or begin a new run"
+        )
     cls = type(config)
     _, earlier = configs.load_recipe({recipe: cls}, record)
     now, then = configs.to_dict(config), configs.to_dict(earlier)

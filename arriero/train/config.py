@@ -14,6 +14,9 @@ from arriero.distributed.config import ParallelConfig
 from arriero.errors import check
 from arriero.model.config import LoraConfig
 
+LONGEST = 2**24  # tokens of a row
+ROW = f"it must be from 8 to {LONGEST:,}"
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -47,15 +50,18 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check(0 < self.lr < math.inf, f"lr is {self.lr}; it must be a number above 0")
         check(all(0 <= b < 1 for b in self.betas), f"betas are {self.betas}; each is in [0, 1)")
-        check(0 <= self.eps < math.inf, f"eps is {self.eps}; it must be a number of at least 0")
+        check(
+            0 < self.eps < math.inf,
+            f"eps is {self.eps}; it must be a number above 0 (a gradient of 0 is divided by it)",
+        )
         check(
             0 <= self.warmup < 1 or (self.warmup.is_integer() and self.warmup > 0),
             f"warmup is {self.warmup}; it is a share of the steps, in [0, 1), or a whole number of steps",
         )
         check(0 <= self.min_lr <= 1, f"min_lr is {self.min_lr}; it is a share of the peak, in [0, 1]")
         check(0 < self.decay <= 1, f"decay is {self.decay}; it is a share of the steps, in (0, 1]")
-        check(self.clip >= 0, f"clip is {self.clip}; it must be at least 0 (0 switches clipping off)")
-        check(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must be at least 0")
+        check(0 <= self.clip < math.inf, f"clip is {self.clip}; it must be at least 0 (0 switches clipping off)")
+        check(0 <= self.weight_decay < math.inf, f"weight_decay is {self.weight_decay}; it must be at least 0")
         check(
             not self.in_backward or self.clip == 0,
             f"in_backward is on and clip is {self.clip}; clipping needs the norm of the whole gradient before any "
@@ -175,7 +181,7 @@ class DataConfig:
     """Tokenising processes; 0 means one per core."""
 
     def __post_init__(self) -> None:
-        check(self.seq_len >= 8, f"seq_len is {self.seq_len}; it must be at least 8")
+        check(8 <= self.seq_len <= LONGEST, f"seq_len is {self.seq_len}; {ROW}")
         check(0 <= self.max_truncated <= 1, f"max_truncated is {self.max_truncated}; it is a share, in [0, 1]")
         check(self.workers >= 0, f"workers is {self.workers}; it must be at least 0 (0: one per core)")
 
@@ -225,7 +231,7 @@ class PretrainDataConfig:
     """Passes over a source after which the others take its share; unnamed sources may repeat for ever."""
 
     def __post_init__(self) -> None:
-        check(self.seq_len >= 8, f"seq_len is {self.seq_len}; it must be at least 8")
+        check(8 <= self.seq_len <= LONGEST, f"seq_len is {self.seq_len}; {ROW}")
         check(
             self.validation_tokens >= self.seq_len,
             f"validation_tokens is {self.validation_tokens}; it must hold a row of seq_len {self.seq_len}",
@@ -251,7 +257,7 @@ class TrainingStage:
     def __post_init__(self) -> None:
         check(0 < self.start < 1, f"stage: start is {self.start}; it is a share of the steps, in (0, 1)")
         check(self.batch_rows >= 0, f"stage: batch_rows is {self.batch_rows}; it must be at least 0")
-        check(self.seq_len == 0 or self.seq_len >= 8, f"stage: seq_len is {self.seq_len}; it must be at least 8")
+        check(self.seq_len == 0 or 8 <= self.seq_len <= LONGEST, f"stage: seq_len is {self.seq_len}; {ROW}")
 
 
 @dataclass(frozen=True)
@@ -282,7 +288,11 @@ class PretrainConfig:
     """Changes of batch, row length or mixture during the run, in order of their start."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "rope_theta", "z_loss"):
+        check(
+            self.rope_theta == 0 or 1 < self.rope_theta < math.inf,
+            f"rope_theta is {self.rope_theta}; it must be above 1 (Llama 3: 5e5), or 0 for the model's own",
+        )
+        for name in ("tokens", "z_loss"):
             check(0 <= getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}; it must be at least 0")
         check(
             not (self.tokens and self.loop.steps),

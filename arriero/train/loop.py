@@ -201,11 +201,11 @@ class Trainer:
         validate_every, save_every = self.loop.validate_every or tenth, self.loop.save_every or tenth
         p = self.progress
         saved_at = p.step
-        if p.step == 0:
-            self._validate(record)
         console = Console(stderr=True, quiet=self.engine.mesh.rank > 0)
         watch = Watch(self.checkpoints.peers)
         with watch, _signals() as stop, LiveLine(self.total_steps, p.step, console) as line:
+            if p.step == 0:
+                self._validate(record)
             while p.step < self.total_steps and not self.engine.mesh.any(bool(stop) or self.checkpoints.failed):
                 metrics = self.step()
                 line.update(metrics)
@@ -240,8 +240,8 @@ class Trainer:
         p, measured = self.progress, self.measure()
         loss = p.validation[p.step] = measured["loss"]
         record.event("validation", step=p.step, **measured)
-        if not math.isfinite(loss) or (p.best_loss is not None and loss >= p.best_loss):
-            return False
+        if self.skipped_in_a_row or not math.isfinite(loss) or (p.best_loss is not None and loss >= p.best_loss):
+            return False  # weights that training steps are not finite with are never the best
         p.best_loss, p.best_step = loss, p.step
         return True
 

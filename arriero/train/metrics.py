@@ -120,6 +120,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def require_trackers(names: Collection[str]) -> None:
+    """Raise a `UserError` where the package of a tracker is not installed."""
+    for name in names:
+        require(name, "track")
+
+
 # -- trackers ----------------------------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ from arriero.train.claim import claimed, refuse_changed
 from arriero.train.config import LoopConfig
 from arriero.train.environment import describe
 from arriero.train.loop import Outcome, Trainer
-from arriero.train.metrics import MetricsLog, Unheard
+from arriero.train.metrics import MetricsLog, Unheard, require_trackers
 from arriero.train.report import write_report
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -73,6 +73,7 @@ Build = Callable[[Any, Console, Mesh], Run]
 def execute(config: Any, recipe: str, build: Build) -> Outcome:
     """Run a recipe as `config` says. Raises a `UserError` before step 1 for whatever cannot be trained on."""
     began = time.time()
+    require_trackers(config.loop.trackers)
     if config.parallel.cpu_offload and best_device() == "cpu":
         raise ConfigError("cpu_offload is on, but there is no GPU here: all lies in the host's memory; leave it out")
     with init_mesh(config.parallel, best_device()) as mesh, claimed(config, recipe, mesh) as resumes:

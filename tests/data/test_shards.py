@@ -453,6 +453,22 @@ def test_an_incomplete_or_damaged_copy_does_not_verify(tmp_path, small, capsys):
         verify(tmp_path / "out")
 
 
+def test_held_out_sets_are_not_trained_on_for_want_of_the_tokenizer(tmp_path, small):
+    texts = [row["text"] for row in corpus(29)]
+    shard_documents(texts, small, tmp_path / "out", validation=0.3, console=QUIET)
+    shutil.rmtree(tmp_path / "out/tokenizer")
+    with pytest.raises(DataError, match="out: sets of train and validation side by side, and no directory 'tokenizer'"):
+        open_splits(tmp_path / "out")
+
+
+def test_an_id_past_the_vocabulary_is_damage(tmp_path, small):
+    train = shard_documents(["a text"], small, tmp_path / "out", validation=0, console=QUIET)["train"]["documents"]
+    tokens = tmp_path / "out/train/tokens-00000.bin"
+    tokens.write_bytes(np.full(train.n_tokens, 60_000, "<u2").tobytes())
+    with pytest.raises(DataError, match=r"document 0 has the id 60000, of a vocabulary of 311; the files are damaged"):
+        open_shards(tmp_path / "out/train").tokens(0)
+
+
 def test_a_source_that_has_changed_since_is_named(tmp_path, small):
     path, said = write_corpus(tmp_path / "c.jsonl", 29), io.StringIO()
     for _ in range(2):

@@ -91,3 +91,8 @@ def test_greedy_is_the_argmax_whatever_the_filters(logits):
 def test_settings_out_of_range_are_refused_on_construction(setting, message):
     with pytest.raises(ConfigError, match=message):
         SamplingConfig(**setting)
+
+
+def test_logits_of_diverged_weights_give_a_token():
+    logits = torch.full((3, 101), float("nan"))
+    assert (draw(logits, torch.tensor([0.0, 0.5, 0.99])) < 101).all()

@@ -23,6 +23,7 @@ def claim(config: SftConfig):
 
 def begin(config: SftConfig) -> None:
     with claim(config):
+        (Path(config.out) / "data.json").write_text("{}")
         (Path(config.out) / "config.toml").write_text(to_toml(config, "sft"))
 
 
@@ -44,6 +45,13 @@ def test_checkpoints_without_settings_are_neither_resumed_nor_begun_over(tmp_pat
     for resume in (False, True):
         with pytest.raises(ConfigError, match=r"a checkpoint of step 20 but no config\.toml; put that back"):
             begin(settings(tmp_path / "run", resume=resume))
+
+
+def test_a_run_without_its_record_of_the_data_is_not_resumed(tmp_path):
+    begin(settings(tmp_path / "run"))
+    (tmp_path / "run/data.json").unlink()
+    with pytest.raises(ConfigError, match=r"a run but no data\.json, which says what it learns from; put that back"):
+        begin(settings(tmp_path / "run", resume=True))
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):

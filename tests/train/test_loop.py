@@ -165,6 +165,25 @@ def test_many_non_finite_steps_in_a_row_stop_with_a_clear_error_and_keep_good_ch
     assert native.steps(tmp_path) == [4, 5]
 
 
+def test_weights_that_steps_are_not_finite_with_are_never_the_best(tmp_path):
+    values = iter([3.0, 2.0, 1.0])
+    trainer = toy_trainer(tmp_path, steps=8, validate=lambda: {"loss": next(values)}, validate_every=4)
+    honest = trainer.objective
+
+    def objective(model, batch):
+        return honest(model, batch) * (float("inf") if trainer.progress.step >= 5 else 1.0)
+
+    trainer.objective = objective
+    run(trainer, tmp_path)
+    assert trainer.progress.best_step == 4
+
+
+def test_a_signal_during_the_first_validation_stops_before_step_1(tmp_path):
+    trainer = toy_trainer(tmp_path, steps=2, validate=lambda: signal.raise_signal(signal.SIGTERM) or {"loss": 1.0})
+    assert run(trainer, tmp_path).interrupted is signal.SIGTERM
+    assert trainer.progress.step == 0
+
+
 def test_a_run_outside_the_main_thread_leaves_signals_alone(tmp_path):
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(run, toy_trainer(tmp_path, steps=2), tmp_path).result().progress.step == 2

@@ -186,9 +186,18 @@ def test_losses_from_elsewhere_are_read_and_a_bad_line_is_named(tmp_path: Path) 
     file = tmp_path / "losses.jsonl"
     write_runs(file, measured(0.0), with_flops=False)
     assert tuple(read_runs(file).budgets) == BUDGETS
+    file.write_text(file.read_text().rstrip("\n"))  # the last line counts as it is
+    assert len(read_runs(file).loss) == 28
     with open(file, "a") as lines:
-        lines.write('{"params": 7, "tokens": 11, "loss": null}\n')
+        lines.write('\n{"params": 7, "tokens": 11, "loss": null}\n')
     with pytest.raises(DataError, match=r"losses\.jsonl, line 29: loss is None; it must be a number above 0"):
+        read_runs(file)
+    for broken, message in (("oops", "row 1 of .*: broken JSON"), ("[1]", "expected a JSON object"), ("", "losses")):
+        file.write_text(broken)
+        with pytest.raises(DataError, match=message):
+            read_runs(file)
+    file.write_text('{"params": "a", "tokens": 1, "loss": 1}')
+    with pytest.raises(DataError, match=r"losses\.jsonl, line 1: params is 'a'; it must be a number above 0"):
         read_runs(file)
     with pytest.raises(DataError, match=r"no such file; `arriero scaling sweep --out .*none` writes it"):
         read_runs(tmp_path / "none")

@@ -1,6 +1,7 @@
 """The recipe from settings to files, on a toy model with the real tokenizer."""
 
 import json
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from arriero.checkpoint.load import load
-from arriero.errors import ConfigError, DataError
+from arriero.errors import ConfigError, DataError, UserError
 from arriero.model.config import LoraConfig
 from arriero.train.config import DataConfig, LoopConfig, OptimConfig, SftConfig
 from arriero.train.metrics import read_records
@@ -83,6 +84,14 @@ def test_a_finished_run_is_not_overwritten(toy_model, rows, tmp_path):
     with pytest.raises(ConfigError, match="holds a run already; add --resume to go on with it"):
         main(config)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(toy_model, rows, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    config = settings(toy_model, rows, tmp_path / "run", samples=0)
+    with pytest.raises(UserError, match="this needs the package 'trackio', which is not installed"):
+        main(replace(config, loop=replace(config.loop, trackers=("trackio",))))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_start_that_was_cut_short_is_begun_again(toy_model, rows, tmp_path, monkeypatch):

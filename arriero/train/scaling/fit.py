@@ -30,7 +30,7 @@ from rich.table import Table
 
 from arriero.errors import ConfigError, DataError, require
 from arriero.files import replaced_file
-from arriero.train.metrics import read_records
+from arriero.records import is_readable, parse_row, read_records
 from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, LossLaw, PowerLaw
 
 FIT, PICTURE = "fit.json", "fit.png"
@@ -185,15 +185,19 @@ def read_runs(path: Path) -> Runs:
     file = path / "runs.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"{file}: no such file; `arriero scaling sweep --out {path}` writes it, run by run")
+    if not is_readable(file):
+        raise DataError(f"{file}: give runs as .jsonl, a line for each")
     rows = []
-    for number, record in enumerate(read_records(file), start=1):
-        values = {name: record.get(name) for name in ("flops", "params", "tokens", "loss")}
-        if values["flops"] is None and values["params"] and values["tokens"]:
-            values["flops"] = float(f"{FLOPS_PER_PARAMETER * values['params'] * values['tokens']:.1e}")
+    for line in read_records(file):
+        record = parse_row(line)
+        values: dict[str, Any] = {name: record.get(name) for name in ("params", "tokens", "loss", "flops")}
         for name, value in values.items():
+            if value is None and name == "flops":
+                value = float(f"{FLOPS_PER_PARAMETER * values['params'] * values['tokens']:.1e}")
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise DataError(f"{file}, line {number}: {name} is {value!r}; it must be a number above 0")
-        rows.append(list(values.values()))
+                raise DataError(f"{file}, line {line.row}: {name} is {value!r}; it must be a number above 0")
+            values[name] = value
+        rows.append([values[name] for name in ("flops", "params", "tokens", "loss")])
     columns = np.array(rows, dtype=np.float64).reshape(-1, 4).T
     return Runs(*columns)
 
