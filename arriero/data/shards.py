@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -227,19 +227,28 @@ def find_sets(directory: str | Path) -> list[Shards]:
     found = [Shards(path.parent) for path in sorted(Path(directory).rglob(MANIFEST))]
     if not found:
         raise DataError(f"{directory}: no token shards here (no {MANIFEST}); `arriero shard` makes them")
-    progress = Path(directory) / PROGRESS
-    written = json.loads(progress.read_text(encoding="utf-8"))["parts"] if progress.is_file() else []
     there = {f"{shards.manifest['split']}/{shards.source}" for shards in found}
-    if missing := sorted({name for part in written for name in part} - there):
+    if missing := sorted(_written(Path(directory) / PROGRESS) - there):
         raise DataError(f"{directory}: the set {missing[0]}, of which {PROGRESS} tells, is missing; copy it again")
     return found
 
 
+def _written(progress: Path) -> set[str]:
+    """The sets, as "split/source", that `arriero shard` says it wrote; none where it has left no word."""
+    if not progress.is_file():
+        return set()
+    try:
+        return {name for part in json.loads(progress.read_text(encoding="utf-8"))["parts"] for name in part}
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{progress}: damaged ({error}); copy it again") from error
+
+
 def verify_tokenizer(sets: Iterable[Shards]) -> None:
     """Raise DataError where the tokenizer that lies above a set is not the one that made it."""
+    fingerprint = cache(lambda directory: load_tokenizer(directory).fingerprint)
     for shards in sets:
         directory = shards.tokenizer_directory
-        if load_tokenizer(directory).fingerprint != shards.manifest["tokenizer"]:
+        if fingerprint(directory) != shards.manifest["tokenizer"]:
             raise DataError(f"{directory}: not the tokenizer that made {shards.directory}; copy it again")
 
 

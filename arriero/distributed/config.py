@@ -14,7 +14,7 @@ from typing import Literal
 from arriero.errors import ConfigError
 from arriero.model.config import LlamaConfig
 
-LONGEST = 7 * 24 * 3600  # seconds
+WEEK = 7 * 24 * 3600  # seconds
 Recompute = Literal["none", "full", "selective"]
 """What a block computes again in the backward pass: nothing, everything, or all but matmuls and attention."""
 
@@ -57,8 +57,8 @@ class ParallelConfig:
             raise ConfigError(f"pp_chunks is {self.pp_chunks} but pp is 1; there is no pipeline to interleave")
         if self.reduce_every and self.pp > 1:
             raise ConfigError(f"reduce_every is on but pp is {self.pp}; a pipeline reduces after its last micro-batch")
-        if not 0 < self.timeout <= LONGEST:
-            raise ConfigError(f"timeout is {self.timeout}; it must be above 0 seconds and at most {LONGEST:,} (a week)")
+        if not 0 < self.timeout <= WEEK:
+            raise ConfigError(f"timeout is {self.timeout}; it must be above 0 seconds and at most {WEEK:,} (a week)")
 
     @property
     def dp(self) -> int:

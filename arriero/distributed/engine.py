@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate
 
@@ -111,11 +112,24 @@ class Engine:
         """The loss of a global batch summed over its trained tokens, fp32, no gradient. Every process calls it."""
         micro = self._begin(micro_batches, objective, 1, None)
         if self._pipeline is not None:
-            return self._summed(self._pipeline.run(micro, backward=False))
-        total = torch.zeros((), device=self.mesh.device)
-        for index, one in enumerate(micro):
-            total += self.stages[0](one.batch.tokens, index)
+            total = self._pipeline.run(micro, backward=False)
+        else:
+            total = torch.zeros((), device=self.mesh.device)
+            for index, one in enumerate(micro):
+                total += self.stages[0](one.batch.tokens, index)
+        self._reshard()
         return self._summed(total)
+
+    def _reshard(self) -> None:
+        """Give back the weights that stay gathered for a backward pass, where none has come.
+
+        Until then a module's parameters are other objects, which the optimizer has no state of, and whose values do
+        not follow what is loaded.
+        """
+        for stage in self.stages:
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def total_loss(self, batch_of: Callable[[int], Batch], n: int, objective: Objective) -> tuple[float, int]:
         """The loss over batches 0 to n - 1, summed over their trained tokens, and how many those are.

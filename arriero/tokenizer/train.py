@@ -35,7 +35,7 @@ from arriero.tokenizer.template import named_template
 
 Kind = Literal["llama3", "llama2"]
 
-MOST = 2**24  # tokens of a vocabulary
+LARGEST_VOCABULARY = 2**24
 N_NAMED = 11  # the special block's last name stands at offset 10
 REPORT = "report.json"
 
@@ -69,8 +69,10 @@ class TrainingConfig:
                 f"vocab_size is {self.vocab_size}; the bytes and special tokens alone take {least - 1}: "
                 f"give at least {least}{fewer}"
             )
-        if self.vocab_size > MOST:
-            raise ConfigError(f"vocab_size is {self.vocab_size}; no text holds so many tokens: give at most {MOST:,}")
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise ConfigError(
+                f"vocab_size is {self.vocab_size}; no text holds so many tokens: give at most {LARGEST_VOCABULARY:,}"
+            )
         if self.sample < 1:
             raise ConfigError(f"sample is {self.sample}; give a positive number of bytes")
 

@@ -14,8 +14,8 @@ from arriero.distributed.config import ParallelConfig
 from arriero.errors import check
 from arriero.model.config import LoraConfig
 
-LONGEST = 2**24  # tokens of a row
-ROW = f"it must be from 8 to {LONGEST:,}"
+LONGEST_ROW = 2**24  # tokens
+ROW_RULE = f"it must be from 8 to {LONGEST_ROW:,}"
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class DataConfig:
     """Tokenising processes; 0 means one per core."""
 
     def __post_init__(self) -> None:
-        check(8 <= self.seq_len <= LONGEST, f"seq_len is {self.seq_len}; {ROW}")
+        check(8 <= self.seq_len <= LONGEST_ROW, f"seq_len is {self.seq_len}; {ROW_RULE}")
         check(0 <= self.max_truncated <= 1, f"max_truncated is {self.max_truncated}; it is a share, in [0, 1]")
         check(self.workers >= 0, f"workers is {self.workers}; it must be at least 0 (0: one per core)")
 
@@ -231,7 +231,7 @@ class PretrainDataConfig:
     """Passes over a source after which the others take its share; unnamed sources may repeat for ever."""
 
     def __post_init__(self) -> None:
-        check(8 <= self.seq_len <= LONGEST, f"seq_len is {self.seq_len}; {ROW}")
+        check(8 <= self.seq_len <= LONGEST_ROW, f"seq_len is {self.seq_len}; {ROW_RULE}")
         check(
             self.validation_tokens >= self.seq_len,
             f"validation_tokens is {self.validation_tokens}; it must hold a row of seq_len {self.seq_len}",
@@ -257,7 +257,7 @@ class TrainingStage:
     def __post_init__(self) -> None:
         check(0 < self.start < 1, f"stage: start is {self.start}; it is a share of the steps, in (0, 1)")
         check(self.batch_rows >= 0, f"stage: batch_rows is {self.batch_rows}; it must be at least 0")
-        check(self.seq_len == 0 or 8 <= self.seq_len <= LONGEST, f"stage: seq_len is {self.seq_len}; {ROW}")
+        check(self.seq_len == 0 or 8 <= self.seq_len <= LONGEST_ROW, f"stage: seq_len is {self.seq_len}; {ROW_RULE}")
 
 
 @dataclass(frozen=True)

@@ -315,12 +315,19 @@ class Trainer:
     def _load_optimizer(self, saved: native.Saved) -> None:
         """State with the rows of its parameter is laid out like it, over any number of processes; the rest is whole."""
         tensors: dict[str, Tensor] = {}
-        for key, (shape, dtype) in saved.shapes("optimizer").items():
+        there = saved.shapes("optimizer")  # nothing before the first step
+        for key, (shape, dtype) in there.items():
             name, kind = key.rsplit("/", 1)
             if (p := self.parameters.get(name)) is None:  # it lies on another stage
                 continue
             tensors[key] = empty_state(p, shape, dtype)
             self.optimizer.state[p][kind] = tensors[key]
+        lacking = [name for name, p in self.parameters.items() if not self.optimizer.state[p]]
+        if there and lacking:
+            raise CheckpointError(
+                f"{saved.path}: it holds no optimizer state of {len(lacking)} tensors (for example {lacking[0]}), so "
+                "nothing goes on exactly; delete it to resume from the one before, or begin a new run from its weights"
+            )
         saved.read("optimizer", tensors)
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:

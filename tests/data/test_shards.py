@@ -445,6 +445,13 @@ def test_an_incomplete_or_damaged_copy_does_not_verify(tmp_path, small, capsys):
     with refused(r"offsets.bin: it does not hold the 1,000,001 numbers of manifest\.json"):
         verify(tmp_path / "out")
     manifest.write_text(json.dumps(whole))
+    progress = tmp_path / "out/progress.json"
+    written = progress.read_text()
+    for damaged in (written[:-9], "[]", "{}", '{"parts": 3}'):
+        progress.write_text(damaged)
+        with refused("out/progress.json: damaged"):
+            verify(tmp_path / "out")
+    progress.write_text(written)
     shutil.rmtree(tmp_path / "out/tokenizer")
     other = learn_llama3([text.encode() for text in ("other text " * 9, "of another kind")], 280, n_special=11)
     (tmp_path / "out/tokenizer").mkdir()

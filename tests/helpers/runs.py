@@ -54,7 +54,7 @@ class Run:
 
 
 def make_trainer(run: Run, mesh: Mesh) -> Trainer:
-    """All weights are trained, and averaged over the last half."""
+    """All weights are trained, and averaged over the last half; validated on the first rows."""
     shape = replace(SHAPE, tied_embeddings=run.tied)
     values = partial(initial_weight, std=0.1, seed=1)
     engine = Engine(parallelize(empty_model(shape).train(), mesh, values=values), mesh)
@@ -69,9 +69,14 @@ def make_trainer(run: Run, mesh: Mesh) -> Trainer:
     loop = LoopConfig(
         batch_rows=BATCH_ROWS, micro_rows=micro_rows, precision="fp32", seed=5, save_every=run.save_every, average=0.5
     )
+
+    def validate() -> dict:
+        total, count = engine.total_loss(lambda i: loader.collate([loader.row(i)]), 3, lm_loss)
+        return {"loss": total / count}
+
     beside = companions(shape, small_sentencepiece())
     optim = OptimConfig(**{"lr": 1e-3} | run.optim)
-    return Trainer(engine, lm_loss, batches, run.steps, loop, optim, Path(run.run_dir), companions=beside)
+    return Trainer(engine, lm_loss, batches, run.steps, loop, optim, Path(run.run_dir), validate, companions=beside)
 
 
 def do(run: Run, mesh: Mesh) -> Trainer:
@@ -84,11 +89,12 @@ def do(run: Run, mesh: Mesh) -> Trainer:
         if run.stop_at:
             while trainer.progress.step < run.stop_at:
                 log.step(trainer.step())
+            trainer.measure()  # as a run that saves its best does
             trainer.save()
             trainer.checkpoints.wait()
             return trainer
         outcome = trainer.run(log)
-    trainer.load_result(log)
+        trainer.load_result(log)
     weights = trainer.engine.full_state_dict()
     if mesh.rank == 0:
         if outcome.interrupted is None:

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -216,6 +217,16 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         toy_trainer(tmp_path, steps=20).restore(native.latest(tmp_path))
     with pytest.raises(CheckpointError, match="its trained tensors are not this run's"):
         toy_trainer(tmp_path, steps=10, full=True).restore(native.latest(tmp_path))
+
+
+def test_a_checkpoint_without_the_moments_of_every_weight_is_refused(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    trainer.step()
+    name, parameter = next(iter(trainer.parameters.items()))
+    del trainer.optimizer.state[parameter]
+    trainer.save()
+    with pytest.raises(CheckpointError, match=f"no optimizer state of 1 tensors .for example {re.escape(name)}"):
+        toy_trainer(tmp_path).restore(native.latest(tmp_path))
 
 
 def test_clipping_bounds_the_gradient_of_a_step(tmp_path):

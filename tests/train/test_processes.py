@@ -66,19 +66,9 @@ def test_pretraining_on_two_processes_gives_the_losses_of_one(shards, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_command_goes_on_by_itself_while_no_other_may_train_there(shards, tmp_path):
-    settings = "--seq-len 64 --steps 40 --batch-rows 4 --precision fp32 --validation-tokens 500 --compile off --prompts"
-    command = [
-        "-m",
-        "arriero",
-        "pretrain",
-        "1m",
-        "--data",
-        str(shards),
-        *settings.split(),
-        "--save-every",
-        "1",
-        "--out",
-    ]
+    settings = "--seq-len 64 --steps 150 --batch-rows 4 --precision fp32 --validation-tokens 500 --compile off"
+    saving = "--save-every 1 --validate-every 2 --prompts"  # half of the checkpoints come straight after a validation
+    command = ["-m", "arriero", "pretrain", "1m", "--data", str(shards), *settings.split(), *saving.split(), "--out"]
     out, log = tmp_path / "run", tmp_path / "log"
     with started_by_torchrun([*command, str(out)], 2, 2, log) as job:
         while not native.steps(out):
