@@ -10,8 +10,9 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-from arriero.errors import UserError
+from arriero.errors import ConfigError, UserError
 
 LOCK = ".lock"
 
@@ -34,32 +35,62 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n", errors="surrogatepass")
 
 
+def make_output(directory: Path) -> None:
+    """Make a directory, parents too, before the work whose results are to lie there.
+
+    Raises `ConfigError` where nothing can be written in it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if directory.is_file() else error.strerror
+        raise ConfigError(f"{directory}: nothing can be written there ({reason}); give another --out") from error
+    if not os.access(directory, os.W_OK):
+        raise ConfigError(f"{directory}: nothing can be written there (no permission); give another --out")
+
+
 @contextmanager
 def locked(directory: Path, busy: UserError) -> Iterator[None]:
-    """Keep other processes from working in `directory`, which is made if need be; raises `busy` where one does.
+    """Keep other processes from working in `directory`, made as by `make_output`; raises `busy` where one does.
 
-    The lock goes with the process, however it ends; a directory that is left empty goes too. Nothing is held on
-    Windows and on file systems without locks.
+    The lock goes with the process, however it ends; a directory that was made here and is left empty goes too. Nothing
+    is held on Windows and on file systems without locks.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / LOCK
-    with open(path, "a") as file:
+    path, is_new = directory / LOCK, not directory.exists()
+    make_output(directory)
+    with _opened(path, busy) as file:
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise BlockingIOError  # taken away by one that has just finished, and perhaps made anew by a third
         except BlockingIOError:
             raise busy from None
         except (ImportError, OSError):
             pass
+        else:
+            if not _lies_at(file, path):
+                raise busy  # one that has just finished took it away, and perhaps a third has made it anew
         try:
             yield
         finally:
             with suppress(OSError):
                 path.unlink()
-                directory.rmdir()
+                if is_new:
+                    directory.rmdir()
+
+
+def _opened(path: Path, busy: UserError) -> IO[str]:
+    try:
+        return open(path, "a")
+    except FileNotFoundError:  # one that has just finished took the directory away
+        raise busy from None
+
+
+def _lies_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def temporary_name(path: Path) -> Path:

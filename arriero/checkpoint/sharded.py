@@ -111,8 +111,10 @@ class Checkpoints:
         """This process's files, and on process 0 the checkpoint of all. Fails everywhere when it fails anywhere."""
         peers, topic = self._speaking, f"checkpoint of step {step}"
         failure = self._attempt(native.begin, self.run_dir, step) if peers.rank == 0 else None
-        unable = f"{self.run_dir}: the {topic} cannot be begun ({_text(failure)}); mend that, then resume"
-        verdict = peers.announce(topic, unable if failure else None)
+        verdict = None
+        if failure is not None:
+            verdict = f"{self.run_dir}: the {topic} cannot be begun ({_text(failure)}); mend that, then resume"
+        verdict = peers.announce(topic, verdict)
         if verdict is None:
             word: dict[str, Any] = {"bytes": sum(native.n_bytes(part.tensors) for part in parts.values())}
             failure = self._attempt(self._write_own, step, parts, word)

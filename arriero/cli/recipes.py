@@ -84,7 +84,10 @@ def validate(recipe: str, config: Any) -> None:
     """
     from rich.console import Console
 
-    from arriero.train.claim import goes_on
+    from arriero.train.claim import begun_with, check_named, refuse_changed
 
-    goes_on(config, recipe)
-    print(module_of(recipe).build(config, Console(stderr=True)).summary())
+    check_named(config, recipe)
+    recorded = begun_with(config, recipe)
+    planned = module_of(recipe).build(config, Console(stderr=True))
+    refuse_changed(recorded, planned.fingerprints(), f"run {config.out}")
+    print(planned.summary())

@@ -280,9 +280,7 @@ def cut(files: Sequence[SourceFile], size: int) -> list[list[SourceFile]]:
 
 def refuse_what_is_not_ours(out: Path) -> None:
     """Raise `ConfigError` where `out` holds something else than a curation."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; give a directory with --out")
-    ours = out.is_dir() and ((out / WORK).exists() or is_curation(out))
+    ours = (out / WORK).exists() or is_curation(out)
     if out.is_dir() and not ours and any(path.name != LOCK for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no curation; give a new directory with --out")
 
@@ -292,7 +290,5 @@ def refuse_what_is_lost(out: Path, manifest: Json) -> None:
     for shard in manifest["shards"]:
         path = out / shard["file"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            what = "has another size than" if path.is_file() else "is missing, and"
-            raise ConfigError(
-                f"{path} {what} {MANIFEST} says; copy it back, or remove {out} and curate again (it is a finished run)"
-            )
+            what = f"has another size than {MANIFEST} says" if path.is_file() else "is missing"
+            raise ConfigError(f"{path} {what}; copy it back, or remove {out} and curate again (it is a finished run)")

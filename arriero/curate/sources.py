@@ -196,10 +196,10 @@ def _files_of(source: str | Path, name: str, passed_over: Counter[str]) -> list[
 
 
 def _directory(root: Path, name: str, passed_over: Counter[str]) -> list[SourceFile]:
-    if (root / MANIFEST).exists():
-        return curated_shards(root, name, name)
     if is_curation(root):
-        raise DataError(f"{root}: a curation that is not finished; run it again to its end")
+        if not (root / MANIFEST).exists():
+            raise DataError(f"{root}: a curation that is not finished; run it again to its end")
+        return curated_shards(root, name, name)
     files, n_curations = [], 0
     directories = frozenset({"__pycache__", "node_modules"})
     for path in sorted(walk(root, directories, is_curation), key=lambda p: p.relative_to(root).parts):
@@ -233,13 +233,18 @@ def is_curation(directory: Path) -> bool:
         return True
     try:  # other tools write files of this name too
         manifest = json.loads((directory / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except OSError:
         return False
+    except (ValueError, RecursionError):
+        return any(directory.glob("shard-*"))  # damaged: whoever reads it says so
     return isinstance(manifest, dict) and str(manifest.get("format")).startswith(KIND)
 
 
 def curated_shards(root: Path, name: str, source: str) -> list[SourceFile]:
-    """The shards of a directory that `arriero curate` wrote, as its manifest lists them."""
+    """The shards of a directory that `arriero curate` wrote, as its manifest lists them.
+
+    name: what the directory is called in the names of its files. source: that of documents which name none.
+    """
     try:
         shards = [shard["file"] for shard in json.loads((root / MANIFEST).read_text(encoding="utf-8"))["shards"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -272,11 +277,11 @@ def python_files(root: Path, skipped: frozenset[str] = SKIPPED_DIRECTORIES) -> I
 
 
 def walk(
-    root: Path, skipped: frozenset[str], is_one: Callable[[Path], bool] = lambda directory: False
+    root: Path, skipped: frozenset[str], is_whole: Callable[[Path], bool] = lambda directory: False
 ) -> Iterator[Path]:
-    """Files below `root`; hidden ones and directories of the names `skipped` are left out.
+    """What is no directory below `root`; hidden paths and directories of the names `skipped` are left out.
 
-    Links to directories and directories of which `is_one` holds come as they are, not what lies in them.
+    Links to directories, and directories that are one thing as a whole, come themselves, not what lies in them.
     """
     for path in root.iterdir():
         if path.name.startswith("."):
@@ -284,10 +289,10 @@ def walk(
         if path.is_symlink() or not path.is_dir():
             yield path
         elif path.name not in skipped:
-            if is_one(path):
+            if is_whole(path):
                 yield path
             else:
-                yield from walk(path, skipped, is_one)
+                yield from walk(path, skipped, is_whole)
 
 
 def _kind(path: Path) -> Any:
@@ -491,30 +496,39 @@ def _from_warc(record: Any, file: SourceFile, number: int, reading: Reading) -> 
 WEB_TEXT = ("text/html", "application/xhtml+xml", "text/plain")
 
 
+ENCODINGS = "Transfer-Encoding", "Content-Encoding"  # as they are undone
+PACKED = re.compile(rb"[0-9A-Fa-f]{1,8}\r\n|.*[\0-\x08\x0e-\x1a\x1c-\x1f]", re.DOTALL)  # a chunk's size, or no text
+
+
 def _unpacked(body: bytes, http: Any) -> bytes:
     """A response's body without its transfer and content encodings.
 
-    Crawlers often store the body unpacked under the old header, so one that is plain UTF-8 instead stays as it is.
-    fastwarc could unpack while it reads, but would give up the file at the first such response.
+    Crawlers often store the body with one or both undone under the old header, so what cannot be undone is taken for
+    undone already, unless it still looks packed. fastwarc could unpack while it reads, but would give up the file at
+    the first such response.
     """
-    packed = [f"{name}: {http[name]}\r\n" for name in ("Content-Encoding", "Transfer-Encoding") if name in http]
-    if not packed:
-        return body
+    failed = []
+    for name in ENCODINGS:
+        if name in http:
+            try:
+                body = _without(body, f"{name}: {http[name]}")
+            except OSError as error:
+                failed.append(f"{name}: {http[name]}: {error}")
+    if failed and PACKED.match(body):
+        raise DataError(f"the body is not what its header says ({', '.join(failed)}); remove the record")
+    return body
+
+
+def _without(body: bytes, encoding: str) -> bytes:
+    """The body without one encoding, given as its header; raises OSError where it does not have that."""
     warc = require("fastwarc.warc", "data")
     record = warc.WarcRecord()
     record.init_headers(warc.WarcRecordType.response)
     record.is_http = True
-    record.set_bytes_content("".join(["HTTP/1.1 200 OK\r\n", *packed, "\r\n"]).encode() + body)
-    try:
-        record.parse_http(auto_decode="all")
-        return record.reader.read()
-    except OSError as error:
-        try:
-            body.decode()
-        except UnicodeDecodeError:
-            header = ", ".join(line.strip() for line in packed)
-            raise DataError(f"the body is not what its header says ({header}: {error}); remove the record") from error
-        return body
+    record.set_bytes_content(f"HTTP/1.1 200 OK\r\n{encoding}\r\n\r\n".encode() + body)
+    record.parse_http(auto_decode="all")
+    unpacked: bytes = record.reader.read()
+    return unpacked
 
 
 # HTML

@@ -63,7 +63,7 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         begun = (self.out / PROGRESS).is_file()
-        if not begun and self.out.exists() and any(path.name != LOCK for path in self.out.iterdir()):
+        if not begun and self.out.is_dir() and any(path.name != LOCK for path in self.out.iterdir()):
             raise DataError(f"{self.out} holds something else; give another --out, or empty it")
         busy = DataError(f"{self.out}: another process is writing shards there; wait for it, or give another --out")
         with ExitStack() as stack:

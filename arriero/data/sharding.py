@@ -20,6 +20,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ from arriero.data.shard_writer import MarkedDocuments, SetName, ShardWriter, Sta
 from arriero.data.shards import (
     FORMAT,
     ONE_SOURCE,
-    PROGRESS,
     SPLITS,
     TRAIN,
     VALIDATION,
@@ -98,12 +98,14 @@ def shard_sources(
     share, held_out_source = parse_validation(validation)
     held_out_files = list_files([held_out_source]) if held_out_source is not None else []
     files = [*held_out_files, *list_files(sources)]
-    sizes = [file.path.stat().st_size for file in files]
+    stats = [file.path.stat() for file in files]
+    sizes = [stat.st_size for stat in stats]
     reading = Reading(text_key)
-    listed = [[file.name, size] for file, size in zip(files, sizes, strict=True)]
+    listed = [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
     digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    changed = datetime.fromtimestamp(max(stat.st_mtime for stat in stats)).isoformat(" ", "seconds")
     request = {
-        "files": f"{len(files):,} with {sum(sizes):,} bytes ({digest[:16]})",
+        "files": f"{len(files):,} with {sum(sizes):,} bytes, the last changed at {changed} ({digest[:16]})",
         "text_key": text_key,
         "validation": str(validation),
     }
@@ -115,15 +117,7 @@ def shard_sources(
     def items(start: Position) -> Iterator[Item]:
         return read_items(files, start, reading, n_held_out=len(held_out_files))
 
-    console = console or Console(stderr=True)
-    sets = _shard(items, encode, Path(out), request, part_size, workers, sizes, console)
-    newest = max(files, key=lambda file: file.path.stat().st_mtime)
-    if newest.path.stat().st_mtime > (Path(out) / PROGRESS).stat().st_mtime:
-        console.print(
-            f"{newest.name} has changed since {out} was finished; to shard it again, remove that or give another --out",
-            markup=False,
-        )
-    return sets
+    return _shard(items, encode, Path(out), request, part_size, workers, sizes, console)
 
 
 def shard_documents(

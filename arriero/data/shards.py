@@ -186,7 +186,7 @@ def open_splits(train: str | Path, validation: str | Path = "") -> tuple[dict[st
     train: what `arriero shard` wrote, which may hold both, or any directory of sets. validation: likewise, to take the
     place of what was held out beside `train`. Raises DataError where one tokenizer has not made them all.
     """
-    directory = _of_split(Path(train), TRAIN)
+    directory = _split_directory(Path(train), TRAIN)
     sources = open_sources(directory)
     if len(splits := {shards.manifest["split"] for shards in sources.values()}) > 1:
         raise DataError(
@@ -194,11 +194,18 @@ def open_splits(train: str | Path, validation: str | Path = "") -> tuple[dict[st
             "`arriero shard` left it; put that back, or train on one of them"
         )
     if validation:
-        held_out = open_sources(_of_split(Path(validation), VALIDATION))
-    elif directory.name == TRAIN and (beside := _of_split(directory.parent, VALIDATION)) != directory.parent:
-        held_out = open_sources(beside)
+        held_out = open_sources(_split_directory(Path(validation), VALIDATION))
     else:
+        held_out = _held_out_beside(directory)
+    if not held_out:
         return sources, {}
+    learned = {shards.fingerprint: shards for shards in sources.values()}
+    for shards in held_out.values():
+        if shards.fingerprint in learned:
+            raise DataError(
+                f"{shards.directory}, to validate on, is {learned[shards.fingerprint].directory}, which is trained on; "
+                "give other documents to validate on, or shard with --validation 0.01 to hold some out"
+            )
     first, other = (next(iter(sets.values())) for sets in (sources, held_out))
     if first.manifest["tokenizer"] != other.manifest["tokenizer"]:
         raise DataError(
@@ -208,10 +215,19 @@ def open_splits(train: str | Path, validation: str | Path = "") -> tuple[dict[st
     return sources, held_out
 
 
-def _of_split(directory: Path, split: str) -> Path:
-    """Where the sets of `split` lie in what `arriero shard` wrote, which has a tokenizer; anything else as it is."""
+def _split_directory(directory: Path, split: str) -> Path:
+    """Where the sets of `split` lie, in what `arriero shard` wrote, which has a tokenizer; else `directory` itself."""
     inner = directory / split
     return inner if (directory / "tokenizer").is_dir() and holds_shards(inner) else directory
+
+
+def _held_out_beside(train: Path) -> dict[str, Shards]:
+    """The sets of a directory "validation" beside "train", unless both are sources of those names."""
+    train = train.absolute()  # of ".", too
+    if train.name != TRAIN or not holds_shards(train.parent / VALIDATION):
+        return {}
+    found = open_sources(train.parent / VALIDATION)
+    return found if all(shards.manifest["split"] == VALIDATION for shards in found.values()) else {}
 
 
 def holds_shards(directory: Path) -> bool:
@@ -291,6 +307,7 @@ def token_type(vocab_size: int) -> str:
     return "<u2" if vocab_size <= MAX_UINT16 else "<u4"
 
 
-def fingerprints(sources: Mapping[str, Shards], what: str) -> dict[str, str]:
-    """That of every set, under a name in words: `what` (such as "source"), and the source's."""
-    return {f"{what} {name!r}": shards.fingerprint for name, shards in sources.items()}
+def fingerprints(sources: Mapping[str, Shards], held_out: Mapping[str, Shards]) -> dict[str, str]:
+    """Those of the sets to train and to validate on, each under a name in words."""
+    of_training = {f"source {name!r}": shards.fingerprint for name, shards in sources.items()}
+    return of_training | {f"validation source {name!r}": shards.fingerprint for name, shards in held_out.items()}

@@ -22,7 +22,7 @@ from arriero.eval.config import NeedleConfig
 from arriero.eval.needle import Finding, Haystack, bits_by_position, find_needles, prose
 from arriero.eval.results import Results, Sample, measures_table, save
 from arriero.eval.run import bar, before_and_after
-from arriero.files import replaced_file
+from arriero.files import make_output, replaced_file
 from arriero.model.llama import Llama
 from arriero.page import LIGHT, Theme, png
 from arriero.tokenizer.base import Tokenizer
@@ -51,6 +51,8 @@ def run_needle(config: NeedleConfig, console: Console | None = None) -> NeedleRe
     if not config.model:
         raise ConfigError("eval needle: no model given; run: arriero eval needle MODEL")
     console = console or Console()
+    if config.out:
+        make_output(Path(config.out))
     text = prose(_documents(config.haystack), CHARS_PER_TOKEN * max(config.lengths))
 
     def measure(model: Llama, tokenizer: Tokenizer, name: str) -> NeedleResults:

@@ -6,7 +6,6 @@ its model first: what is measured is what `arriero merge` writes, and decoding p
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +26,10 @@ from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.eval.generative import answers
 from arriero.eval.perplexity import perplexity
 from arriero.eval.results import Results, examples_table, measures_table, save
+from arriero.files import make_output
 from arriero.model.llama import Llama
 from arriero.model.lora import merge_lora
+from arriero.records import parse_row
 from arriero.tokenizer.base import Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -46,6 +47,8 @@ def run_eval(config: EvalConfig, console: Console | None = None) -> Results:
         if not getattr(config, name):
             raise ConfigError(f"eval: no {name} given; run: arriero eval MODEL --data FILE")
     console = console or Console()
+    if config.out:
+        make_output(Path(config.out))
     measure = _measurement(config)  # reads the data: a bad file is refused before any model is loaded
     before, after = before_and_after(measure, config)
     console.print(measures_table(before, after, config.resamples, config.seed))
@@ -86,7 +89,7 @@ def _measurement(config: EvalConfig) -> Measurement:
     first = next(records)
     task = config.task
     if task == "auto":
-        task = "perplexity" if "text" in _columns(first) else "answers"
+        task = "perplexity" if isinstance(parse_row(first).get("text"), str) else "answers"
     if task == "perplexity":
         return _on_texts(config, [_text(first), *(_text(record) for record in records)])
     return _on_answers(config, [parse_record(first), *(parse_record(record) for record in records)])
@@ -134,18 +137,8 @@ def _plain_text(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from error
 
 
-def _columns(record: Record) -> dict[str, object]:
-    if isinstance(record.raw, dict):
-        return record.raw
-    try:
-        row = json.loads(record.raw)
-    except ValueError as error:
-        raise DataError(f"row {record.row} of {record.file}: broken JSON: {error}; mend or drop the line") from error
-    return row if isinstance(row, dict) else {}
-
-
 def _text(record: Record) -> str:
-    text = _columns(record).get("text")
+    text = parse_row(record).get("text")
     if not isinstance(text, str):
         raise DataError(
             f"row {record.row} of {record.file}: no text in a column 'text'; perplexity needs one in every row"

@@ -71,7 +71,7 @@ class TrainingConfig:
             )
         if self.vocab_size > LARGEST_VOCABULARY:
             raise ConfigError(
-                f"vocab_size is {self.vocab_size}; no text holds so many tokens: give at most {LARGEST_VOCABULARY:,}"
+                f"vocab_size is {self.vocab_size}; the largest that is trained here has {LARGEST_VOCABULARY:,}"
             )
         if self.sample < 1:
             raise ConfigError(f"sample is {self.sample}; give a positive number of bytes")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.files import write_text
-from arriero.train.metrics import duration, read_records
+from arriero.train.metrics import duration, surviving_records
 
 FILE = "attempts.jsonl"
 
@@ -47,7 +47,7 @@ def restarted(run_dir: Path) -> bool:
     """Whether torchrun has started this job before, so that a run that is there already is this job's own."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         return True
-    jobs = [record["job"] for record in read_records(run_dir / FILE) if "began" in record]
+    jobs = [record["job"] for record in surviving_records(run_dir / FILE) if "began" in record]
     return job() is not None and jobs[-1:] == [job()]
 
 
@@ -63,7 +63,7 @@ def end(run_dir: Path, step: int, how: str) -> None:
 
 def effective(run_dir: Path, seconds: float) -> Effective:
     """What became of the run's time up to now; `seconds` were spent in steps that count."""
-    records = read_records(run_dir / FILE)
+    records = surviving_records(run_dir / FILE)
     total, crashes, now = 0.0, 0, time.time()
     for record, after in zip(records, [*records[1:], {"ended": now}], strict=True):
         if "began" in record:
@@ -73,5 +73,5 @@ def effective(run_dir: Path, seconds: float) -> Effective:
 
 
 def _append(run_dir: Path, record: dict[str, Any]) -> None:
-    kept = "".join(json.dumps(r) + "\n" for r in [*read_records(run_dir / FILE), record])  # without half a line
+    kept = "".join(json.dumps(r) + "\n" for r in [*surviving_records(run_dir / FILE), record])  # without half a line
     write_text(run_dir / FILE, kept)

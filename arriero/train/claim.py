@@ -9,8 +9,9 @@ from typing import Any
 
 from arriero import config as configs
 from arriero.checkpoint import native
+from arriero.checkpoint.files import read_json
 from arriero.distributed.mesh import Mesh
-from arriero.errors import ConfigError, DataError
+from arriero.errors import ConfigError, DataError, UserError
 from arriero.files import locked
 from arriero.peers import peers_of_this_run
 from arriero.train import attempts
@@ -18,57 +19,67 @@ from arriero.train import attempts
 FREE = ("resume", "out", "loop.trackers", "data.workers", "parallel.")  # settings that may differ when a run is resumed
 
 
+def check_named(config: Any, recipe: str) -> None:
+    """Raise `ConfigError` where a run is not told what to train, or on what."""
+    if not config.model or not config.data.train:
+        missing = "model" if not config.model else "data.train"
+        raise ConfigError(f"{missing} is not set; say what to train: arriero {recipe} MODEL --data PATH")
+
+
 @contextmanager
-def claimed(config: Any, recipe: str, mesh: Mesh) -> Iterator[bool]:
-    """Hold `config.out` for the processes of `mesh` alone; yields whether the run in it is to go on.
+def claimed(config: Any, recipe: str, mesh: Mesh) -> Iterator[dict[str, str] | None]:
+    """Hold `config.out` for the processes of `mesh` alone; yields what `begun_with` says of it, on all of them.
 
     Process 0 looks, and holds the lock; what it refuses, all do.
     """
     run_dir = Path(config.out)
     with ExitStack() as stack:
-        resumes, refusal = False, None
+        recorded, refusal = None, None
         if mesh.rank == 0:
             try:
                 busy = ConfigError(f"{run_dir}: another process trains there; wait for it, or choose another --out")
                 stack.enter_context(locked(run_dir, busy))
-                resumes = goes_on(config, recipe)
-            except ConfigError as error:
+                recorded = begun_with(config, recipe)
+            except UserError as error:
                 refusal = str(error)
-            except OSError as error:
-                refusal = f"{run_dir}: nothing can be written there ({error.strerror}); choose another --out"
-        resumes, refusal = peers_of_this_run(mesh.config.timeout).announce("run directory", [resumes, refusal])
+        recorded, refusal = peers_of_this_run(mesh.config.timeout).announce("run directory", [recorded, refusal])
         if refusal is not None:
             raise ConfigError(refusal)
-        yield resumes
+        yield recorded
 
 
-def goes_on(config: Any, recipe: str) -> bool:
-    """Whether the run in `config.out` is to go on: where that is asked for, and where torchrun restarts its job.
+def begun_with(config: Any, recipe: str) -> dict[str, str] | None:
+    """The fingerprints of the data of the run in `config.out`, which is to go on; None where a new one is to begin.
 
-    Raises `ConfigError` where there is none to go on with, and where one is that should not.
+    It goes on where that is asked for, and where torchrun restarts its job. Raises `ConfigError` where there is none to
+    go on with, and where there is one that should not.
     """
     run_dir = Path(config.out)
-    record = run_dir / "config.toml"
-    if not config.model or not config.data.train:
-        missing = "model" if not config.model else "data.train"
-        raise ConfigError(f"{missing} is not set; say what to train: arriero {recipe} MODEL --data PATH")
-    if not record.exists() and (steps := native.steps(run_dir)):
-        raise ConfigError(
-            f"{run_dir} holds a checkpoint of step {steps[-1]} but no config.toml; put that back to go on with it, "
-            "choose another --out, or delete the directory"
-        )
-    if not record.exists() and config.resume:
-        raise ConfigError(f"{run_dir} holds no run to resume; leave --resume out to start one")
+    record, data = run_dir / "config.toml", run_dir / "data.json"
     if not record.exists():
-        return False
+        if steps := native.steps(run_dir):
+            raise ConfigError(
+                f"{run_dir} holds a checkpoint of step {steps[-1]} but no config.toml; put that back to go on with it, "
+                "choose another --out, or delete the directory"
+            )
+        if config.resume:
+            raise ConfigError(f"{run_dir} holds no run to resume; leave --resume out to start one")
+        return None
     if not config.resume and not attempts.restarted(run_dir):
         raise ConfigError(
             f"{run_dir} holds a run already; add --resume to go on with it, choose another --out, or delete it"
         )
-    if not (run_dir / "data.json").exists():
+    _refuse_other_settings(config, recipe, record)
+    if not data.exists():
         raise ConfigError(
             f"{run_dir} holds a run but no data.json, which says what it learns from; put that back, or begin a new run"
         )
+    if not isinstance(recorded := read_json(data).get("fingerprints"), dict):
+        raise ConfigError(f"{data}: an earlier version wrote it, without what a resume compares; begin a new run")
+    return recorded
+
+
+def _refuse_other_settings(config: Any, recipe: str, record: Path) -> None:
     cls = type(config)
     _, earlier = configs.load_recipe({recipe: cls}, record)
     now, then = configs.to_dict(config), configs.to_dict(earlier)
@@ -78,14 +89,15 @@ def goes_on(config: Any, recipe: str) -> bool:
             f"{record}: this run was started with other settings ({', '.join(differing)}); an exact resume needs "
             f"the same ones: arriero run {record} --resume"
         )
-    return True
 
 
-def refuse_changed(recorded: Mapping[str, str], found: Mapping[str, str], run: str) -> None:
+def refuse_changed(recorded: Mapping[str, str] | None, found: Mapping[str, str], run: str) -> None:
     """Raise `DataError` where fingerprints are not those recorded: order and rows would be others.
 
-    Both are by what they are of, in words. run: what cannot go on, for the message.
+    Both are by what they are of, in words; with nothing recorded, all is well. run: what cannot go on, for the message.
     """
+    if recorded is None:
+        return
     for name in sorted(recorded.keys() | found.keys()):
         if name not in found:
             raise DataError(f"{run} was begun with {name}, which is not in the data; put it back, or begin a new run")

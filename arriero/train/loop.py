@@ -196,7 +196,11 @@ class Trainer:
     # -- the run -------------------------------------------------------------------------------------------------
 
     def run(self, record: MetricsLog) -> Outcome:
-        """Train to the last step, or until SIGTERM or Ctrl-C: then finish the step, save, and return."""
+        """Train to the last step, or until SIGTERM or Ctrl-C: then finish the step, save, and return.
+
+        While steps are not finite nothing is saved, for the weights may be broken and good ones would be pruned for
+        them: what is due waits for the next good step.
+        """
         tenth = max(1, math.ceil(self.total_steps / 10))
         validate_every, save_every = self.loop.validate_every or tenth, self.loop.save_every or tenth
         p = self.progress
@@ -213,7 +217,7 @@ class Trainer:
                     record.step(metrics)
                 last = p.step == self.total_steps
                 improved = (last or p.step % validate_every == 0) and self._validate(record)
-                due = p.step % save_every == 0 and not self.skipped_in_a_row  # else good ones would be pruned for it
+                due = p.step // save_every > saved_at // save_every and not self.skipped_in_a_row
                 if last or improved or due:
                     self.save()
                     saved_at = p.step

@@ -91,7 +91,7 @@ class MetricsLog:
         self._file.flush()  # to the system: a kill of this process loses nothing
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def surviving_records(path: Path) -> list[dict[str, Any]]:
     """Return the records of a file of JSON lines: none when it is missing, none from where a crash broke it."""
     return [record for _, record in _records(path)]
 

@@ -86,12 +86,13 @@ class PretrainRun:
             f"{config.optim.optimizer}\n"
             f"{total:,} steps, {tokens:,} tokens: {tokens / held:.2f} times the {held:,} of "
             f"{len(self.sources)} source{'s' if len(self.sources) > 1 else ''} -> {config.out}"
+            + ("" if self.held_out else "\nno documents are held out, so nothing is validated")
             + "".join(f"\nnone of so few steps is left for {part}" for part in empty)
         )
 
     def fingerprints(self) -> dict[str, str]:
         """Hashes of the shards, which hold those of every byte and of the tokenizer."""
-        return fingerprints(self.sources, "source") | fingerprints(self.held_out, "validation source")
+        return fingerprints(self.sources, self.held_out)
 
     def data_statistics(self) -> dict[str, Any]:
         """What is learned from, and how much."""

@@ -20,7 +20,8 @@ from rich.console import Console
 from torch import Tensor
 
 from arriero import config as configs
-from arriero.checkpoint.files import read_json, write_json
+from arriero.checkpoint import native
+from arriero.checkpoint.files import write_json
 from arriero.checkpoint.load import best_device
 from arriero.distributed.materialise import Values
 from arriero.distributed.mesh import Mesh, init_mesh
@@ -29,7 +30,7 @@ from arriero.files import replaced_file
 from arriero.model.initial import initial_adapter
 from arriero.model.lora import is_adapter
 from arriero.train import attempts
-from arriero.train.claim import claimed, refuse_changed
+from arriero.train.claim import check_named, claimed, refuse_changed
 from arriero.train.config import LoopConfig
 from arriero.train.environment import describe
 from arriero.train.loop import Outcome, Trainer
@@ -73,25 +74,30 @@ Build = Callable[[Any, Console, Mesh], Run]
 def execute(config: Any, recipe: str, build: Build) -> Outcome:
     """Run a recipe as `config` says. Raises a `UserError` before step 1 for whatever cannot be trained on."""
     began = time.time()
+    check_named(config, recipe)
     require_trackers(config.loop.trackers)
     if config.parallel.cpu_offload and best_device() == "cpu":
         raise ConfigError("cpu_offload is on, but there is no GPU here: all lies in the host's memory; leave it out")
-    with init_mesh(config.parallel, best_device()) as mesh, claimed(config, recipe, mesh) as resumes:
-        return _execute(config, recipe, build, mesh, resumes, began)
+    with init_mesh(config.parallel, best_device()) as mesh, claimed(config, recipe, mesh) as recorded:
+        return _execute(config, recipe, build, mesh, recorded, began)
 
 
-def _execute(config: Any, recipe: str, build: Build, mesh: Mesh, resumes: bool, began: float) -> Outcome:
-    """On every process; process 0 alone writes the record and talks to the terminal."""
+def _execute(
+    config: Any, recipe: str, build: Build, mesh: Mesh, recorded: dict[str, str] | None, began: float
+) -> Outcome:
+    """On every process; process 0 alone writes the record and talks to the terminal.
+
+    recorded: fingerprints of the data of the run that goes on; None where one begins.
+    """
     console = Console(stderr=True, quiet=mesh.rank > 0)
     run_dir = Path(config.out)
     run = build(config, console, mesh)
-    if resumes:
-        refuse_changed(read_json(run_dir / "data.json").get("fingerprints", {}), run.fingerprints(), f"run {run_dir}")
+    refuse_changed(recorded, run.fingerprints(), f"run {run_dir}")
     if mesh.rank == 0:
         record(config, recipe, run)
     console.print(run.summary(), markup=False)
     trainer = run.trainer
-    saved = trainer.checkpoints.latest() if resumes else None
+    saved = trainer.checkpoints.latest() if recorded is not None else None
     if saved is not None:
         trainer.restore(saved)
         console.print(f"resuming at step {saved.step} from {saved.path}", markup=False)
@@ -105,9 +111,13 @@ def _execute(config: Any, recipe: str, build: Build, mesh: Mesh, resumes: bool, 
         if mesh.rank == 0:
             _account(outcome, run_dir, log, console)
         if outcome.interrupted is not None:
+            step, from_step = outcome.progress.step, next(reversed(native.steps(run_dir)), 0)
+            lost = (
+                f" (from step {from_step}: the last step was not finite, and is not saved)" if from_step < step else ""
+            )
             console.print(
-                f"stopped by {outcome.interrupted.name} after step {outcome.progress.step} of {trainer.total_steps}; "
-                f"go on with: arriero run {run_dir / 'config.toml'} --resume",
+                f"stopped by {outcome.interrupted.name} after step {step} of {trainer.total_steps}; "
+                f"go on with: arriero run {run_dir / 'config.toml'} --resume{lost}",
                 markup=False,
             )
             return outcome

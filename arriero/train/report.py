@@ -29,14 +29,14 @@ from matplotlib.ticker import MaxNLocator
 
 from arriero.checkpoint import native
 from arriero.page import DARK, LIGHT, Theme, dress, png, template
-from arriero.train.metrics import duration, read_records
+from arriero.train.metrics import duration, surviving_records
 
 SMOOTHING = 0.8  # weight of a step in the mean at its neighbour
 
 
 def write_report(run_dir: Path) -> Path:
     """Write loss.png and report.html into `run_dir` from the files there; returns the path of report.html."""
-    records = read_records(run_dir / "metrics.jsonl")
+    records = surviving_records(run_dir / "metrics.jsonl")
     steps = [record for record in records if "event" not in record]
     validation = [record for record in records if record.get("event") == "validation" and record["loss"] is not None]
     curves = {}
@@ -49,7 +49,7 @@ def write_report(run_dir: Path) -> Path:
         summary=_summary(steps, validation, run_dir),
         tiles=_tiles(steps, validation),
         curves={name: base64.b64encode(png).decode() for name, png in curves.items()},
-        samples=read_records(run_dir / "samples.jsonl"),
+        samples=surviving_records(run_dir / "samples.jsonl"),
         continuations=_continuations(validation),
         data=_rows(_json(run_dir / "data.json")),
         config=config_text,

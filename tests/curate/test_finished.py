@@ -14,7 +14,7 @@ def test_a_shard_that_was_lost_is_named(corpus, tmp_path):
     run(corpus, tmp_path / "out")
     shard = max((tmp_path / "out").glob("shard-*"))
     whole = shard.read_bytes()
-    for damaged, message in ((None, f"{shard.name} is missing, and manifest.json says"), (whole[1:], "another size")):
+    for damaged, message in ((None, f"{shard.name} is missing; copy it back"), (whole[1:], "another size")):
         shard.unlink(missing_ok=True)
         if damaged is not None:
             shard.write_bytes(damaged)

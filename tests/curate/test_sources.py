@@ -176,13 +176,29 @@ def test_a_page_of_utf8_with_a_broken_byte_keeps_its_other_characters(tmp_path):
 
 @pytest.mark.parametrize("header", ["Content-Encoding: gzip", "Transfer-Encoding: chunked", "Content-Encoding: foo"])
 def test_a_response_that_is_not_packed_as_its_header_says_costs_no_other(tmp_path, header):
-    pages = ["plain", gzip.compress(b"packed"), b"caf\xe9", "last"]
+    pages = ["plain", gzip.compress(b"packed"), b"\x1f\x8b\x08broken", b"caf\xe9 cr\xe8me br\xfbl\xe9e", "last"]
     (tmp_path / "a.warc.gz").write_bytes(warc(pages, kind="text/plain", header=header + "\r\n"))
     errors = []
     found = [d.text for d in read_documents([tmp_path / "a.warc.gz"], on_error=errors.append)]
-    assert found == (["plain", "packed", "last"] if "gzip" in header else ["plain", "last"])
+    kept = ["packed"] if "gzip" in header else []
+    assert found == ["plain", *kept, "café crème brûlée", "last"]
     message = r"row 3 of .*a\.warc\.gz: the body is not what its header says \(.*-Encoding: .*\); remove the record"
     assert re.fullmatch(message, str(errors[-1]))
+
+
+def chunks(body: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:9], body[9:], b""))
+
+
+def test_a_response_is_unpacked_as_far_as_it_is_packed(tmp_path):
+    text = b"Add a page of text that is long enough."
+    packed = [text, chunks(text), gzip.compress(text), chunks(gzip.compress(text)), chunks(text)[:-20]]
+    header = "Content-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n"
+    (tmp_path / "a.warc.gz").write_bytes(warc(packed, kind="text/plain", header=header))
+    errors = []
+    found = [d.text for d in read_documents([tmp_path / "a.warc.gz"], on_error=errors.append)]
+    assert found == [text.decode()] * 4
+    assert len(errors) == 1 and "row 5" in str(errors[0])
 
 
 def test_reading_resumes_after_any_document(tmp_path):
@@ -205,7 +221,9 @@ def test_a_curated_directory_is_read_by_its_manifest(tmp_path):
     (tmp_path / "shard-1.jsonl").write_bytes(jsonl([{"text": "b", "id": "2", "meta": '{"n": 3}'}]))
     (tmp_path / "shard-0.jsonl").write_bytes(jsonl([{"text": "a", "id": "1"}]))
     (tmp_path / "stray.jsonl").write_bytes(jsonl([{"text": "c"}]))
-    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{"file": f"shard-{i}.jsonl"} for i in (0, 1)]}))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"format": "arriero curated corpus 1", "shards": [{"file": f"shard-{i}.jsonl"} for i in (0, 1)]})
+    )
     assert [(d.text, d.meta) for d in read_documents([tmp_path])] == [("a", {}), ("b", {"n": 3})]
     (tmp_path / "shard-1.jsonl").unlink()
     with pytest.raises(DataError, match=r"the manifest lists shard-1\.jsonl, which is missing; copy it again"):
@@ -234,6 +252,7 @@ def test_curations_below_a_directory_are_read_by_their_manifests(tmp_path):
     (root / "f" / "manifest.json").write_text('{"name": "a web app"}')
     (root / "f" / "f.txt").write_text("five")
     (root / "a.txt").write_text("one")
+    assert [d.text for d in read_documents([root / "f"])] == ["five"]
     passed_over = Counter()
     list_files([root], passed_over)
     assert passed_over == {"unfinished curations": 1, ".json": 1}
@@ -247,6 +266,9 @@ def test_curations_below_a_directory_are_read_by_their_manifests(tmp_path):
     assert {d.source for d in read_documents([root])} == {"corpora"}
     with pytest.raises(DataError, match=r"e: a curation that is not finished; run it again to its end"):
         list_files([root / "e"])
+    (root / "b" / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"b/manifest\.json: not the manifest of a curated directory"):
+        list_files([root])
 
 
 def test_what_is_no_file_in_a_directory_is_passed_over_and_counted(tmp_path):

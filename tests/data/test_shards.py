@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from arriero.cli.data import verify
 from arriero.curate.document import Document
 from arriero.curate.sources import read_documents
 from arriero.data import sharding
+from arriero.data.shard_writer import ShardWriter
 from arriero.data.sharding import document_marks, shard_documents, shard_sources, text_hash
 from arriero.data.shards import Shards, open_shards, open_sources, open_splits
 from arriero.errors import ConfigError, DataError
@@ -328,20 +330,15 @@ def test_running_a_finished_run_again_changes_nothing_and_reads_nothing(tmp_path
     assert again["train"]["documents"].fingerprint == first["train"]["documents"].fingerprint
 
 
-def test_a_bad_row_is_named_and_once_mended_the_run_goes_on(tmp_path, small):
+def test_a_bad_row_is_named_and_nothing_is_half_written(tmp_path, small):
     path = write_corpus(tmp_path / "c.jsonl", 67)
-    shard(path, small, tmp_path / "whole", validation=0, part_size=3_000)
-    whole = path.read_text()
-    path.write_text(whole.replace('"text": "Document 50.', '"TEXT": "Document 50.'))
+    path.write_text(path.read_text().replace('"text": "Document 50.', '"TEXT": "Document 50.'))
     with pytest.raises(
         DataError, match=r"row 51 of .*c\.jsonl: no column 'text' \(there are: 'TEXT', 'source', 'id'\)"
     ):
         shard(path, small, tmp_path / "out", validation=0, part_size=3_000)
     assert not list((tmp_path / "out").rglob(".*.tmp"))
     assert json.loads((tmp_path / "out/progress.json").read_text())["parts"]
-    path.write_text(whole)  # of the same size, so taken for the same file
-    shard(path, small, tmp_path / "out", validation=0, part_size=3_000)
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 # Refusals
@@ -357,7 +354,7 @@ def test_other_settings_documents_or_tokenizers_are_not_mixed_into_what_was_begu
     write_corpus(path, 31)
     with pytest.raises(
         DataError,
-        match=r"with files = '1 with [\d,]+ bytes \([0-9a-f]{16}\)', now it is '1 with [\d,]+ bytes \([0-9a-f]{16}\)'",
+        match=r"with files = '1 with [\d,]+ bytes, the last changed at .*', now it is '1 with [\d,]+ bytes, the last",
     ):
         shard(path, small, tmp_path / "out", validation="0.1")
 
@@ -383,6 +380,10 @@ def test_a_directory_that_holds_something_else_is_left_alone(tmp_path, small):
     with pytest.raises(DataError, match=r"out holds something else; give another --out, or empty it"):
         shard_documents(["a"], small, tmp_path / "out", console=QUIET)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+    with pytest.raises(
+        ConfigError, match=r"thesis\.tex: nothing can be written there .it is a file.; give another --out"
+    ):
+        shard_documents(["a"], small, tmp_path / "out/thesis.tex", console=QUIET)
 
 
 def test_two_processes_do_not_write_to_one_directory(tmp_path, small):
@@ -476,14 +477,25 @@ def test_an_id_past_the_vocabulary_is_damage(tmp_path, small):
         open_shards(tmp_path / "out/train").tokens(0)
 
 
-def test_a_source_that_has_changed_since_is_named(tmp_path, small):
-    path, said = write_corpus(tmp_path / "c.jsonl", 29), io.StringIO()
-    for _ in range(2):
-        shard(path, small, tmp_path / "out", validation=0, console=Console(file=said))
-    assert "has changed" not in said.getvalue()
-    path.write_text(path.read_text().replace("Document", "DOCUMENT"))
-    shard(path, small, tmp_path / "out", validation=0, console=Console(file=said, width=500))
-    assert "c.jsonl has changed since" in said.getvalue()
+@pytest.mark.parametrize("finished", [False, True])
+def test_sources_that_have_changed_since_are_refused(tmp_path, small, monkeypatch, finished):
+    path = write_corpus(tmp_path / "c.jsonl", 29)
+    os.utime(path, (2e9, 2e9))  # of a machine whose clock is fast
+    with monkeypatch.context() as patch, nullcontext() if finished else pytest.raises(KeyboardInterrupt):
+        if not finished:
+            patch.setattr(ShardWriter, "finish", raise_interrupt)
+        shard(path, small, tmp_path / "out", validation=0)
+    before = path.read_text()
+    path.write_text(before.replace("Document", "DOCUMENT"))
+    with pytest.raises(DataError, match=r"was begun with files = .*, the last changed at 2033-05-18 .*, now it is"):
+        shard(path, small, tmp_path / "out", validation=0)
+    path.write_text(before)
+    os.utime(path, (2e9, 2e9))
+    shard(path, small, tmp_path / "out", validation=0)
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_any_name_of_a_source_is_shown(tmp_path, small, monkeypatch, capsys):
@@ -509,7 +521,7 @@ def test_other_documents_from_python_are_refused(tmp_path, small):
         shard_documents(["a", "c"], small, tmp_path / "out", validation=0, console=QUIET)
 
 
-def test_splits_are_found_wherever_they_lie(tmp_path, small):
+def test_splits_are_found_wherever_they_lie(tmp_path, small, monkeypatch):
     texts = [row["text"] for row in corpus(29)]
     documents = [Document(t, "x", source=("train", "web")[i % 2]) for i, t in enumerate(texts)]
     for out, share in (("both", 0.3), ("whole", 0), ("other", 0.3)):
@@ -523,6 +535,15 @@ def test_splits_are_found_wherever_they_lie(tmp_path, small):
     assert found("both") == found("both/train") == [["both/train/train", "both/train/web"], held_out]
     assert found("both/train/train") == [["both/train/train"], []]  # a source that is called so
     assert found("whole") == [["whole/train/train", "whole/train/web"], []]
+    monkeypatch.chdir(tmp_path / "both/train")
+    assert [len(sets) for sets in open_splits(".")] == [2, 2]
+    (tmp_path / "more").mkdir()
+    shutil.copytree(tmp_path / "both/tokenizer", tmp_path / "more/tokenizer")
+    for split in ("train", "validation"):
+        shutil.copytree(tmp_path / "both" / split, tmp_path / "more/wiki" / split)
+    assert [len(sets) for sets in found("more/wiki/train")] == [2, 2]  # the tokenizer lies above
+    with pytest.raises(DataError, match=r"whole/train/train, to validate on, is .*whole/train/train, which is trained"):
+        found("whole", "whole/train")
     assert found("whole", "both") == found("whole", "both/validation") == [found("whole")[0], held_out]
     manifest = tmp_path / "other/validation/web/manifest.json"
     manifest.write_text(manifest.read_text().replace(small.fingerprint, "f" * 64))

@@ -2,14 +2,16 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from arriero.data.formats import Conversation
 from arriero.errors import CheckpointError, ConfigError, DataError
-from arriero.eval.config import EvalConfig
+from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.eval.generative import answers
+from arriero.eval.needle_run import run_needle
 from arriero.eval.perplexity import perplexity
 from arriero.eval.run import run_eval
 from arriero.tokenizer.chat import encode_chat
@@ -136,6 +138,8 @@ def test_eval_reads_texts_and_rows_with_texts_alike(smollm2_gguf, tmp_path, caps
         ("latin.txt", b"\xe9", r"latin\.txt: not UTF-8 at byte 0"),
         ("mixed.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"row 2 of .*mixed\.jsonl: no text in a column 'text'"),
         ("other.jsonl", b'{"a": 1}\n', r"row 1 of .*other\.jsonl: no known layout"),
+        ("null.jsonl", b'{"text": null, "a": 1}\n', r"row 1 of .*null\.jsonl: no known layout"),
+        ("short.csv", b"text,id\na,1\nb\n", r"row 2 of .*short\.csv: it has fewer fields than the header's 2"),
     ],
 )
 def test_data_that_cannot_be_used_is_refused_before_a_model_is_loaded(tmp_path, name, content, message):
@@ -143,6 +147,16 @@ def test_data_that_cannot_be_used_is_refused_before_a_model_is_loaded(tmp_path, 
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         run_eval(EvalConfig(model="no-such-model", data=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("run", [run_eval, run_needle])
+def test_a_place_that_results_cannot_be_written_to_is_refused_before_a_model_is_loaded(tmp_path, run):
+    (tmp_path / "a.txt").write_text(TEXT)
+    config = (
+        NeedleConfig("no-such-model") if run is run_needle else EvalConfig("no-such-model", str(tmp_path / "a.txt"))
+    )
+    with pytest.raises(ConfigError, match=r"a\.txt: nothing can be written there .it is a file."):
+        run(replace(config, out=str(tmp_path / "a.txt")))
 
 
 def test_a_missing_adapter_is_refused_before_anything_is_measured(smollm2_gguf, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig
 from arriero.train.loop import Trainer
-from arriero.train.metrics import read_records
+from arriero.train.metrics import surviving_records
 from arriero.train.objectives import lm_loss
 
 CONFIG = LlamaConfig(dim=44, n_layers=2, n_heads=11, n_kv_heads=11, ffn_dim=29, vocab_size=101, max_context=64)
@@ -99,7 +99,7 @@ def whole_and_resumed(config: PretrainConfig, directory: Path) -> tuple[dict[str
 
 def losses(run_dir: Path) -> dict[int, float]:
     """Step -> training loss, as metrics.jsonl has it."""
-    return {r["step"]: r["loss"] for r in read_records(run_dir / "metrics.jsonl") if "event" not in r}
+    return {r["step"]: r["loss"] for r in surviving_records(run_dir / "metrics.jsonl") if "event" not in r}
 
 
 def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:

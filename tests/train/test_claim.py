@@ -23,20 +23,20 @@ def claim(config: SftConfig):
 
 def begin(config: SftConfig) -> None:
     with claim(config):
-        (Path(config.out) / "data.json").write_text("{}")
+        (Path(config.out) / "data.json").write_text('{"fingerprints": {"the training data": "aa"}}')
         (Path(config.out) / "config.toml").write_text(to_toml(config, "sft"))
 
 
 def test_one_process_at_a_time_trains_in_a_directory(tmp_path):
     config = settings(tmp_path / "run")
-    with claim(config) as resumes:
-        assert not resumes
+    with claim(config) as recorded:
+        assert recorded is None
         with pytest.raises(ConfigError, match="run: another process trains there; wait for it, or choose another"):
             begin(replace(config, resume=True))
     assert not (tmp_path / "run").exists()  # nothing came to be there
     begin(config)
-    with claim(replace(config, resume=True)) as resumes:
-        assert resumes
+    with claim(replace(config, resume=True)) as recorded:
+        assert recorded == {"the training data": "aa"}
     assert not (tmp_path / "run" / LOCK).exists()
 
 
@@ -49,6 +49,12 @@ def test_checkpoints_without_settings_are_neither_resumed_nor_begun_over(tmp_pat
 
 def test_a_run_without_its_record_of_the_data_is_not_resumed(tmp_path):
     begin(settings(tmp_path / "run"))
+    (tmp_path / "run/data.json").write_text('{"train_fingerprint": "aa"}')
+    with pytest.raises(ConfigError, match=r"data\.json: an earlier version wrote it, without what a resume compares"):
+        begin(settings(tmp_path / "run", resume=True))
+    (tmp_path / "run/data.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"data\.json: not valid JSON"):
+        begin(settings(tmp_path / "run", resume=True))
     (tmp_path / "run/data.json").unlink()
     with pytest.raises(ConfigError, match=r"a run but no data\.json, which says what it learns from; put that back"):
         begin(settings(tmp_path / "run", resume=True))
@@ -56,7 +62,9 @@ def test_a_run_without_its_record_of_the_data_is_not_resumed(tmp_path):
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"file/run: nothing can be written there \(Not a directory\); choose"):
+    with pytest.raises(
+        ConfigError, match=r"file/run: nothing can be written there \(Not a directory\); give another --out"
+    ):
         begin(settings(tmp_path / "file" / "run"))
 
 

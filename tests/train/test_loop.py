@@ -166,6 +166,18 @@ def test_many_non_finite_steps_in_a_row_stop_with_a_clear_error_and_keep_good_ch
     assert native.steps(tmp_path) == [4, 5]
 
 
+def test_a_save_that_is_due_at_a_step_that_is_not_finite_waits_for_the_next_good_one(tmp_path):
+    trainer = toy_trainer(tmp_path, steps=10, save_every=4, keep_last=9)
+    honest = trainer.objective
+
+    def objective(model, batch):
+        return honest(model, batch) * (float("inf") if trainer.progress.step in (3, 4) else 1.0)
+
+    trainer.objective = objective
+    run(trainer, tmp_path)
+    assert native.steps(tmp_path) == [6, 8, 10]
+
+
 def test_weights_that_steps_are_not_finite_with_are_never_the_best(tmp_path):
     values = iter([3.0, 2.0, 1.0])
     trainer = toy_trainer(tmp_path, steps=8, validate=lambda: {"loss": next(values)}, validate_every=4)

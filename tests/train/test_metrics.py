@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from arriero.errors import UserError
-from arriero.train.metrics import LiveLine, MetricsLog, duration, read_records
+from arriero.train.metrics import LiveLine, MetricsLog, duration, surviving_records
 
 
 def metrics(step: int, loss: float = 1.5) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def test_each_step_and_event_is_a_line_of_json(tmp_path: Path) -> None:
     write(tmp_path, 1, 5)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [*(metrics(step) for step in range(1, 6)), {"event": "validation", "step": 5, "loss": 0.2}]
-    assert read_records(tmp_path / "metrics.jsonl") == lines
+    assert surviving_records(tmp_path / "metrics.jsonl") == lines
 
 
 def test_a_resumed_record_is_that_of_a_run_never_stopped(tmp_path: Path) -> None:
@@ -64,15 +64,15 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, 1, 3)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-7])
-    assert [record["step"] for record in read_records(path)] == [1, 2]
+    assert [record["step"] for record in surviving_records(path)] == [1, 2]
     write(tmp_path, 3, 4)
-    assert [record["step"] for record in read_records(path)] == [1, 2, 3, 4]
+    assert [record["step"] for record in surviving_records(path)] == [1, 2, 3, 4]
 
 
 def test_a_new_run_starts_the_record_anew(tmp_path: Path) -> None:
     write(tmp_path, 1, 3)
     write(tmp_path, 1, 2)
-    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [record["step"] for record in surviving_records(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_killed_process_has_left_every_line_that_it_logged(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ for step in range(1, 8):
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
-    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == list(range(1, 8))
+    assert [record["step"] for record in surviving_records(tmp_path / "metrics.jsonl")] == list(range(1, 8))
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:

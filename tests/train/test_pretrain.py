@@ -15,6 +15,7 @@ from helpers.training import assert_same, losses, whole_and_resumed
 
 from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load
+from arriero.cli.recipes import validate
 from arriero.data.shards import open_sources
 from arriero.errors import ConfigError, DataError
 from arriero.model import config as shapes
@@ -22,7 +23,7 @@ from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig, TrainingStage
 from arriero.train.hardware import refuse_what_cannot_fit
-from arriero.train.metrics import read_records
+from arriero.train.metrics import surviving_records
 from arriero.train.pretrain import Phase, build, count_steps, durations, main, timetable
 
 SHAPE = LlamaConfig(44, 2, 11, 11, 29, 101, 64, tied_embeddings=True)
@@ -47,7 +48,7 @@ def settings(shards: Path, out: Path, **changes) -> PretrainConfig:
 
 
 def records(out: Path, event: str | None = None):
-    return [record for record in read_records(out / "metrics.jsonl") if record.get("event") == event]
+    return [record for record in surviving_records(out / "metrics.jsonl") if record.get("event") == event]
 
 
 def test_a_run_learns_and_leaves_a_model_that_transformers_opens(shards, tmp_path):
@@ -173,6 +174,8 @@ def test_a_run_does_not_go_on_where_the_shards_have_changed(shards, tmp_path):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"made": "later"}))
     with pytest.raises(DataError, match=r"source 'short' has changed since run .* began"):
         main(replace(config, resume=True))
+    with pytest.raises(DataError, match=r"source 'short' has changed since run .* began"):
+        validate("pretrain", replace(config, resume=True))
 
 
 def load_toy_tokenizer(shards: Path):

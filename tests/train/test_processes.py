@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from arriero.checkpoint import native
 from arriero.train import attempts
-from arriero.train.metrics import read_records
+from arriero.train.metrics import surviving_records
 
 
 def sft(toy_model, rows, out, world, *more):
@@ -79,7 +79,7 @@ def test_a_killed_command_goes_on_by_itself_while_no_other_may_train_there(shard
         workers = psutil.Process(job.pid).children()
         next(worker for worker in workers if worker.environ().get("RANK") == "1").kill()
         assert job.wait(timeout=200) == 0, log.read_text()
-    assert sum("began" in record for record in read_records(out / attempts.FILE)) == 2, log.read_text()
+    assert sum("began" in record for record in surviving_records(out / attempts.FILE)) == 2, log.read_text()
     run_processes([sys.executable, *command, str(tmp_path / "undisturbed")], 2, 280)
     killed, undisturbed = (load_file(d / "model" / "model.safetensors") for d in (out, tmp_path / "undisturbed"))
     assert killed.keys() == undisturbed.keys()

@@ -16,12 +16,12 @@ from rich.console import Console
 
 from arriero import cli, presets
 from arriero import config as configs
-from arriero.errors import ConfigError, DataError
+from arriero.errors import ConfigError, DataError, TrainingError
 from arriero.model.config import LADDER
 from arriero.train import pretrain
 from arriero.train.config import PretrainConfig
 from arriero.train.loop import Outcome
-from arriero.train.metrics import read_records
+from arriero.train.metrics import surviving_records
 from arriero.train.scaling.config import SweepConfig
 from arriero.train.scaling.fit import fit, read_runs
 from arriero.train.scaling.sweep import family, planned_runs, settings, sweep
@@ -85,13 +85,13 @@ def test_a_budget_is_spent_by_every_model_and_rate_and_batch_follow_it() -> None
 
 def test_every_run_is_recorded_with_the_loss_that_its_own_report_shows(swept: SweepConfig) -> None:
     out = Path(swept.out)
-    records = read_records(out / "runs.jsonl")
+    records = surviving_records(out / "runs.jsonl")
     names = [run.name for run in planned_runs(swept, 512)]
     assert [record["name"] for record in records] == names
     assert len(names) == 8
     for record in records:
         run_dir = out / "runs" / record["name"]
-        validations = [r for r in read_records(run_dir / "metrics.jsonl") if r.get("event") == "validation"]
+        validations = [r for r in surviving_records(run_dir / "metrics.jsonl") if r.get("event") == "validation"]
         assert [v["step"] for v in validations] == [0, record["steps"]]
         assert record["loss"] == validations[-1]["loss"] < validations[0]["loss"]
         assert (run_dir / "model" / "model.safetensors").exists()
@@ -102,7 +102,7 @@ def test_every_run_is_recorded_with_the_loss_that_its_own_report_shows(swept: Sw
 
 
 def test_a_run_is_what_pretrain_makes_of_the_same_settings(swept: SweepConfig, tmp_path: Path) -> None:
-    record = read_records(Path(swept.out) / "runs.jsonl")[0]
+    record = surviving_records(Path(swept.out) / "runs.jsonl")[0]
     _, told = configs.load_recipe(presets.RECIPES, Path(swept.out) / "runs" / record["name"] / "config.toml")
     again = dataclasses.replace(swept, out=str(tmp_path))
     from arriero.checkpoint.hf import save_hf
@@ -121,7 +121,7 @@ def test_a_stopped_sweep_goes_on_where_it_was_and_ends_with_the_same_losses(
 ) -> None:
     config = dataclasses.replace(swept, out=str(tmp_path / "sweep"))
     file = Path(shutil.copytree(swept.out, config.out)) / "runs.jsonl"
-    expected = read_records(file)
+    expected = surviving_records(file)
     for record in expected[-2:]:
         shutil.rmtree(file.parent / "runs" / record["name"])
     file.write_text("".join(json.dumps(record) + "\n" for record in expected[:-2]))
@@ -142,12 +142,12 @@ def test_a_stopped_sweep_goes_on_where_it_was_and_ends_with_the_same_losses(
     monkeypatch.setattr(pretrain.Trainer, "step", stopped_in_the_third)
     outcome = sweep(config, QUIET)
     assert outcome is not None and outcome.interrupted is signal.SIGTERM
-    assert len(read_records(file)) == len(expected) - 2
+    assert len(surviving_records(file)) == len(expected) - 2
     sweep(config, QUIET)
     names = [record["name"] for record in expected]
     assert started == [names[-2], names[-2], names[-1]]  # what was done is not done again
     assert steps[:4] == [0, 1, 2, 3]  # nor the steps of the run that was stopped
-    for before, after in zip(expected, read_records(file), strict=True):
+    for before, after in zip(expected, surviving_records(file), strict=True):
         assert {**before, "seconds": 0} == {**after, "seconds": 0}
     assert sweep(config, QUIET) is None  # nothing is left to do
 
@@ -170,9 +170,20 @@ def test_budgets_may_be_added_but_not_other_settings_or_data(
     with pytest.raises(ConfigError, match=r"sweep\.toml: this sweep was begun with other settings \(seq_len, lr\), so"):
         sweep(dataclasses.replace(copy, seq_len=71, lr=1e-3), QUIET)
     data = tmp_path / "sweep" / "data.json"
-    data.write_text(re.sub('"[0-9a-f]{64}"', f'"{"0" * 64}"', data.read_text()))
-    with pytest.raises(DataError, match=r"has changed since the sweep in .* began"):
-        sweep(copy, QUIET)
+    written = data.read_text()
+    for what in ("source", "validation source"):
+        data.write_text(re.sub(f'("{what} .*": )"[0-9a-f]{{64}}"', rf'\1"{"0" * 64}"', written))
+        with pytest.raises(DataError, match=rf"^{what} .* has changed since the sweep in .* began"):
+            sweep(copy, QUIET)
+
+
+def test_a_run_that_ends_without_a_loss_is_no_run_of_the_sweep(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain.Trainer, "measure", lambda trainer: {"loss": math.nan})
+    with pytest.raises(TrainingError, match=r"ended with a loss of nan, .* sweep again with an lr below 0\.\d+, into"):
+        sweep(toy(shards, tmp_path / "sweep"), QUIET)
+    assert not surviving_records(tmp_path / "sweep" / "runs.jsonl")
 
 
 def test_what_cannot_be_swept_is_refused_before_the_first_step(shards: Path, tmp_path: Path) -> None:

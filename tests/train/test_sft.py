@@ -16,7 +16,7 @@ from arriero.checkpoint.load import load
 from arriero.errors import ConfigError, DataError, UserError
 from arriero.model.config import LoraConfig
 from arriero.train.config import DataConfig, LoopConfig, OptimConfig, SftConfig
-from arriero.train.metrics import read_records
+from arriero.train.metrics import surviving_records
 from arriero.train.recipe import compiles
 from arriero.train.sft import SftRun, main
 
@@ -44,7 +44,7 @@ def test_a_run_leaves_a_complete_record_and_an_adapter_that_peft_opens(toy_model
     files = {path.name for path in out.iterdir()}
     assert files >= {"config.toml", "data.json", "environment.json", "metrics.jsonl", "samples.jsonl", "checkpoints"}
     assert files >= {"loss.png", "report.html", "adapter"}
-    steps = [record for record in read_records(out / "metrics.jsonl") if "event" not in record]
+    steps = [record for record in surviving_records(out / "metrics.jsonl") if "event" not in record]
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
     assert steps[-1]["loss"] < steps[0]["loss"]
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]

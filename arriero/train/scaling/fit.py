@@ -30,7 +30,7 @@ from rich.table import Table
 
 from arriero.errors import ConfigError, DataError, require
 from arriero.files import replaced_file
-from arriero.records import is_readable, parse_row, read_records
+from arriero.records import endings, parse_row, read_records
 from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, LossLaw, PowerLaw
 
 FIT, PICTURE = "fit.json", "fit.png"
@@ -185,17 +185,17 @@ def read_runs(path: Path) -> Runs:
     file = path / "runs.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"{file}: no such file; `arriero scaling sweep --out {path}` writes it, run by run")
-    if not is_readable(file):
+    if endings(file)[0] != ".jsonl":
         raise DataError(f"{file}: give runs as .jsonl, a line for each")
     rows = []
-    for line in read_records(file):
-        record = parse_row(line)
-        values: dict[str, Any] = {name: record.get(name) for name in ("params", "tokens", "loss", "flops")}
+    for record in read_records(file):
+        run = parse_row(record)
+        values: dict[str, Any] = {name: run.get(name) for name in ("params", "tokens", "loss", "flops")}
         for name, value in values.items():
             if value is None and name == "flops":
                 value = float(f"{FLOPS_PER_PARAMETER * values['params'] * values['tokens']:.1e}")
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise DataError(f"{file}, line {line.row}: {name} is {value!r}; it must be a number above 0")
+                raise DataError(f"{file}, line {record.row}: {name} is {value!r}; it must be a number above 0")
             values[name] = value
         rows.append([values[name] for name in ("flops", "params", "tokens", "loss")])
     columns = np.array(rows, dtype=np.float64).reshape(-1, 4).T

@@ -30,8 +30,8 @@ from rich.table import Table
 from arriero import config as configs
 from arriero.checkpoint.files import write_json
 from arriero.checkpoint.hf import save_hf
-from arriero.data.shards import Shards, fingerprints, open_splits
-from arriero.errors import ConfigError
+from arriero.data.shards import fingerprints, open_splits
+from arriero.errors import ConfigError, TrainingError
 from arriero.files import locked, replaced_file
 from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig
@@ -40,7 +40,7 @@ from arriero.train import pretrain
 from arriero.train.claim import refuse_changed
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig
 from arriero.train.loop import Outcome
-from arriero.train.metrics import duration, read_records
+from arriero.train.metrics import duration, surviving_records
 from arriero.train.scaling.config import SweepConfig
 from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, suggested_batch, suggested_lr
 
@@ -85,7 +85,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Outcome | None
     runs = planned_runs(config, tokenizer.vocab_size)
     busy = ConfigError(f"{out}: another process sweeps there; wait for it, or give another --out")
     with locked(out, busy):
-        _claim(config, sources)
+        _claim(config, fingerprints(sources, held_out))
         return _train_all(runs, config, tokenizer, sum(shards.n_tokens for shards in sources.values()), console)
 
 
@@ -93,7 +93,7 @@ def _train_all(
     runs: list[PlannedRun], config: SweepConfig, tokenizer: Tokenizer, held_tokens: int, console: Console
 ) -> Outcome | None:
     out = Path(config.out)
-    done = {record["name"] for record in read_records(out / RUNS)}
+    done = {record["name"] for record in surviving_records(out / RUNS)}
     console.print(_table(runs, done, held_tokens))
     waiting = [run for run in runs if run.name not in done]
     outcome, spent, began = None, 0.0, time.monotonic()
@@ -190,12 +190,17 @@ def _train(run: PlannedRun, config: SweepConfig, tokenizer: Tokenizer) -> Outcom
     if outcome.interrupted is not None:
         return outcome
     p = outcome.progress
+    if not math.isfinite(loss := p.validation[p.step]):
+        raise TrainingError(
+            f"{directory}: the run ended with a loss of {loss}, of which no law can be made; sweep again with an lr "
+            f"below {run.lr}, into another --out"
+        )
     record = {
         "name": run.name,
         "flops": run.flops,
         "params": run.shape.n_params,
         "tokens": told.loop.steps * run.batch_rows * config.seq_len,
-        "loss": p.validation[p.step],
+        "loss": loss,
         "width": run.shape.dim,
         "layers": run.shape.n_layers,
         "seed": run.seed,
@@ -209,7 +214,7 @@ def _train(run: PlannedRun, config: SweepConfig, tokenizer: Tokenizer) -> Outcom
     return outcome
 
 
-def _claim(config: SweepConfig, sources: dict[str, Shards]) -> None:
+def _claim(config: SweepConfig, prints: dict[str, str]) -> None:
     """Begin the directory, or go on in it with the same settings and data; else raise `ConfigError` or `DataError`."""
     out = Path(config.out)
     record, data = out / "sweep.toml", out / "data.json"
@@ -221,8 +226,8 @@ def _claim(config: SweepConfig, sources: dict[str, Shards]) -> None:
                 f"{record}: this sweep was begun with other settings ({', '.join(differing)}), so losses could not "
                 "be compared; give the same ones, or another --out"
             )
-        refuse_changed(json.loads(data.read_text("utf-8")), fingerprints(sources, "source"), f"the sweep in {out}")
-    write_json(data, fingerprints(sources, "source"))
+        refuse_changed(json.loads(data.read_text("utf-8")), prints, f"the sweep in {out}")
+    write_json(data, prints)
     with replaced_file(record) as temporary:
         temporary.write_text(configs.to_toml(config), encoding="utf-8")
 
@@ -230,7 +235,7 @@ def _claim(config: SweepConfig, sources: dict[str, Shards]) -> None:
 def _append(path: Path, record: dict[str, Any]) -> None:
     """Add a line, so that a reader sees all lines or those before."""
     with replaced_file(path) as temporary:
-        lines = [json.dumps(line) + "\n" for line in [*read_records(path), record]]
+        lines = [json.dumps(line) + "\n" for line in [*surviving_records(path), record]]
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
