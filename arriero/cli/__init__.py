@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from arriero import __version__
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # so that a closed pipe shows here, not in the interpreter's shutdown
     except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(3)  # what all processes find is said by the first; torchrun ends the others before they do
         print(f"arriero: {error}", file=sys.stderr)
         return MISUSED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

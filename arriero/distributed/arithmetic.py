@@ -169,13 +169,13 @@ def _memory(
     parts = {
         "weights gathered or cast, bf16": NARROW * (own if alone and recompute == "none" else whole),
         "gradients not yet reduced, fp32": 0 if alone else WIDE * (own if waits else whole),
-        "activations": NARROW * tokens * _kept(model, parallel, held.layers, n_micro, recompute),
+        "activations": NARROW * tokens * kept(model, parallel, held.layers, n_micro, recompute),
         "a chunk of logits, fp32": 2 * WIDE * CHUNK * model.vocab_size // parallel.tp,
     }
     return {part: size for part, size in parts.items() if size}
 
 
-def _kept(model: LlamaConfig, parallel: ParallelConfig, layers: int, n_micro: int, recompute: Recompute) -> int:
+def kept(model: LlamaConfig, parallel: ParallelConfig, layers: int, n_micro: int, recompute: Recompute) -> int:
     """Values kept a token for the backward pass, over all layers and the micro-batches in flight, and one block's own.
 
     Of a block: norms' and matrices' inputs and outputs. The two that tensor parallelism gathers, or has yet to sum,

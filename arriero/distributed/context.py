@@ -22,6 +22,10 @@ from torch import Tensor
 
 from arriero.data.loader import IGNORED, Batch
 
+# Their names since torch 2.13, and before.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def held_tokens(length: int, rank: int, size: int) -> Tensor:
     """Indices [length / size] of the tokens that process `rank` of `size` holds, in its order."""
@@ -124,11 +128,11 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group, ctx.n = group, len(part)
         whole = part.new_empty(group.size() * len(part), *part.shape[1:])
-        dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
+        all_gather(whole, part.contiguous(), group=group)
         return whole
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         part = grad.new_empty(ctx.n, *grad.shape[1:])
-        dist.reduce_scatter_tensor(part, grad.contiguous(), group=ctx.group)
+        reduce_scatter(part, grad.contiguous(), group=ctx.group)
         return part, None

@@ -9,7 +9,9 @@ A mesh has five dimensions, outermost first: pp, dp_replicate, dp_shard, cp, tp.
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -32,6 +34,8 @@ class Mesh:
         self.config, self.device, self._processes = config, device, processes
         if processes is not None:
             processes["dp_shard", "cp"]._flatten("fsdp")  # context parallel processes shard the weights too
+            # That a whole tensor takes two gathers, along fsdp and tp, is meant.
+            logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
     @property
     def distributed(self) -> bool:
@@ -91,7 +95,9 @@ class Mesh:
     def sub(self, *dimensions: str) -> DeviceMesh:
         """The processes that differ from this one only along `dimensions` ("fsdp" is dp_shard with cp)."""
         assert self._processes is not None
-        return self._processes[dimensions if len(dimensions) > 1 else dimensions[0]]
+        with warnings.catch_warnings():  # it was to go in torch 2.11 and is there in 2.13, with no other way to HSDP
+            warnings.filterwarnings("ignore", "Slicing a flattened dim")
+            return self._processes[dimensions if len(dimensions) > 1 else dimensions[0]]
 
     def sum(self, value: Tensor) -> Tensor:
         """`value` summed over all processes; it is changed in place and returned."""
@@ -116,12 +122,17 @@ class Mesh:
 
     @contextmanager
     def one_before_others(self) -> Iterator[None]:
-        """What process 0 does here, all others do after it, and find it done (a cache filled, a file written)."""
+        """What process 0 does here, all others do after it, and find it done (a cache filled, a file written).
+
+        Where it fails, the others fail in the same way, not waiting for it.
+        """
         if self.rank > 0:
             self.wait()
-        yield
-        if self.rank == 0:
-            self.wait()
+        try:
+            yield
+        finally:
+            if self.rank == 0:
+                self.wait()
 
     def close(self) -> None:
         """Leave the process group."""

@@ -16,7 +16,12 @@ from arriero.files import locked
 from arriero.peers import peers_of_this_run
 from arriero.train import attempts
 
-FREE = ("resume", "out", "loop.trackers", "data.workers", "parallel.")  # settings that may differ when a run is resumed
+FREE = {  # what may differ when a run is resumed, beside `parallel`: how the same steps are made, kept and shown
+    *("resume", "out", "prompts", "samples", "data.workers"),
+    *("data.train", "data.validation"),  # their fingerprints are compared
+    *("loop.micro_rows", "loop.recompute", "loop.compile", "loop.trackers"),
+    *("loop.log_every", "loop.validate_every", "loop.save_every", "loop.keep_last", "loop.max_skipped"),
+}
 
 
 def check_named(config: Any, recipe: str) -> None:
@@ -83,7 +88,8 @@ def _refuse_other_settings(config: Any, recipe: str, record: Path) -> None:
     cls = type(config)
     _, earlier = configs.load_recipe({recipe: cls}, record)
     now, then = configs.to_dict(config), configs.to_dict(earlier)
-    differing = [p for p in configs.field_paths(cls) if not p.startswith(FREE) and _at(now, p) != _at(then, p)]
+    decisive = [p for p in configs.field_paths(cls) if p not in FREE and not p.startswith("parallel.")]
+    differing = [p for p in decisive if _at(now, p) != _at(then, p)]
     if differing:
         raise ConfigError(
             f"{record}: this run was started with other settings ({', '.join(differing)}); an exact resume needs "

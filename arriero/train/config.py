@@ -55,7 +55,7 @@ class OptimConfig:
             f"eps is {self.eps}; it must be a number above 0 (a gradient of 0 is divided by it)",
         )
         check(
-            0 <= self.warmup < 1 or (self.warmup.is_integer() and self.warmup > 0),
+            0 <= self.warmup < 1 or (self.warmup > 0 and self.warmup % 1 == 0),
             f"warmup is {self.warmup}; it is a share of the steps, in [0, 1), or a whole number of steps",
         )
         check(0 <= self.min_lr <= 1, f"min_lr is {self.min_lr}; it is a share of the peak, in [0, 1]")
@@ -108,7 +108,8 @@ class LoopConfig:
     log_every: int = 1
     """Optimizer steps between lines of metrics."""
     validate_every: int = 0
-    """Optimizer steps between validations; 0 means ten times a run."""
+    """Optimizer steps between validations; 0 means ten times a run (fewer in a short pretraining, of which they would
+    take more than a tenth)."""
     save_every: int = 0
     """Optimizer steps between checkpoints; 0 means ten times a run."""
     keep_last: int = 2

@@ -209,14 +209,14 @@ class Trainer:
         watch = Watch(self.checkpoints.peers)
         with watch, _signals() as stop, LiveLine(self.total_steps, p.step, console) as line:
             if p.step == 0:
-                self._validate(record)
+                self._validate(record, line)
             while p.step < self.total_steps and not self.engine.mesh.any(bool(stop) or self.checkpoints.failed):
                 metrics = self.step()
                 line.update(metrics)
                 if p.step % self.loop.log_every == 0 or p.step == self.total_steps:
                     record.step(metrics)
                 last = p.step == self.total_steps
-                improved = (last or p.step % validate_every == 0) and self._validate(record)
+                improved = (last or p.step % validate_every == 0) and self._validate(record, line)
                 due = p.step // save_every > saved_at // save_every and not self.skipped_in_a_row
                 if last or improved or due:
                     self.save()
@@ -237,13 +237,14 @@ class Trainer:
         self.engine.train()
         return measured
 
-    def _validate(self, record: MetricsLog) -> bool:
+    def _validate(self, record: MetricsLog, line: LiveLine) -> bool:
         """Measure the validation loss; whether it is the lowest so far."""
         if self.validate is None:
             return False
         p, measured = self.progress, self.measure()
         loss = p.validation[p.step] = measured["loss"]
         record.event("validation", step=p.step, **measured)
+        line.validation(p.step, measured)
         if self.skipped_in_a_row or not math.isfinite(loss) or (p.best_loss is not None and loss >= p.best_loss):
             return False  # weights that training steps are not finite with are never the best
         p.best_loss, p.best_step = loss, p.step

@@ -209,15 +209,15 @@ class Unheard(MetricsLog):
 class LiveLine:
     """One line that keeps up with the run; where the output is no terminal, a plain line every ten seconds.
 
-    The loss shown is a running mean (0.9 of the past), the time left is from the mean speed of the last 100 steps, but
-    for the first step, which compiles.
+    The loss shown is a running mean (each step counts 0.9 of the next one), the time left is from the mean speed of the
+    last 100 steps, but for the first step, which compiles.
     """
 
     def __init__(self, total: int, start: int = 0, console: Console | None = None) -> None:
         self._total, self._start = total, start
         self._console = console or Console(file=sys.stderr)
         self._live = Live(console=self._console, refresh_per_second=4) if self._console.is_terminal else None
-        self._loss: float | None = None
+        self._loss = self._weight = 0.0  # sums of losses and ones, each step's 0.9 of that of the step after it
         self._began = self._printed = time.monotonic()
         self._ends: deque[float] = deque(maxlen=PACE_STEPS + 1)  # of the last steps
 
@@ -236,7 +236,7 @@ class LiveLine:
         """Show a step's metrics: step, loss, lr, tokens_per_s, memory_bytes."""
         loss, now = metrics["loss"], time.monotonic()
         if math.isfinite(loss):
-            self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
+            self._loss, self._weight = SMOOTHING * self._loss + loss, SMOOTHING * self._weight + 1
         self._ends.append(now)
         text = self._text(metrics, now)
         if self._live:
@@ -245,11 +245,18 @@ class LiveLine:
             self._console.print(text, soft_wrap=True)
             self._printed = now
 
+    def validation(self, step: int, measured: Mapping[str, Any]) -> None:
+        """Leave a line with what a validation found: its loss and, where it has one, bits per byte."""
+        bits = f"  {measured['bits_per_byte']:.4f} bits/byte" if "bits_per_byte" in measured else ""
+        width = len(str(self._total))
+        text = f"step {step:>{width}}/{self._total}  validation loss {measured['loss']:.4f}{bits}"
+        self._console.print(text, soft_wrap=True, highlight=False)
+
     def _text(self, metrics: Mapping[str, Any], now: float) -> Text:
         step, total = metrics["step"], self._total
         counted = len(self._ends) - 1
         pace = (now - self._ends[0]) / counted if counted else now - self._began
-        shown = "-" if self._loss is None else f"{self._loss:.4f}"
+        shown = f"{self._loss / self._weight:.4f}" if self._weight else "-"
         parts = [
             (f"step {step:>{len(str(total))}}/{total}", "bold"),
             (f"  loss {shown}", "bold cyan"),

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from arriero import config as configs
-from arriero.distributed.arithmetic import MOMENTS, Cost, cost, gradients_at_once, moment_bytes
+from arriero.distributed.arithmetic import MOMENTS, Cost, cost, gradients_at_once, kept, moment_bytes
 from arriero.distributed.config import ParallelConfig
 from arriero.errors import ConfigError, UserError
 from arriero.model.config import LADDER, LINEARS, SHAPES, LlamaConfig
@@ -76,12 +76,12 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
     Where degrees of parallelism are given, the arithmetic is that of each process. Raises what the run itself would
     raise for settings or data it refuses.
     """
-    if isinstance(config, SftConfig) and config.data.train and config.model in LADDER:
+    data = config.data.train
+    if isinstance(config, SftConfig) and config.model in LADDER:
         raise ConfigError(
             f"{config.model} has no weights to fine-tune; to plan its pretraining: "
-            f"arriero plan pretrain-{config.model} --data {config.data.train}"
+            f"arriero plan pretrain-{config.model}" + (f" --data {data}" if data else "")
         )
-    data = config.data.train
     if isinstance(config, PretrainConfig) and not Path(data).exists():
         data = ""  # as in a preset, which names the data it would read
     if config.model in SHAPES and not data:
@@ -113,8 +113,7 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
 def by_arithmetic(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Plan:
     """Memory by part. Gradients are fp32, of all that is trained at once, or of a block with `in_backward`.
 
-    Activations, per token and block, values kept for the backward pass: 6 of the model's width D (two norms' inputs and
-    outputs, attention's output, the residual), q, k, v, and 3 of the feed-forward's F; with recomputation D only.
+    Activations are the values that `arithmetic.kept` counts a token.
     """
     config.optim.check_batch(config.loop.batch_rows, config.loop.micro_rows, 1)
     wide = BYTES[config.loop.precision]
@@ -125,15 +124,15 @@ def by_arithmetic(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Pla
         trained, stored, outside = _adapter_size(shape, config), wide, 0
         at_once = trained // shape.n_layers
     optimizer = config.optim.optimizer
-    heads = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
-    kept = shape.dim if config.loop.recompute == "full" else 6 * shape.dim + heads + 3 * shape.ffn_dim
     tokens = config.loop.micro_rows * config.data.seq_len
     memory = {
         "weights": shape.n_params * stored,
         "trained weights, fp32": trained * 4 if lora else 0,
         "gradients, fp32": 4 * (at_once if config.optim.in_backward else trained),
         MOMENTS[optimizer]: moment_bytes(optimizer, trained - outside, outside),
-        "activations (estimate)": tokens * kept * shape.n_layers * wide,
+        "activations (estimate)": tokens
+        * kept(shape, ParallelConfig(), shape.n_layers, 1, config.loop.recompute)
+        * wide,
         "a chunk of logits, fp32": 2 * 256 * shape.vocab_size * 4,
     }
     return Plan(shape.n_params, trained, {part: size for part, size in memory.items() if size})
@@ -187,7 +186,7 @@ def rehearse(recipe: str, config: Any) -> dict[str, Any]:
     }
     tenth = math.ceil(trainer.total_steps / 10)
     if trainer.validate is not None:
-        validations = 1 + math.ceil(trainer.total_steps / (loop.validate_every or tenth))
+        validations = 1 + math.ceil(trainer.total_steps / (trainer.loop.validate_every or tenth))
         seconds["validation"] = validations * _timed(trainer.measure)[1]
     batches = [trainer.batches(step)[0] for step in range(PROBED + 1)]
     times = [_timed(lambda batch=batch: _micro_batch(trainer, batch))[1] for batch in batches]  # type: ignore[misc]

@@ -8,6 +8,7 @@ trained in and reported on here, once for all recipes.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -29,9 +30,10 @@ from arriero.errors import ConfigError
 from arriero.files import replaced_file
 from arriero.model.initial import initial_adapter
 from arriero.model.lora import is_adapter
+from arriero.optim.schedule import warmup_steps
 from arriero.train import attempts
 from arriero.train.claim import check_named, claimed, refuse_changed
-from arriero.train.config import LoopConfig
+from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.environment import describe
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.metrics import MetricsLog, Unheard, require_trackers
@@ -95,12 +97,14 @@ def _execute(
     refuse_changed(recorded, run.fingerprints(), f"run {run_dir}")
     if mesh.rank == 0:
         record(config, recipe, run)
-    console.print(run.summary(), markup=False)
+    console.print(run.summary(), markup=False, soft_wrap=True)
     trainer = run.trainer
     saved = trainer.checkpoints.latest() if recorded is not None else None
     if saved is not None:
         trainer.restore(saved)
-        console.print(f"resuming at step {saved.step} from {saved.path}", markup=False)
+        console.print(f"resuming at step {saved.step} from {saved.path}", markup=False, soft_wrap=True)
+    elif recorded is not None:
+        console.print(f"{run_dir} holds no checkpoint: its run begins again", markup=False, soft_wrap=True)
     if trainer.progress.step == 0:
         run.sample("before")
     after = trainer.progress.step
@@ -115,17 +119,21 @@ def _execute(
             lost = (
                 f" (from step {from_step}: the last step was not finite, and is not saved)" if from_step < step else ""
             )
+            command = f"arriero run {run_dir / 'config.toml'} --resume{lost}"
+            if mesh.distributed:
+                command = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', mesh.world)} -m {command}"
             console.print(
                 f"stopped by {outcome.interrupted.name} after step {step} of {trainer.total_steps}; "
-                f"go on with: arriero run {run_dir / 'config.toml'} --resume{lost}",
+                f"go on with: {command}",
                 markup=False,
+                soft_wrap=True,
             )
             return outcome
         trainer.load_result(log)
     run.sample("after")
     final = run.export()
     if mesh.rank == 0:
-        console.print(f"saved {final}\nreport {write_report(run_dir)}", markup=False)
+        console.print(f"saved {final}\nreport {write_report(run_dir)}", markup=False, soft_wrap=True)
     mesh.wait()
     return outcome
 
@@ -136,7 +144,7 @@ def _account(outcome: Outcome, run_dir: Path, log: MetricsLog, console: Console)
     attempts.end(run_dir, p.step, outcome.interrupted.name if outcome.interrupted else "finished")
     spent = attempts.effective(run_dir, p.seconds)
     log.event("time", p.step, **dataclasses.asdict(spent))
-    console.print(str(spent), markup=False)
+    console.print(str(spent), markup=False, soft_wrap=True)
 
 
 def record(config: Any, recipe: str, run: Run) -> None:
@@ -149,6 +157,12 @@ def record(config: Any, recipe: str, run: Run) -> None:
     settled = dataclasses.replace(config, resume=False)
     with replaced_file(run_dir / "config.toml") as file:
         file.write_text(configs.to_toml(settled, recipe), encoding="utf-8")
+
+
+def warmup_note(optim: OptimConfig, total_steps: int) -> str:
+    """A line for a summary where the learning rate never gets to its peak, or nothing."""
+    steps = warmup_steps(optim.warmup, total_steps)
+    return f"\nthe warmup takes {steps:,} steps, and there are {total_steps:,}" if steps > total_steps else ""
 
 
 def compiles(loop: LoopConfig, tokens: int) -> bool:

@@ -29,7 +29,7 @@ from arriero.tokenizer.base import Tokenizer
 from arriero.train.config import SftConfig
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.objectives import lm_loss
-from arriero.train.recipe import DTYPES, alone, compiles, eagerly, execute, first_values
+from arriero.train.recipe import DTYPES, alone, compiles, eagerly, execute, first_values, warmup_note
 from arriero.train.samples import answer, write_samples
 
 
@@ -65,6 +65,7 @@ class SftRun:
             f"{config.model}: {config.method}, {trained:,} of {total:,} parameters trained ({config.loop.precision})\n"
             f"{len(self.training):,} examples, {rows:,} rows of {config.data.seq_len:,} tokens; {held_out:,} held out\n"
             f"{self.trainer.total_steps:,} steps of {config.loop.batch_rows} rows -> {config.out}"
+            + warmup_note(config.optim, self.trainer.total_steps)
         )
 
     def fingerprints(self) -> dict[str, str]:

@@ -60,6 +60,17 @@ def test_a_run_without_its_record_of_the_data_is_not_resumed(tmp_path):
         begin(settings(tmp_path / "run", resume=True))
 
 
+def test_how_the_same_steps_are_made_kept_and_shown_may_change(tmp_path):
+    begin(settings(tmp_path / "run"))
+    again = settings(tmp_path / "run", resume=True, samples=0, data=DataConfig(train="moved/rows.jsonl"))
+    loop = replace(again.loop, micro_rows=2, recompute="full", save_every=3, keep_last=5, log_every=2)
+    with claim(replace(again, loop=loop)) as recorded:
+        assert recorded is not None
+    for decisive in (replace(again, loop=replace(loop, batch_rows=2)), replace(again, method="full")):
+        with pytest.raises(ConfigError, match=r"started with other settings \((loop\.batch_rows|method)\)"):
+            begin(decisive)
+
+
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(

@@ -167,9 +167,18 @@ def test_without_a_terminal_there_is_a_plain_line_for_the_first_step_and_the_las
 
 def test_on_a_terminal_the_line_shows_the_smoothed_loss_of_the_last_step() -> None:
     text = shown(terminal=True, steps=3)
-    loss = 0.9 * 2.0 + 0.1 * (2.0 / 3)  # the step whose loss was not finite does not count
+    loss = (0.9 * 2.0 + 2.0 / 3) / 1.9  # the step whose loss was not finite does not count
     assert f"step 3/3  loss {loss:.4f}" in text
     assert "0s left" in text
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"), [({"loss": 3.5}, ""), ({"loss": 3.5, "bits_per_byte": 1.25}, "  1.2500 bits/byte")]
+)
+def test_a_validation_leaves_a_line(measured: dict[str, float], said: str) -> None:
+    screen = io.StringIO()
+    LiveLine(10, console=Console(file=screen)).validation(5, measured)
+    assert screen.getvalue() == f"step  5/10  validation loss 3.5000{said}\n"
 
 
 def test_the_time_left_forgets_the_step_that_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

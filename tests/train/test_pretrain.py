@@ -24,7 +24,8 @@ from arriero.model.llama import Llama
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig, TrainingStage
 from arriero.train.hardware import refuse_what_cannot_fit
 from arriero.train.metrics import surviving_records
-from arriero.train.pretrain import Phase, build, count_steps, durations, main, timetable
+from arriero.train.pretrain import Phase, build, count_steps, durations, main, timetable, validation_interval
+from arriero.train.recipe import warmup_note
 
 SHAPE = LlamaConfig(44, 2, 11, 11, 29, 101, 64, tied_embeddings=True)
 
@@ -182,6 +183,17 @@ def load_toy_tokenizer(shards: Path):
     from arriero.tokenizer import load_tokenizer
 
     return load_tokenizer(shards / "tokenizer")
+
+
+def test_validations_do_not_outweigh_a_short_run():
+    assert validation_interval(1000, tokens=10**9, measured=10**5) == 100
+    assert validation_interval(1000, tokens=10**6, measured=10**5) == 334
+    assert validation_interval(7, tokens=10**4, measured=10**5) == 7
+
+
+def test_a_warmup_that_outlasts_the_run_is_said():
+    assert "the warmup takes 50 steps, and there are 49" in warmup_note(OptimConfig(warmup=50), 49)
+    assert not warmup_note(OptimConfig(warmup=50), 50) and not warmup_note(OptimConfig(warmup=0.99), 1)
 
 
 def test_the_record_names_the_data(shards, tmp_path):

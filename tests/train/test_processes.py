@@ -52,6 +52,9 @@ def test_what_cannot_be_split_so_is_said_before_step_1(toy_model, rows, tmp_path
     with pytest.raises(AssertionError, match="tp 2 does not divide the model's n_kv_heads 11"):
         sft(toy_model, rows, tmp_path / "run", 2, "--tp", "2")
     assert not (tmp_path / "run" / "checkpoints").exists()
+    with pytest.raises(AssertionError, match=r"row 1 of .*: \d+ tokens do not fit 16") as refused:
+        sft(toy_model, rows, tmp_path / "run", 2, "--seq-len", "16")
+    assert "RuntimeError" not in str(refused.value) and str(refused.value).count("do not fit") == 1
 
 
 @pytest.mark.slow
