@@ -9,6 +9,7 @@ from arriero import config as configs
 from arriero import presets
 from arriero.cli.tokenizer import open_tokenizer
 from arriero.errors import ConfigError
+from arriero.terminal import output
 
 
 def curate(
@@ -136,7 +137,6 @@ def shard(
         by_source: Keep sources apart, so that they can be weighted.
         workers: Encoding processes; 0 means one per core.
     """
-    from rich.console import Console
 
     from arriero.data.sharding import shard_sources, summary_table
 
@@ -149,7 +149,7 @@ def shard(
         by_source=by_source,
         workers=workers,
     )
-    Console(markup=False).print(summary_table(sets))
+    output(markup=False).print(summary_table(sets))
 
 
 def inspect(file: str, *, model: str, rows: int = 3, first: int = 0, seq_len: int = 2048, workers: int = 0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from arriero.cli.train import finish
+from arriero.terminal import output
 from arriero.train.scaling.config import SweepConfig
 
 
@@ -70,7 +71,6 @@ def plan(
         batch_tokens: Tokens in a global batch; 0 takes 0.292 C^0.3271 (DeepSeek LLM).
         json: Print JSON.
     """
-    from rich.console import Console
 
     from arriero.train.scaling.budget import make_plan
 
@@ -88,4 +88,4 @@ def plan(
     if json:
         print(found.json())
     else:
-        Console().print(found.table())
+        output().print(found.table())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from arriero.errors import ConfigError, check
+from arriero.terminal import output
 
 if TYPE_CHECKING:
     from arriero.curate.document import Document
@@ -42,7 +43,6 @@ def train(
         text_key: Column that holds the text.
         force: Overwrite what is there.
     """
-    from rich.console import Console
 
     from arriero.checkpoint.files import replaced_directory
     from arriero.tokenizer import show, train
@@ -51,7 +51,7 @@ def train(
     train.check_empty(out, force)
     with replaced_directory(out) as temporary:
         report = train.train((d.text for d in _documents(sources, text_key)), config, temporary)
-    Console(markup=False).print(show.training_view(report))
+    output(markup=False).print(show.training_view(report))
     print(f"{out} written; try: arriero tokenizer encode {out} --show 'some text'")
 
 

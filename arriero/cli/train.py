@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from arriero import presets
+from arriero.terminal import output
 from arriero.train.config import PretrainConfig, SftConfig
 
 
@@ -44,11 +45,10 @@ def plan(config: SftConfig) -> None:
         arriero plan smollm2-135m --data train.jsonl
         arriero plan pretrain-30m --data out/shards
     """
-    from rich.console import Console
 
     from arriero.train.plan import plan as estimate
 
-    Console().print(estimate(config).table())
+    output().print(estimate(config).table())
 
 
 def start(recipe: str, config: Any) -> None:

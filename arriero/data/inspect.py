@@ -17,6 +17,7 @@ from rich.text import Text
 
 from arriero.data.sft import DataStats, SftDataset, build_dataset, data_stats
 from arriero.errors import DataError, check
+from arriero.terminal import output
 from arriero.tokenizer.base import Tokenizer
 
 BINS = 12
@@ -42,7 +43,7 @@ def inspect(
     """
     check(n_rows >= 0, f"rows is {n_rows}; give a number of rows to print, or 0")
     check(seq_len >= 1, f"seq_len is {seq_len}; a packed row holds 1 token at least")
-    console = console or Console()
+    console = console or output()
     dataset = build_dataset(source, tokenizer, workers=workers, cache_dir=cache_dir)
     if not 0 <= first < len(dataset):
         raise DataError(f"{source} has {len(dataset):,} examples, numbered from 0; there is none with number {first}")

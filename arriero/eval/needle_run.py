@@ -25,6 +25,7 @@ from arriero.eval.run import bar, before_and_after
 from arriero.files import make_output, replaced_file
 from arriero.model.llama import Llama
 from arriero.page import LIGHT, Theme, png
+from arriero.terminal import output
 from arriero.tokenizer.base import Tokenizer
 
 CHARS_PER_TOKEN = 64  # of prose kept for each token of the longest text: enough for trials to differ
@@ -50,7 +51,7 @@ def run_needle(config: NeedleConfig, console: Console | None = None) -> NeedleRe
     """
     if not config.model:
         raise ConfigError("eval needle: no model given; run: arriero eval needle MODEL")
-    console = console or Console()
+    console = console or output()
     if config.out:
         make_output(Path(config.out))
     text = prose(_documents(config.haystack), CHARS_PER_TOKEN * max(config.lengths))

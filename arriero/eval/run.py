@@ -30,6 +30,7 @@ from arriero.files import make_output
 from arriero.model.llama import Llama
 from arriero.model.lora import merge_lora
 from arriero.records import parse_row
+from arriero.terminal import output
 from arriero.tokenizer.base import Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -46,7 +47,7 @@ def run_eval(config: EvalConfig, console: Console | None = None) -> Results:
     for name in ("model", "data"):
         if not getattr(config, name):
             raise ConfigError(f"eval: no {name} given; run: arriero eval MODEL --data FILE")
-    console = console or Console()
+    console = console or output()
     if config.out:
         make_output(Path(config.out))
     measure = _measurement(config)  # reads the data: a bad file is refused before any model is loaded

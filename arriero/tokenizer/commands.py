@@ -11,6 +11,7 @@ from typing import Literal
 from rich.console import Console
 
 from arriero.errors import DataError, check
+from arriero.terminal import output
 from arriero.tokenizer import show
 from arriero.tokenizer.base import Tokenizer, utf8
 from arriero.tokenizer.compare import By, compare, group_of
@@ -121,7 +122,7 @@ def run_compare(
     if as_json:
         print(json.dumps([result.as_dict() for result in results]))
     else:
-        Console(markup=False).print(show.comparison_view(results))
+        output(markup=False).print(show.comparison_view(results))
 
 
 def run_extend(base: Tokenizer, texts: Iterable[str], n_new: int, limit: int) -> Extension:

@@ -19,12 +19,22 @@ LAW = LossLaw(floor=1.83, a=479.0, alpha=0.353, b=2081.0, beta=0.367)
 BUDGETS = (1e18, 1e19, 1e20, 1e21)
 
 
-def measured(noise: float, seed: int = 0, sizes: int = 7, law: LossLaw = LAW) -> Runs:
-    """A sweep of models 5 times smaller to 3 times larger than the best, with noise in the log of the loss."""
+SMALL, LARGE = (1 / 500, 1 / 100), (12, 60)  # models all on one side of the best, as shares of it
+
+
+def measured(
+    noise: float,
+    seed: int = 0,
+    sizes: int = 7,
+    law: LossLaw = LAW,
+    aside: dict[float, tuple[float, float]] | None = None,
+) -> Runs:
+    """A sweep of models 5 times smaller to 3 times larger than the best (`aside`: of those budgets other shares of it),
+    with noise in the log of the loss."""
     rng = np.random.default_rng(seed)
     rows = []
     for flops in BUDGETS:
-        for params in law.params(flops) * np.geomspace(1 / 5, 3, sizes):
+        for params in law.params(flops) * np.geomspace(*(aside or {}).get(flops, (1 / 5, 3)), sizes):
             tokens = flops / (6 * params)
             rows.append((flops, params, tokens, law.loss(params, tokens) * math.exp(noise * rng.normal())))
     return Runs(*np.array(rows).T)
@@ -170,9 +180,47 @@ def test_runs_that_determine_no_law_are_refused_with_what_is_missing() -> None:
         fit(runs.take(np.arange(7)))
     with pytest.raises(DataError, match=r"budget 1e\+19: models of 3 sizes; a parabola needs at least 4"):
         fit(runs.take(np.arange(10)))
-    upside_down = Runs(runs.flops, runs.params, runs.tokens, 5 - runs.loss)
-    with pytest.raises(DataError, match=r"budget 1e\+18: its losses have no minimum .* run more sizes, over a larger"):
-        fit(upside_down)
+
+
+@pytest.mark.parametrize(
+    ("shares", "advice"),
+    [
+        (SMALL, "fall towards the larger ones; add larger models with a lower --tokens-per-param"),
+        (LARGE, "fall towards the smaller ones; add smaller models with a higher --tokens-per-param"),
+    ],
+)
+def test_a_budget_without_a_minimum_is_left_out_of_the_isoflop_law_only(
+    shares: tuple[float, float], advice: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = measured(noise=0.001, aside={1e19: shares})
+    others = runs.take(np.flatnonzero(runs.flops != 1e19))
+    found, without = fit(runs, resamples=7), fit(others, resamples=7)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("budget 1e+19 is left out of the isoFLOP law: its losses have no minimum near")
+    assert advice in caplog.messages[0]
+    assert found.power == without.power
+    assert found.powers[0] == without.powers[0]  # drawn over the budgets that count
+    assert len(found.powers) == len(found.losses) == 7 and not found.discarded and not found.refused
+    assert found.loss == fit_loss(runs) != without.loss
+    assert found.summary()["left_out"] == [1e19]
+    assert [minimum["flops"] for minimum in found.summary()["minima"]] == [1e18, 1e20, 1e21]
+
+
+def test_resamples_that_lose_the_minima_leave_the_parametric_law() -> None:
+    found = fit(measured(noise=0.05, seed=5, sizes=5), resamples=40)
+    assert all(minimum.found for minimum in found.minima)
+    assert "of 40 resamples some budget's losses had no minimum: the runs do not say where it is" in found.refused
+    assert found.powers == [] and "power_law" not in found.summary()
+    assert len(found.losses) == 40 and found.loss.alpha > 0
+
+
+def test_losses_upside_down_give_no_law_of_either_kind() -> None:
+    runs = measured(noise=0.0)
+    found = fit(Runs(runs.flops, runs.params, runs.tokens, 5 - runs.loss), resamples=3)
+    assert found.refused.startswith(
+        "no isoFLOP law: the losses of 0 of 4 budgets have a minimum near the models' sizes"
+    )
+    assert {"power_law", "loss_law"}.isdisjoint(found.summary())
 
 
 def write_runs(path: Path, runs: Runs, with_flops: bool = True) -> None:
@@ -270,6 +318,57 @@ def test_fit_and_plan_on_the_command_line_end_in_files_and_json(
     (tmp_path / "fit.json").write_text("{}")
     assert cli.main(["scaling", "plan", str(tmp_path), "--flops", "1e22"]) == 2
     assert "not what `arriero scaling fit` writes" in capsys.readouterr().err
+
+
+def test_a_sweep_with_one_minimum_ends_in_an_error_after_all_that_can_be_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    refusal = (
+        "arriero: no isoFLOP law: the losses of 1 of 4 budgets have a minimum near the models' sizes, and a law needs "
+        "at least 2; run more --sizes, over a larger --spread, around other --tokens-per-param, or with more --seeds\n"
+    )
+    write_runs(tmp_path / "runs.jsonl", measured(0.001, aside={1e18: SMALL, 1e20: LARGE, 1e21: LARGE}))
+    assert cli.main(["scaling", "fit", str(tmp_path), "--resamples", "20"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.endswith(refusal)
+    assert [message.split(" is left")[0] for message in caplog.messages] == [
+        "budget 1e+18",
+        "budget 1e+20",
+        "budget 1e+21",
+    ]
+    assert "the best model of each budget" in shown.out and "+ no minimum: the run of lowest loss" in shown.out
+    assert "N grows as C to the" in shown.out and "nan" not in shown.out and "plan with it" not in shown.out
+    assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((tmp_path / "fit.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    assert written["left_out"] == [1e18, 1e20, 1e21] and [m["flops"] for m in written["minima"]] == [1e19]
+    assert "power_law" not in written and written["resamples"]["power_law"] == []
+    assert written["loss_law"]["alpha"]["value"] == pytest.approx(LAW.alpha, rel=0.03)
+    assert f"arriero: {written['refused']}\n" == refusal
+    assert cli.main(["scaling", "fit", str(tmp_path), "--resamples", "20", "--json"]) == 2
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {name: value for name, value in written.items() if name != "resamples"}
+    assert shown.err.endswith(refusal)
+    assert cli.main(["scaling", "plan", str(tmp_path), "--flops", "1e22", "--device", "h100"]) == 2
+    assert f"{tmp_path / 'fit.json'}: no isoFLOP law: the losses of 1 of 4 budgets" in capsys.readouterr().err
+
+
+def test_the_picture_has_the_losses_of_a_budget_without_a_minimum() -> None:
+    from io import BytesIO
+
+    from matplotlib import colormaps
+    from matplotlib.image import imread
+
+    from arriero.train.scaling.plot import fit_png
+
+    found = fit(measured(0.0, aside={1e19: SMALL, 1e20: LARGE, 1e21: LARGE}), resamples=2)
+    pixels = imread(BytesIO(fit_png(found)))[:, :, :3]
+    for budget, shade in enumerate(colormaps["viridis"](np.linspace(0.1, 0.85, 4))):
+        marks = (np.abs(pixels - shade[:3]).max(-1) < 0.01).any(0)
+        pieces = np.count_nonzero(np.diff(marks.astype(int)) == 1)
+        if budget == 0:
+            assert pieces < 7  # a line through the points
+        else:
+            assert pieces >= 7  # points only
 
 
 def test_the_picture_shows_every_budget_and_both_laws(tmp_path: Path) -> None:

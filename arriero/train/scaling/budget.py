@@ -187,12 +187,15 @@ def open_law(name: str) -> Known:
         )
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        power = PowerLaw(**_values(found["power_law"]))
-        loss = LossLaw(**_values(found["loss_law"]))
+        refused = found.get("refused")
+        power = None if refused else PowerLaw(**_values(found["power_law"]))
+        loss = LossLaw(**_values(found["loss_law"])) if "loss_law" in found else None
         resampled = [PowerLaw(*values) for values in found["resamples"]["power_law"]]
-    except (ValueError, KeyError, TypeError) as error:  # its type is enough: the text may hold all of the file
-        why = type(error).__name__
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = type(error).__name__  # is enough: the text may hold all of the file
         raise DataError(f"{file}: not what `arriero scaling fit` writes ({why}); run it again") from error
+    if power is None:
+        raise DataError(f"{file}: {refused}; or plan by a published law ({', '.join(PUBLISHED_LAWS)})")
     return Known(name, power, loss, resampled)
 
 

@@ -5,6 +5,9 @@ sizes follow D = A C^alpha, a line in log-log (Chinchilla, arXiv 2203.15556, app
 Parametric: L(N, D) = E + A/N^alpha + B/D^beta by Huber loss on log L, from a grid of beginnings (Chinchilla, approach
 3). Its optimizer has to be run to the end: stopped early it gave Chinchilla its own odd constants (arXiv 2404.10102).
 
+A sweep costs hours, so what can be said of it is: a budget whose losses have no minimum is left out of the isoFLOP law
+and kept for the parametric one, which needs none; without two minima only the parametric law is left.
+
 Intervals: what the fitted curves leave unexplained is drawn again with replacement and added to them, everything is
 fitted again, and the middle 95% is kept. Drawing whole runs instead would lose the sizes around a minimum, of which a
 small sweep has two or three. Price: about 5 ms a resample for two dozen runs.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,22 +28,25 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.progress import track
 from rich.table import Table
 
 from arriero.errors import ConfigError, DataError, require
 from arriero.files import replaced_file
 from arriero.records import endings, parse_row, read_records
+from arriero.terminal import output
 from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, LossLaw, PowerLaw
 
 FIT, PICTURE = "fit.json", "fit.png"
 LEVEL = 95  # per cent of the resamples that an interval holds
 HUBER = 1e-3  # residual of log L from which it counts by its size, not its square (Chinchilla)
 BEGINNINGS = 24  # of the grid's points, those of lowest objective that the search is begun from
+REMEDY = "run more --sizes, over a larger --spread, around other --tokens-per-param, or with more --seeds"
 BOUNDS = ((-20, 20), (-50, 100), (-1, 6), (-50, 100), (-1, 6))  # of e, a, alpha, b, beta; published laws lie far inside
 
 Array = NDArray[np.float64]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,34 +73,48 @@ class Runs:
 
 @dataclass(frozen=True)
 class Minimum:
-    """The bottom of a budget's parabola, loss = loss_at + curvature (ln N - ln params)^2."""
+    """The bottom of a budget's parabola, loss = loss_at + curvature (ln N - ln params)^2; NaN where there is none."""
 
     flops: float
-    params: float
-    loss: float
-    curvature: float
-    inside: bool  # between the smallest and the largest model of the budget
+    params: float = math.nan
+    loss: float = math.nan
+    curvature: float = math.nan
+    inside: bool = False  # between the smallest and the largest model of the budget
+
+    @property
+    def found(self) -> bool:
+        """Whether the losses have a minimum, so that the budget counts for the isoFLOP law."""
+        return not math.isnan(self.params)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Both laws, the minima that the first rests on, and what resampling made of them."""
+    """Both laws, the minima that the first rests on, and what resampling made of them.
+
+    A law that the runs do not determine is NaN, and has no resamples.
+    """
 
     runs: Runs
-    minima: list[Minimum]
+    minima: list[Minimum]  # one for each budget
     power: PowerLaw
     loss: LossLaw
     powers: list[PowerLaw]  # resampled
     losses: list[LossLaw]  # resampled
-    discarded: int  # resamples in which some budget had no minimum
+    discarded: int  # resamples in which some budget that counts had no minimum
+    refused: str = ""  # why there is no isoFLOP law
 
     def summary(self) -> dict[str, Any]:
-        """As JSON, resamples included: what `arriero scaling plan` reads."""
+        """As JSON, resamples included: what `arriero scaling plan` reads. A law that is not there is absent."""
+        laws: dict[str, tuple[Any, Sequence[Any]]] = {
+            "power_law": (self.power, self.powers),
+            "loss_law": (self.loss, self.losses),
+        }
         return {
             "runs": len(self.runs),
-            "minima": [dataclasses.asdict(minimum) for minimum in self.minima],
-            "power_law": _with_intervals(self.power, self.powers),
-            "loss_law": _with_intervals(self.loss, self.losses),
+            "minima": [dataclasses.asdict(minimum) for minimum in self.minima if minimum.found],
+            "left_out": [minimum.flops for minimum in self.minima if not minimum.found],
+            **({"refused": self.refused} if self.refused else {}),
+            **{name: _with_intervals(law, resampled) for name, (law, resampled) in laws.items() if resampled},
             "resamples": {
                 "power_law": [list(dataclasses.astuple(law)) for law in self.powers],
                 "loss_law": [list(dataclasses.astuple(law)) for law in self.losses],
@@ -119,33 +140,44 @@ class Fit:
         )
         for heading in headings:
             table.add_column(heading, justify="right")
-        outside = False
+        captions = {}
         for m in self.minima:
-            outside |= not m.inside
+            own = self.runs.take(np.flatnonzero(self.runs.flops == m.flops))
+            best_params, best_loss, mark = m.params, m.loss, ""
+            if not m.found:
+                best = own.loss.argmin()
+                best_params, best_loss, mark = own.params[best], own.loss[best], " +"
+                captions[mark] = "+ no minimum: the run of lowest loss, left out of the isoFLOP law"
+            elif not m.inside:
+                mark = " *"
+                captions[mark] = (
+                    "* beyond the models that were run: extrapolated; give the sweep other --tokens-per-param"
+                )
             low, high = interval([law.params(m.flops) for law in self.powers])
             params, tokens = self.power.params(m.flops), self.power.tokens(m.flops)
+            by_law = (f"{params:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{tokens:,.0f}", f"{tokens / params:.1f}")
             table.add_row(
                 f"{m.flops:.3g}",
-                str(int((self.runs.flops == m.flops).sum())),
-                f"{m.params:,.0f}" + ("" if m.inside else " *"),
-                f"{m.loss:.4f}",
-                f"{params:,.0f}",
-                f"{low:,.0f} to {high:,.0f}",
-                f"{tokens:,.0f}",
-                f"{tokens / params:.1f}",
+                str(len(own)),
+                f"{best_params:,.0f}{mark}",
+                f"{best_loss:.4f}",
+                *(by_law if self.powers else ["none"] * 4),
             )
-        if outside:
-            table.caption = "* beyond the models that were run: extrapolated; give the sweep other --tokens-per-param"
+        table.caption = "\n".join(captions.values()) or None
         return table
 
     def _laws_table(self) -> Table:
-        table = Table(title=f"laws, with {LEVEL}% intervals of {len(self.powers)} resamples", show_header=False)
+        table = Table(
+            title=f"laws, with {LEVEL}% intervals of {len(self.powers or self.losses)} resamples", show_header=False
+        )
         laws: dict[str, tuple[Any, Sequence[Any]]] = {
             "isoFLOP: D = coefficient C^exponent": (self.power, self.powers),
             "parametric: L = floor + a / N^alpha + b / D^beta": (self.loss, self.losses),
         }
         for title, (law, resampled) in laws.items():
-            table.add_row(f"[bold]{title}[/bold]", "", "")
+            table.add_row(f"[bold]{title}[/bold]", "" if resampled else "none", "")
+            if not resampled:
+                continue
             for name, value in dataclasses.asdict(law).items():
                 _add(table, name, value, [getattr(other, name) for other in resampled])
             _add(table, "N grows as C to the", _growth(law), [_growth(other) for other in resampled])
@@ -155,7 +187,10 @@ class Fit:
 
 
 def run_fit(path: Path, resamples: int, seed: int, as_json: bool = False) -> Fit:
-    """Fit what `path` holds, print it, and write fit.json and fit.png: into the directory, or beside the file."""
+    """Fit what `path` holds, print it, and write fit.json and fit.png: into the directory, or beside the file.
+
+    Raises `DataError` where the runs give no isoFLOP law; what they do give has been printed and written by then.
+    """
     from arriero.train.scaling.plot import fit_png
 
     if resamples < 1:
@@ -167,12 +202,13 @@ def run_fit(path: Path, resamples: int, seed: int, as_json: bool = False) -> Fit
             temporary.write_bytes(content)
     if as_json:
         print(json.dumps({key: value for key, value in found.summary().items() if key != "resamples"}, indent=1))
-        return found
-    console = Console()
-    console.print(found.view())
-    console.print(
-        f"{directory / FIT} and {directory / PICTURE} written; plan with it: arriero scaling plan {directory} ..."
-    )
+    else:
+        plan = "" if found.refused else f"; plan with it: arriero scaling plan {directory} ..."
+        console = output()
+        console.print(found.view())
+        console.print(f"{directory / FIT} and {directory / PICTURE} written{plan}")
+    if found.refused:
+        raise DataError(found.refused)
     return found
 
 
@@ -203,35 +239,71 @@ def read_runs(path: Path) -> Runs:
 
 
 def fit(runs: Runs, resamples: int = 1000, seed: int = 0) -> Fit:
-    """Fit both laws, and again to `resamples` draws. Raises `DataError` where the runs do not determine them."""
+    """Fit both laws, and again to `resamples` draws.
+
+    Budgets whose losses have no minimum are left out of the isoFLOP law, with a warning; where fewer than two are left,
+    or most resamples lose one, the fit says why it has no such law. Raises `DataError` for too few budgets or sizes.
+    """
     _check(runs)
-    found = [_minimum(runs, flops) for flops in runs.budgets]
-    for flops, minimum in zip(runs.budgets, found, strict=True):
-        if minimum is None:
-            raise DataError(
-                f"budget {flops:.3g}: its losses have no minimum near the models' sizes (their parabola opens "
-                "downwards or is flat); run more sizes, over a larger --spread, around other --tokens-per-param, or "
-                "with more --seeds"
-            )
-    minima = [minimum for minimum in found if minimum is not None]
-    best = fit_loss(runs)
+    minima = [_minimum(runs, flops) for flops in runs.budgets]
+    for minimum in minima:
+        if not minimum.found:
+            _warn(runs, minimum.flops)
+    loss = fit_loss(runs)
+    if min(loss.alpha, loss.beta) <= 0:  # then no size is the best
+        loss = LossLaw(*[math.nan] * 5)
+    kept = [minimum for minimum in minima if minimum.found]
+    refused = ""
+    if len(kept) < 2:
+        refused = (
+            f"no isoFLOP law: the losses of {len(kept)} of {len(minima)} budgets have a minimum near the models' "
+            f"sizes, and a law needs at least 2; {REMEDY}"
+        )
+    else:
+        powers, losses, discarded = _resampled(runs, kept, loss, resamples, seed)
+        if len(powers) >= max(1, resamples // 2):
+            return Fit(runs, minima, fit_power(kept), loss, powers, losses, discarded)
+        refused = (
+            f"no isoFLOP law: in {discarded} of {resamples} resamples some budget's losses had no minimum: the runs do "
+            f"not say where it is; {REMEDY}"
+        )
+    _, losses, _ = _resampled(runs, [], loss, resamples, seed)
+    return Fit(runs, minima, PowerLaw(math.nan, math.nan), loss, [], losses, 0, refused)
+
+
+def _resampled(
+    runs: Runs, minima: Sequence[Minimum], loss: LossLaw, resamples: int, seed: int
+) -> tuple[list[PowerLaw], list[LossLaw], int]:
+    """Both laws fitted to draws around them, each where it is there, and how many draws lost a minimum."""
     rng = np.random.default_rng(seed)
     powers, losses, discarded = [], [], 0
     for _ in track(range(resamples), description="resampling", disable=resamples < 100, transient=True):
-        drawn = _around_parabolas(runs, minima, rng)
-        again = [_minimum(drawn, flops) for flops in runs.budgets]
-        kept = [minimum for minimum in again if minimum is not None]
-        if len(kept) < len(again):
-            discarded += 1
-            continue
-        powers.append(fit_power(kept))
-        losses.append(fit_loss(_around_law(runs, best, rng), beginning=best))
-    if len(powers) < max(1, resamples // 2):
-        raise DataError(
-            f"in {discarded} of {resamples} resamples some budget's losses had no minimum: the runs do not say where "
-            "it is; run more sizes, over a larger --spread, around other --tokens-per-param, or with more --seeds"
-        )
-    return Fit(runs, minima, fit_power(minima), best, powers, losses, discarded)
+        if minima:
+            drawn = _around_parabolas(runs, minima, rng)
+            again = [_minimum(drawn, minimum.flops) for minimum in minima]
+            if not all(minimum.found for minimum in again):
+                discarded += 1
+                continue
+            powers.append(fit_power(again))
+        if not math.isnan(loss.alpha):
+            losses.append(fit_loss(_around_law(runs, loss, rng), beginning=loss))
+    return powers, losses, discarded
+
+
+def _warn(runs: Runs, flops: float) -> None:
+    """Say that a budget is left out, and on which side of its models the best size seems to lie."""
+    own = runs.flops == flops
+    falls = np.polyfit(np.log(runs.params[own]), runs.loss[own], 1)[0] < 0
+    side, change = ("larger", "lower") if falls else ("smaller", "higher")
+    log.warning(
+        "budget %.3g is left out of the isoFLOP law: its losses have no minimum near the models' sizes (their parabola "
+        "opens downwards or is flat) and fall towards the %s ones; add %s models with a %s --tokens-per-param, or run "
+        "more --sizes or --seeds",
+        flops,
+        side,
+        side,
+        change,
+    )
 
 
 def fit_power(minima: Sequence[Minimum]) -> PowerLaw:
@@ -292,14 +364,14 @@ def _objective(p: Array, log_n: Array, log_d: Array, log_l: Array) -> tuple[floa
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The middle LEVEL per cent."""
+    """The middle LEVEL per cent; NaN of none."""
     outside = (100 - LEVEL) / 2
-    low, high = np.percentile(values, [outside, 100 - outside])
+    low, high = np.percentile(values or [math.nan], [outside, 100 - outside])
     return float(low), float(high)
 
 
-def _minimum(runs: Runs, flops: float) -> Minimum | None:
-    """The bottom of the parabola through one budget's losses; None where it opens downwards or is nearly flat.
+def _minimum(runs: Runs, flops: float) -> Minimum:
+    """The bottom of the parabola through one budget's losses; not found where it opens downwards or is nearly flat.
 
     Flat is one whose bottom lies further from the runs' middle than they lie apart: they do not tell its place.
     """
@@ -308,10 +380,10 @@ def _minimum(runs: Runs, flops: float) -> Minimum | None:
     middle = x.mean()
     curvature, slope, constant = np.polyfit(x - middle, y, 2)
     if curvature <= 0:
-        return None
+        return Minimum(float(flops))
     offset = -slope / (2 * curvature)
     if abs(offset) > np.ptp(x):
-        return None
+        return Minimum(float(flops))
     at = float(middle + offset)
     loss = float(constant - curvature * offset**2)
     return Minimum(float(flops), math.exp(at), loss, float(curvature), bool(x.min() <= at <= x.max()))

@@ -48,10 +48,12 @@ def _parabola(minimum: Minimum, params: Any) -> Any:
 def _sizes(axes: Any, fit: Fit, theme: Theme) -> None:
     budgets = [minimum.flops for minimum in fit.minima]
     x = np.geomspace(budgets[0] / 3, budgets[-1] * 30, 97)
-    band = np.array([interval([law.params(c) for law in fit.powers]) for c in x])
-    axes.fill_between(x, *band.T, color=theme.first, alpha=0.18, linewidth=0, label=f"{LEVEL}% of resamples")
-    axes.plot(x, [fit.power.params(c) for c in x], color=theme.first, linewidth=2, label="isoFLOP law")
-    axes.plot(x, [fit.loss.params(c) for c in x], "--", color=theme.text, linewidth=1.5, label="parametric law")
+    if fit.powers:
+        band = np.array([interval([law.params(c) for law in fit.powers]) for c in x])
+        axes.fill_between(x, *band.T, color=theme.first, alpha=0.18, linewidth=0, label=f"{LEVEL}% of resamples")
+        axes.plot(x, [fit.power.params(c) for c in x], color=theme.first, linewidth=2, label="isoFLOP law")
+    if fit.losses:
+        axes.plot(x, [fit.loss.params(c) for c in x], "--", color=theme.text, linewidth=1.5, label="parametric law")
     axes.plot(budgets, [m.params for m in fit.minima], "X", color=theme.second, markersize=8, label="minima")
     axes.set_xscale("log")
     axes.set_yscale("log")
