@@ -84,6 +84,8 @@ def _opened(path: Path, busy: UserError) -> IO[str]:
         return open(path, "a")
     except FileNotFoundError:  # one that has just finished took the directory away
         raise busy from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); remove it, or give another --out") from error
 
 
 def _lies_at(file: IO[str], path: Path) -> bool:

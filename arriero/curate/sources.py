@@ -497,7 +497,8 @@ WEB_TEXT = ("text/html", "application/xhtml+xml", "text/plain")
 
 
 ENCODINGS = "Transfer-Encoding", "Content-Encoding"  # as they are undone
-PACKED = re.compile(rb"[0-9A-Fa-f]{1,8}\r\n|.*[\0-\x08\x0e-\x1a\x1c-\x1f]", re.DOTALL)  # a chunk's size, or no text
+CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,8}\r\n")
+NO_TEXT = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 
 
 def _unpacked(body: bytes, http: Any) -> bytes:
@@ -514,9 +515,19 @@ def _unpacked(body: bytes, http: Any) -> bytes:
                 body = _without(body, f"{name}: {http[name]}")
             except OSError as error:
                 failed.append(f"{name}: {http[name]}: {error}")
-    if failed and PACKED.match(body):
+    if failed and _looks_packed(body):
         raise DataError(f"the body is not what its header says ({', '.join(failed)}); remove the record")
     return body
+
+
+def _looks_packed(body: bytes) -> bool:
+    if CHUNK_SIZE.match(body):
+        return True
+    try:
+        body.decode()
+        return False
+    except UnicodeDecodeError:
+        return NO_TEXT.search(body) is not None
 
 
 def _without(body: bytes, encoding: str) -> bytes:

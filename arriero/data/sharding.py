@@ -20,7 +20,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def shard_sources(
     reading = Reading(text_key)
     listed = [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
     digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-    changed = datetime.fromtimestamp(max(stat.st_mtime for stat in stats)).isoformat(" ", "seconds")
+    changed = datetime.fromtimestamp(max(stat.st_mtime for stat in stats), UTC).isoformat(" ", "seconds")
     request = {
         "files": f"{len(files):,} with {sum(sizes):,} bytes, the last changed at {changed} ({digest[:16]})",
         "text_key": text_key,

@@ -124,15 +124,18 @@ class Mesh:
     def one_before_others(self) -> Iterator[None]:
         """What process 0 does here, all others do after it, and find it done (a cache filled, a file written).
 
-        Where it fails, the others fail in the same way, not waiting for it.
+        Where process 0 fails, the others try it themselves: a mistake in data is the same mistake to them.
         """
         if self.rank > 0:
             self.wait()
         try:
             yield
-        finally:
+        except Exception:
             if self.rank == 0:
                 self.wait()
+            raise
+        if self.rank == 0:
+            self.wait()
 
     def close(self) -> None:
         """Leave the process group."""

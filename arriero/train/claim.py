@@ -89,6 +89,8 @@ def _refuse_other_settings(config: Any, recipe: str, record: Path) -> None:
     _, earlier = configs.load_recipe({recipe: cls}, record)
     now, then = configs.to_dict(config), configs.to_dict(earlier)
     decisive = [p for p in configs.field_paths(cls) if p not in FREE and not p.startswith("parallel.")]
+    if now.get("lora", {}).get("dropout"):  # which is drawn for each micro-batch
+        decisive.append("loop.micro_rows")
     differing = [p for p in decisive if _at(now, p) != _at(then, p)]
     if differing:
         raise ConfigError(

@@ -198,8 +198,8 @@ class Trainer:
     def run(self, record: MetricsLog) -> Outcome:
         """Train to the last step, or until SIGTERM or Ctrl-C: then finish the step, save, and return.
 
-        While steps are not finite nothing is saved, for the weights may be broken and good ones would be pruned for
-        them: what is due waits for the next good step.
+        While steps are not finite nothing is saved but after the last one of all: the weights may be broken, and good
+        ones would be pruned for them. What is due waits for the next good step.
         """
         tenth = max(1, math.ceil(self.total_steps / 10))
         validate_every, save_every = self.loop.validate_every or tenth, self.loop.save_every or tenth

@@ -231,7 +231,7 @@ def validation_interval(steps: int, tokens: int, measured: int) -> int:
 
     A token that is measured takes a third of the time of one that is trained on.
     """
-    return math.ceil(steps / min(10, max(1, 3 * tokens // (10 * measured))))
+    return math.ceil(steps / min(10, max(1, 3 * tokens // (10 * max(1, measured)))))
 
 
 def mixture(config: PretrainConfig, sources: Mapping[str, Shards]) -> dict[str, float]:

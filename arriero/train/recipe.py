@@ -116,14 +116,14 @@ def _execute(
             _account(outcome, run_dir, log, console)
         if outcome.interrupted is not None:
             step, from_step = outcome.progress.step, next(reversed(native.steps(run_dir)), 0)
-            lost = (
-                f" (from step {from_step}: the last step was not finite, and is not saved)" if from_step < step else ""
-            )
-            command = f"arriero run {run_dir / 'config.toml'} --resume{lost}"
+            lost = f" (which was not finite, so step {from_step} is the last saved)" if from_step < step else ""
+            command = f"arriero run {run_dir / 'config.toml'} --resume"
             if mesh.distributed:
-                command = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', mesh.world)} -m {command}"
+                local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world))
+                nodes = f"--nnodes {mesh.world // local} ... " if local < mesh.world else ""
+                command = f"torchrun {nodes}--nproc-per-node {local} -m {command}"
             console.print(
-                f"stopped by {outcome.interrupted.name} after step {step} of {trainer.total_steps}; "
+                f"stopped by {outcome.interrupted.name} after step {step} of {trainer.total_steps}{lost}; "
                 f"go on with: {command}",
                 markup=False,
                 soft_wrap=True,

@@ -69,6 +69,10 @@ def test_how_the_same_steps_are_made_kept_and_shown_may_change(tmp_path):
     for decisive in (replace(again, loop=replace(loop, batch_rows=2)), replace(again, method="full")):
         with pytest.raises(ConfigError, match=r"started with other settings \((loop\.batch_rows|method)\)"):
             begin(decisive)
+    dropout = replace(again, out=str(tmp_path / "dropout"), lora=replace(again.lora, dropout=0.1))
+    begin(replace(dropout, resume=False))
+    with pytest.raises(ConfigError, match=r"started with other settings \(loop\.micro_rows\)"):  # draws it anew
+        begin(replace(dropout, loop=loop))
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):

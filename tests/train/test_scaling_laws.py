@@ -210,7 +210,7 @@ def test_resamples_that_lose_the_minima_leave_the_parametric_law() -> None:
     found = fit(measured(noise=0.05, seed=5, sizes=5), resamples=40)
     assert all(minimum.found for minimum in found.minima)
     assert "of 40 resamples some budget's losses had no minimum: the runs do not say where it is" in found.refused
-    assert found.powers == [] and "power_law" not in found.summary()
+    assert found.powers == [] and "power_law" not in found.summary() and found.discarded > 20
     assert len(found.losses) == 40 and found.loss.alpha > 0
 
 
@@ -221,6 +221,17 @@ def test_losses_upside_down_give_no_law_of_either_kind() -> None:
         "no isoFLOP law: the losses of 0 of 4 budgets have a minimum near the models' sizes"
     )
     assert {"power_law", "loss_law"}.isdisjoint(found.summary())
+
+
+def test_without_any_law_the_command_ends_in_an_error_after_all_that_can_be_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = measured(noise=0.0)
+    write_runs(tmp_path / "runs.jsonl", Runs(runs.flops, runs.params, runs.tokens, 5 - runs.loss))
+    assert cli.main(["scaling", "fit", str(tmp_path), "--resamples", "3"]) == 2
+    shown = capsys.readouterr()
+    assert "the best model of each budget" in shown.out and "no isoFLOP law" in shown.err
+    assert (tmp_path / "fit.png").is_file()
 
 
 def write_runs(path: Path, runs: Runs, with_flops: bool = True) -> None:

@@ -253,7 +253,7 @@ def fit(runs: Runs, resamples: int = 1000, seed: int = 0) -> Fit:
     if min(loss.alpha, loss.beta) <= 0:  # then no size is the best
         loss = LossLaw(*[math.nan] * 5)
     kept = [minimum for minimum in minima if minimum.found]
-    refused = ""
+    discarded = 0
     if len(kept) < 2:
         refused = (
             f"no isoFLOP law: the losses of {len(kept)} of {len(minima)} budgets have a minimum near the models' "
@@ -268,7 +268,7 @@ def fit(runs: Runs, resamples: int = 1000, seed: int = 0) -> Fit:
             f"not say where it is; {REMEDY}"
         )
     _, losses, _ = _resampled(runs, [], loss, resamples, seed)
-    return Fit(runs, minima, PowerLaw(math.nan, math.nan), loss, [], losses, 0, refused)
+    return Fit(runs, minima, PowerLaw(math.nan, math.nan), loss, [], losses, discarded, refused)
 
 
 def _resampled(

@@ -56,6 +56,7 @@ def _sizes(axes: Any, fit: Fit, theme: Theme) -> None:
         axes.plot(x, [fit.loss.params(c) for c in x], "--", color=theme.text, linewidth=1.5, label="parametric law")
     axes.plot(budgets, [m.params for m in fit.minima], "X", color=theme.second, markersize=8, label="minima")
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    if fit.powers or fit.losses or any(m.found for m in fit.minima):  # else there is nothing to scale
+        axes.set_yscale("log")
     axes.set_xlabel("compute (FLOPs)")
     axes.set_ylabel("best number of parameters")
