@@ -137,7 +137,6 @@ def shard(
         by_source: Keep sources apart, so that they can be weighted.
         workers: Encoding processes; 0 means one per core.
     """
-
     from arriero.data.sharding import shard_sources, summary_table
 
     sets = shard_sources(

@@ -71,7 +71,6 @@ def plan(
         batch_tokens: Tokens in a global batch; 0 takes 0.292 C^0.3271 (DeepSeek LLM).
         json: Print JSON.
     """
-
     from arriero.train.scaling.budget import make_plan
 
     found = make_plan(

@@ -43,7 +43,6 @@ def train(
         text_key: Column that holds the text.
         force: Overwrite what is there.
     """
-
     from arriero.checkpoint.files import replaced_directory
     from arriero.tokenizer import show, train
 

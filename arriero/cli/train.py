@@ -45,7 +45,6 @@ def plan(config: SftConfig) -> None:
         arriero plan smollm2-135m --data train.jsonl
         arriero plan pretrain-30m --data out/shards
     """
-
     from arriero.train.plan import plan as estimate
 
     output().print(estimate(config).table())

@@ -23,7 +23,6 @@ from arriero.curate.rules import (
     NgramCoverage,
     TokenOutlier,
 )
-from arriero.curate.sources import Extractor
 from arriero.curate.steps.corpus import CorpusOutlier, ExactDedup, LineDedup, NearDedup, UrlDedup
 from arriero.curate.steps.decontaminate import Decontaminate
 from arriero.curate.steps.language import Language
@@ -31,6 +30,7 @@ from arriero.curate.steps.licence import Licence
 from arriero.curate.steps.normalise import Normalise
 from arriero.curate.steps.quality import Quality
 from arriero.curate.steps.scrub import Scrub
+from arriero.curate.web import Extractor
 from arriero.errors import ConfigError, did_you_mean
 
 Kind = Literal["prose", "code"]

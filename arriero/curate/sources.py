@@ -18,7 +18,6 @@ cannot be used raises `DataError`, which names it, or is handed to `on_error` an
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import importlib
 import io
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from arriero.curate.document import Document
+from arriero.curate.web import Extractor, decoded, main_text, unpacked, valid
 from arriero.errors import DataError, require
 from arriero.records import HUB_ID, Record, as_row, endings, hub_files, is_readable, parse_row, read_records
 
@@ -59,8 +59,6 @@ SKIPPED_DIRECTORIES = frozenset({
 NOT_LIBRARY = frozenset(
     {"idlelib", "turtledemo", "lib2to3", "pydoc_data"}
 )  # of the standard library: programs and data
-
-Extractor = Literal["resiliparse", "trafilatura"]
 
 
 @dataclass(frozen=True)
@@ -355,7 +353,7 @@ def _from_row(row: Mapping[str, Any], file: SourceFile, number: int, text_key: s
         meta = {"meta": meta}
     named = {key: _word(rest.pop(key, None)) for key in ("id", "source", "url", "date")}
     return Document(
-        _valid(text),
+        valid(text),
         named["id"] or f"{file.name}:{number}",
         named["source"] or ("code" if file.kind == "code" else file.source),
         named["url"],
@@ -365,7 +363,7 @@ def _from_row(row: Mapping[str, Any], file: SourceFile, number: int, text_key: s
 
 
 def _word(value: Any) -> str:
-    return _valid(value) if isinstance(value, str) else "" if value is None else str(value)
+    return valid(value) if isinstance(value, str) else "" if value is None else str(value)
 
 
 DEEPEST = 100  # levels of a row's columns; a fixed number, so that every process and reader keeps the same rows
@@ -383,22 +381,13 @@ def _plain(value: Any, where: str, level: int = 0) -> Any:
     return value if value is None or isinstance(value, bool | int | float) else _word(value)
 
 
-def _valid(text: str) -> str:
-    """The text with lone surrogates, which JSON can write but UTF-8 cannot, as "?"."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode()
-    return text
-
-
 def _read_whole(file: SourceFile, after: int, reading: Reading) -> Rows:
     """A file that is one document: prose, code, HTML."""
     if after:
         return
     data = file.path.read_bytes()
     if file.kind == "html":
-        yield 1, Document(_main_text(data, reading.html, str(file.path)), file.name, file.source)
+        yield 1, Document(main_text(data, reading.html, str(file.path)), file.name, file.source)
         return
     try:
         text = _decoded_code(data) if file.path.suffix.lower() == ".py" else data.decode("utf-8-sig")
@@ -411,7 +400,7 @@ def _read_whole(file: SourceFile, after: int, reading: Reading) -> Rows:
 def _decoded_code(data: bytes) -> str:
     """Python source by the encoding that its first lines declare."""
     encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-    return _valid(data.decode(encoding))
+    return valid(data.decode(encoding))
 
 
 def _read_topics(file: SourceFile, after: int, reading: Reading) -> Rows:
@@ -480,11 +469,11 @@ def _from_warc(record: Any, file: SourceFile, number: int, reading: Reading) -> 
         return None
     url = headers.get("WARC-Target-URI") or ""
     try:
-        data = _unpacked(data, http) if is_http else data
+        data = unpacked(data, http) if is_http else data
         if "html" in kind:
-            text = _main_text(data, reading.html, url, record.http_charset)
+            text = main_text(data, reading.html, url, record.http_charset)
         elif is_http:
-            text = _decoded_web(data, record.http_charset)
+            text = decoded(data, record.http_charset)
         else:  # of a WET file, which is UTF-8 by definition
             text = data.decode("utf-8-sig", "replace")
     except DataError as error:
@@ -494,94 +483,3 @@ def _from_warc(record: Any, file: SourceFile, number: int, reading: Reading) -> 
 
 
 WEB_TEXT = ("text/html", "application/xhtml+xml", "text/plain")
-
-
-ENCODINGS = "Transfer-Encoding", "Content-Encoding"  # as they are undone
-CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,8}\r\n")
-NO_TEXT = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
-
-
-def _unpacked(body: bytes, http: Any) -> bytes:
-    """A response's body without its transfer and content encodings.
-
-    Crawlers often store the body with one or both undone under the old header, so what cannot be undone is taken for
-    undone already, unless it still looks packed. fastwarc could unpack while it reads, but would give up the file at
-    the first such response.
-    """
-    failed = []
-    for name in ENCODINGS:
-        if name in http:
-            try:
-                body = _without(body, f"{name}: {http[name]}")
-            except OSError as error:
-                failed.append(f"{name}: {http[name]}: {error}")
-    if failed and _looks_packed(body):
-        raise DataError(f"the body is not what its header says ({', '.join(failed)}); remove the record")
-    return body
-
-
-def _looks_packed(body: bytes) -> bool:
-    if CHUNK_SIZE.match(body):
-        return True
-    try:
-        body.decode()
-        return False
-    except UnicodeDecodeError:
-        return NO_TEXT.search(body) is not None
-
-
-def _without(body: bytes, encoding: str) -> bytes:
-    """The body without one encoding, given as its header; raises OSError where it does not have that."""
-    warc = require("fastwarc.warc", "data")
-    record = warc.WarcRecord()
-    record.init_headers(warc.WarcRecordType.response)
-    record.is_http = True
-    record.set_bytes_content(f"HTTP/1.1 200 OK\r\n{encoding}\r\n\r\n".encode() + body)
-    record.parse_http(auto_decode="all")
-    unpacked: bytes = record.reader.read()
-    return unpacked
-
-
-# HTML
-
-
-def _main_text(data: bytes, extractor: Extractor, where: str, charset: str | None = None) -> str:
-    """The main text of a page, without menus, headers and the like. charset: as the HTTP header says."""
-    declared = DECLARED.search(data, 0, 1024)
-    page = _decoded_web(data, charset, declared[1].decode() if declared else None)
-    if extractor == "trafilatura":
-        found = require("trafilatura", "data").extract(page, include_comments=False, include_tables=True)
-        return found or ""
-    extract = require("resiliparse.extract.html2text", "data").extract_plain_text
-    try:
-        return extract(page, main_content=True, alt_texts=False, list_bullets=True)
-    except Exception as error:
-        raise DataError(f"{where}: the HTML cannot be parsed ({error}); remove the page") from error
-
-
-DECLARED = re.compile(
-    rb"""<(?:meta\b[^>]*?\bcharset|\?xml\b[^>]*?\bencoding)\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE
-)
-BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-
-
-def _decoded_web(data: bytes, charset: str | None, declared: str | None = None) -> str:
-    """Text by its byte order mark, its HTTP header, its own declaration, as UTF-8, or as its bytes suggest.
-
-    The first of these that decodes all bytes: a guess comes last, since it errs where few characters are not ASCII.
-    """
-    encoding = require("resiliparse.parse.encoding", "data")
-    names = [name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)]
-    if charset:
-        names.append(encoding.map_encoding_to_html5(charset.strip("\"' "), False))
-    if declared:  # in ASCII, which UTF-16 is not
-        name = encoding.map_encoding_to_html5(declared, False)
-        names.append("utf-8" if (name or "").startswith("utf-16") else name)
-    for name in filter(None, [*names, "utf-8"]):
-        try:
-            return _valid(data.decode(name))
-        except (UnicodeError, LookupError):
-            continue
-    if encoding.detect_encoding(data, html5_compatible=False) == "utf-8":  # but for a few bytes
-        return data.decode("utf-8", "replace")
-    return encoding.bytes_to_str(data, encoding.detect_encoding(data))

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from arriero.distributed.config import ParallelConfig
+from arriero.errors import UserError
 from arriero.peers import join
 
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -124,13 +125,13 @@ class Mesh:
     def one_before_others(self) -> Iterator[None]:
         """What process 0 does here, all others do after it, and find it done (a cache filled, a file written).
 
-        Where process 0 fails, the others try it themselves: a mistake in data is the same mistake to them.
+        Where process 0 finds a user's mistake, the others try it themselves: to them it is the same mistake.
         """
         if self.rank > 0:
             self.wait()
         try:
             yield
-        except Exception:
+        except UserError:
             if self.rank == 0:
                 self.wait()
             raise

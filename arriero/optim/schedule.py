@@ -11,10 +11,9 @@ Schedule = Literal["cosine", "linear", "wsd", "constant"]
 def lr_factor(step: int, total: int, schedule: Schedule, warmup: float, min_lr: float, decay: float = 0.2) -> float:
     """The share of the peak rate at `step` (0-based) of `total`.
 
-    Warmup: (step + 1) / w over the first w = `warmup_steps` steps. Then
-    with p the share of the rest that is done, and m = min_lr: cosine m + (1-m)(1 + cos(pi p))/2 (arXiv 1608.03983);
-    linear 1 - (1-m)p; constant 1;
-    wsd (arXiv 2404.06395) 1 until the last `decay` share of all steps, then linear to m.
+    Warmup: (step + 1) / w over the first w = `warmup_steps` steps. Then with p the share of the rest that is done, and
+    m = min_lr: cosine m + (1-m)(1 + cos(pi p))/2 (arXiv 1608.03983); linear 1 - (1-m)p; constant 1; wsd (arXiv
+    2404.06395) 1 until the last `decay` share of all steps, then linear to m.
     """
     warm = warmup_steps(warmup, total)
     if step < warm:

@@ -16,11 +16,25 @@ from arriero.files import locked
 from arriero.peers import peers_of_this_run
 from arriero.train import attempts
 
-FREE = {  # what may differ when a run is resumed, beside `parallel`: how the same steps are made, kept and shown
-    *("resume", "out", "prompts", "samples", "data.workers"),
-    *("data.train", "data.validation"),  # their fingerprints are compared
-    *("loop.micro_rows", "loop.recompute", "loop.compile", "loop.trackers"),
-    *("loop.log_every", "loop.validate_every", "loop.save_every", "loop.keep_last", "loop.max_skipped"),
+# What may differ when a run is resumed, beside `parallel`: how the same steps are made, kept and shown. Where the data
+# lie may, since their fingerprints are compared.
+FREE = {
+    "resume",
+    "out",
+    "prompts",
+    "samples",
+    "data.train",
+    "data.validation",
+    "data.workers",
+    "loop.micro_rows",
+    "loop.recompute",
+    "loop.compile",
+    "loop.trackers",
+    "loop.log_every",
+    "loop.validate_every",
+    "loop.save_every",
+    "loop.keep_last",
+    "loop.max_skipped",
 }
 
 

@@ -1,0 +1,107 @@
+"""Text out of what a web server sent: its packing undone, its encoding found, a page's menus left out."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from typing import Any, Literal
+
+from arriero.errors import DataError, require
+
+Extractor = Literal["resiliparse", "trafilatura"]
+
+ENCODINGS = "Transfer-Encoding", "Content-Encoding"  # as they are undone
+CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,8}\r\n")
+NO_TEXT = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
+
+
+def unpacked(body: bytes, http: Any) -> bytes:
+    """A response's body without its transfer and content encodings.
+
+    Crawlers often store the body with one or both undone under the old header, so what cannot be undone is taken for
+    undone already, unless it still looks packed. fastwarc could unpack while it reads, but would give up the file at
+    the first such response.
+    """
+    failed = []
+    for name in ENCODINGS:
+        if name in http:
+            try:
+                body = _without(body, f"{name}: {http[name]}")
+            except OSError as error:
+                failed.append(f"{name}: {http[name]}: {error}")
+    if failed and _looks_packed(body):
+        raise DataError(f"the body is not what its header says ({', '.join(failed)}); remove the record")
+    return body
+
+
+def _looks_packed(body: bytes) -> bool:
+    if CHUNK_SIZE.match(body):
+        return True
+    try:
+        body.decode()
+        return False
+    except UnicodeDecodeError:
+        return NO_TEXT.search(body) is not None
+
+
+def _without(body: bytes, encoding: str) -> bytes:
+    """The body without one encoding, given as its header; raises OSError where it does not have that."""
+    warc = require("fastwarc.warc", "data")
+    record = warc.WarcRecord()
+    record.init_headers(warc.WarcRecordType.response)
+    record.is_http = True
+    record.set_bytes_content(f"HTTP/1.1 200 OK\r\n{encoding}\r\n\r\n".encode() + body)
+    record.parse_http(auto_decode="all")
+    unpacked: bytes = record.reader.read()
+    return unpacked
+
+
+def main_text(data: bytes, extractor: Extractor, where: str, charset: str | None = None) -> str:
+    """The main text of a page, without menus, headers and the like. charset: as the HTTP header says."""
+    declared = DECLARED.search(data, 0, 1024)
+    page = decoded(data, charset, declared[1].decode() if declared else None)
+    if extractor == "trafilatura":
+        found = require("trafilatura", "data").extract(page, include_comments=False, include_tables=True)
+        return found or ""
+    extract = require("resiliparse.extract.html2text", "data").extract_plain_text
+    try:
+        return extract(page, main_content=True, alt_texts=False, list_bullets=True)
+    except Exception as error:
+        raise DataError(f"{where}: the HTML cannot be parsed ({error}); remove the page") from error
+
+
+DECLARED = re.compile(
+    rb"""<(?:meta\b[^>]*?\bcharset|\?xml\b[^>]*?\bencoding)\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE
+)
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def decoded(data: bytes, charset: str | None, declared: str | None = None) -> str:
+    """Text by its byte order mark, its HTTP header, its own declaration, as UTF-8, or as its bytes suggest.
+
+    The first of these that decodes all bytes: a guess comes last, since it errs where few characters are not ASCII.
+    """
+    encoding = require("resiliparse.parse.encoding", "data")
+    names = [name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)]
+    if charset:
+        names.append(encoding.map_encoding_to_html5(charset.strip("\"' "), False))
+    if declared:  # in ASCII, which UTF-16 is not
+        name = encoding.map_encoding_to_html5(declared, False)
+        names.append("utf-8" if (name or "").startswith("utf-16") else name)
+    for name in filter(None, [*names, "utf-8"]):
+        try:
+            return valid(data.decode(name))
+        except (UnicodeError, LookupError):
+            continue
+    if encoding.detect_encoding(data, html5_compatible=False) == "utf-8":  # but for a few bytes
+        return data.decode("utf-8", "replace")
+    return encoding.bytes_to_str(data, encoding.detect_encoding(data))
+
+
+def valid(text: str) -> str:
+    """The text with lone surrogates, which JSON can write but UTF-8 cannot, as "?"."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
