@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -155,7 +155,7 @@ def _read_json(path: Path, after: int) -> Iterator[Record]:
         return
     with _opened(path) as (stream, _):
         try:
-            rows = json.loads(stream.read())
+            rows = parse_json(stream.read())
         except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, too deep
             raise DataError(
                 f"{path}: broken JSON: {error}; mend the file, or write one object a line as .jsonl"
@@ -176,9 +176,11 @@ def _read_csv(path: Path, after: int) -> Iterator[Record]:
     ):
         rows = csv.DictReader(text, delimiter=delimiter, strict=True)
         try:
-            n_fields = len(rows.fieldnames or ())
+            names = rows.fieldnames or ()
         except csv.Error as error:
             raise DataError(f"{path}: its header is {_broken_csv(error)}") from error
+        refuse_twice(names, path)
+        n_fields = len(names)
         for number in itertools.count(1):
             where = f"row {number} of {path}"
             try:
@@ -231,6 +233,7 @@ def _read_arrow(path: Path, after: int) -> Iterator[Record]:
 
 def _arrow_records(path: Path, batches: Any, n_rows: int, number: int = 0, after: int = 0) -> Iterator[Record]:
     for batch in batches:
+        refuse_twice(batch.schema.names, path)
         if number + batch.num_rows <= after:
             number += batch.num_rows
             continue
@@ -283,12 +286,37 @@ def parse_row(record: Record) -> Row:
         return record.raw
     where = f"row {record.row} of {record.file}"
     try:
-        row = json.loads(record.raw.decode("utf-8-sig"))
+        row = parse_json(record.raw.decode("utf-8-sig"))
     except RecursionError as error:
         raise DataError(f"{where}: the JSON is nested too deeply; flatten it or drop the line") from error
     except ValueError as error:
         raise DataError(f"{where}: broken JSON: {error}; mend or drop the line") from error
     return as_row(row, record.file, record.row)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, as `json.loads`; raises ValueError also where an object has a key twice."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ: Python would keep the last value of a key and say nothing of the others."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"an object has the key {_twice(key for key, _ in pairs)!r} twice")
+    return found
+
+
+def refuse_twice(names: Sequence[str], path: Path) -> None:
+    """Raise DataError where two columns of a table have one name, of which a row could keep only the last."""
+    if len(set(names)) != len(names):
+        raise DataError(f"{path}: two of its columns are called {_twice(names)!r}; rename or remove one")
+
+
+def _twice(names: Iterable[str]) -> str:
+    """The first name that comes a second time."""
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
 
 
 def as_row(value: Any, file: object, row: int) -> Row:

@@ -14,14 +14,13 @@ the remedy.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from arriero.errors import DataError
-from arriero.records import Record, Row, parse_row, read_records, source_files
+from arriero.records import Record, Row, parse_json, parse_row, read_records, source_files
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 ROLE_ALIASES = {
@@ -125,7 +124,7 @@ def _list(value: Any, name: str, where: str) -> list[Any]:
     """A list, or the list in a text of JSON: how CSV and some Parquet files carry them."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
             raise DataError(f"{where}: {name!r} is a text that is not JSON ({error}); make it a list") from error
     if not isinstance(value, list):

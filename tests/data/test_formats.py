@@ -150,6 +150,11 @@ BAD_ROWS = [
     ('{"messages": [}', "broken JSON: .*; mend or drop the line"),
     ("\xff\xfe", "broken JSON: .*utf-8"),
     ("[" * 100_000, "the JSON is nested too deeply"),
+    ('{"prompt": "a", "completion": "b", "prompt": "c"}', "broken JSON: an object has the key 'prompt' twice; mend or"),
+    (
+        '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+        "broken JSON: an object has the key 'content'",
+    ),
     ("[1, 2]", "expected a JSON object, found list"),
     ('{"text": "a", "b": 1}', r"no known layout in its columns \('text', 'b'\); rename them to .*'messages' \(OpenAI"),
     ("{}", r"no known layout in its columns \(none\)"),
@@ -198,6 +203,24 @@ def test_csv_with_a_wrong_number_of_fields_is_refused(tmp_path):
     path.write_bytes(b"prompt,completion\nx,\xff\xfe\n")
     with pytest.raises(DataError, match=r"row 1 of .*broken CSV"):
         messages(path)
+
+
+def test_a_name_that_stands_twice_is_refused_in_every_container(tmp_path):
+    rows = pa.table([pa.array([text]) for text in "abc"], names=["prompt", "completion", "prompt"])
+    pa.parquet.write_table(rows, tmp_path / "r.parquet")
+    with pa.OSFile(str(tmp_path / "r.arrow"), "wb") as file, pa.ipc.new_stream(file, rows.schema) as writer:
+        writer.write_table(rows)
+    (tmp_path / "r.csv").write_text("prompt,completion,prompt\na,b,c\n")
+    (tmp_path / "r.tsv").write_text("prompt\tcompletion\tprompt\na\tb\tc\n")
+    for name in ("r.parquet", "r.arrow", "r.csv", "r.tsv"):
+        with pytest.raises(DataError, match=rf"{name}: two of its columns are called 'prompt'; rename or remove one"):
+            messages(tmp_path / name)
+    (tmp_path / "r.json").write_text('[{"prompt": "a", "completion": "b", "prompt": "c"}]')
+    with pytest.raises(DataError, match=r"r\.json: broken JSON: an object has the key 'prompt' twice"):
+        messages(tmp_path / "r.json")
+    (tmp_path / "cell.csv").write_text('messages\n"[{""role"": ""user"", ""role"": ""user""}]"\n')
+    with pytest.raises(DataError, match=r"row 1 of .*'messages' is a text that is not JSON \(an object has the key"):
+        messages(tmp_path / "cell.csv")
 
 
 def test_a_json_array_is_read_up_to_its_first_row_that_is_none(tmp_path):
