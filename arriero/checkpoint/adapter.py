@@ -1,9 +1,7 @@
 """LoRA adapters in PEFT's layout, both ways: adapter_config.json and adapter_model.safetensors.
 
-Which linears are adapted, and with what rank, is read from the tensors, not from `target_modules`: so a list, a
-regular expression, "all-linear", `layers_to_transform` and `exclude_modules` all mean what they meant to PEFT.
-What would change the computation in a way LoRA layers here do not (DoRA, biases, whole modules saved along,
-initialisations that alter the base weights) is refused by name.
+What the settings mean is `peft_config.py`'s matter; here they are held against the tensors, and both against the model.
+A tensor that the settings do not call for is refused: PEFT would leave it out without a word.
 """
 
 from __future__ import annotations
@@ -17,23 +15,19 @@ import torch
 from torch import nn
 
 from arriero.checkpoint.files import read_json, replaced_directory, write_json
+from arriero.checkpoint.peft_config import CONFIG, PeftConfig, read_peft_config
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.tensor_file import Entry, safetensors_entries, tensor_reader, write_safetensors
 from arriero.errors import CheckpointError
 from arriero.model.config import LINEARS, LoraConfig
 from arriero.model.lora import add_lora, lora_state
+from arriero.terminal import warn_once
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-
-# Settings of PEFT's LoraConfig under which its computation is not W x + s B A x; each must be absent, null or empty.
-_REFUSED = (
-    "use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "use_qalora", "use_bdlora", "layer_replication",
-    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "megatron_config", "arrow_config",
-    "velora_config", "monteclora_config", "kasa_config",
-)  # fmt: skip
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
+_KEY = re.compile(
+    re.escape(PREFIX) + r"(.+)\.lora_([AB])(\.default)?\.weight"
+)  # some savers leave PEFT's adapter name in
 
 
 def save_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig, base_name: str) -> None:
@@ -50,31 +44,29 @@ def save_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig, base
         write_json(temporary / CONFIG, _to_peft(lora, base_name))
 
 
-def load_adapter(model: nn.Module, directory: str | Path) -> LoraConfig:
+def load_adapter(model: nn.Module, directory: str | Path, base: str | Path | None = None) -> LoraConfig:
     """Wrap `model` with the adapter of a PEFT directory (or Hub id), in place; returns what it adapts and how.
 
-    Raises `CheckpointError` for adapters that are no plain LoRA, damaged, or made for a model of another shape.
+    base: what the model is called, to warn where the adapter names another. Raises `CheckpointError` for adapters that
+    are no plain LoRA, damaged, or made for a model of another shape.
     """
     directory = resolve(directory)
-    config = read_json(directory / CONFIG)
-    _refuse_other_kinds(directory / CONFIG, config)
-    file = directory / WEIGHTS
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; an adapter's weights are read from safetensors only")
+    config = read_peft_config(directory)
+    file = _weights_file(directory)
     entries = safetensors_entries(file)
-    linears = _adapted_linears(file, entries, model)
-    lora = _from_peft(config, linears)
+    keys = _keys(file, entries, model)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ranks = _ranks(config, file, {name: entries[key].shape for name, key in keys.items()}, linears)
+    lora = _settings(config, ranks)
+    if base is not None and config.base is not None and not _alike(str(base), config.base):
+        warn_once(f"{config.file}: the adapter was trained on {config.base}, and it is put on {base}")
     add_lora(model, lora)
-    wrapped, read = lora_state(model), tensor_reader(file)
+    read = tensor_reader(file)
     with torch.no_grad():
-        for name, parameter in wrapped.items():
-            shape = entries[PREFIX + name].shape
-            if shape != tuple(parameter.shape):
-                raise CheckpointError(
-                    f"{file}: {name} is {list(shape)}, this model needs {list(parameter.shape)}; "
-                    f"the adapter was trained on {config.get('base_model_name_or_path')!r}"
-                )
-            parameter.copy_(read(PREFIX + name))
+        for name, parameter in lora_state(model).items():
+            parameter.copy_(read(keys[name]))
+            if not bool(parameter.isfinite().all()):
+                raise CheckpointError(f"{file}: {name} holds NaN or infinite values; its training diverged")
     return lora
 
 
@@ -107,66 +99,91 @@ def _to_peft(lora: LoraConfig, base_name: str) -> dict[str, Any]:
     }
 
 
-def _refuse_other_kinds(file: Path, config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{file}: peft_type is {config.get('peft_type')!r}; LoRA adapters ('LORA') are read")
-    for name in _REFUSED:
-        if config.get(name):
-            raise CheckpointError(
-                f"{file}: {name} is set; Arriero computes plain LoRA only: merge this adapter with PEFT first"
-            )
-    if config.get("bias", "none") != "none":
-        raise CheckpointError(f"{file}: bias is {config['bias']!r}; Llama has no biases, so only 'none' is read")
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+def _weights_file(directory: Path) -> Path:
+    file, pickled = directory / WEIGHTS, directory / "adapter_model.bin"
+    if file.is_file():
+        return file
+    if pickled.is_file():
         raise CheckpointError(
-            f"{file}: init_lora_weights is {config['init_lora_weights']!r}, which changed the base weights; "
-            "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+            f"{pickled}: the adapter is pickled; that may run code when opened, so it is not read: ask for its "
+            "safetensors version, or, where you trust it, load it with PEFT and save_pretrained it anew"
         )
+    raise CheckpointError(f"{file}: no such file; an adapter's weights are read from safetensors only")
 
 
-def _adapted_linears(file: Path, entries: Mapping[str, Entry], model: nn.Module) -> dict[str, int]:
-    """Full name -> rank of every linear that the file adapts."""
+def _keys(file: Path, entries: Mapping[str, Entry], model: nn.Module) -> dict[str, str]:
+    """Name of a tensor in the adapted model -> its key in the file, of every tensor there."""
     known = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    ranks: dict[str, int] = {}
-    for key, entry in entries.items():
-        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+    keys: dict[str, str] = {}
+    for key in entries:
+        match = _KEY.fullmatch(key)
         if match is None or match[1] not in known or match[1].endswith("lm_head"):
             raise CheckpointError(
                 f"{file}: tensor {key} adapts none of the linears that LoRA adapts here: {', '.join(LINEARS)}"
             )
-        other = key.replace(f".lora_{match[2]}.", ".lora_B." if match[2] == "A" else ".lora_A.")
-        if other not in entries:
-            raise CheckpointError(f"{file}: {key} is there, but {other} is missing")
-        if match[2] == "A":
-            ranks[match[1]] = entry.shape[0]
-    if not ranks:
+        name = f"{match[1]}.lora_{match[2]}.weight"
+        if name in keys:
+            raise CheckpointError(f"{file}: {key} and {keys[name]} are the same tensor; save the adapter anew")
+        keys[name] = key
+    if not keys:
         raise CheckpointError(f"{file}: it holds no LoRA tensors")
+    for name, key in keys.items():
+        other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+        if other not in keys:
+            raise CheckpointError(f"{file}: {key} is there, but {PREFIX}{other} is missing")
+    return keys
+
+
+def _ranks(
+    config: PeftConfig, file: Path, shapes: Mapping[str, tuple[int, ...]], linears: Mapping[str, nn.Linear]
+) -> dict[str, int]:
+    """Full name -> rank of every linear that the adapter acts on, where settings, tensors and model say the same."""
+    ranks = {}
+    for name, linear in linears.items():
+        a, b = shapes.get(f"{name}.lora_A.weight"), shapes.get(f"{name}.lora_B.weight")
+        if a is None or b is None:
+            continue
+        if not config.adapts(name):
+            raise CheckpointError(
+                f"{file}: it adapts {name}, which the target_modules of {CONFIG} leave out, so PEFT would ignore it; "
+                "correct the one or the other"
+            )
+        rank = ranks[name] = config.rank_of(name)
+        if len(a) == 2 and len(b) == 2 and a[0] == b[1] != rank:
+            raise CheckpointError(
+                f"{config.file}: rank {rank} for {name} (r, rank_pattern), but its tensors in {WEIGHTS} have rank "
+                f"{a[0]}; the two files are of different adapters: copy or download both again"
+            )
+        for half, shape, needed in (("A", a, (rank, linear.in_features)), ("B", b, (linear.out_features, rank))):
+            if shape != needed:
+                raise CheckpointError(
+                    f"{file}: {name}.lora_{half}.weight is {list(shape)}, this model needs {list(needed)}; "
+                    f"the adapter was trained on {config.base!r}"
+                )
+    if missing := [name for name in linears if name not in ranks and config.adapts(name)]:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        warn_once(f"{file}: no tensors for {missing[0]}{more}, which {CONFIG} names: left as the model has them")
     return ranks
 
 
-def _from_peft(config: Mapping[str, Any], ranks: Mapping[str, int]) -> LoraConfig:
+def _settings(config: PeftConfig, ranks: Mapping[str, int]) -> LoraConfig:
     """PEFT's settings as ours; targets by leaf name where every such linear is adapted, else by full name."""
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    patterns = config.get("alpha_pattern") or {}
-    alphas = {name: float(patterns[key]) for name in ranks if (key := _pattern_key(patterns, name)) is not None}
-    listed = config.get("target_modules")
-    targets = tuple(sorted(listed)) if isinstance(listed, list) and set(listed) <= set(LINEARS) else ()
+    short = config.targets if isinstance(config.targets, tuple) and set(config.targets) <= set(LINEARS) else ()
     n_layers = len({name.split(".")[2] for name in ranks})
+    everywhere = len(ranks) == n_layers * len(short) and config.layers is None and not config.excluded
+    alphas = {name: config.alpha_of(name) for name in ranks}
     return LoraConfig(
-        rank=rank,
-        alpha=alpha,
-        dropout=float(config.get("lora_dropout", 0.0)),
-        targets=targets if len(ranks) == n_layers * len(targets) and not _partial(config) else tuple(ranks),
-        rslora=bool(config.get("use_rslora", False)),
-        rank_pattern={name: r for name, r in ranks.items() if r != rank},
-        alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        targets=tuple(sorted(short)) if everywhere else tuple(ranks),
+        rslora=config.rslora,
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != config.rank},
+        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != config.alpha},
     )
 
 
-def _partial(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("layers_to_transform") is not None or config.get("exclude_modules"))
-
-
-def _pattern_key(patterns: Mapping[str, Any], name: str) -> str | None:
-    """The first key that matches the end of the module's name, as PEFT matches them."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+def _alike(name: str, other: str) -> bool:
+    """Whether two names (paths, Hub ids) may be one model's: the last part of one is within that of the other."""
+    a, b = (re.sub(r"[^a-z0-9]", "", Path(n).name.removesuffix(".gguf").lower()) for n in (name, other))
+    return a in b or b in a

@@ -91,7 +91,7 @@ def load(
     path = resolve(name)
     model = load_model(path, dtype=dtype, device=device)
     if adapter is not None:
-        load_adapter(model, adapter)
+        load_adapter(model, adapter, base=name)
     return model, load_tokenizer_at(path)
 
 

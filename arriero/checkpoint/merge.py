@@ -55,7 +55,7 @@ def merge(
     check_destination(source, dst, force)
     model = load_model(source)
     dtype = dtype or model.lm_head.weight.dtype
-    load_adapter(model, adapter)
+    load_adapter(model, adapter, base=model_name)
     expected = _logits(model)
     merge_lora(model)
     with replaced_directory(dst, replaces=ALL_WEIGHTS) as temporary:

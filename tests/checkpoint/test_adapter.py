@@ -14,6 +14,7 @@ from arriero.checkpoint.merge import merge
 from arriero.errors import CheckpointError
 from arriero.model.config import LoraConfig
 from arriero.model.lora import add_lora, lora_state
+from arriero.terminal import warn_once
 
 
 def adapted(lora: LoraConfig):
@@ -67,6 +68,26 @@ def test_saving_and_loading_keeps_the_targets_short(tmp_path):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights is 'lora_ga', which changed the base weights"),
+        ({"init_lora_weights": 1}, "init_lora_weights is 1"),
+        ({"task_type": "SEQ_CLS"}, r"task_type is 'SEQ_CLS': .* only adapters of language models"),
+        ({"lora_alpha": None}, r"adapter_config\.json: lora_alpha is None; alpha is a number: correct it"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16'; alpha is a number"),
+        ({"r": None}, "r is None; the rank is an integer above 0"),
+        ({"r": True}, "r is True; the rank is an integer above 0"),
+        ({"rank_pattern": [3]}, r"rank_pattern is \[3\]; an object of ranks by pattern"),
+        ({"alpha_pattern": {"q_proj(": 3}}, r"alpha_pattern is \{'q_proj\(': 3\}; an object of alphas by pattern"),
+        ({"target_modules": [3]}, r"target_modules is \[3\]; a pattern or a list of names"),
+        ({"layers_to_transform": ["1"]}, r"layers_to_transform is \['1'\]; an integer or a list of them"),
+        ({"target_modules": ["q_proj"]}, r"it adapts \S+k_proj, which the target_modules of \S+ leave out"),
+        ({"target_modules": None}, r"it adapts \S+k_proj, which the target_modules of \S+ leave out"),
+        ({"layers_to_transform": 1}, r"it adapts model\.layers\.0\.\S+, which the target_modules of \S+ leave out"),
+        ({"exclude_modules": ["v_proj"]}, r"it adapts \S+v_proj, which the target_modules of \S+ leave out"),
+        (
+            {"r": 5},
+            r"rank 5 for \S+q_proj \(r, rank_pattern\), but its tensors in \S+ have rank 3; .* copy or download",
+        ),
+        ({"rank_pattern": {"up_proj": 2}}, r"rank 2 for \S+layers\.0\.mlp\.up_proj .* have rank 3"),
     ],
 )
 def test_adapters_that_are_no_plain_lora_are_refused(tmp_path, changes, problem):
@@ -77,6 +98,32 @@ def test_adapters_that_are_no_plain_lora_are_refused(tmp_path, changes, problem)
     with pytest.raises(CheckpointError, match=problem):
         load_adapter(model, tmp_path)
     assert not lora_state(model)
+
+
+def test_what_an_adapter_says_that_has_no_effect_here_is_said(tmp_path, caplog):
+    save_adapter(adapted(LORAS["all"]), tmp_path, LORAS["all"], "meta-llama/Llama-3-8B")
+    file = tmp_path / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    assert said(tmp_path, caplog, base="/models/llama-3-8b-instruct.gguf") == []
+    file.write_text(json.dumps(settings | {"fan_in_fan_out": True, "new_thing": 3, "peft_version": "0.99"}))
+    fan, new = sorted(said(tmp_path, caplog), key=lambda text: "new_thing" in text)
+    assert "fan_in_fan_out is true, but a Llama's linears are stored [out, in]: read as false" in fan
+    assert "new_thing: not known to this version of Arriero and not used" in new
+    file.write_text(json.dumps(settings))
+    [base] = said(tmp_path, caplog, base="org/mistral")
+    assert "the adapter was trained on meta-llama/Llama-3-8B, and it is put on org/mistral" in base
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({key: t for key, t in load_file(weights).items() if "layers.1.mlp.up_proj" not in key}, weights)
+    [gone] = said(tmp_path, caplog)
+    assert "no tensors for model.layers.1.mlp.up_proj, which adapter_config.json names" in gone
+
+
+def said(adapter, caplog, **settings):
+    """The warnings of loading an adapter."""
+    warn_once.cache_clear()
+    caplog.clear()
+    load_adapter(toy_model("llama3-8b"), adapter, **settings)
+    return caplog.messages
 
 
 def test_adapter_tensors_that_do_not_fit_are_refused(tmp_path):
@@ -99,7 +146,21 @@ def test_adapter_tensors_that_do_not_fit_are_refused(tmp_path):
     file.write_bytes(b"12345678")
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: damaged or cut short"):
         load_adapter(toy_model("llama3-8b"), tmp_path)
-    file.unlink()
+    save_file(state | {key.replace(".weight", ".default.weight"): state[key].clone()}, file)
+    with pytest.raises(CheckpointError, match=r"up_proj\.lora_B\S+ and \S+up_proj\.lora_B\S+ are the same tensor"):
+        load_adapter(toy_model("llama3-8b"), tmp_path)
+    save_file(state | {key: torch.full_like(state[key], torch.nan)}, file)
+    with pytest.raises(CheckpointError, match=r"up_proj\.lora_B\.weight holds NaN or infinite values"):
+        load_adapter(toy_model("llama3-8b"), tmp_path)
+    save_file(state | {key: state[key].T.contiguous()}, file)
+    with pytest.raises(CheckpointError, match=r"up_proj\.lora_B\.weight is \[3, 107\], this model needs \[107, 3\]"):
+        load_adapter(toy_model("llama3-8b"), tmp_path)
+    file.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"adapter_model\.bin: the adapter is pickled; .* save_pretrained it anew"
+    ):
+        load_adapter(toy_model("llama3-8b"), tmp_path)
+    (tmp_path / "adapter_model.bin").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: no such file"):
         load_adapter(toy_model("llama3-8b"), tmp_path)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from helpers.toys import LORAS, SIZES, toy_config, toy_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from arriero.checkpoint.adapter import load_adapter, save_adapter
@@ -158,3 +159,45 @@ def test_pefts_adapter_here_gives_pefts_logits_also_when_merged(name, tmp_path):
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(TOKENS).logits, expected, atol=2e-4, rtol=1e-4)
+
+
+ABSENT = object()
+AS_SAVED_ELSEWHERE = {
+    "no alpha": {"lora_alpha": ABSENT},
+    "no dropout, no bias, no patterns": dict.fromkeys(
+        ["lora_dropout", "bias", "rank_pattern", "alpha_pattern"], ABSENT
+    ),
+    "nulls": {"use_rslora": None, "use_dora": None, "init_lora_weights": None, "task_type": None, "lora_bias": None},
+    "a negative alpha": {"lora_alpha": -3},
+    "fan_in_fan_out": {"fan_in_fan_out": True},
+    "every layer named": {"layers_to_transform": [0, 1, 2]},
+    "no layer named": {"layers_to_transform": []},
+    "a pattern for all": {"target_modules": r".*\.(q|down)_proj"},
+    "empty lists": {"modules_to_save": [], "exclude_modules": []},
+    "alpha by pattern": {"alpha_pattern": {r"layers\.[01].*": 13, "model.layers.2.mlp.down_proj": 0.5}},
+    "a later version's entry": {"some_new_thing": None},
+}
+
+
+@pytest.mark.parametrize("name", [*AS_SAVED_ELSEWHERE, "default keys"])
+@pytest.mark.filterwarnings("ignore:.*(fan_in_fan_out|missing adapter keys|Unexpected keyword):UserWarning")
+@torch.no_grad()
+def test_adapter_settings_mean_what_peft_makes_of_them(name, tmp_path):
+    save_hf(toy_model("llama3-8b"), tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(init_lora_weights=False, r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"])
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    file, weights = tmp_path / "adapter" / "adapter_config.json", tmp_path / "adapter" / "adapter_model.safetensors"
+    settings = json.loads(file.read_text()) | AS_SAVED_ELSEWHERE.get(name, {})
+    file.write_text(json.dumps({key: value for key, value in settings.items() if value is not ABSENT}))
+    if name == "default keys":
+        state = {key.replace(".weight", ".default.weight"): t for key, t in load_file(weights).items()}
+        save_file(state, weights)
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = base(TOKENS).logits
+    expected = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(TOKENS).logits
+    assert (expected - before).abs().max() > 0.01
+    model = load_model(tmp_path / "base")
+    load_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(model(TOKENS), expected, atol=5e-5, rtol=1e-5)
