@@ -135,7 +135,7 @@ class _Where:
     def __call__(self, key: str) -> str:
         table, _, leaf = key.rpartition(".")
         current = ""
-        for number, line in enumerate(self.text.splitlines(), start=1):
+        for number, line in enumerate(self.text.split("\n"), start=1):
             if header := re.match(r"\s*\[+([^\]]*)\]", line):
                 current = re.sub(r"[\s\"']", "", header[1])
                 if current == key:

@@ -1,20 +1,30 @@
 """One file, written so that a reader never sees half of it: temporary name, fsync, rename. And a directory's lock.
 
 A crash leaves either the old content or the new, and at worst a stray file whose name begins with a dot.
+
+JSON is written by the functions here alone, so that every reader takes it: numbers that are not finite become null
+(NaN is no JSON), and characters that some readers take for the end of a line, and halves of surrogate pairs, which
+UTF-8 has not, are written as escapes. Lines of text end where universal newlines do: at \\n, \\r\\n and \\r, never at
+what else `str.splitlines` splits at (U+2028 stands within sentences).
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from arriero.errors import ConfigError, UserError
 
 LOCK = ".lock"
+_LINE_END = re.compile(r"\r\n|[\r\n]")
+_READ_AS_LINE_ENDS = ("\u2028", "\u2029", "\x85")  # by JavaScript before 2019, and by str.splitlines
 
 
 @contextmanager
@@ -30,9 +40,64 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` as UTF-8; a reader sees the old file or the new one, never a part."""
+    """Write `text` to `path` as UTF-8, line ends as they are; a reader sees the old file or the new one, never a part.
+
+    A lone half of a surrogate pair, which UTF-8 has not, becomes "?".
+    """
     with replaced_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n", errors="surrogatepass")
+        temporary.write_bytes(text.encode("utf-8", "replace"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as indented JSON, whole or not at all."""
+    with replaced_file(path) as temporary:
+        temporary.write_bytes(json_bytes(value, indent=2) + b"\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write `rows` to `path`, a line of JSON each, whole or not at all."""
+    with replaced_file(path) as temporary:
+        temporary.write_bytes(b"".join(map(json_line, rows)))
+
+
+def json_line(value: Any) -> bytes:
+    """`value` as a line of JSON lines, its end included."""
+    return json_bytes(value) + b"\n"
+
+
+def json_bytes(value: Any, indent: int | None = None) -> bytes:
+    """`value` as JSON in UTF-8, with null for numbers that are not finite."""
+    text = _dumped(value, ensure_ascii=False, indent=indent)
+    for character in _READ_AS_LINE_ENDS:
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.encode("utf-8", "backslashreplace")  # a lone surrogate as \udxxx, which is JSON's escape of it
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """The same in ASCII, for an output of any encoding."""
+    return _dumped(value, ensure_ascii=True, indent=indent)
+
+
+def _dumped(value: Any, **options: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:  # a number that is not finite; rare, so that the usual value is gone through once
+        return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    """A copy of what `json` takes in which numbers that are not finite are None."""
+    if isinstance(value, dict):
+        return {str(key) if isinstance(key, float) else key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of `text` without their ends, of which the last line needs none; see the module for what ends one."""
+    lines = _LINE_END.split(text)
+    return lines if lines[-1] else lines[:-1]
 
 
 def make_output(directory: Path) -> None:

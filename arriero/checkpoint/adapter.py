@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from arriero.checkpoint.files import read_json, replaced_directory, write_json
+from arriero.checkpoint.files import read_json, replaced_directory
 from arriero.checkpoint.peft_config import CONFIG, PeftConfig, read_peft_config
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.tensor_file import Entry, safetensors_entries, tensor_reader, write_safetensors
 from arriero.errors import CheckpointError
+from arriero.files import write_json
 from arriero.model.config import LINEARS, LoraConfig
 from arriero.model.lora import add_lora, lora_state
 from arriero.terminal import warn_once

@@ -1,4 +1,4 @@
-"""Directories, written so that a reader never sees half of one, and JSON. For one file there is arriero/files.py.
+"""Directories, written so that a reader never sees half of one. One file, and JSON: arriero/files.py.
 
 A crash leaves either the old content or the new, and at worst a stray file whose name begins with a dot.
 """
@@ -60,8 +60,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}; an object is expected")
     return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object, indented, ending in a newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arriero.checkpoint.files import read_json, replaced_directory, write_json
+from arriero.checkpoint.files import read_json, replaced_directory
 from arriero.checkpoint.tensor_file import Entry, Reader, safetensors_entries, tensor_reader, write_safetensors
 from arriero.checkpoint.weights import Weights, checked, from_model
 from arriero.errors import CheckpointError, UserError
+from arriero.files import write_json
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arriero.checkpoint.files import read_json, replaced_directory, write_json
+from arriero.checkpoint.files import read_json, replaced_directory
 from arriero.checkpoint.tensor_file import Entry
 from arriero.checkpoint.weights import Weights, checked, rotary_heads, to_halves, to_pairs
 from arriero.errors import CheckpointError
+from arriero.files import write_json
 from arriero.model.config import PUBLISHED, LlamaConfig, RopeScaling
 from arriero.model.llama import EMBEDDINGS, HEAD
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import logging
 import os
 import re
@@ -39,10 +38,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from arriero.checkpoint.files import read_json, write_json
+from arriero.checkpoint.files import read_json
 from arriero.checkpoint.tensor_file import Entry, header
 from arriero.errors import CheckpointError
-from arriero.files import sync
+from arriero.files import json_text, sync, write_json
 
 FORMAT = 2  # of manifest.json
 WEIGHTS = "weights"  # the group that holds whole tensors by the model's own names
@@ -317,7 +316,7 @@ def _chunks(tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] 
     metadata = {}
     if offsets is not None:
         begins = {name: {"saved_offsets": list(offsets[name])} for name in names}
-        metadata = {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(begins)}
+        metadata = {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json_text(begins)}
     yield header({name: Entry(tuple(tensors[name].shape), tensors[name].dtype) for name in names}, **metadata)
     for name in names:
         data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

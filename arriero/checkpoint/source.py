@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import re
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arriero.errors import CheckpointError, did_you_mean
-from arriero.files import replaced_file
+from arriero.files import json_text, replaced_file, write_text
 from arriero.paths import cache_dir
 
 
@@ -114,7 +113,7 @@ def _check(file: Path, model: BuiltIn) -> None:
     status = file.stat()
     state = [str(file), status.st_size, status.st_mtime_ns, model.sha256]
     memory = cache_dir() / "verified" / f"{model.file}.json"
-    if memory.is_file() and memory.read_text(encoding="utf-8") == json.dumps(state):
+    if memory.is_file() and memory.read_text(encoding="utf-8") == json_text(state):
         return
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
@@ -124,8 +123,7 @@ def _check(file: Path, model: BuiltIn) -> None:
             "it is damaged or of another version: delete it, or reinstall the package, and try again"
         )
     try:
-        with replaced_file(memory) as temporary:
-            temporary.write_text(json.dumps(state), encoding="utf-8")
+        write_text(memory, json_text(state))
     except OSError:
         return  # a read-only cache costs a third of a second each time, no more
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from arriero.errors import CheckpointError
+from arriero.files import json_text
 
 DTYPES = {
     "F64": torch.float64,
@@ -52,7 +53,7 @@ def header(entries: Mapping[str, Entry], **metadata: str) -> bytes:
     for name, entry in entries.items():
         start, end = end, end + prod(entry.shape) * entry.dtype.itemsize
         described[name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
-    text = json.dumps(described, separators=(",", ":")).encode()
+    text = json_text(described).encode()
     text += b" " * (-(8 + len(text)) % 64)  # tensors begin on a cache line
     return len(text).to_bytes(8, "little") + text
 

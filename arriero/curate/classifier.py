@@ -35,7 +35,7 @@ from arriero.curate.document import Document
 from arriero.curate.rules.llama import _ngram_hashes
 from arriero.curate.sources import read_documents
 from arriero.errors import DataError
-from arriero.files import replaced_file
+from arriero.files import json_text, replaced_file
 
 FORMAT = "arriero quality classifier 1"
 BITS = 20  # of a bucket: 2**20 weights
@@ -228,7 +228,7 @@ def area_under_curve(score: NDArray[np.float64], truth: NDArray[np.bool_]) -> fl
 def save(classifier: Classifier, path: Path) -> None:
     """Write a classifier as safetensors."""
     # one entry only: safetensors writes several in any order, and the same training shall give the same bytes
-    metadata = {"arriero": json.dumps({"format": FORMAT, "bias": classifier.bias, "report": classifier.report})}
+    metadata = {"arriero": json_text({"format": FORMAT, "bias": classifier.bias, "report": classifier.report})}
     with replaced_file(path) as temporary:
         save_file({"weights": classifier.weights}, temporary, metadata)
 

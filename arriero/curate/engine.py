@@ -19,7 +19,6 @@ Memory: a worker holds a batch (2 million characters, or one larger document) an
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -44,14 +43,14 @@ from rich.text import Text
 from arriero import config as configs
 from arriero.curate.config import CurateConfig, stages
 from arriero.curate.executor import Executor, open_executor
-from arriero.curate.parts import read_json, write_json, write_text
+from arriero.curate.parts import read_json
 from arriero.curate.plan import plan_of, refuse_other_plan
 from arriero.curate.sources import KIND, MANIFEST, PLAN, WORK, SourceFile, is_curation, list_files
 from arriero.curate.stats import Json, add, best_examples
 from arriero.curate.steps.corpus import KeyFile
 from arriero.curate.tasks import ERRORS_SHOWN, MB, decision_path, finish_shard, read_unit, reduce_range, take_stage
 from arriero.errors import ConfigError
-from arriero.files import LOCK, locked
+from arriero.files import LOCK, locked, write_json, write_jsonl, write_text
 
 FORMAT = 1  # of the work directory and manifest
 
@@ -116,8 +115,7 @@ class Run:
         settings = replace(self.config, workers=0, ray="")  # who works does not matter, nor where
         write_report(self.out, manifest, examples, configs.to_toml(replace(settings, out=""), "curate"))
         if "decontaminate" in self.config.steps:
-            hits = [json.dumps(hit, ensure_ascii=False) + "\n" for record in records for hit in record["hits"]]
-            write_text(self.out / "decontamination.jsonl", "".join(hits))
+            write_jsonl(self.out / "decontamination.jsonl", (hit for record in records for hit in record["hits"]))
         write_text(self.out / "config.toml", configs.to_toml(settings, "curate"))
         for stray in self.out.glob(".*.tmp"):  # of a killed run's shards
             stray.unlink()

@@ -21,7 +21,7 @@ import pyarrow.parquet
 
 from arriero.curate.document import Document
 from arriero.errors import require
-from arriero.files import replaced_file
+from arriero.files import json_bytes, json_line, replaced_file
 
 SCHEMA = pa.schema([(name, pa.large_string() if name == "text" else pa.string()) for name in (
     "text", "id", "source", "url", "date", "meta",
@@ -97,7 +97,7 @@ def to_arrow(documents: list[Document]) -> pa.RecordBatch:
         [d.source for d in documents],
         [d.url for d in documents],
         [d.date for d in documents],
-        [json.dumps(d.meta, ensure_ascii=False) if d.meta else "{}" for d in documents],
+        [json_bytes(d.meta) if d.meta else b"{}" for d in documents],
     ]
     return pa.RecordBatch.from_arrays(
         [pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA
@@ -144,13 +144,13 @@ def _write_jsonl(path: Path, batches: Iterable[list[Document]]) -> tuple[int, in
     with open(path, "wb") as raw, compressor.stream_writer(raw, closefd=False) as file:
         for batch in batches:
             for document in batch:
-                file.write(json_line(document))
+                file.write(document_line(document))
             documents += len(batch)
             characters += sum(len(document.text) for document in batch)
     return documents, characters
 
 
-def json_line(document: Document) -> bytes:
+def document_line(document: Document) -> bytes:
     """A document as a line of JSON; what it has not is left out."""
     row = {
         "id": document.id,
@@ -160,7 +160,7 @@ def json_line(document: Document) -> bytes:
         "date": document.date,
     }
     row = {key: value for key, value in row.items() if value or key in ("id", "text")}
-    return json.dumps(row | ({"meta": document.meta} if document.meta else {}), ensure_ascii=False).encode() + b"\n"
+    return json_line(row | ({"meta": document.meta} if document.meta else {}))
 
 
 # What is said of them
@@ -169,14 +169,3 @@ def json_line(document: Document) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that we wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write it whole or not at all."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write it whole or not at all."""
-    with replaced_file(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "replace"))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from arriero.curate.stats import BINS_PER_DECADE, Json
-from arriero.files import replaced_file
+from arriero.files import write_text
 from arriero.page import Theme, both_themes, dress, png, template
 
 TITLES = {"kept": "Kept", "dropped": "Dropped", "changed": "Changed"}
@@ -35,8 +35,7 @@ def write_report(out: Path, manifest: Json, examples: Json, config: str) -> None
         steps=[_step(entry, examples.get(entry["step"], {})) for entry in manifest["steps"]],
         config=config,
     )
-    with replaced_file(out / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
+    write_text(out / "report.html", page)
 
 
 def totals(counts: Json) -> dict[str, int]:

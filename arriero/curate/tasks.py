@@ -26,14 +26,13 @@ from arriero.curate.parts import (
     read_document,
     read_json,
     read_part,
-    write_json,
     write_shard,
 )
 from arriero.curate.sources import START, Position, Reading, SourceFile, read_from
 from arriero.curate.stats import Json, StepStats, count_documents
 from arriero.curate.steps.corpus import Decisions, KeyFile, Range, Twin
 from arriero.errors import DataError
-from arriero.files import replaced_file
+from arriero.files import replaced_file, write_json
 
 MB = 1_000_000
 ERRORS_SHOWN = 20

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import math
 import platform
 import re
@@ -33,7 +32,7 @@ from rich.table import Table
 
 from arriero.curate.sources import STDLIB, python_files
 from arriero.errors import DataError
-from arriero.files import write_text
+from arriero.files import json_bytes, write_json, write_text
 
 PROMPT = "Write the one-sentence docstring of this Python function.\n\n```python\n{code}\n```"
 SIMILARITY = 0.7  # Jaccard similarity of shingle sets from which two functions are the same to us
@@ -58,7 +57,7 @@ class Pair:
             {"role": "assistant", "content": self.sentence},
         ]
         meta = {"module": self.module, "qualname": self.qualname}
-        return json.dumps({"messages": messages, "meta": meta}, ensure_ascii=False)
+        return json_bytes({"messages": messages, "meta": meta}).decode()
 
 
 @dataclass
@@ -298,7 +297,7 @@ def _write(out: Path, splits: dict[str, list[Pair]], stats: DocstringStats) -> N
         stats.pairs[name] = len(members)
         stats.modules[name] = len({pair.module for pair in members})
         stats.mean_characters[name] = round(sum(len(p.code) + len(p.sentence) for p in members) / len(members), 1)
-    write_text(out / "stats.json", json.dumps(asdict(stats), indent=2) + "\n")
+    write_json(out / "stats.json", asdict(stats))
     rows = "".join(f"| {n}.jsonl | {stats.pairs[n]} | {stats.modules[n]} |\n" for n in stats.pairs)
     write_text(
         out / "README.md",

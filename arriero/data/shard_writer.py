@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from arriero.data.shards import FORMAT, MANIFEST, PROGRESS, SPLITS
 from arriero.errors import DataError
-from arriero.files import LOCK, locked, put_in_place, replaced_file, sync, temporary_name, write_text
+from arriero.files import LOCK, locked, put_in_place, replaced_file, sync, temporary_name, write_json
 from arriero.tokenizer.base import Tokenizer
 
 SetName = tuple[str, str]  # (split, source)
@@ -160,7 +160,7 @@ class ShardWriter:
             **{key: sum(part[key] for part in parts) for key in ("n_documents", "n_tokens", "n_bytes")},
             "files": [*parts, *columns],
         }
-        _write_json(directory / MANIFEST, manifest)
+        write_json(directory / MANIFEST, manifest)
 
     def _read_state(self) -> State:
         path = self.out / PROGRESS
@@ -179,7 +179,7 @@ class ShardWriter:
         return state
 
     def _save(self) -> None:
-        _write_json(self.out / PROGRESS, asdict(self.state))
+        write_json(self.out / PROGRESS, asdict(self.state))
 
 
 class _HashedFile:
@@ -236,7 +236,3 @@ class _SetPart:
 
     def abandon(self) -> None:
         self._tokens.abandon()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from arriero.checkpoint.files import write_json
 from arriero.curate.sources import read_documents
 from arriero.errors import ConfigError
 from arriero.eval.bootstrap import mean
@@ -22,7 +21,7 @@ from arriero.eval.config import NeedleConfig
 from arriero.eval.needle import Finding, Haystack, bits_by_position, find_needles, prose
 from arriero.eval.results import Results, Sample, measures_table, save
 from arriero.eval.run import bar, before_and_after
-from arriero.files import make_output, replaced_file
+from arriero.files import make_output, replaced_file, write_json
 from arriero.model.llama import Llama
 from arriero.page import LIGHT, Theme, png
 from arriero.terminal import output
@@ -67,8 +66,7 @@ def run_needle(config: NeedleConfig, console: Console | None = None) -> NeedleRe
     if config.out:
         out = Path(config.out)
         save(out, asdict(config), before, after)
-        with replaced_file(out / "needle.json") as path:
-            write_json(path, {results.model: _record(results) for results in models})
+        write_json(out / "needle.json", {results.model: _record(results) for results in models})
         with replaced_file(out / "needle.png") as path:
             path.write_bytes(needle_png(models))
         console.print(f"written: {config.out}/needle.png, needle.json, results.json, samples.jsonl")

@@ -5,7 +5,6 @@ A difference is called better or worse only when its paired 95% interval leaves 
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from arriero import __version__
-from arriero.checkpoint.files import write_json
 from arriero.eval.bootstrap import Interval, Ratio, difference, interval
-from arriero.files import replaced_file
+from arriero.files import split_lines, write_json, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -177,12 +175,10 @@ def save(directory: Path, settings: dict[str, Any], before: Results | None, afte
         "seconds": {name: round(r.seconds, 1) for name, r in (("before", before), ("after", after)) if r},
         "measures": measures,
     }
-    with replaced_file(directory / "results.json") as path:
-        write_json(path, found)
+    write_json(directory / "results.json", found)
     if after.samples:
         lines = _compared_samples(before, after) if before else [asdict(sample) for sample in after.samples]
-        with replaced_file(directory / "samples.jsonl") as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_jsonl(directory / "samples.jsonl", lines)
 
 
 def _compared_samples(before: Results, after: Results) -> list[dict[str, Any]]:
@@ -206,7 +202,7 @@ def _span(found: Interval, form: str) -> str:
 
 def _clip(text: str, lines: int) -> str:
     """The first lines of a text, with a mark where some were left out."""
-    kept = text.strip().splitlines()
+    kept = split_lines(text.strip())
     if len(kept) <= lines + 1:  # a mark would take the line that it saves
         return "\n".join(kept)
     return "\n".join([*kept[:lines], f"... {len(kept) - lines} more lines"])

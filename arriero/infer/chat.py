@@ -8,7 +8,6 @@ keeps what was said; end of input leaves.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import sys
 import time
@@ -23,6 +22,7 @@ from rich.text import Text
 from arriero.checkpoint.load import best_device, load
 from arriero.config import from_dict
 from arriero.errors import ConfigError, DataError, UserError, did_you_mean
+from arriero.files import json_line
 from arriero.infer.config import ChatConfig, GenerateConfig, SamplingConfig
 from arriero.infer.generate import Session, stream
 from arriero.infer.sample import Sampler
@@ -229,8 +229,8 @@ class Chat:
         if not file:
             raise ConfigError("/save needs a file: /save talk.jsonl")
         try:
-            with Path(file).expanduser().open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+            with Path(file).expanduser().open("ab") as out:
+                out.write(json_line({"messages": self.messages}))
         except OSError as error:
             raise ConfigError(f"/save: cannot write {file}: {error.strerror}; choose another file") from error
         self.screen.note(f"{len(self.messages)} messages added to {file}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Literal
 from rich.console import Console
 
 from arriero.errors import DataError, check
+from arriero.files import json_text, split_lines
 from arriero.terminal import output
 from arriero.tokenizer import show
 from arriero.tokenizer.base import Tokenizer, utf8
@@ -67,10 +68,10 @@ def _show(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> None:
 
 
 def _texts(words: Sequence[str], file: Path | None, lines: bool) -> Iterator[str]:
-    """Yield the texts to encode. Bytes that are not UTF-8 come out as U+FFFD."""
+    """Yield the texts to encode. Bytes that are not UTF-8 come out as U+FFFD; a byte order mark is no text."""
     if words:
         whole = " ".join(words)
-        yield from whole.splitlines() if lines else [whole]
+        yield from split_lines(whole) if lines else [whole]
         return
     try:
         source = sys.stdin.buffer if file is None else file.open("rb")
@@ -78,10 +79,10 @@ def _texts(words: Sequence[str], file: Path | None, lines: bool) -> Iterator[str
         raise DataError(f"{file}: cannot be read ({error.strerror}); check the path") from error
     with source:
         if lines:
-            for line in source:
-                yield line.decode("utf-8", "replace").rstrip("\r\n")
+            for line in io.TextIOWrapper(source, "utf-8-sig", "replace"):
+                yield line.removesuffix("\n")
         else:
-            yield source.read().decode("utf-8", "replace")
+            yield source.read().decode("utf-8-sig", "replace")
 
 
 def _ids(text: str, vocab_size: int) -> list[int]:
@@ -120,7 +121,7 @@ def run_compare(
 
         results = compare(tokenizers, grouped())
     if as_json:
-        print(json.dumps([result.as_dict() for result in results]))
+        print(json_text([result.as_dict() for result in results]))
     else:
         output(markup=False).print(show.comparison_view(results))
 

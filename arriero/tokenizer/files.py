@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
+from arriero.files import write_json
 from arriero.tokenizer.base import SpecialTokens
 from arriero.tokenizer.template import ChatTemplate
 
@@ -102,8 +103,3 @@ def write_tokenizer(directory: Path, backend: Backend, special: SpecialTokens, t
             config["chat_template"] = [{"name": n, "template": t} for n, t in named.items()]
     write_json(directory / "tokenizer_config.json", config)
     write_json(directory / "special_tokens_map.json", roles)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as transformers writes its small files: two spaces, text as it is."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ import sentencepiece
 
 from arriero import __version__
 from arriero.errors import ConfigError, DataError, UserError, require
-from arriero.tokenizer import files
+from arriero.files import write_json
 from arriero.tokenizer.base import SpecialTokens, Tokenizer
 from arriero.tokenizer.compare import measure, vocabulary_statistics
 from arriero.tokenizer.llama3 import N_SPECIAL, SPLIT, TiktokenTokenizer, special_tokens
@@ -183,7 +183,7 @@ def train(texts: Iterable[str], config: TrainingConfig, directory: Path) -> dict
         "vocabulary": vocabulary_statistics(tokenizer, held_out),
         "seconds": {"read": round(read - began, 2), "learn": round(learned - read, 2)},
     }
-    files.write_json(directory / REPORT, report)
+    write_json(directory / REPORT, report)
     return report
 
 

@@ -9,14 +9,13 @@ that ended by itself and the next one is nobody's loss and is not counted.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arriero.files import write_text
+from arriero.files import write_jsonl
 from arriero.train.metrics import duration, surviving_records
 
 FILE = "attempts.jsonl"
@@ -73,5 +72,4 @@ def effective(run_dir: Path, seconds: float) -> Effective:
 
 
 def _append(run_dir: Path, record: dict[str, Any]) -> None:
-    kept = "".join(json.dumps(r) + "\n" for r in [*surviving_records(run_dir / FILE), record])  # without half a line
-    write_text(run_dir / FILE, kept)
+    write_jsonl(run_dir / FILE, [*surviving_records(run_dir / FILE), record])  # without half a line

@@ -278,7 +278,8 @@ class Trainer:
         self._load_optimizer(saved)
         fields = {key: value for key, value in saved.state.items() if key in Progress.__dataclass_fields__}
         self.progress = Progress(**fields)
-        self.progress.validation = {int(step): loss for step, loss in self.progress.validation.items()}
+        measured = self.progress.validation.items()
+        self.progress.validation = {int(step): math.nan if loss is None else loss for step, loss in measured}
         self.guard = SpikeGuard(self.loop.spike, self.progress.usual)
         if self.progress.averaged:
             self.average = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()}

@@ -37,7 +37,7 @@ from rich.live import Live
 from rich.text import Text
 
 from arriero.errors import require
-from arriero.files import replaced_file
+from arriero.files import json_line, replaced_file
 
 PROJECT = "arriero"  # at W&B and in trackio
 SMOOTHING = 0.9  # weight of the past in the running mean of the loss
@@ -56,7 +56,7 @@ class MetricsLog:
         self._trackers = [_TRACKERS[name](run_dir, after) for name in trackers]
         self.path = run_dir / "metrics.jsonl"
         _cut(self.path, after)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the log
+        self._file = open(self.path, "ab")  # noqa: SIM115 - lives as long as the log
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Record one optimizer step; `metrics` holds "step" and whatever else was measured."""
@@ -87,7 +87,7 @@ class MetricsLog:
         self.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False) + "\n")
+        self._file.write(json_line(record))
         self._file.flush()  # to the system: a kill of this process loses nothing
 
 
@@ -96,28 +96,22 @@ def surviving_records(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in _records(path)]
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[
-        :-1
-    ]:  # the last is empty, or half a line
+    for line in path.read_bytes().split(b"\n")[:-1]:  # the last is empty, or half a line
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # broken UTF-8 is one, too
             return
-        yield line + "\n", record
+        yield line + b"\n", record
 
 
 def _cut(path: Path, after: int) -> None:
     """Keep the lines of steps up to `after`, byte for byte; none when it is 0."""
     kept = [line for line, record in _records(path) if record["step"] <= after] if after else []
     with replaced_file(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        temporary.write_bytes(b"".join(kept))
 
 
 def require_trackers(names: Collection[str]) -> None:

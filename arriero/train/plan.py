@@ -31,6 +31,7 @@ from arriero import config as configs
 from arriero.distributed.arithmetic import MOMENTS, Cost, cost, gradients_at_once, kept, moment_bytes
 from arriero.distributed.config import ParallelConfig
 from arriero.errors import ConfigError, UserError
+from arriero.files import json_text, split_lines
 from arriero.model.config import LADDER, LINEARS, SHAPES, LlamaConfig
 from arriero.train.config import RECIPES, PretrainConfig, SftConfig
 
@@ -102,10 +103,10 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
         # A process of its own: its peak is the run's, not that of whatever called this.
         done = subprocess.run([sys.executable, "-m", __name__, str(file)], capture_output=True, text=True)
     if done.returncode == 2:
-        raise UserError(done.stderr.strip().splitlines()[-1])
+        raise UserError(split_lines(done.stderr.strip())[-1])
     if done.returncode:
         raise RuntimeError(f"the rehearsal failed:\n{done.stderr}")
-    measured = json.loads(done.stdout.splitlines()[-1])
+    measured = json.loads(split_lines(done.stdout)[-1])
     shape = LlamaConfig.from_hf(measured.pop("shape"))
     return dataclasses.replace(by_arithmetic(shape, config), **measured)
 
@@ -232,7 +233,7 @@ def _duration(seconds: float) -> str:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(rehearse(*configs.load_recipe(RECIPES, sys.argv[1]))))
+        print(json_text(rehearse(*configs.load_recipe(RECIPES, sys.argv[1]))))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

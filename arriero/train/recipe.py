@@ -22,12 +22,11 @@ from torch import Tensor
 
 from arriero import config as configs
 from arriero.checkpoint import native
-from arriero.checkpoint.files import write_json
 from arriero.checkpoint.load import best_device
 from arriero.distributed.materialise import Values
 from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.errors import ConfigError
-from arriero.files import replaced_file
+from arriero.files import write_json, write_text
 from arriero.model.initial import initial_adapter
 from arriero.model.lora import is_adapter
 from arriero.optim.schedule import warmup_steps
@@ -152,11 +151,9 @@ def record(config: Any, recipe: str, run: Run) -> None:
     run_dir = Path(config.out)
     data = {"fingerprints": run.fingerprints(), **run.data_statistics()}
     for name, values in {"environment": describe(), "data": data}.items():
-        with replaced_file(run_dir / f"{name}.json") as file:
-            write_json(file, values)
+        write_json(run_dir / f"{name}.json", values)
     settled = dataclasses.replace(config, resume=False)
-    with replaced_file(run_dir / "config.toml") as file:
-        file.write_text(configs.to_toml(settled, recipe), encoding="utf-8")
+    write_text(run_dir / "config.toml", configs.to_toml(settled, recipe))
 
 
 def warmup_note(optim: OptimConfig, total_steps: int) -> str:

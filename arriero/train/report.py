@@ -21,6 +21,7 @@ import json
 import math
 import statistics
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from arriero.checkpoint import native
+from arriero.files import write_text
 from arriero.page import DARK, LIGHT, Theme, dress, png, template
 from arriero.train.metrics import duration, surviving_records
 
@@ -44,20 +46,21 @@ def write_report(run_dir: Path) -> Path:
         curves = {name: curves_png(steps, validation, theme) for name, theme in (("light", LIGHT), ("dark", DARK))}
         (run_dir / "loss.png").write_bytes(curves["light"])
     config_text = _text(run_dir / "config.toml")
+    config = tomllib.loads(config_text)
     page = template("arriero.train", "report.html").render(
-        title=_title(tomllib.loads(config_text), run_dir),
+        title=_title(config, run_dir),
         summary=_summary(steps, validation, run_dir),
         tiles=_tiles(steps, validation),
         curves={name: base64.b64encode(png).decode() for name, png in curves.items()},
         samples=surviving_records(run_dir / "samples.jsonl"),
-        continuations=_continuations(validation),
+        continuations=_continuations(records, config.get("prompts")),
         data=_rows(_json(run_dir / "data.json")),
         config=config_text,
         environment=_rows(_json(run_dir / "environment.json")),
         checkpoints=_checkpoints(run_dir, validation),
     )
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 
@@ -163,7 +166,7 @@ def _tiles(steps: list[dict[str, Any]], validation: list[dict[str, Any]]) -> lis
     if validation:
         best = min(validation, key=lambda record: record["loss"])
         tiles.append(("best validation loss", f"{best['loss']:.3f}"))
-        if "bits_per_byte" in best:
+        if best.get("bits_per_byte") is not None:
             tiles.append(("bits per byte", f"{best['bits_per_byte']:.3f}"))
     if steps:
         last = steps[-1]
@@ -180,15 +183,29 @@ def _tiles(steps: list[dict[str, Any]], validation: list[dict[str, Any]]) -> lis
     return tiles
 
 
-def _continuations(validation: list[dict[str, Any]]) -> list[list[tuple[int, str]]]:
-    """For each prompt of a pretraining run what the model said to it, as (step, text), at up to four validations."""
-    spoken = [record for record in validation if record.get("samples")]
-    last = len(spoken) - 1
-    shown = [spoken[i] for i in sorted({round(last * share) for share in (0, 1 / 3, 2 / 3, 1)})] if spoken else []
-    return [
-        [(record["step"], text) for record, text in zip(shown, texts, strict=True)]
-        for texts in zip(*(record["samples"] for record in shown), strict=True)
-    ]
+def _continuations(records: list[dict[str, Any]], prompts: Sequence[str] | None) -> list[list[tuple[int, str]]]:
+    """For each prompt of a pretraining run what the model said to it, as (step, text), at up to four validations.
+
+    prompts: those of now, which may have changed on resume; None where the settings are lost.
+    """
+    spoken = [record for record in records if record.get("event") == "validation" and record.get("samples")]
+    if not spoken:
+        return []
+    asked = [""] * len(spoken[-1]["samples"]) if prompts is None else prompts
+    said: list[list[tuple[int, str]]] = [[] for _ in asked]
+    for record in spoken:
+        texts = record["samples"]
+        in_order = len(texts) == len(asked) and all(map(str.startswith, texts, asked))
+        for i, prompt in enumerate(asked):
+            answers = texts[i : i + 1] if in_order else [text for text in texts if text.startswith(prompt)]
+            said[i] += [(record["step"], text) for text in answers[:1]]
+    return [_four(texts) for texts in said if texts]
+
+
+def _four(texts: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """The first and the last, and two between them."""
+    last = len(texts) - 1
+    return [texts[i] for i in sorted({round(last * share) for share in (0, 1 / 3, 2 / 3, 1)})]
 
 
 def _checkpoints(run_dir: Path, validation: list[dict[str, Any]]) -> list[dict[str, str]]:

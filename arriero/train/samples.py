@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from arriero.data.sft import SftDataset
+from arriero.files import write_jsonl
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import generate
 from arriero.model.llama import Llama
 from arriero.tokenizer.base import Tokenizer
+from arriero.train.metrics import surviving_records
 
 MAX_NEW_TOKENS = 64
 
@@ -41,11 +42,14 @@ def answer(model: Llama, tokenizer: Tokenizer, held_out: SftDataset | None, n: i
 def write_samples(run_dir: Path, samples: list[Sample], when: Literal["before", "after"]) -> None:
     """Write samples.jsonl: prompt, reference, and the answers `before` and `after`, whichever are known so far.
 
-    The answers before are written before step 1, so that a resumed run still has them.
+    The answers before are written before step 1, so that a resumed run still has them: of the prompts that it began
+    with, since `samples` may change on resume. What is not known is left out of the row.
     """
     path = run_dir / "samples.jsonl"
-    rows = [{"prompt": s.prompt, "reference": s.reference, when: s.answer} for s in samples]
-    if when == "after":
-        known = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        rows = [old | new for old, new in zip(known, rows, strict=True)]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    known = surviving_records(path) if when == "after" else []
+    before = {(row.get("prompt"), row.get("reference")): row for row in known}
+    rows = [
+        before.get((s.prompt, s.reference), {}) | {"prompt": s.prompt, "reference": s.reference, when: s.answer}
+        for s in samples
+    ]
+    write_jsonl(path, rows)

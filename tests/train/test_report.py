@@ -188,3 +188,19 @@ def test_a_pretraining_run_shows_bits_per_byte_and_what_the_model_says_from_step
     assert "0.600 bits per byte" in page.text and "53% model-FLOP use" in page.text
     assert all(f"step {step} Once {step}" in page.text for step in (0, 3, 6, 9)) and "Once 4" not in page.text
     assert page.tags.count("script") == 0
+
+
+def test_prompts_that_changed_on_resume_are_shown_with_what_was_said_to_them(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('prompts = ["Twice", "Once", "Thrice"]\n')
+    with MetricsLog(tmp_path) as log:
+        for step, texts in enumerate((["Once a", "def b"], ["Once c", "def d"], ["Twice e", "Once f", "Thrice g"])):
+            log.event("validation", step=step, loss=2.0, samples=texts)
+    text = Page(write_report(tmp_path).read_text()).text
+    assert "step 0 Once a step 1 Once c step 2 Once f" in text and "step 2 Twice e" in text and "Thrice g" in text
+    assert "def" not in text
+
+
+def test_a_validation_without_bytes_has_no_bits_per_byte(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path) as log:
+        log.event("validation", step=0, loss=2.0, bits_per_byte=None)
+    assert "bits per byte" not in Page(write_report(tmp_path).read_text()).text

@@ -105,6 +105,20 @@ def test_a_start_that_was_cut_short_is_begun_again(toy_model, rows, tmp_path, mo
     assert main(config).interrupted is None
 
 
+def test_samples_with_any_character_and_another_number_of_them_survive_a_resume(toy_model, rows, tmp_path):
+    text = rows.read_text().replace(" + 2?", " +\\u2028 2?\\u0085 \\ud83d")
+    rows.write_text(text)
+    config = settings(toy_model, rows, tmp_path / "run")
+    main(config)
+    (tmp_path / "run" / "adapter" / "adapter_model.safetensors").unlink()
+    main(replace(config, resume=True, samples=4))
+    lines = (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    assert ["before" in row for row in found] == [True, True, False, False]
+    assert all("\u2028" in row["prompt"] and "after" in row for row in found)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_resuming_with_other_settings_is_refused_by_name(toy_model, rows, tmp_path):
     config = settings(toy_model, rows, tmp_path / "run", samples=0)
     main(config)

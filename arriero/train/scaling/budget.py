@@ -20,6 +20,7 @@ from typing import Any
 from rich.table import Table
 
 from arriero.errors import ConfigError, DataError, did_you_mean
+from arriero.files import json_text
 from arriero.model.config import SHAPES
 from arriero.train.scaling.laws import (
     PUBLISHED_LAWS,
@@ -84,7 +85,7 @@ class BudgetPlan:
 
     def json(self) -> str:
         """One JSON object."""
-        return json.dumps({**dataclasses.asdict(self), "tokens_per_parameter": self.tokens / self.params}, indent=1)
+        return json_text({**dataclasses.asdict(self), "tokens_per_parameter": self.tokens / self.params}, indent=1)
 
     def table(self) -> Table:
         """As people read it."""

@@ -18,7 +18,6 @@ C FLOPs, N parameters, D tokens, n runs.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 from arriero.errors import ConfigError, DataError, require
-from arriero.files import replaced_file
+from arriero.files import json_bytes, json_text, replaced_file
 from arriero.records import endings, parse_row, read_records
 from arriero.terminal import output
 from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, LossLaw, PowerLaw
@@ -197,11 +196,11 @@ def run_fit(path: Path, resamples: int, seed: int, as_json: bool = False) -> Fit
         raise ConfigError(f"resamples is {resamples}; it must be at least 1 (usual: 1000)")
     found = fit(read_runs(path), resamples, seed)
     directory = path if path.is_dir() else path.parent
-    for name, content in ((FIT, json.dumps(found.summary(), indent=1).encode() + b"\n"), (PICTURE, fit_png(found))):
+    for name, content in ((FIT, json_bytes(found.summary(), indent=1) + b"\n"), (PICTURE, fit_png(found))):
         with replaced_file(directory / name) as temporary:
             temporary.write_bytes(content)
     if as_json:
-        print(json.dumps({key: value for key, value in found.summary().items() if key != "resamples"}, indent=1))
+        print(json_text({key: value for key, value in found.summary().items() if key != "resamples"}, indent=1))
     else:
         plan = "" if found.refused else f"; plan with it: arriero scaling plan {directory} ..."
         console = output()

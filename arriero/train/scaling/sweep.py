@@ -15,7 +15,6 @@ budgets, sizes and seeds may be added. Price: sizes x seeds x the sum of the bud
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -28,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from arriero import config as configs
-from arriero.checkpoint.files import write_json
+from arriero.checkpoint.files import read_json
 from arriero.checkpoint.hf import save_hf
 from arriero.data.shards import fingerprints, open_splits
 from arriero.errors import ConfigError, TrainingError
-from arriero.files import locked, replaced_file
+from arriero.files import locked, write_json, write_jsonl, write_text
 from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig
 from arriero.tokenizer import Tokenizer, load_tokenizer
@@ -226,17 +225,14 @@ def _claim(config: SweepConfig, prints: dict[str, str]) -> None:
                 f"{record}: this sweep was begun with other settings ({', '.join(differing)}), so losses could not "
                 "be compared; give the same ones, or another --out"
             )
-        refuse_changed(json.loads(data.read_text("utf-8")), prints, f"the sweep in {out}")
+        refuse_changed(read_json(data), prints, f"the sweep in {out}")
     write_json(data, prints)
-    with replaced_file(record) as temporary:
-        temporary.write_text(configs.to_toml(config), encoding="utf-8")
+    write_text(record, configs.to_toml(config))
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
     """Add a line, so that a reader sees all lines or those before."""
-    with replaced_file(path) as temporary:
-        lines = [json.dumps(line) + "\n" for line in [*surviving_records(path), record]]
-        temporary.write_text("".join(lines), encoding="utf-8")
+    write_jsonl(path, [*surviving_records(path), record])
 
 
 def _table(runs: list[PlannedRun], done: set[str], held_tokens: int) -> Table:
