@@ -138,7 +138,9 @@ def test_what_cannot_be_used_is_named(
         (errno.EACCES, "change its permissions, or give another path"),
         (errno.EROFS, "change its permissions, or give another path"),
         (errno.ENOTDIR, "a part of the path is a file; give another path"),
-        (errno.ENAMETOOLONG, "check the path"),
+        (errno.ENAMETOOLONG, "a file system takes 255 bytes in a name; give a shorter one"),
+        (errno.EMFILE, "let the process have more of them (ulimit -n 65536), or give fewer --workers"),
+        (errno.EIO, "check the path"),
     ],
 )
 def test_what_the_system_refuses_is_told_with_a_remedy(

@@ -7,7 +7,6 @@ parameters, and its docstring is its help. Whatever costs time is imported insid
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
@@ -17,14 +16,9 @@ from arriero import __version__
 from arriero.cli import data, recipes, scaling, tokenizer, train, use
 from arriero.cli.parsing import call, description
 from arriero.errors import UserError, did_you_mean
+from arriero.limits import FULL, TOO_MANY, raise_open_files, remedy
 
 MISUSED = 2
-FULL = (errno.ENOSPC, errno.EDQUOT)
-REMEDIES = {
-    **dict.fromkeys(FULL, "free disk space, or write elsewhere"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or give another path"),
-    errno.ENOTDIR: "a part of the path is a file; give another path",
-}
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -59,6 +53,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code, 2 for misuse."""
+    raise_open_files()
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # so that a closed pipe shows here, not in the interpreter's shutdown
@@ -70,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a file that no command looked at beforehand: the path or the disk is to blame, not us
-        if error.filename is None and error.errno not in FULL:
+        if error.filename is None and error.errno not in FULL + TOO_MANY:
             raise
         file = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
-        print(f"arriero: {file}{error.strerror}; {REMEDIES.get(error.errno or 0, 'check the path')}", file=sys.stderr)
+        print(f"arriero: {file}{error.strerror}; {remedy(error)}", file=sys.stderr)
         return MISUSED
     return 0
 

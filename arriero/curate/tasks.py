@@ -9,6 +9,7 @@ NAME.npy (the keys for a corpus step) and last NAME.json, its record; a part wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,18 @@ def take_stage(
 
 def _decisions(source: Path, names: Sequence[str], index: int, start: int) -> Decisions:
     """What the corpus step decided on the documents of a part."""
-    arrays = [np.load(path, mmap_mode="r") for path in sorted((source / "decisions").glob("[0-9]*.npy"))]
+    arrays = Mapped(sorted((source / "decisions").glob("[0-9]*.npy")))
     return Decisions(arrays, index, start, lambda part, row: read_document(source / f"{names[part]}.arrow", row))
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """The arrays of some files, each open while it is looked at: line-dedup of small buckets has thousands."""
+
+    paths: Sequence[Path]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (np.load(path, mmap_mode="r") for path in self.paths)
 
 
 class Passage:

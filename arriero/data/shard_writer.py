@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from arriero.data.shards import FORMAT, MANIFEST, PROGRESS, SPLITS
 from arriero.errors import DataError
 from arriero.files import LOCK, locked, put_in_place, replaced_file, sync, temporary_name, write_json
+from arriero.handles import Appending
 from arriero.tokenizer.base import Tokenizer
 
 SetName = tuple[str, str]  # (split, source)
@@ -56,6 +57,7 @@ class ShardWriter:
 
     def __init__(self, out: Path, tokenizer: Tokenizer, request: Mapping[str, Any], by_source: bool) -> None:
         self.out, self.tokenizer, self.by_source = out, tokenizer, by_source
+        self._files = Appending()  # a part may have a file for each of a thousand sources
         self._open: dict[SetName, _SetPart] = {}
         self._left_out: dict[str, int] = {}
         self._position: tuple[int, int] | None = None
@@ -88,7 +90,7 @@ class ShardWriter:
         """Append documents; `position` is where reading goes on after them."""
         for name, encoded in documents.items():
             if name not in self._open:
-                self._open[name] = _SetPart(self.directory(name), len(self.state.parts))
+                self._open[name] = _SetPart(self.directory(name), len(self.state.parts), self._files)
             self._open[name].add(encoded)
         for reason, n in left_out.items():
             self._left_out[reason] = self._left_out.get(reason, 0) + n
@@ -143,7 +145,10 @@ class ShardWriter:
 
     def _finish_set(self, split: str, source: str, parts: list[dict[str, Any]]) -> None:
         directory, total = self.directory((split, source)), 0
-        with _HashedFile(directory / "offsets.bin") as offsets, _HashedFile(directory / "bytes.bin") as sizes:
+        with (
+            _HashedFile(directory / "offsets.bin", self._files) as offsets,
+            _HashedFile(directory / "bytes.bin", self._files) as sizes,
+        ):
             offsets.write(np.zeros(1, dtype="<i8").tobytes())
             for part in parts:
                 index = np.fromfile(directory / part["name"].replace("tokens", "index"), dtype="<i8").reshape(-1, 2)
@@ -185,9 +190,10 @@ class ShardWriter:
 class _HashedFile:
     """A file that `commit` puts in place whole, telling what a manifest says of it; as a context it leaves no other."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._temporary, self._hash = path, temporary_name(path), hashlib.sha256()
-        self._file = open(self._temporary, "wb")  # noqa: SIM115 -- commit or abandon closes it
+    def __init__(self, path: Path, files: Appending) -> None:
+        self._path, self._temporary, self._files = path, temporary_name(path), files
+        self._hash, self._size = hashlib.sha256(), 0
+        self.write(b"")  # an empty one is there too
 
     def __enter__(self) -> _HashedFile:
         return self
@@ -196,28 +202,28 @@ class _HashedFile:
         self.abandon()
 
     def write(self, data: bytes) -> None:
-        self._file.write(data)
+        self._files.write(self._temporary, data)
         self._hash.update(data)
+        self._size += len(data)
 
     def commit(self) -> dict[str, Any]:
-        size = self._file.tell()
-        self._file.close()
+        self._files.close(self._temporary)
         put_in_place(self._temporary, self._path)
-        return {"name": self._path.name, "size": size, "sha256": self._hash.hexdigest()}
+        return {"name": self._path.name, "size": self._size, "sha256": self._hash.hexdigest()}
 
     def abandon(self) -> None:
         """Leave nothing behind, unless it is in place already."""
         with suppress(OSError):  # of a full disk, which has been reported
-            self._file.close()
+            self._files.close(self._temporary)
         self._temporary.unlink(missing_ok=True)
 
 
 class _SetPart:
     """One set's documents in one part."""
 
-    def __init__(self, directory: Path, number: int) -> None:
+    def __init__(self, directory: Path, number: int, files: Appending) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._tokens = _HashedFile(directory / f"tokens-{number:05d}.bin")
+        self._tokens = _HashedFile(directory / f"tokens-{number:05d}.bin", files)
         self._index_path = directory / f"index-{number:05d}.bin"
         self._index: list[NDArray[np.int64]] = []
 

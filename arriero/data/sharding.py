@@ -44,6 +44,7 @@ from arriero.data.shards import (
     token_type,
 )
 from arriero.errors import DataError, check
+from arriero.limits import remedy
 from arriero.pool import in_order
 from arriero.records import Record, read_records
 from arriero.tokenizer.base import Tokenizer
@@ -353,7 +354,7 @@ def _shard(
         if error.errno in (None, errno.EPIPE):
             raise
         place = out if error.filename is None else error.filename  # a full disk comes without a name
-        raise DataError(f"{place}: {error.strerror}; mend that and run again: it goes on from there") from error
+        raise DataError(f"{place}: {error.strerror}; {remedy(error)}, and run again: it goes on from there") from error
     return {split: open_sources(out / split) for split in SPLITS if (out / split).is_dir()}
 
 

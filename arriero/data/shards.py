@@ -10,8 +10,8 @@
 
 A document never spans two files. A set is whole where manifest.json lies: it is written last (`sharding.py`). The
 fingerprint is a hash of the manifest, and so of every byte; a run that resumes compares it.
-Price: 2 or 4 bytes of disk a token and 12 a document; opening reads the manifest only, and all processes of a machine
-share the same pages.
+Price: 2 or 4 bytes of disk a token and 12 a document; opening reads the manifest only, all processes of a machine
+share the same pages, and however many sets are open, few of their files are (`handles.py`).
 
 n documents.
 """
@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import DataError
+from arriero.handles import MappedArray
 from arriero.tokenizer import load_tokenizer
 
 FORMAT = "arriero-shards-1"
@@ -54,8 +55,8 @@ class Shards:
         self.vocab_size: int = m["vocab_size"]
         for file in m["files"]:
             self._check_size(file)
-        self.offsets: IntArray = self._map("offsets.bin", "<i8", self.n_documents + 1)
-        self.text_bytes: NDArray[np.uint32] = self._map("bytes.bin", "<u4", self.n_documents)
+        self._offsets = self._map("offsets.bin", "<i8", self.n_documents + 1)
+        self._text_bytes = self._map("bytes.bin", "<u4", self.n_documents)
         parts = [file for file in m["files"] if "n_tokens" in file]
         self._parts = [self._map(part["name"], token_type(self.vocab_size), part["n_tokens"]) for part in parts]
         self._starts = np.cumsum([0, *(part["n_tokens"] for part in parts)])
@@ -63,13 +64,24 @@ class Shards:
     def __len__(self) -> int:
         return self.n_documents
 
+    @property
+    def offsets(self) -> IntArray:
+        """Where each document begins among the tokens of all files, and where the last ends, [n + 1]."""
+        return self._offsets.array()
+
+    @property
+    def text_bytes(self) -> NDArray[np.uint32]:
+        """UTF-8 bytes of each document's text, [n]."""
+        return self._text_bytes.array()
+
     def tokens(self, i: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Ids start to stop of document i, all of them by default; a view of the file."""
-        first, last = int(self.offsets[i]), int(self.offsets[i + 1])
+        offsets = self.offsets
+        first, last = int(offsets[i]), int(offsets[i + 1])
         part = int(np.searchsorted(self._starts, first, side="right")) - 1
         base = first - int(self._starts[part])
         stop = last - first if stop is None else min(stop, last - first)
-        ids = self._parts[part][base + start : base + stop]
+        ids = self._parts[part].array()[base + start : base + stop]
         if len(ids) and ids.max() >= self.vocab_size:
             raise DataError(
                 f"{self.directory}: document {i} has the id {ids.max()}, of a vocabulary of {self.vocab_size}; the "
@@ -84,7 +96,8 @@ class Shards:
 
     def lengths_of(self, documents: IntArray) -> IntArray:
         """Tokens of these documents."""
-        return self.offsets[documents + 1] - self.offsets[documents]
+        offsets = self.offsets
+        return offsets[documents + 1] - offsets[documents]
 
     @property
     def n_predicted(self) -> int:
@@ -137,12 +150,10 @@ class Shards:
                 f"{path} {found}, the manifest says {file['size']:,} bytes; copy the set again, whole, or make it anew"
             )
 
-    def _map(self, name: str, dtype: str, n: int) -> NDArray[Any]:
-        if n == 0:
-            return np.zeros(0, dtype=dtype)
+    def _map(self, name: str, dtype: str, n: int) -> MappedArray:
         try:
-            return np.memmap(self.directory / name, dtype=dtype, mode="r", shape=(n,)).view(np.ndarray)
-        except (ValueError, OSError) as error:
+            return MappedArray(self.directory / name, dtype, n)
+        except (DataError, FileNotFoundError) as error:
             raise DataError(
                 f"{self.directory / name}: it does not hold the {n:,} numbers of {MANIFEST} ({error}); "
                 "copy the set again, whole, or make it anew"

@@ -558,7 +558,10 @@ def test_a_full_disk_is_named_with_the_remedy(tmp_path, small, monkeypatch, name
         raise OSError(28, "No space left on device", *(str(tmp_path / name) for name in named))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match=f"{place}: No space left on device; mend that and run again: it goes on from"):
+    with pytest.raises(
+        DataError,
+        match=f"{place}: No space left on device; free disk space, or write elsewhere, and run again: it goes on from",
+    ):
         shard_documents(["a"], small, tmp_path / "out", validation=0, console=QUIET)
 
 

@@ -16,7 +16,7 @@ import bisect
 import datetime
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -63,7 +63,7 @@ class Range(NamedTuple):
 class Decisions:
     """The files that `reduce` wrote, as one part sees them."""
 
-    arrays: list[Records]
+    arrays: Iterable[Records]
     part: int
     documents_before: int
     twin: Callable[[int, int], Document]
