@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,12 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("../shared/data is absent on this machine")
     return path
+
+
+@pytest.fixture
+def fresh_warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What Arriero has warned of since the test began, as if nothing had been said before."""
+    from arriero.terminal import warn_once
+
+    warn_once.cache_clear()
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "arriero"]

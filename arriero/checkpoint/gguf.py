@@ -20,14 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arriero.checkpoint.gguf_rope import ROPE_FREQS, read_scaling, rope_factors, scaling_entries, shortest
 from arriero.checkpoint.tensor_file import Entry
 from arriero.checkpoint.weights import Weights, checked, rotary_heads, to_halves, to_pairs
 from arriero.errors import CheckpointError
 from arriero.files import replaced_file
 from arriero.gguf_header import read_header, read_metadata
-from arriero.model.config import ARCHITECTURES, LlamaConfig, RopeScaling
+from arriero.model.config import ARCHITECTURES, LlamaConfig
+from arriero.model.fields import Fields, shown
 from arriero.model.llama import EMBEDDINGS, HEAD
-from arriero.model.rope import rope_frequencies
+from arriero.model.scaling import Llama3Scaling
 
 Kind = gguf.GGMLQuantizationType
 
@@ -40,7 +42,6 @@ _FILE_TYPES = {
     Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
 }
 _READABLE = {*_PLAIN, *gguf.quants._type_traits}  # the quantised types that the package can dequantise
-_ROPE_FREQS = "rope_freqs.weight"
 
 _BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
@@ -83,50 +84,44 @@ class Stored:
 
 
 def read_config(file: Path) -> LlamaConfig:
-    """The shape of the model in a GGUF file, RoPE scaling recovered from its `rope_freqs` tensor."""
+    """The shape of the model in a GGUF file, Llama 3.1's RoPE scaling recovered from its `rope_freqs` tensor."""
     metadata, stored = read_metadata(file), _stored(file)
     arch = metadata.get("general.architecture")
-    if arch not in ARCHITECTURES:
+    if arch not in tuple(ARCHITECTURES):
         known = ", ".join(ARCHITECTURES)
-        raise CheckpointError(f"{file}: architecture is {arch!r}; Arriero's decoders compute {known} only")
-
-    def get(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"{arch}.{key}", default)
-        if value is None:
-            raise CheckpointError(f"{file}: the entry '{arch}.{key}' is missing from its metadata")
-        if isinstance(value, list):
-            raise CheckpointError(f"{file}: '{arch}.{key}' differs between layers; {arch}'s layers are all alike")
-        return value
-
-    if get("expert_count", 0):
-        raise CheckpointError(f"{file}: a mixture of {get('expert_count')} experts; Llama's feed-forward is dense")
-    if get("rope.scaling.type", "none") != "none" and _ROPE_FREQS not in stored:
-        raise CheckpointError(f"{file}: RoPE scaling {get('rope.scaling.type')!r}; known here is Llama 3.1's only")
+        raise CheckpointError(f"{file}: architecture is {shown(arch)}; Arriero's decoders compute {known} only")
+    prefix = f"{arch}."
+    entries = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if per_layer := [key for key, value in entries.items() if isinstance(value, list)]:
+        raise CheckpointError(f"{file}: '{prefix}{per_layer[0]}' differs between layers; {arch}'s layers are all alike")
+    fields = Fields(entries, str(file), arch)
+    if fields.get("expert_count", 0):
+        raise CheckpointError(f"{file}: a mixture of {fields['expert_count']} experts; Llama's feed-forward is dense")
     if "token_embd.weight" not in stored:
         raise CheckpointError(f"{file}: it holds no token_embd.weight; it is no language model, or one part of several")
+    if len(stored["token_embd.weight"].shape) != 2:
+        raise CheckpointError(f"{file}: token_embd.weight is {list(stored['token_embd.weight'].shape)}, no matrix")
     vocab_size, dim = stored["token_embd.weight"].shape
-    n_heads = get("attention.head_count")
-    head_dim = get("attention.key_length", get("rope.dimension_count", dim // n_heads))
-    if get("rope.dimension_count", head_dim) != head_dim:
-        raise CheckpointError(f"{file}: RoPE turns {get('rope.dimension_count')} of {head_dim} dimensions; Llama all")
-    config = ARCHITECTURES[arch](
-        dim=dim,
-        n_layers=get("block_count"),
-        n_heads=n_heads,
-        n_kv_heads=get("attention.head_count_kv", n_heads),
-        ffn_dim=get("feed_forward_length"),
-        vocab_size=vocab_size,
-        max_context=get("context_length"),
-        norm_eps=_shortest(get("attention.layer_norm_rms_epsilon")),
-        rope_theta=_shortest(get("rope.freq_base", 10_000.0)),
-        tied_embeddings="output.weight" not in stored,
-        head_dim=head_dim,
-    )
-    if _ROPE_FREQS in stored:
-        factors = torch.from_numpy(_read(file, stored[_ROPE_FREQS]))
-        original = int(get("rope.scaling.original_context_length", 8192))
-        config = replace(config, rope_scaling=_scaling_from_factors(file, config, factors, original))
-    return config
+    n_heads, turned = fields.whole("attention.head_count"), fields.get("rope.dimension_count")
+    head_dim = fields.whole("attention.key_length", turned or dim // n_heads or 1)
+    if turned not in (None, head_dim):
+        raise CheckpointError(f"{file}: RoPE turns {shown(turned)} of {head_dim} dimensions; Llama all")
+    factors = None if ROPE_FREQS not in stored else torch.from_numpy(_read(file, stored[ROPE_FREQS]))
+    with fields.blamed():
+        config = ARCHITECTURES[arch](
+            dim=dim,
+            n_layers=fields.whole("block_count"),
+            n_heads=n_heads,
+            n_kv_heads=fields.whole("attention.head_count_kv", n_heads),
+            ffn_dim=fields.whole("feed_forward_length"),
+            vocab_size=vocab_size,
+            max_context=fields.whole("context_length"),
+            norm_eps=shortest(fields.number("attention.layer_norm_rms_epsilon")),
+            rope_theta=shortest(fields.number("rope.freq_base", 10_000.0)),
+            tied_embeddings="output.weight" not in stored,
+            head_dim=head_dim,
+        )
+        return replace(config, rope_scaling=read_scaling(fields, config, factors))
 
 
 def open_gguf(file: Path) -> Weights:
@@ -137,7 +132,7 @@ def open_gguf(file: Path) -> Weights:
     entries = {
         hf_names.get(name, name): Entry(tensor.shape, _PLAIN.get(tensor.kind, torch.float32))
         for name, tensor in stored.items()
-        if name != _ROPE_FREQS
+        if name != ROPE_FREQS
     }
 
     def read(name: str) -> Tensor:
@@ -167,14 +162,14 @@ def write_gguf(
     Raises `CheckpointError` when a weight is too large for F16, or a row cannot be cut into Q8_0's blocks of 32.
     """
     config = weights.config
-    if config.rope_scaling is not None and not _LAYOUTS[config.model_type].rope_scaling:
-        raise CheckpointError(f"{weights.source}: llama.cpp scales RoPE in Llama's way for Llama only: convert to hf")
+    by_table = isinstance(config.rope_scaling, Llama3Scaling)
+    scaling = scaling_entries(weights.source, config, _LAYOUTS[config.model_type].rope_scaling)
     with replaced_file(file) as temporary, closing(gguf.GGUFWriter(temporary, config.model_type)) as writer:
-        for key, value in {**_metadata(config, kind, name), **tokenizer}.items():
+        for key, value in {**_metadata(config, kind, name), **scaling, **tokenizer}.items():
             _add(writer, key, value)
         factors = rope_factors(config).numpy()
-        if config.rope_scaling is not None:
-            writer.add_tensor_info(_ROPE_FREQS, factors.shape, factors.dtype, factors.nbytes, Kind.F32)
+        if by_table:
+            writer.add_tensor_info(ROPE_FREQS, factors.shape, factors.dtype, factors.nbytes, Kind.F32)
         kinds = {hf: kind if len(entry.shape) > 1 else Kind.F32 for hf, entry in weights.entries.items()}
         for hf, entry in weights.entries.items():
             shape, dtype = _stored_shape(weights.source, hf, entry.shape, kinds[hf])
@@ -182,7 +177,7 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if config.rope_scaling is not None:
+        if by_table:
             writer.write_tensor_data(factors)
         for hf in weights.entries:
             progress(hf)
@@ -207,8 +202,6 @@ def _metadata(config: LlamaConfig, kind: Kind, name: str) -> dict[str, Any]:
         "rope.dimension_count": config.head_dim,
         "rope.freq_base": config.rope_theta,
     }
-    if config.rope_scaling is not None:
-        shape["rope.scaling.original_context_length"] = config.rope_scaling.original_context
     general = {
         "general.name": name or "Llama",
         "general.file_type": int(_FILE_TYPES[kind]),
@@ -265,30 +258,6 @@ def tensor_names(config: LlamaConfig) -> dict[str, str]:
 def _paired_heads(name: str, config: LlamaConfig) -> int | None:
     """Heads of a tensor (q or k) whose rows llama.cpp turns in adjacent pairs, None for every other tensor."""
     return rotary_heads(name, config) if _LAYOUTS[config.model_type].pairs else None
-
-
-def rope_factors(config: LlamaConfig) -> Tensor:
-    """What llama.cpp divides each frequency by, fp32 [h/2]: unscaled over scaled frequencies."""
-    return rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(config)
-
-
-def _scaling_from_factors(file: Path, config: LlamaConfig, factors: Tensor, original: int) -> RopeScaling | None:
-    """The scaling whose factors a `rope_freqs` tensor holds (None for all ones), checked against every one of them."""
-    if bool((factors == 1).all()):
-        return None
-    scaling = RopeScaling(factor=float(factors.max()), original_context=original)
-    expected = rope_factors(replace(config, rope_scaling=scaling))
-    if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-4):
-        raise CheckpointError(
-            f"{file}: its rope_freqs are not those of Llama 3.1's scaling (low 1, high 4, original context {original}, "
-            f"factor {scaling.factor:g})"
-        )
-    return scaling
-
-
-def _shortest(value: float) -> float:
-    """The shortest decimal that is this float32: 9.999999747378752e-06 is meant to be 1e-05."""
-    return float(str(np.float32(value)))
 
 
 def _stored(file: Path) -> dict[str, Stored]:

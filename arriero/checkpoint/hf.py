@@ -17,7 +17,7 @@ from torch import Tensor
 from arriero.checkpoint.files import read_json, replaced_directory
 from arriero.checkpoint.tensor_file import Entry, Reader, safetensors_entries, tensor_reader, write_safetensors
 from arriero.checkpoint.weights import Weights, checked, from_model
-from arriero.errors import CheckpointError, UserError
+from arriero.errors import CheckpointError
 from arriero.files import write_json
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
@@ -30,15 +30,7 @@ ALL_WEIGHTS = "model*.safetensors*"
 def read_config(directory: Path) -> LlamaConfig:
     """The shape of the model in a Hugging Face directory."""
     file = directory / "config.json"
-    config = read_json(file)
-    try:
-        return LlamaConfig.from_hf(config)
-    except KeyError as error:
-        raise CheckpointError(f"{file}: the entry {error} is missing") from error
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: an entry is of the wrong type ({error}); copy or download it again") from error
+    return LlamaConfig.from_hf(read_json(file), str(file))
 
 
 def open_hf(directory: Path) -> Weights:

@@ -25,8 +25,9 @@ from arriero.checkpoint.tensor_file import Entry
 from arriero.checkpoint.weights import Weights, checked, rotary_heads, to_halves, to_pairs
 from arriero.errors import CheckpointError
 from arriero.files import write_json
-from arriero.model.config import PUBLISHED, LlamaConfig, RopeScaling
+from arriero.model.config import PUBLISHED, LlamaConfig
 from arriero.model.llama import EMBEDDINGS, HEAD
+from arriero.model.scaling import Llama3Scaling
 
 _BLOCK_NAMES = {
     "input_layernorm": "attention_norm",
@@ -154,7 +155,7 @@ def _config(directory: Path, params: Mapping[str, Any], shards: Shards) -> Llama
         max_context=int(params.get("max_context", _context(theta, scaled))),
         norm_eps=float(params.get("norm_eps", 1e-5)),
         rope_theta=theta,
-        rope_scaling=RopeScaling(_factor(params, dim, n_layers)) if scaled else None,
+        rope_scaling=Llama3Scaling(_factor(params, dim, n_layers)) if scaled else None,
         tied_embeddings=_tied(shards),
     )
 
@@ -220,7 +221,7 @@ def _params(config: LlamaConfig) -> dict[str, Any]:
         params["ffn_dim_multiplier"] = multiplier
     scaling = config.rope_scaling
     if scaling is not None:
-        if scaling != RopeScaling(scaling.factor):
+        if scaling != Llama3Scaling(scaling.factor):
             raise CheckpointError(f"Meta's params.json has no place for the RoPE scaling {scaling}; convert to hf")
         params["use_scaled_rope"] = True
         if scaling.factor != _factor({}, config.dim, config.n_layers):

@@ -390,7 +390,7 @@ enum Weights : int64_t { kFloat, kBf16, kPacked };  // what the pointers of Laye
 
 extern "C" struct Step {
     int64_t dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, vocab_size;
-    double norm_eps;
+    double norm_eps, rope_attention;  // the second: what sines and cosines are multiplied by
     const Layer* layers;
     const void *embedding, *head;  // [V, D]; the embedding is never packed
     const float *norm, *frequencies;  // [D], [h/2]
@@ -428,8 +428,8 @@ class Decode {
             for (int64_t d = 0; d < s_.dim; ++d) x_[i * s_.dim + d] = widen(from[d]);
             for (int64_t d = 0; d < s_.head_dim / 2; ++d) {
                 const float angle = float(s_.positions[i]) * s_.frequencies[d];
-                turns_[i * s_.head_dim + 2 * d] = std::cos(angle);
-                turns_[i * s_.head_dim + 2 * d + 1] = std::sin(angle);
+                turns_[i * s_.head_dim + 2 * d] = std::cos(angle) * float(s_.rope_attention);
+                turns_[i * s_.head_dim + 2 * d + 1] = std::sin(angle) * float(s_.rope_attention);
             }
         });
         for (int64_t l = 0; l < s_.n_layers; ++l) {

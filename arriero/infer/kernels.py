@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from arriero.cpp import load_cpp
 from arriero.model.cache import KVCache
 from arriero.model.llama import Block, Linear, Llama
-from arriero.model.rope import rope_frequencies
+from arriero.model.rope import rope_attention, rope_frequencies
+from arriero.model.scaling import DynamicScaling
 
 WEIGHT_TYPES = (torch.float32, torch.bfloat16)
 FLOAT, BF16, PACKED = range(3)
@@ -57,11 +58,15 @@ def native_step(model: Llama, cache: KVCache) -> NativeStep | None:
 
 
 def _fits(model: Llama, cache: KVCache) -> bool:
-    """Whether this is a Llama in plain memory of ours: CPU tensors, linears of one type, bf16 or fp32, no adapters."""
+    """Whether this is a Llama in plain memory of ours: CPU tensors, linears of one type, bf16 or fp32, no adapters.
+
+    Positions that the scaling of RoPE does not reach are refused by the torch step.
+    """
     linears = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
     dtype = model.lm_head.weight.dtype
     return (
         type(model) is Llama
+        and not (isinstance(model.config.rope_scaling, DynamicScaling) and cache.capacity > model.config.max_context)
         and all(type(m) in (Linear, nn.Embedding) and type(m.weight.data) is Tensor for m in linears)
         and all(m.weight.dtype == dtype and m.weight.is_contiguous() and m.weight.is_cpu for m in linears)
         and dtype in WEIGHT_TYPES
@@ -95,6 +100,7 @@ class _Step(ctypes.Structure):
             for n in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
         ),
         ("norm_eps", ctypes.c_double),
+        ("rope_attention", ctypes.c_double),
         ("layers", ctypes.POINTER(_Layer)),
         *((name, ctypes.c_void_p) for name in ("embedding", "head", "norm", "frequencies", "keys", "values")),
         *((name, ctypes.c_int64) for name in ("cache_rows", "capacity", "n")),
@@ -190,7 +196,7 @@ class NativeStep:
         self._until_packing = PACK_AFTER if kind == BF16 and _room_to_pack(self._matrices) else -1
         self._step = _Step(
             config.dim, config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim, config.ffn_dim,
-            config.vocab_size, config.norm_eps,
+            config.vocab_size, config.norm_eps, rope_attention(config),
             embedding=self._pointer(model.model.embed_tokens.weight),
             norm=self._pointer(model.model.norm.weight.float()), frequencies=self._pointer(rope_frequencies(config)),
             keys=self._pointer(cache.k), values=self._pointer(cache.v),

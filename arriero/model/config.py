@@ -12,20 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from arriero.errors import CheckpointError, ConfigError
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's frequency scaling: long wavelengths are stretched by `factor`, short ones kept.
-
-    With wavelength w = 2*pi/f and L = original_context: w < L/high keeps f, w > L/low uses f/factor, and
-    between the two f is interpolated linearly in L/w.
-    """
-
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
+from arriero.model.entries import check_entries
+from arriero.model.fields import LARGEST, Fields
+from arriero.model.scaling import DynamicScaling, Llama3Scaling, RopeScaling, read_scaling
 
 
 @dataclass(frozen=True)
@@ -38,6 +27,9 @@ class LlamaConfig:
     """
 
     model_type: ClassVar[str] = "llama"  # the architecture's name in config.json and in GGUF files
+    # where config.json says none, as in transformers; 0: dim // n_heads
+    default_context: ClassVar[int] = 2048
+    default_head_dim: ClassVar[int] = 0
 
     dim: int
     n_layers: int
@@ -54,8 +46,12 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "max_context"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model: {name} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise ConfigError(f"model: {name} is {getattr(self, name)}; it must be at least 1, at most {LARGEST:,}")
+        if not 0 < self.norm_eps < 1:
+            raise ConfigError(f"model: norm_eps is {self.norm_eps}; it must be above 0 and below 1 (usual: 1e-5)")
+        if not 1 < self.rope_theta < math.inf:
+            raise ConfigError(f"model: rope_theta is {self.rope_theta}; it must be above 1 (usual: 10,000 or more)")
         if self.head_dim == 0:
             if self.dim % self.n_heads:
                 raise ConfigError(
@@ -88,57 +84,54 @@ class LlamaConfig:
         products = self.n_params - head * (0 if self.tied_embeddings else 1)
         return 6 * products + 12 * self.n_layers * self.n_heads * self.head_dim * context
 
+    def check_length(self, n_tokens: int) -> None:
+        """Refuse a text of so many tokens where its positions cannot be computed: `DynamicScaling` says why."""
+        if isinstance(self.rope_scaling, DynamicScaling) and n_tokens > self.max_context:
+            raise ConfigError(
+                f"a text of {n_tokens:,} tokens, and the model's RoPE scaling is 'dynamic' beyond {self.max_context:,} "
+                "(max_position_embeddings): there every further token would turn all earlier keys anew, so it is not "
+                "computed; shorten the text, or set rope_scaling in config.json to 'yarn' or 'linear'"
+            )
+
     @staticmethod
-    def from_hf(config: Mapping[str, Any]) -> LlamaConfig:
+    def from_hf(config: Mapping[str, Any], file: str = "config.json") -> LlamaConfig:
         """Read a Hugging Face `config.json`; `model_type` there says which of the classes here comes back.
 
-        Raises `CheckpointError` for what these decoders do not compute (other architectures, biases, windows,
-        other activations, RoPE variants other than plain and "llama3").
+        file: its name for messages. Raises `CheckpointError` for what these decoders do not compute (other
+        architectures, biases, windows, other activations, other RoPE) and for values of a wrong type or range.
         """
         kind = config.get("model_type")
-        if kind not in ARCHITECTURES:
+        if kind not in tuple(ARCHITECTURES):
             raise CheckpointError(
-                f"config.json: model_type is {kind!r}; Arriero's decoders compute {', '.join(ARCHITECTURES)} only. "
+                f"{file}: model_type is {kind!r}; Arriero's decoders compute {', '.join(ARCHITECTURES)} only. "
                 "Other architectures get their own file in arriero/model/"
             )
-        if config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}:
-            raise CheckpointError("config.json: attention through a sliding window, which no decoder here computes")
-        for name in ("attention_bias", "mlp_bias"):
-            if config.get(name):
-                raise CheckpointError(f"config.json: {name} is true; {kind} has no biases, this decoder none either")
-        if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"config.json: hidden_act is {config['hidden_act']!r}; {kind} uses 'silu'")
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        rope_kind = rope.get("rope_type", rope.get("type", "default"))
-        if rope_kind not in ("default", "llama3"):
-            raise CheckpointError(f"config.json: RoPE type {rope_kind!r}; known here are 'default' and 'llama3'")
-        scaling = None
-        if rope_kind == "llama3":
-            scaling = RopeScaling(
-                factor=float(rope["factor"]),
-                low_freq_factor=float(rope["low_freq_factor"]),
-                high_freq_factor=float(rope["high_freq_factor"]),
-                original_context=int(rope["original_max_position_embeddings"]),
-            )
-        n_heads = int(config["num_attention_heads"])
-        return ARCHITECTURES[kind](
-            dim=int(config["hidden_size"]),
-            n_layers=int(config["num_hidden_layers"]),
-            n_heads=n_heads,
-            n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
-            ffn_dim=int(config["intermediate_size"]),
-            vocab_size=int(config["vocab_size"]),
-            max_context=int(config.get("max_position_embeddings", 2048)),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-            rope_scaling=scaling,
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            head_dim=int(config.get("head_dim") or 0),
+        fields, shape = Fields(config, file), ARCHITECTURES[kind]
+        check_entries(fields, kind)
+        n_heads, context = (
+            fields.whole("num_attention_heads"),
+            fields.whole("max_position_embeddings", shape.default_context),
         )
+        with fields.blamed():
+            theta, scaling = read_scaling(fields, context)
+            return shape(
+                dim=fields.whole("hidden_size"),
+                n_layers=fields.whole("num_hidden_layers"),
+                n_heads=n_heads,
+                n_kv_heads=fields.whole("num_key_value_heads", n_heads),
+                ffn_dim=fields.whole("intermediate_size"),
+                vocab_size=fields.whole("vocab_size"),
+                max_context=context,
+                norm_eps=fields.number("rms_norm_eps", 1e-6),
+                rope_theta=theta,
+                rope_scaling=scaling,
+                tied_embeddings=fields.flag("tie_word_embeddings", False),
+                head_dim=fields.whole("head_dim") if "head_dim" in fields else shape.default_head_dim,
+            )
 
     def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
         """Return the `config.json` that transformers, vLLM and llama.cpp's converter read."""
-        out: dict[str, Any] = {
+        return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": self.model_type,
             "hidden_size": self.dim,
@@ -151,23 +144,13 @@ class LlamaConfig:
             "max_position_embeddings": self.max_context,
             "rms_norm_eps": self.norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_scaling": None,
+            "rope_scaling": None if self.rope_scaling is None else self.rope_scaling.to_hf(),
             "tie_word_embeddings": self.tied_embeddings,
             "hidden_act": "silu",
             "attention_bias": False,
             "mlp_bias": False,
             "torch_dtype": dtype,
         }
-        if self.rope_scaling is not None:
-            s = self.rope_scaling
-            out["rope_scaling"] = {
-                "rope_type": "llama3",
-                "factor": s.factor,
-                "low_freq_factor": s.low_freq_factor,
-                "high_freq_factor": s.high_freq_factor,
-                "original_max_position_embeddings": s.original_context,
-            }
-        return out
 
 
 @dataclass(frozen=True)
@@ -178,6 +161,8 @@ class Qwen3Config(LlamaConfig):
     """
 
     model_type: ClassVar[str] = "qwen3"
+    default_context: ClassVar[int] = 32_768
+    default_head_dim: ClassVar[int] = 128
 
     @property
     def n_params(self) -> int:
@@ -241,7 +226,7 @@ def _llama1(dim: int, n_layers: int, n_heads: int, ffn_dim: int, eps: float = 1e
 def _llama3(
     dim: int, n_layers: int, n_heads: int, ffn_dim: int, factor: float | None, tied: bool = False
 ) -> LlamaConfig:
-    scaling = None if factor is None else RopeScaling(factor)
+    scaling = None if factor is None else Llama3Scaling(factor)
     context = 8192 if factor is None else 131_072
     return LlamaConfig(
         dim, n_layers, n_heads, 8, ffn_dim, 128_256, context,

@@ -119,6 +119,7 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     # A frozen base is computed with, never updated, so it is held in the compute type; trained weights stay fp32.
     stored = DTYPES[loop.precision] if config.method == "lora" else torch.float32
     model, weights = open_model(config.model, stored)
+    model.config.check_length(config.data.seq_len)
     tokenizer = load_tokenizer_at(weights.source)
     with mesh.one_before_others():  # who come later find the tokens in the cache
         training, validation = build_splits(

@@ -8,12 +8,14 @@ import pytest
 import torch
 from helpers.toys import equal_weights, toy_config, toy_model
 
-from arriero.checkpoint.gguf import Kind, open_gguf, read_config, rope_factors, write_gguf
+from arriero.checkpoint.gguf import Kind, open_gguf, read_config, write_gguf
+from arriero.checkpoint.gguf_rope import rope_factors
 from arriero.checkpoint.load import load_model
 from arriero.checkpoint.weights import from_model
 from arriero.errors import CheckpointError
 from arriero.gguf_header import read_metadata
-from arriero.model.config import LlamaConfig, RopeScaling
+from arriero.model.config import LlamaConfig
+from arriero.model.scaling import Llama3Scaling
 
 TYPES = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16, torch.float16: Kind.F16}
 
@@ -130,7 +132,7 @@ def test_q8_0_is_within_half_a_step_of_each_block(tmp_path):
 
 
 def test_rope_scaling_is_recovered_from_the_factors(tmp_path):
-    for scaling in (RopeScaling(8.0), RopeScaling(32.0), RopeScaling(4.0, original_context=2048)):
+    for scaling in (Llama3Scaling(8.0), Llama3Scaling(32.0), Llama3Scaling(4.0, original_context=2048)):
         config = replace(toy_config("llama3.1-8b"), rope_scaling=scaling)
         write_gguf(from_model(toy_model(config)), tmp_path / "m.gguf", kind=Kind.F32, tokenizer={})
         assert read_config(tmp_path / "m.gguf").rope_scaling == scaling
@@ -138,13 +140,13 @@ def test_rope_scaling_is_recovered_from_the_factors(tmp_path):
 
 def test_rope_factors_by_hand():
     """Head width 4, theta 100, wavelengths 2 pi and 20 pi; context 100: turns 15.9 and 1.59."""
-    config = LlamaConfig(4, 1, 1, 1, 4, 4, 4, rope_theta=100.0, rope_scaling=RopeScaling(8.0, original_context=100))
+    config = LlamaConfig(4, 1, 1, 1, 4, 4, 4, rope_theta=100.0, rope_scaling=Llama3Scaling(8.0, original_context=100))
     smooth = (100 / (20 * np.pi) - 1) / 3
     assert rope_factors(config).tolist() == pytest.approx([1.0, 1 / (smooth + (1 - smooth) / 8)])
 
 
 def test_rope_factors_of_another_rule_are_refused(tmp_path):
-    config = replace(toy_config("llama3.1-8b"), rope_scaling=RopeScaling(8.0, low_freq_factor=1.5))
+    config = replace(toy_config("llama3.1-8b"), rope_scaling=Llama3Scaling(8.0, low_freq_factor=1.5))
     write_gguf(from_model(toy_model(config)), tmp_path / "m.gguf", kind=Kind.F32, tokenizer={})
     with pytest.raises(CheckpointError, match=r"rope_freqs are not those of Llama 3\.1's scaling"):
         open_gguf(tmp_path / "m.gguf")
@@ -159,9 +161,9 @@ def small_file(tmp_path, **changes):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"general.architecture": "qwen2"}, "architecture is 'qwen2'"),
+        ({"general.architecture": "qwen2"}, 'architecture is "qwen2"'),
         ({"llama.expert_count": 8}, "a mixture of 8 experts"),
-        ({"llama.rope.scaling.type": "yarn"}, "RoPE scaling 'yarn'"),
+        ({"llama.rope.scaling.type": "longrope"}, 'RoPE scaling "longrope"; computed here are'),
         ({"llama.feed_forward_length": [107, 109, 113]}, r"'llama\.feed_forward_length' differs between layers"),
         ({"llama.rope.dimension_count": 4}, "RoPE turns 4 of 8 dimensions"),
         ({"llama.block_count": 4}, "missing: model.layers.3"),

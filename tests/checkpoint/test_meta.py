@@ -14,7 +14,8 @@ from arriero.checkpoint.load import load_model
 from arriero.checkpoint.meta import open_meta, write_meta
 from arriero.checkpoint.weights import from_model
 from arriero.errors import CheckpointError
-from arriero.model.config import PUBLISHED, RopeScaling
+from arriero.model.config import PUBLISHED
+from arriero.model.scaling import Llama3Scaling
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -160,7 +161,7 @@ def test_what_params_json_cannot_say_is_refused(tmp_path):
     wide = toy_model(replace(config, head_dim=64))
     with pytest.raises(CheckpointError, match="head_dim 64 x 8 heads is not dim 256"):
         write_meta(from_model(wide), tmp_path / "m")
-    odd = toy_model(replace(config, rope_scaling=RopeScaling(8.0, original_context=2048)))
+    odd = toy_model(replace(config, rope_scaling=Llama3Scaling(8.0, original_context=2048)))
     with pytest.raises(CheckpointError, match="no place for the RoPE scaling"):
         write_meta(from_model(odd), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []

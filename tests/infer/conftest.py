@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from arriero.infer import kernels
-from arriero.model.config import LlamaConfig, RopeScaling
+from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
+from arriero.model.scaling import Llama3Scaling, YarnScaling
 from arriero.tokenizer import load_tokenizer
 
 TOYS = {
     "gqa": LlamaConfig(54, 3, 6, 2, 71, 101, 211, head_dim=22),
     "mha": LlamaConfig(39, 2, 3, 3, 101, 103, 211, head_dim=34, norm_eps=1e-6),
     "mqa": LlamaConfig(70, 2, 5, 1, 128, 107, 211, head_dim=32, tied_embeddings=True),
-    "scaled": LlamaConfig(96, 2, 3, 1, 193, 109, 509, rope_scaling=RopeScaling(8.0, original_context=31)),
+    "scaled": LlamaConfig(96, 2, 3, 1, 193, 109, 509, rope_scaling=Llama3Scaling(8.0, original_context=31)),
+    "yarn": LlamaConfig(96, 2, 3, 1, 193, 109, 509, rope_scaling=YarnScaling(16.0, 7)),
 }
 
 

@@ -57,10 +57,25 @@ def test_heads_that_do_not_divide_are_refused():
     [
         ({"model_type": "mistral"}, "model_type is 'mistral'"),
         ({"attention_bias": True}, "attention_bias is true"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE type 'yarn'"),
-        ({"use_sliding_window": True}, "a sliding window, which no decoder here computes"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "a sliding window"),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, 'RoPE type "longrope"; computed here are'),
+        ({"attention_multiplier": 0.1}, "attention_multiplier is 0.1; a .* is computed here as with null only"),
+        ({"embedding_multiplier": 12}, "embedding_multiplier is 12; a .* is computed here as with 1 only"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_interleaved": True}, "rope_interleaved is true"),
+        ({"num_local_experts": 8}, "num_local_experts is 8"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r'quantised \(method "fp8"\); .* take a GGUF file'),
+        (
+            {"num_attention_heads": True},
+            "num_attention_heads is true; it must be a whole number from 1 to 2,147,483,647",
+        ),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be a whole number"),
+        ({"max_position_embeddings": 1e30}, r"max_position_embeddings is 1e\+30; it must be a whole number"),
+        ({"tie_word_embeddings": "true"}, 'tie_word_embeddings is "true"; it must be true or false'),
+        ({"rms_norm_eps": 0}, r"norm_eps is 0\.0; it must be above 0 and below 1"),
+        ({"rope_theta": 0}, r"rope_theta is 0\.0; it must be above 1"),
+        ({"use_sliding_window": True}, "use_sliding_window is true; a .* is computed here as with false only"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "every layer here has full attention"),
     ],
 )
 @pytest.mark.parametrize("name", ["smollm2-135m", "qwen3-0.6b"])
@@ -73,3 +88,27 @@ def test_what_the_decoder_does_not_compute_is_refused(name, change, said):
 def test_hf_config_round_trip():
     for config in SHAPES.values():
         assert LlamaConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen3-0.6b"])
+def test_what_is_merely_not_used_is_named_once_and_what_every_file_has_is_not(name, fresh_warnings):
+    usual = {"transformers_version": "5.0", "use_cache": False, "eos_token_id": [1, 2], "mlp_bias": False,
+             "pretraining_tp": 2, "logit_scale": 1.0, "quantization_config": None, "is_llama_config": True}  # fmt: skip
+    LlamaConfig.from_hf(SHAPES[name].to_hf() | usual)
+    assert fresh_warnings() == []
+    for _ in range(2):
+        LlamaConfig.from_hf(
+            SHAPES[name].to_hf() | {"my_notes": "x", "auto_map": {}, "attention_dropout": 0.1}, "a.json"
+        )
+    assert fresh_warnings() == [
+        "a.json: attention_dropout is 0.1; training applies none",
+        f"a.json: not used for a {SHAPES[name].model_type}, as in transformers: auto_map, my_notes",
+    ]
+
+
+def test_what_a_qwen3_leaves_out_is_as_in_transformers():
+    left_out = {
+        k: v for k, v in QWEN3["qwen3-0.6b"].to_hf().items() if k not in ("head_dim", "max_position_embeddings")
+    }
+    config = LlamaConfig.from_hf(left_out)
+    assert (config.head_dim, config.max_context) == (128, 32_768)

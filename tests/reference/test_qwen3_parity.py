@@ -18,8 +18,9 @@ from arriero.checkpoint.load import load_model
 from arriero.checkpoint.merge import merge
 from arriero.checkpoint.weights import from_model
 from arriero.errors import CheckpointError
-from arriero.model.config import QWEN3, LlamaConfig, Qwen3Config, RopeScaling
+from arriero.model.config import QWEN3, LlamaConfig, Qwen3Config
 from arriero.model.qwen3 import Qwen3
+from arriero.model.scaling import Llama3Scaling
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -111,7 +112,7 @@ def test_what_other_formats_cannot_say_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="this is a qwen3; Meta's layout knows Llama only: convert to hf or gguf"):
         convert(tmp_path / "hf", tmp_path / "meta", to="meta")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    scaling = LlamaConfig(4, 1, 1, 1, 4, 4, 4, rope_scaling=RopeScaling(8.0)).to_hf()["rope_scaling"]
+    scaling = LlamaConfig(4, 1, 1, 1, 4, 4, 4, rope_scaling=Llama3Scaling(8.0)).to_hf()["rope_scaling"]
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling}))
     with pytest.raises(CheckpointError, match=r"llama\.cpp scales RoPE in Llama's way for Llama only: convert to hf"):
         convert(tmp_path / "hf", tmp_path / "m.gguf", to="gguf")
