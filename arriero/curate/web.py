@@ -6,8 +6,9 @@ import codecs
 import re
 from typing import Any, Literal
 
+from arriero.curate.depth import flattened
 from arriero.curate.encodings import codec_of, decode, fits_all
-from arriero.errors import DataError, require
+from arriero.errors import DataError, UserError, require
 
 Extractor = Literal["resiliparse", "trafilatura"]
 
@@ -59,14 +60,16 @@ def _without(body: bytes, encoding: str) -> bytes:
 
 def main_text(data: bytes, extractor: Extractor, where: str, charset: str | None = None) -> str:
     """The main text of a page, without menus, headers and the like. charset: as the HTTP header says."""
-    page = decoded(data, charset, declaration(data))
-    if extractor == "trafilatura":
-        found = require("trafilatura", "data").extract(page, include_comments=False, include_tables=True)
-        return found or ""
-    extract = require("resiliparse.extract.html2text", "data").extract_plain_text
     try:
+        page = flattened(decoded(data, charset, declaration(data)))
+        if extractor == "trafilatura":
+            found = require("trafilatura", "data").extract(page, include_comments=False, include_tables=True)
+            return found or ""
+        extract = require("resiliparse.extract.html2text", "data").extract_plain_text
         return extract(page, main_content=True, alt_texts=False, list_bullets=True)
-    except Exception as error:
+    except UserError as error:
+        raise type(error)(f"{where}: {error}; remove the page") from error
+    except Exception as error:  # RecursionError is one
         raise DataError(f"{where}: the HTML cannot be parsed ({error}); remove the page") from error
 
 
