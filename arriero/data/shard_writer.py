@@ -15,12 +15,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arriero.data.shards import FORMAT, MANIFEST, PROGRESS, SPLITS
+from arriero.data.shards import FORMAT, MANIFEST, PROGRESS, SPLITS, source_directory
 from arriero.errors import DataError
 from arriero.files import LOCK, locked, put_in_place, replaced_file, sync, temporary_name, write_json
 from arriero.handles import Appending
@@ -124,9 +123,9 @@ class ShardWriter:
         (self.out / PROGRESS).unlink()
 
     def directory(self, name: SetName) -> Path:
-        """Where a set lies; any character may be in a source's name, so it is percent-encoded."""
+        """Where a set lies."""
         split, source = name
-        return self.out / split / quote(source, safe=" ").replace(".", "%2E") if self.by_source else self.out / split
+        return self.out / split / source_directory(source) if self.by_source else self.out / split
 
     def _clear(self) -> None:
         for split in SPLITS:

@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ from arriero.tokenizer import load_tokenizer
 FORMAT = "arriero-shards-1"
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"  # of `arriero shard`: what is in all sets of a directory
+DEVICE = re.compile("(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")  # no file's name on Windows
 ONE_SOURCE = "documents"  # what the only source of a set without sources is called
 SPLITS = TRAIN, VALIDATION = "train", "validation"
 MAX_UINT16 = 2**16
@@ -165,6 +167,27 @@ def open_shards(directory: str | Path) -> Shards:
     return Shards(directory)
 
 
+def source_directory(source: str) -> str:
+    """The name of the directory of a source's set, on any file system.
+
+    Any character may be in a source's name, so it is percent-encoded. One that gets longer than a file's name may be
+    (255 bytes), or means a device, is its beginning and a hash, with a "+", which stands in no encoded name.
+    """
+    name = quote(source, safe=" ", errors="surrogatepass").replace(".", "%2E")
+    if name.endswith(" "):
+        name = f"{name[:-1]}%20"
+    if len(name) <= 200 and not DEVICE.fullmatch(name):
+        return name
+    digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{re.sub('%.?$', '', name[:120])}+{digest[:32]}"
+
+
+def _source_of(shards: Shards) -> str:
+    """What a set's source is called: as its directory, which may have been renamed; a name too long by its manifest."""
+    directory = shards.directory.name
+    return shards.source if directory == source_directory(shards.source) else unquote(directory)
+
+
 def open_sources(directory: str | Path) -> dict[str, Shards]:
     """The sets in `directory` by the name of the source, which is that of the set's own directory; sorted.
 
@@ -175,7 +198,8 @@ def open_sources(directory: str | Path) -> dict[str, Shards]:
     if (directory / MANIFEST).is_file():
         one = Shards(directory)
         return {one.source: one}
-    found = {unquote(path.parent.name): Shards(path.parent) for path in directory.glob(f"*/{MANIFEST}")}
+    sets = (Shards(path.parent) for path in directory.glob(f"*/{MANIFEST}"))
+    found = {_source_of(shards): shards for shards in sets}
     if not found:
         inner = " or ".join(str(directory / split) for split in SPLITS if holds_shards(directory / split))
         hint = f"did you mean {inner}?" if inner else "`arriero shard` makes them; if it was stopped, run it again"

@@ -88,7 +88,7 @@ def test_presets_are_curations(name):
         ("curate stdlib --out x --set min_words=3", "'min_words' is the name of several settings; write one of"),
         (
             "curate stdlib --out x --set language.keep=english",
-            "language.keep has 'english'; give codes of two or three",
+            "language.keep has 'english', which the model does not know; did you mean 'en'?",
         ),
         ("curate stdlib --out x --steps normalize", "'normalize', which is no step; did you mean 'normalise'?"),
         (

