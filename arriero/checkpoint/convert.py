@@ -9,19 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from arriero.checkpoint.beside import Beside, read_beside, warn_of_losses, warn_of_tokenizer_ids
 from arriero.checkpoint.gguf import Kind, write_gguf
-from arriero.checkpoint.hf import generation_ids, write_hf
-from arriero.checkpoint.load import has_tokenizer, load_tokenizer_at, open_weights
+from arriero.checkpoint.hf import write_hf
+from arriero.checkpoint.load import TOKENIZER_FILES, has_tokenizer, load_tokenizer_at, open_weights
 from arriero.checkpoint.meta import write_meta
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError, did_you_mean
+from arriero.terminal import warn_once
+
+if TYPE_CHECKING:
+    from arriero.tokenizer.base import Tokenizer
 
 Format = Literal["hf", "meta", "gguf"]
 NumberType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -45,9 +50,18 @@ def convert(
     check_destination(source, dst, force)
     weights = open_weights(source)
     tokenizer = load_tokenizer_at(source) if has_tokenizer(source) else None
+    beside = read_beside(source, same_model=True)
+    warn_of_tokenizer_ids(source, beside, tokenizer)
+    warn_of_losses(source, beside, to)
+    if tokenizer is None:
+        warn_once(f"{source}: no tokenizer is there ({', '.join(TOKENIZER_FILES)}), so {dst} has none{_without(to)}")
     with tensor_bar(f"{source.name} -> {to}", len(weights.entries)) as progress:
-        _write(weights, dst, to, dtype, tokenizer, progress)
+        _write(weights, dst, to, dtype, tokenizer, beside, progress)
     return dst
+
+
+def _without(to: str) -> str:
+    return ", and llama.cpp does not load a file without one" if to == "gguf" else ""
 
 
 @contextmanager
@@ -85,23 +99,22 @@ def _check_request(dst: Path, to: str, dtype: str | None) -> None:
 
 
 def _write(
-    weights: Weights, dst: Path, to: str, dtype: str | None, tokenizer: Any, progress: Callable[[str], None]
+    weights: Weights,
+    dst: Path,
+    to: str,
+    dtype: str | None,
+    tokenizer: Tokenizer | None,
+    beside: Beside,
+    progress: Callable[[str], None],
 ) -> None:
-    save = None if tokenizer is None else tokenizer.save
-    if to == "hf":
-        write_hf(
-            weights,
-            dst,
-            dtype=_DTYPES[dtype] if dtype else None,
-            save_tokenizer=save,
-            generation=generation_ids(tokenizer),
-            progress=progress,
-        )
-    elif to == "meta":
-        write_meta(weights, dst, dtype=_DTYPES[dtype] if dtype else None, save_tokenizer=save, progress=progress)
-    else:
+    if to == "gguf":
         from arriero.tokenizer.gguf import tokenizer_to_gguf
 
         stored = next((name for name, torch_dtype in _DTYPES.items() if torch_dtype == weights.dtype), "f32")
         entries = {} if tokenizer is None else tokenizer_to_gguf(tokenizer)
-        write_gguf(weights, dst, kind=_KINDS[dtype or stored], tokenizer=entries, name=dst.stem, progress=progress)
+        kind = _KINDS[dtype or stored]
+        write_gguf(weights, dst, kind=kind, tokenizer=entries, name=dst.stem, beside=beside, progress=progress)
+        return
+    write = write_hf if to == "hf" else write_meta
+    number = _DTYPES[dtype] if dtype else None
+    write(weights, dst, dtype=number, tokenizer=tokenizer, beside=beside, progress=progress)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arriero.checkpoint.beside import NOTHING, Beside
 from arriero.checkpoint.gguf_rope import ROPE_FREQS, read_scaling, rope_factors, scaling_entries, shortest
 from arriero.checkpoint.tensor_file import Entry
 from arriero.checkpoint.weights import Weights, checked, rotary_heads, to_halves, to_pairs
@@ -153,37 +154,49 @@ def write_gguf(
     kind: Kind,
     tokenizer: Mapping[str, Any],
     name: str = "",
+    beside: Beside = NOTHING,
     progress: Callable[[str], None] = lambda name: None,
+    check: Callable[[Path], None] = lambda file: None,
 ) -> None:
     """Write weights as one GGUF file, all or nothing; one tensor is in memory at a time.
 
     kind: F32, F16, BF16 or Q8_0, for the matrices; norms and RoPE factors stay F32, as llama.cpp wants them.
-    tokenizer: its metadata (`tokenizer.gguf.tokenizer_to_gguf`). name: shown by llama.cpp as the model's name.
+    tokenizer: its metadata (`tokenizer.gguf.tokenizer_to_gguf`). name: shown by llama.cpp as the model's name. beside,
+    progress, check: as in `write_hf`.
     Raises `CheckpointError` when a weight is too large for F16, or a row cannot be cut into Q8_0's blocks of 32.
     """
     config = weights.config
-    by_table = isinstance(config.rope_scaling, Llama3Scaling)
     scaling = scaling_entries(weights.source, config, _LAYOUTS[config.model_type].rope_scaling)
-    with replaced_file(file) as temporary, closing(gguf.GGUFWriter(temporary, config.model_type)) as writer:
-        for key, value in {**_metadata(config, kind, name), **scaling, **tokenizer}.items():
-            _add(writer, key, value)
-        factors = rope_factors(config).numpy()
-        if by_table:
-            writer.add_tensor_info(ROPE_FREQS, factors.shape, factors.dtype, factors.nbytes, Kind.F32)
-        kinds = {hf: kind if len(entry.shape) > 1 else Kind.F32 for hf, entry in weights.entries.items()}
-        for hf, entry in weights.entries.items():
-            shape, dtype = _stored_shape(weights.source, hf, entry.shape, kinds[hf])
-            writer.add_tensor_info(tensor_names(config)[hf], shape, dtype, prod(shape) * dtype.itemsize, kinds[hf])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        if by_table:
-            writer.write_tensor_data(factors)
-        for hf in weights.entries:
-            progress(hf)
-            heads = _paired_heads(hf, config)
-            tensor = to_pairs(weights.read(hf), heads) if heads else weights.read(hf)
-            writer.write_tensor_data(_encoded(weights.source, hf, tensor, kinds[hf]))
+    said = dict(beside.general) | beside.sampling_metadata(weights.source)
+    with replaced_file(file) as temporary:
+        with closing(gguf.GGUFWriter(temporary, config.model_type)) as writer:
+            for key, value in {**_metadata(config, kind, name), **scaling, **said, **tokenizer}.items():
+                _add(writer, key, value)
+            _write_tensors(writer, weights, kind, progress)
+        check(temporary)
+
+
+def _write_tensors(writer: gguf.GGUFWriter, weights: Weights, kind: Kind, progress: Callable[[str], None]) -> None:
+    """Write the header and, after it, each tensor."""
+    config = weights.config
+    by_table = isinstance(config.rope_scaling, Llama3Scaling)
+    factors = rope_factors(config).numpy()
+    if by_table:
+        writer.add_tensor_info(ROPE_FREQS, factors.shape, factors.dtype, factors.nbytes, Kind.F32)
+    kinds = {hf: kind if len(entry.shape) > 1 else Kind.F32 for hf, entry in weights.entries.items()}
+    for hf, entry in weights.entries.items():
+        shape, dtype = _stored_shape(weights.source, hf, entry.shape, kinds[hf])
+        writer.add_tensor_info(tensor_names(config)[hf], shape, dtype, prod(shape) * dtype.itemsize, kinds[hf])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if by_table:
+        writer.write_tensor_data(factors)
+    for hf in weights.entries:
+        progress(hf)
+        heads = _paired_heads(hf, config)
+        tensor = to_pairs(weights.read(hf), heads) if heads else weights.read(hf)
+        writer.write_tensor_data(_encoded(weights.source, hf, tensor, kinds[hf]))
 
 
 def _metadata(config: LlamaConfig, kind: Kind, name: str) -> dict[str, Any]:
@@ -211,11 +224,11 @@ def _metadata(config: LlamaConfig, kind: Kind, name: str) -> dict[str, Any]:
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    """Add a plain Python value under the type that llama.cpp expects: u32, f32, bool, string or an array."""
+    """Add a plain value under the type that llama.cpp expects: u32 (below 0 i32), f32, bool, string or an array."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
-        writer.add_uint32(key, value)
+        writer.add_uint32(key, value) if value >= 0 else writer.add_int32(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
     elif isinstance(value, str):

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from arriero.checkpoint.beside import NOTHING, Beside
 from arriero.checkpoint.files import read_json, replaced_directory
 from arriero.checkpoint.tensor_file import Entry, Reader, safetensors_entries, tensor_reader, write_safetensors
 from arriero.checkpoint.weights import Weights, checked, from_model
@@ -21,6 +22,9 @@ from arriero.errors import CheckpointError
 from arriero.files import write_json
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
+
+if TYPE_CHECKING:
+    from arriero.tokenizer.base import Tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -74,14 +78,15 @@ def write_hf(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    save_tokenizer: Callable[[Path], None] | None = None,
-    generation: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
+    beside: Beside = NOTHING,
     progress: Callable[[str], None] = lambda name: None,
+    check: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Write weights as a Hugging Face directory, all or nothing.
 
-    dtype: None keeps the stored type. save_tokenizer(directory) adds the tokenizer's files. generation: entries of
-    generation_config.json (token ids). progress(name) is called before each tensor is written.
+    dtype: None keeps the stored type. beside: what else the model's source says (`read_beside`). progress(name) is
+    called before each tensor is written, check(directory) on the complete files before they are put in place.
     """
     dtype = dtype or weights.dtype
     entries = {name: Entry(entry.shape, dtype) for name, entry in weights.entries.items()}
@@ -98,16 +103,18 @@ def write_hf(
             total = sum(prod(entry.shape) * dtype.itemsize for entry in entries.values())
             where = {name: file for file, names in shards.items() for name in names}
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-        _describe(temporary, weights.config, dtype, save_tokenizer, generation)
+        _describe(temporary, weights.config, dtype, tokenizer, beside)
+        check(temporary)
 
 
 def save_hf(
     model: Llama,
     directory: str | Path,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    beside: Beside = NOTHING,
     progress: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write a model, and its tokenizer when given, as a Hugging Face directory.
@@ -120,42 +127,24 @@ def save_hf(
         Path(directory),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
-        save_tokenizer=None if tokenizer is None else tokenizer.save,
-        generation=generation_ids(tokenizer),
+        tokenizer=tokenizer,
+        beside=beside,
         progress=progress,
     )
 
 
-def companions(config: LlamaConfig, tokenizer: Any) -> Callable[[Path], None]:
+def companions(config: LlamaConfig, tokenizer: Tokenizer, beside: Beside = NOTHING) -> Callable[[Path], None]:
     """A function that writes what stands beside fp32 weights in Hugging Face's layout: config and tokenizer."""
-    return lambda directory: _describe(directory, config, torch.float32, tokenizer.save, generation_ids(tokenizer))
+    return lambda directory: _describe(directory, config, torch.float32, tokenizer, beside)
 
 
 def _describe(
-    directory: Path,
-    config: LlamaConfig,
-    dtype: torch.dtype,
-    save_tokenizer: Callable[[Path], None] | None,
-    generation: Mapping[str, Any] | None,
+    directory: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer | None, beside: Beside
 ) -> None:
-    """Write config.json, generation_config.json and the tokenizer's files."""
-    if save_tokenizer is not None:
-        save_tokenizer(directory)
-    ids = {key: value for key, value in (generation or {}).items() if value is not None}
-    write_json(directory / "generation_config.json", {"_from_model_config": False, **ids})
-    write_json(directory / "config.json", {**config.to_hf(str(dtype).removeprefix("torch.")), **ids})
-
-
-def generation_ids(tokenizer: Any) -> dict[str, Any]:
-    """The token ids that config.json and generation_config.json carry: where texts begin, end and are padded."""
-    if tokenizer is None:
-        return {}
-    stops = sorted(tokenizer.stop_ids)
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
+    """Write config.json, generation_config.json, the tokenizer's files and what goes along."""
+    if tokenizer is not None:
+        tokenizer.save(directory)
+    beside.write(directory, tokenizer, config.to_hf(str(dtype).removeprefix("torch.")))
 
 
 def _shards(entries: Mapping[str, Entry], max_bytes: int) -> dict[str, list[str]]:

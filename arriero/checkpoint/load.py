@@ -25,7 +25,7 @@ from arriero.model.llama import Llama
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def best_device() -> str:
@@ -99,7 +99,7 @@ def has_tokenizer(path: Path) -> bool:
     """Whether the checkpoint at `path` brings a tokenizer."""
     if path.is_file():
         return "tokenizer.ggml.model" in read_metadata(path)
-    return any((path / name).is_file() for name in _TOKENIZER_FILES)
+    return any((path / name).is_file() for name in TOKENIZER_FILES)
 
 
 def load_tokenizer_at(path: Path) -> Tokenizer:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from arriero.checkpoint.adapter import load_adapter
+from arriero.checkpoint.beside import read_beside
 from arriero.checkpoint.convert import check_destination
 from arriero.checkpoint.files import replaced_directory
 from arriero.checkpoint.hf import ALL_WEIGHTS, save_hf
@@ -59,7 +60,8 @@ def merge(
     expected = _logits(model)
     merge_lora(model)
     with replaced_directory(dst, replaces=ALL_WEIGHTS) as temporary:
-        save_hf(model, temporary, load_tokenizer_at(source) if has_tokenizer(source) else None, dtype=dtype)
+        tokenizer = load_tokenizer_at(source) if has_tokenizer(source) else None
+        save_hf(model, temporary, tokenizer, dtype=dtype, beside=read_beside(source))
         del model
         report = _compare(_logits(load_model(temporary, dtype=torch.float32)), expected)
         if not report.max_difference <= _TOLERANCE[dtype] * report.largest_logit:

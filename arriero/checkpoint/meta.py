@@ -15,11 +15,12 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from arriero.checkpoint.beside import NOTHING, Beside
 from arriero.checkpoint.files import read_json, replaced_directory
 from arriero.checkpoint.tensor_file import Entry
 from arriero.checkpoint.weights import Weights, checked, rotary_heads, to_halves, to_pairs
@@ -28,6 +29,9 @@ from arriero.files import write_json
 from arriero.model.config import PUBLISHED, LlamaConfig
 from arriero.model.llama import EMBEDDINGS, HEAD
 from arriero.model.scaling import Llama3Scaling
+
+if TYPE_CHECKING:
+    from arriero.tokenizer.base import Tokenizer
 
 _BLOCK_NAMES = {
     "input_layernorm": "attention_norm",
@@ -78,10 +82,15 @@ def write_meta(
     directory: Path,
     *,
     dtype: torch.dtype | None = None,
-    save_tokenizer: Callable[[Path], None] | None = None,
+    tokenizer: Tokenizer | None = None,
+    beside: Beside = NOTHING,
     progress: Callable[[str], None] = lambda name: None,
+    check: Callable[[Path], None] = lambda directory: None,
 ) -> None:
-    """Write weights as params.json and consolidated.00.pth, all or nothing. The whole model is held in memory."""
+    """Write weights as params.json and consolidated.00.pth, all or nothing. The whole model is held in memory.
+
+    beside, progress, check: as in `write_hf`; generation_config.json is Hugging Face's, and lies beside the tokenizer.
+    """
     config, dtype = weights.config, dtype or weights.dtype
     if type(config) is not LlamaConfig:
         raise CheckpointError(
@@ -104,8 +113,11 @@ def write_meta(
     with replaced_directory(directory, replaces="consolidated.*.pth") as temporary:
         torch.save(state, temporary / "consolidated.00.pth")
         write_json(temporary / "params.json", _params(config))
-        if save_tokenizer is not None:
-            save_tokenizer(temporary)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        if tokenizer is not None or beside != NOTHING:
+            beside.write(temporary, tokenizer)
+        check(temporary)
 
 
 def tensor_names(config: LlamaConfig) -> dict[str, str]:

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arriero.checkpoint.beside import read_beside
 from arriero.checkpoint.convert import check_destination, tensor_bar
-from arriero.checkpoint.hf import generation_ids, write_hf
+from arriero.checkpoint.hf import write_hf
 from arriero.checkpoint.load import open_weights
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.tensor_file import Entry
@@ -95,10 +96,4 @@ def resize(model: str | Path, dst: Path, base: Tokenizer, extension: Extension) 
     source = check_request(model, dst, base)
     weights = resized(open_weights(source), base.vocab_size, extension.parts)
     with tensor_bar(f"{source.name} -> {weights.config.vocab_size:,} ids", len(weights.entries)) as progress:
-        write_hf(
-            weights,
-            dst,
-            save_tokenizer=extension.tokenizer.save,
-            generation=generation_ids(extension.tokenizer),
-            progress=progress,
-        )
+        write_hf(weights, dst, tokenizer=extension.tokenizer, beside=read_beside(source), progress=progress)

@@ -19,7 +19,9 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from arriero.checkpoint.beside import read_beside, sampling_of, unused_settings
 from arriero.checkpoint.load import best_device, load
+from arriero.checkpoint.source import resolve
 from arriero.config import from_dict
 from arriero.errors import ConfigError, DataError, UserError, did_you_mean
 from arriero.files import json_line
@@ -27,12 +29,14 @@ from arriero.infer.config import ChatConfig, GenerateConfig, SamplingConfig
 from arriero.infer.generate import Session, stream
 from arriero.infer.sample import Sampler
 from arriero.model.llama import Llama
+from arriero.terminal import warn_once
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_chat
 
 BLOCK = '"""'  # begins and ends a message of several lines
 CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+GREEDY, SAMPLED = SamplingConfig(), SamplingConfig(temperature=0.6, top_p=0.9)  # models that do not say how
 
 
 def load_chosen(config: GenerateConfig | ChatConfig) -> tuple[Llama, Tokenizer]:
@@ -41,18 +45,28 @@ def load_chosen(config: GenerateConfig | ChatConfig) -> tuple[Llama, Tokenizer]:
     return load(config.model, dtype=dtype, device=best_device(), adapter=adapter)
 
 
+def sampling_for(config: GenerateConfig | ChatConfig, otherwise: SamplingConfig) -> SamplingConfig:
+    """How to sample: as the flags say, else as the model's own generation settings, else as `otherwise` says."""
+    source = resolve(config.model)
+    own = read_beside(source, warn=False).generation
+    if unused := unused_settings(own):
+        warn_once(f"{source}: generation settings that are not used here: {', '.join(unused)}")
+    return config.sampling.over(sampling_of(own), otherwise, config.model)
+
+
 def run_generate(config: GenerateConfig) -> None:
     """Answer one prompt on standard output, as it is made."""
     prompt = config.prompt or sys.stdin.read()
     if not prompt.strip():
         raise ConfigError("the prompt is empty; give it after the model's name, or pipe text to standard input")
+    sampling = sampling_for(config, GREEDY)
     model, tokenizer = load_chosen(config)
     if config.raw:
         ids = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
     else:
         ids = encode_chat(tokenizer, [*_opening(config.system), {"role": "user", "content": prompt}])
     try:
-        for piece in stream(model, tokenizer, ids, config.sampling, config.max_new_tokens):
+        for piece in stream(model, tokenizer, ids, sampling, config.max_new_tokens):
             print(piece, end="", flush=True)
     finally:
         print()
@@ -62,8 +76,9 @@ def run_chat(config: ChatConfig) -> None:
     """Load the model, then talk until /quit or the end of the input."""
     screen = Screen()
     screen.note(f"loading {config.model} ...")
+    sampling = sampling_for(config, SAMPLED)
     model, tokenizer = load_chosen(config)
-    chat = Chat(model, tokenizer, config, screen)
+    chat = Chat(model, tokenizer, config, screen, sampling)
     screen.note(f"{config.model}, {chat.session.context:,} tokens of context; /help lists the commands")
     for message in screen.messages():
         try:
@@ -132,10 +147,12 @@ def _joined(read_line: Callable[[str], str]) -> str:
 class Chat:
     """A conversation: its messages, the model's session, and the commands on them."""
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer, config: ChatConfig, screen: Screen) -> None:
+    def __init__(
+        self, model: Llama, tokenizer: Tokenizer, config: ChatConfig, screen: Screen, sampling: SamplingConfig
+    ) -> None:
         self.tokenizer, self.config, self.screen = tokenizer, config, screen
         self.session = Session(model, config.context)
-        self.sampler = Sampler(config.sampling)
+        self.sampler = Sampler(sampling)
         self.system = config.system
         self.turns: list[dict[str, str]] = []  # user and assistant, by turns
         encode_chat(tokenizer, [{"role": "user", "content": "x"}])  # refuse a model without a template now

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from arriero.errors import check
+from arriero.errors import ConfigError, check
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,46 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class SamplingFlags:
+    """How the next token is chosen; what is not given is the model's own setting (generation_config.json).
+
+    A model that says nothing of it: `generate` takes the most probable token, `chat` temperature 0.6 and top_p 0.9.
+    """
+
+    repetition_penalty: float | None = None
+    """Divides the positive logits of tokens seen already, and multiplies the negative ones; 1 does nothing."""
+    temperature: float | None = None
+    """Divides the logits: below 1 sharper, above 1 flatter; 0 always takes the most probable token."""
+    top_k: int | None = None
+    """Choose among this many most probable tokens; 0 means all."""
+    top_p: float | None = None
+    """Choose among the fewest most probable tokens that together have this probability; 1 means all."""
+    min_p: float | None = None
+    """Drop tokens less probable than this share of the most probable one's probability; 0 drops none."""
+    seed: int | None = None
+    """The same seed gives the same text; none draws a new one each time."""
+
+    def __post_init__(self) -> None:
+        SamplingConfig(**self._given())
+
+    def over(self, own: Mapping[str, Any], otherwise: SamplingConfig, model: str) -> SamplingConfig:
+        """The settings to use: what is given here, else the model's `own`, else `otherwise`.
+
+        own: as `checkpoint.beside.sampling_of` gives it. Where it has no temperature, `otherwise` decides whether to
+        sample at all, and a greedy choice needs no filters. Raises `ConfigError` for values out of range.
+        """
+        try:
+            return SamplingConfig(**{**vars(otherwise), **own, **self._given()})
+        except ConfigError as error:
+            raise ConfigError(
+                f"{model}: in its own generation settings {error}; correct them, or give a flag"
+            ) from error
+
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     """One prompt, answered once."""
 
@@ -52,7 +93,7 @@ class GenerateConfig:
     """Longest answer, in tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and cache; bf16 is read twice as fast."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingFlags = field(default_factory=SamplingFlags)
 
     def __post_init__(self) -> None:
         check(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
@@ -78,7 +119,7 @@ class ChatConfig:
     """Tokens of conversation that the model sees; older turns are dropped. 0 means the model's own, at most 8192."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and cache; bf16 is read twice as fast."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.6, top_p=0.9))
+    sampling: SamplingFlags = field(default_factory=SamplingFlags)
 
     def __post_init__(self) -> None:
         check(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")

@@ -67,6 +67,11 @@ _READ = (
 )  # fmt: skip
 
 
+def is_known(name: str) -> bool:
+    """Whether an entry is computed with, refused where it would change the arithmetic, or of no effect here."""
+    return name in _NEUTRAL or name in _HARMLESS or name in _READ
+
+
 def check_entries(config: Fields, kind: str) -> None:
     """Refuse (`CheckpointError`) what decoders of this `kind` do not compute; warn once of what else is not read."""
     _check_layers(config, kind)
@@ -78,7 +83,7 @@ def check_entries(config: Fields, kind: str) -> None:
             )
     if config.get("attention_dropout"):
         warn_once(f"{config.file}: attention_dropout is {shown(config['attention_dropout'])}; training applies none")
-    unused = sorted(set(config) - _NEUTRAL.keys() - {*_HARMLESS, *_READ})
+    unused = sorted(name for name in config if not is_known(name))
     if kind == "llama" and "sliding_window" in config:  # Mistral's; its weights may be called a Llama's
         unused.append("sliding_window")
     if unused:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from arriero.errors import DataError
+from arriero.errors import DataError, UserError
 from arriero.tokenizer.template import ChatTemplate, Message, Tool, for_template, plain
 
 if TYPE_CHECKING:
@@ -102,6 +102,15 @@ def encode_training(
         ids += piece
         trained += [k % 2 == 1 and _is_trained(messages[answers[k // 2]])] * len(piece)
     return TrainingTokens(ids, trained)
+
+
+def end_of_answers(tokenizer: Tokenizer) -> int | None:
+    """Return the id that the chat template ends an answer with; None where there is no template to train with."""
+    try:
+        told = encode_training(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
+    except UserError:
+        return None
+    return [i for i, trained in zip(told.ids, told.trained, strict=True) if trained][-1]
 
 
 def _end_of_answer(tokenizer: Tokenizer, text: str, start: int, i: int) -> int:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from arriero.checkpoint.beside import NOTHING, Beside, read_beside
 from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import has_tokenizer, load_tokenizer_at, open_model
 from arriero.checkpoint.source import resolve
@@ -66,6 +67,7 @@ class PretrainRun:
     held_out: Mapping[str, Shards]
     phases: Sequence[Phase]
     trainer: Trainer
+    beside: Beside
 
     @property
     def total_tokens(self) -> int:
@@ -111,7 +113,8 @@ class PretrainRun:
         """Write the model in Hugging Face's layout; returns its directory."""
         directory = Path(self.config.out) / "model"
         if (model := self.trainer.engine.whole_model(lambda: build_model(self.model.config))) is not None:
-            save_hf(model, directory, self.tokenizer, dtype=DTYPES[self.config.loop.precision])
+            precision = DTYPES[self.config.loop.precision]
+            save_hf(model, directory, self.tokenizer, dtype=precision, beside=self.beside)
         return directory
 
 
@@ -180,6 +183,7 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
     phases = timetable(config, weights, total_steps)
     phases = [phase for phase, n in zip(phases, durations(phases, total_steps), strict=True) if n]
     model, values = make_model(config, tokenizer, max(phase.seq_len for phase in phases))
+    beside = NOTHING if config.model in SHAPES else read_beside(resolve(config.model)).for_training(tokenizer)
     prompts = encode_prompts(config.prompts, tokenizer, model.config.max_context)
     model.set_compute_dtype(DTYPES[loop.precision]).train()
     compiled = compiles(loop, tokens_of(phases, total_steps))
@@ -221,9 +225,9 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
         Path(config.out),
         validate if held_out else None,
         seconds_at_peak(model.config, str(device), DTYPES[loop.precision]),
-        companions(model.config, tokenizer),
+        companions(model.config, tokenizer, beside),
     )
-    return PretrainRun(config, model, tokenizer, sources, held_out, phases, trainer)
+    return PretrainRun(config, model, tokenizer, sources, held_out, phases, trainer, beside)
 
 
 def validation_interval(steps: int, tokens: int, measured: int) -> int:

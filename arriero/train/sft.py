@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from arriero.checkpoint.adapter import save_adapter
+from arriero.checkpoint.beside import Beside, read_beside
 from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import load_tokenizer_at, open_model
 from arriero.data.loader import Batch, SftLoader
@@ -49,6 +50,7 @@ class SftRun:
     validation: SftDataset | None
     loader: SftLoader
     trainer: Trainer
+    beside: Beside
 
     @property
     def total_tokens(self) -> int:
@@ -99,7 +101,7 @@ class SftRun:
         if config.method == "lora":
             save_adapter(model, directory, config.lora, config.model)
         else:
-            save_hf(model, directory, self.tokenizer, dtype=DTYPES[config.loop.precision])
+            save_hf(model, directory, self.tokenizer, dtype=DTYPES[config.loop.precision], beside=self.beside)
         return directory
 
     def _whole(self) -> Llama | None:
@@ -152,10 +154,11 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     if validation is not None:
         held_out = SftLoader(validation, config.data.seq_len, seed=0)
         validate = Validation(engine, held_out, pad_to=row)
-    beside = None if config.method == "lora" else companions(model.config, tokenizer)
+    beside = read_beside(weights.source).for_training(tokenizer)
+    files = None if config.method == "lora" else companions(model.config, tokenizer, beside)
     out = Path(config.out)
-    trainer = Trainer(engine, lm_loss, batches, steps, loop, config.optim, out, validate, companions=beside)
-    return SftRun(config, model, tokenizer, training, validation, loader, trainer)
+    trainer = Trainer(engine, lm_loss, batches, steps, loop, config.optim, out, validate, companions=files)
+    return SftRun(config, model, tokenizer, training, validation, loader, trainer, beside)
 
 
 @dataclass(frozen=True)

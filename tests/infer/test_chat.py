@@ -22,8 +22,8 @@ from arriero.infer.chat import BLOCK, Chat, Screen, _joined, run_generate
 from arriero.infer.config import ChatConfig, GenerateConfig, SamplingConfig
 
 TALK = (
-    "from arriero.infer.chat import run_chat; from arriero.infer.config import ChatConfig, SamplingConfig; "
-    "run_chat(ChatConfig(model={model!r}, sampling=SamplingConfig(), max_new_tokens={n}))"
+    "from arriero.infer.chat import run_chat; from arriero.infer.config import ChatConfig, SamplingFlags; "
+    "run_chat(ChatConfig(model={model!r}, sampling=SamplingFlags(temperature=0), max_new_tokens={n}))"
 )
 
 
@@ -40,7 +40,7 @@ def smollm2(smollm2_gguf):
 
 @pytest.fixture
 def chat(smollm2, tokenizer, native, capsys):
-    return Chat(smollm2, tokenizer, ChatConfig(sampling=SamplingConfig(), max_new_tokens=9), Screen())
+    return Chat(smollm2, tokenizer, ChatConfig(max_new_tokens=9), Screen(), SamplingConfig())
 
 
 def test_a_piped_chat_writes_answers_to_stdout_and_the_rest_to_stderr(smollm2_gguf, tmp_path):
@@ -156,7 +156,7 @@ def test_params_change_sampling_and_refuse_what_they_do_not_know(chat, capsys):
 
 
 def test_old_turns_are_dropped_when_the_context_is_full(smollm2, tokenizer, native, capsys):
-    small = Chat(smollm2, tokenizer, ChatConfig(context=128, sampling=SamplingConfig(), max_new_tokens=8), Screen())
+    small = Chat(smollm2, tokenizer, ChatConfig(context=128, max_new_tokens=8), Screen(), SamplingConfig())
     for i in range(6):
         small.take(f"This is message number {i}, and it is not short at all.")
     assert len(small.turns) < 12
