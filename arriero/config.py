@@ -5,6 +5,9 @@ field) what they mean. The file may leave out whatever keeps its default. Every 
 value, what was expected, and the file and line where that is known; the ranges are the dataclasses' own business,
 checked when they are built. No torch here.
 
+What a configuration does first when it is built, from a file, from flags or in Python, is `settle`: it expands "~" in
+paths, and refuses numbers that are none.
+
 Types understood: int, float, bool, str, Path, Literal, tuple, dict of such, Optional, nested dataclasses, and tuples
 of dataclasses ([[tables]] in the file; not on the command line).
 None has no TOML form: it is written and read as the string "none".
@@ -14,8 +17,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import datetime
+import functools
 import inspect
 import json
+import math
 import re
 import textwrap
 import tomllib
@@ -25,11 +31,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from arriero.errors import ConfigError, did_you_mean
+from arriero.paths import as_path, expanded, hint
 
 T = TypeVar("T")
 
 RECIPE = "recipe"  # the top-level key that says which recipe a file configures
 _WIDTH = 116  # columns of a comment in a written file
+_SHOWN = 200  # characters of a value in a message
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how it begins
 
 
 def load(cls: type[T], path: str | Path) -> T:
@@ -37,19 +46,19 @@ def load(cls: type[T], path: str | Path) -> T:
 
     Raises `ConfigError` for a missing or broken file, an unknown key or a value of the wrong type.
     """
-    _, values, text = _read(Path(path))
+    _, values, text = _read(as_path(path))
     return _build(cls, values, _Where(str(path), text))
 
 
 def load_recipe(recipes: Mapping[str, type], path: str | Path) -> tuple[str, Any]:
     """Read a file whose key `recipe` names one of `recipes`; returns the name and the configuration."""
-    name, values, text = _read(Path(path))
+    name, values, text = _read(as_path(path))
     known = ", ".join(recipes)
     if name is None:
         raise ConfigError(
             f'{path}: the key "{RECIPE}" is missing; begin the file with: {RECIPE} = "{next(iter(recipes))}"'
         )
-    if name not in recipes:
+    if not isinstance(name, str) or name not in recipes:
         where = _Where(str(path), text)(RECIPE)
         raise ConfigError(f"{where}recipe {name!r} is unknown{did_you_mean(str(name), recipes)} (known: {known})")
     return name, _build(recipes[name], values, _Where(str(path), text))
@@ -85,6 +94,16 @@ def apply_overrides(config: T, overrides: Mapping[str, Any]) -> T:
         path = _find(name.replace("-", "_"), paths)
         changes[path] = value
     return _replace(config, changes, prefix="")
+
+
+def settle(config: Any) -> None:
+    """What a configuration's `__post_init__` does first, for its tables too: paths are expanded (`arriero.paths`).
+
+    Raises `ConfigError` for numbers that no setting can be (not finite, or of more than 64 bits), and for text that is
+    not UTF-8, which no file of settings could hold.
+    """
+    for name, value in _settled_fields(config, "").items():
+        object.__setattr__(config, name, value)
 
 
 def field_paths(cls: Any) -> Iterator[str]:
@@ -123,6 +142,48 @@ def _string(node: ast.stmt) -> str | None:
     return None
 
 
+# ---- what every value has to be
+
+
+def _settled_fields(config: Any, prefix: str) -> dict[str, Any]:
+    """The fields that become another value."""
+    changes = {}
+    for name, annotation in _marked_hints(type(config)).items():  # type: ignore[arg-type]
+        value = getattr(config, name)
+        settled = _settled(annotation, value, prefix + name)
+        if settled is not value and settled != value:
+            changes[name] = settled
+    return changes
+
+
+def _settled(annotation: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changes = _settled_fields(value, key + ".")
+        return dataclasses.replace(value, **changes) if changes else value
+    for leaf in _leaves(value):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            raise ConfigError(f"{key} is {leaf}; it must be a finite number")
+        if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
+            raise ConfigError(f"{key} is {_shown(leaf)}; a whole number has 64 bits at most")
+        if isinstance(leaf, str) and re.search("[\ud800-\udfff]", leaf):
+            raise ConfigError(
+                f"{key} is {leaf!a}, which is not UTF-8, so no file of settings could hold it; give another name: "
+                "rename what it names, or link to it"
+            )
+    return expanded(annotation, value)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from value
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
 # ---- reading
 
 
@@ -149,33 +210,57 @@ class _Where:
 
 def _read(path: Path) -> tuple[str | None, dict[str, Any], str]:
     """The recipe's name, the values without it, and (for TOML, where lines matter) the text."""
+    text = _text(path)
+    kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file; `arriero ls presets` lists what `arriero cp PRESET {path}` can write"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a text file ({error})") from error
-    try:
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise ConfigError(f"{path}: not valid {kind}: {error}") from error
+        values = json.loads(text, object_pairs_hook=_named_once) if kind == "JSON" else tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid {kind}: tables or lists within each other without end") from None
+    except ValueError as error:  # TOMLDecodeError and JSONDecodeError are such, and so is a number of 5,000 digits
+        why = str(error).replace("Cannot overwrite a value", "a key is given twice")
+        raise ConfigError(f"{path}: not valid {kind}: {why}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds a {type(values).__name__}; it must be one table of keys and values")
     return values.pop(RECIPE, None), values, "" if path.suffix == ".json" else text
+
+
+def _text(path: Path) -> str:
+    """What a file says, its lines ended by newlines, without a byte order mark."""
+    try:
+        data = path.read_bytes()
+        if data.startswith(_UTF16) or b"\0" in data[:100]:
+            raise ConfigError(f"{path}: cannot be read as a text file: it is UTF-16; save it as UTF-8")
+        text = data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; `arriero ls presets` lists what `arriero cp PRESET {path}` can write{hint(path)}"
+        ) from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}, line {line}: cannot be read as a text file: not UTF-8; save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as a text file ({error})") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose names may be given once each, as in TOML."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return values
 
 
 def _build(cls: type[T], values: Any, where: _Where, prefix: str = "") -> T:
     hints = _hints(cls)
     if not isinstance(values, Mapping):
         key = prefix.removesuffix(".")
-        raise ConfigError(f"{where(key)}{key} is {values!r}; it must be a table: [{key}]")
+        raise ConfigError(f"{where(key)}{key} is {_shown(values)}; it must be a table: [{key}]")
     for name in values:
         if name not in hints:
-            hint = _elsewhere(name, cls) or did_you_mean(name, hints) or f"; known here: {', '.join(hints)}"
-            raise ConfigError(f"{where(prefix + name)}unknown key {prefix + name!r}{hint}")
+            rest = _elsewhere(name, cls) or did_you_mean(name, hints) or f"; known here: {', '.join(hints)}"
+            raise ConfigError(f"{where(prefix + name)}unknown key {prefix + name!r}{rest}")
     fields = {name: _convert(hints[name], value, prefix + name, where) for name, value in values.items()}
     required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]  # type: ignore[arg-type]
     for name in required:
@@ -208,12 +293,23 @@ def _convert(annotation: Any, value: Any, key: str, where: _Where, text: bool = 
         return _check(annotation, value)
     except _Mismatch:
         known = [str(choice) for choice in get_args(annotation)] if get_origin(annotation) is Literal else []
-        hint = did_you_mean(str(value), known)
-        raise ConfigError(f"{where(key)}{key} is {value!r}; it must be {_name(annotation)}{hint}") from None
+        near = did_you_mean(str(value), known)
+        raise ConfigError(f"{where(key)}{key} is {_shown(value)}; it must be {_name(annotation)}{near}") from None
 
 
 class _Mismatch(Exception):
     pass
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: as TOML has it where Python writes it otherwise, and not more of it than one reads."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
 
 
 def _check(annotation: Any, value: Any) -> Any:
@@ -371,6 +467,13 @@ def _toml(value: Any) -> str:
 def _hints(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+
+@functools.cache
+def _marked_hints(cls: Any) -> dict[str, Any]:
+    """The same with what marks a path."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
 def _name(annotation: Any) -> str:

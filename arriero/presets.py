@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from arriero import config as configs
 from arriero.errors import ConfigError, did_you_mean
 from arriero.model.config import LADDER, LoraConfig
+from arriero.paths import as_path, expand, lies_here
 from arriero.train.config import RECIPES as TRAINING
 from arriero.train.config import (
     DataConfig,
@@ -325,13 +327,31 @@ def get(name: str) -> tuple[str, Any]:
 
 
 def is_settings(word: str) -> bool:
-    """Whether a word of a command line names settings rather than a model: a preset, or a TOML file."""
+    """Whether a word of a command line names settings rather than a model: a preset, or a TOML file.
+
+    A directory of that name is a model.
+    """
+    if os.path.isdir(expand(word)):
+        return word in PRESETS and not lies_here(word, "the preset")
     return word in PRESETS or word.endswith(".toml")
 
 
 def load(name: str) -> tuple[str, Any]:
-    """The recipe's name and the configuration of a preset or of a TOML file; raises `ConfigError`."""
-    return configs.load_recipe(RECIPES, name) if name.endswith(".toml") or Path(name).is_file() else get(name)
+    """The recipe's name and the configuration of a preset or of a TOML file; raises `ConfigError`.
+
+    A file of a preset's name is the file; a directory can be no settings.
+    """
+    path = as_path(name)
+    if path.suffix in (".toml", ".json") or path.is_file():
+        return configs.load_recipe(RECIPES, path)
+    return get(name)
+
+
+def without_absent_data(config: Any) -> Any:
+    """The configuration of a preset that trains, without the data that it would read where they are not here."""
+    if Path(config.data.train).exists():
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, train=""))
 
 
 def summary(name: str) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from arriero.errors import DataError, UserError, require
+from arriero.paths import as_path, hint
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
@@ -39,7 +40,7 @@ class Record(NamedTuple):
 
 def source_files(source: str | Path) -> list[Path]:
     """The data files that `source` names, in order: itself, those in the directory, or the Hub data set's."""
-    path = Path(source)
+    path = as_path(source)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _reader(p) and not p.name.startswith("."))
         if not files:
@@ -50,9 +51,11 @@ def source_files(source: str | Path) -> list[Path]:
             raise DataError(f"{source}: files ending {path.suffix!r} are not read; convert it to {', '.join(_READERS)}")
         return [path]
     # A path with a known ending that does not exist is a mistyped file, not a Hub id.
-    if HUB_ID.fullmatch(str(source)) and _reader(path) is None:
+    if HUB_ID.fullmatch(str(source)) and _reader(path) is None and not path.is_symlink():
         return hub_files(str(source))
-    raise DataError(f"{source}: no such file or directory; give a file, a directory, or a Hub data set id (owner/name)")
+    raise DataError(
+        f"{source}: no such file or directory; give a file, a directory, or a Hub data set id (owner/name){hint(path)}"
+    )
 
 
 def read_records(path: Path, after: int = 0) -> Iterator[Record]:

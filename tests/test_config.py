@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,9 +12,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.config import apply_overrides, field_docs, field_paths, from_dict, load, load_recipe, to_dict, to_toml
+from arriero.config import (
+    apply_overrides,
+    field_docs,
+    field_paths,
+    from_dict,
+    load,
+    load_recipe,
+    settle,
+    to_dict,
+    to_toml,
+)
+from arriero.curate.config import CurateConfig
 from arriero.errors import ConfigError
-from arriero.train.config import SftConfig
+from arriero.eval.config import EvalConfig, NeedleConfig
+from arriero.infer.config import ChatConfig, GenerateConfig
+from arriero.train.config import PretrainConfig, SftConfig
+from arriero.train.scaling.config import SweepConfig
 
 
 @dataclass(frozen=True)
@@ -145,6 +160,104 @@ def test_a_missing_file_and_a_binary_one_are_refused_by_name(tmp_path: Path) -> 
     (tmp_path / "c.json").write_text("[1]")
     with pytest.raises(ConfigError, match=r"c\.json: holds a list; it must be one table"):
         load(Outer, tmp_path / "c.json")
+
+
+def test_byte_order_marks_and_any_line_ends_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    for text in ("\ufefftitle = 'x'\r\ncount = 5\r\n", "\ufefftitle = 'x'\rcount = 5\r", "title = 'x'\ncount = 5"):
+        file.write_bytes(text.encode())
+        assert load(Outer, file) == Outer(title="x", count=5)
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"count": 5}')
+    assert load(Outer, tmp_path / "a.json") == Outer(count=5)
+    file.write_bytes("# one\u2028two\x85three\ncuont = 5".encode())  # which end no line of TOML
+    with pytest.raises(ConfigError, match="line 2: unknown key"):
+        load(Outer, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.toml", "count = 5".encode("utf-16"), "a.toml: cannot be read as a text file: it is UTF-16; save it as"),
+        ("a.toml", "count = 5".encode("utf-16-le"), "it is UTF-16; save it as UTF-8"),
+        ("a.toml", b"count = 5\ntitle = 'caf\xe9'", "a.toml, line 2: cannot be read as a text file: not UTF-8; save"),
+        ("a.toml", b"count = 5\ncount = 6", "a.toml: not valid TOML: a key is given twice (at end of"),
+        ("a.json", b'{"count": 5, "count": 6}', "a.json: not valid JSON: the key 'count' is given twice"),
+        ("a.json", b'{"inner": {"rate": 5, "rate": 5}}', "the key 'rate' is given twice"),
+        ("a.toml", b"names = " + b"[" * 50_000, "a.toml: not valid TOML: tables or lists within each other without"),
+        ("a.json", b'{"a": ' * 50_000, "a.json: not valid JSON: tables or lists within each other without end"),
+        ("a.toml", b"count = " + b"9" * 5000, "a.toml: not valid TOML: Exceeds the limit"),
+        ("a.toml", b"title = 2024-01-31", "a.toml, line 1: title is 2024-01-31; it must be text in quotes"),
+        ("a.toml", b"count = 07:32:00", "count is 07:32:00; it must be a whole number"),
+        ("a.toml", b"count = 2024-01-31T07:32:00Z", "count is 2024-01-31T07:32:00+00:00; it must be a whole number"),
+        ("a.toml", b"count = 'x" + b"x" * 5000 + b"'", "... (5,003 characters); it must be a whole number"),
+        ("a.toml", b"recipe = ['sft']", "a.toml, line 1: recipe ['sft'] is unknown"),
+        ("a.toml", b"recipe = 3", "a.toml, line 1: recipe 3 is unknown"),
+    ],
+)  # fmt: skip
+def test_what_a_file_of_settings_cannot_be_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError) as error:
+        load_recipe({"sft": Outer}, tmp_path / name) if b"recipe" in data else load(Outer, tmp_path / name)
+    assert message in str(error.value)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Built as every configuration is."""
+
+    rate: float = 0.5
+    many: tuple[float, ...] = ()
+    sizes: dict[str, int] = field(default_factory=dict)
+    title: str = ""
+    place: Path = Path("here")
+    inner: Inner = field(default_factory=Inner)
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rate = nan", "a.toml, line 1: rate is nan; it must be a finite number"),
+        ("\nmany = [1.0, -inf]", "a.toml, line 2: many is -inf; it must be a finite number"),
+        ("[inner]\nrate = inf", "inner.rate is inf; it must be a finite number"),
+        ("sizes = {a = 9223372036854775808}", "sizes is 9223372036854775808; a whole number has 64 bits at most"),
+        ('[inner]\nsizes = {a = -99999999999999999999}', "inner.sizes is -99999999999999999999; a whole number has 64"),
+    ],
+)  # fmt: skip
+def test_a_number_that_no_setting_can_be_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(Settled, file)
+    assert message in str(error.value)
+
+
+def test_text_that_no_file_could_hold_is_refused_and_the_largest_numbers_are_not() -> None:
+    with pytest.raises(ConfigError, match=r"title is 'caf\\udce9', which is not UTF-8, so no file of settings could"):
+        Settled(title="caf\udce9")
+    made = Settled(rate=1e308, sizes={"a": 2**63 - 1, "b": -(2**63)}, place=Path("~/x"))
+    assert made.sizes["a"] == 2**63 - 1 and made.place == Path("~/x").expanduser()
+
+
+CONFIGS = (SftConfig, PretrainConfig, GenerateConfig, ChatConfig, EvalConfig, NeedleConfig, SweepConfig, CurateConfig)
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_no_configuration_takes_a_number_that_is_not_finite(cls: type) -> None:
+    def numbers(of: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+        for name in (f.name for f in fields(of)):  # type: ignore[arg-type]
+            value = getattr(of, name)
+            if is_dataclass(value):
+                yield from numbers(value, f"{prefix}{name}.")
+            elif isinstance(value, float) or (isinstance(value, tuple) and value and isinstance(value[0], float)):
+                yield prefix + name, value
+
+    for name, value in numbers(cls()):
+        for bad in (float("nan"), float("inf"), float("-inf")):
+            with pytest.raises(ConfigError, match=name.rpartition(".")[2]):
+                apply_overrides(cls(), {name: (bad, *value[1:]) if isinstance(value, tuple) else bad})
 
 
 def test_a_key_without_default_has_to_be_given() -> None:

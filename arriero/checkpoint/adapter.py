@@ -22,6 +22,7 @@ from arriero.errors import CheckpointError
 from arriero.files import write_json
 from arriero.model.config import LINEARS, LoraConfig
 from arriero.model.lora import add_lora, lora_state
+from arriero.paths import as_path
 from arriero.terminal import warn_once
 
 WEIGHTS = "adapter_model.safetensors"
@@ -40,7 +41,7 @@ def save_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig, base
     if not state:
         raise CheckpointError(f"{directory}: the model carries no adapter, so there is none to save")
     entries = {PREFIX + name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    with replaced_directory(Path(directory), replaces=WEIGHTS) as temporary:
+    with replaced_directory(as_path(directory), replaces=WEIGHTS) as temporary:
         write_safetensors(temporary / WEIGHTS, entries, lambda name: state[name.removeprefix(PREFIX)].detach())
         write_json(temporary / CONFIG, _to_peft(lora, base_name))
 

@@ -23,6 +23,7 @@ from arriero.checkpoint.meta import write_meta
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError, did_you_mean
+from arriero.paths import as_path
 from arriero.terminal import warn_once
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def convert(
     Raises `CheckpointError` when `dst` exists (unless `force`), or cannot hold what `src` holds. Nothing is left at
     `dst` by a conversion that fails.
     """
-    source, dst = resolve(src), Path(dst)
+    source, dst = resolve(src), as_path(dst)
     _check_request(dst, to, dtype)
     check_destination(source, dst, force)
     weights = open_weights(source)

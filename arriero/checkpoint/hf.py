@@ -22,6 +22,7 @@ from arriero.errors import CheckpointError
 from arriero.files import write_json
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
+from arriero.paths import as_path
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
@@ -124,7 +125,7 @@ def save_hf(
     """
     write_hf(
         from_model(model),
-        Path(directory),
+        as_path(directory),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         tokenizer=tokenizer,

@@ -21,6 +21,7 @@ from arriero.checkpoint.source import resolve
 from arriero.errors import CheckpointError
 from arriero.model.llama import Llama
 from arriero.model.lora import merge_lora
+from arriero.paths import as_path
 
 # Largest difference allowed, relative to the largest logit: rounding of the merged weights, with room to spare.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -52,7 +53,7 @@ def merge(
     dtype: type of the written weights; None keeps the model's stored type. Raises `CheckpointError` when `dst` exists
     (unless `force`), or when the written model's logits differ by more than rounding can explain.
     """
-    source, dst = resolve(model_name), Path(dst)
+    source, dst = resolve(model_name), as_path(dst)
     check_destination(source, dst, force)
     model = load_model(source)
     dtype = dtype or model.lm_head.weight.dtype

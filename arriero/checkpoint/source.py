@@ -21,7 +21,7 @@ from pathlib import Path
 
 from arriero.errors import CheckpointError, did_you_mean
 from arriero.files import json_text, replaced_file, write_text
-from arriero.paths import cache_dir
+from arriero.paths import as_path, cache_dir, lies_here
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,26 @@ _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "original
 def resolve(name: str | Path) -> Path:
     """Return the directory or .gguf file that `name` stands for, fetching it when it is not here yet.
 
-    Tried in order: a path that exists, a built-in name, a Hub id "org/name". Raises `CheckpointError`
-    with near names when it is none of them, or with the remedy when it cannot be fetched.
+    Tried in order: a path that exists (which is said, where the name is a built-in one too), a built-in name, a Hub id
+    "org/name". Raises `CheckpointError` with near names when it is none of them, or with the remedy when it cannot be
+    fetched.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return path
-    if path.exists():
+    path = as_path(name)
+    built_in = BUILT_IN.get(str(name))
+    if path.exists() if built_in is None else lies_here(str(name), "the built-in model"):
+        if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+            return path
         raise CheckpointError(f"{path}: a model is named by a directory or a .gguf file, not by a '{path.suffix}' file")
-    if str(name) in BUILT_IN:
-        return _built_in(BUILT_IN[str(name)])
-    if isinstance(name, str) and _HUB_ID.fullmatch(name) and not name.endswith(".gguf"):
+    if built_in is not None:
+        return _built_in(built_in)
+    if isinstance(name, str) and _HUB_ID.fullmatch(name) and not name.endswith(".gguf") and not path.is_symlink():
         return _from_hub(name)
     neighbours = (
         [str(p) for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".gguf"] if path.parent.is_dir() else []
     )
     raise CheckpointError(
-        f"no model {str(name)!r}: it is no directory, no .gguf file, no Hub id (org/name), and not one of the built-in "
-        f"names ({', '.join(BUILT_IN)}){did_you_mean(str(name), [*BUILT_IN, *neighbours])}"
+        f"no model {str(path)!r}: it is no directory, no .gguf file, no Hub id (org/name), and not one of the built-in "
+        f"names ({', '.join(BUILT_IN)}){did_you_mean(str(path), [*BUILT_IN, *neighbours])}"
     )
 
 

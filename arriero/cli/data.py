@@ -9,14 +9,15 @@ from arriero import config as configs
 from arriero import presets
 from arriero.cli.tokenizer import open_tokenizer
 from arriero.errors import ConfigError
+from arriero.paths import PathText
 from arriero.terminal import output
 
 
 def curate(
-    sources: tuple[str, ...],
+    sources: tuple[PathText, ...],
     *,
-    out: str | None = None,
-    preset: str = "curate-prose",
+    out: PathText | None = None,
+    preset: PathText = "curate-prose",
     steps: tuple[str, ...] | None = None,
     set: tuple[str, ...] = (),
     text_key: str | None = None,
@@ -78,10 +79,10 @@ def curate(
 
 
 def curate_classifier(
-    good: tuple[str, ...],
+    good: tuple[PathText, ...],
     *,
-    against: tuple[str, ...],
-    out: str,
+    against: tuple[PathText, ...],
+    out: PathText,
     epochs: int = 5,
     held_out: float = 0.1,
     seed: int = 0,
@@ -113,12 +114,12 @@ def curate_classifier(
 
 
 def shard(
-    sources: list[str],
+    sources: list[PathText],
     *,
-    tokenizer: str,
+    tokenizer: PathText,
     out: Path,
     text_key: str = "text",
-    validation: str = "0.01",
+    validation: PathText = "0.01",
     by_source: bool = False,
     workers: int = 0,
 ) -> None:
@@ -151,7 +152,9 @@ def shard(
     output(markup=False).print(summary_table(sets))
 
 
-def inspect(file: str, *, model: str, rows: int = 3, first: int = 0, seq_len: int = 2048, workers: int = 0) -> None:
+def inspect(
+    file: PathText, *, model: PathText, rows: int = 3, first: int = 0, seq_len: int = 2048, workers: int = 0
+) -> None:
     """Print rows as the model sees them, the trained tokens coloured, and the lengths and masks of all in numbers.
 
     Example:
@@ -199,7 +202,7 @@ def verify(directory: Path) -> None:
 
 def build_docstrings(
     out: Path,
-    source: str = "stdlib",
+    source: PathText = "stdlib",
     seed: int = 0,
     held_out: float = 0.05,
     max_pairs: int | None = None,

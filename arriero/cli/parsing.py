@@ -13,19 +13,25 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
 
 from arriero import config as configs
 from arriero import presets
 from arriero.cli.data import curate
 from arriero.errors import ConfigError, UserError
+from arriero.paths import PathText, expand, expanded
 from arriero.train.config import RECIPES as TRAINING
 
 REQUIRED = ("model", "data", "train")
+TYPOGRAPHIC_FLAG = re.compile(
+    r"[\u2010-\u2015\u2212\ufe58\ufe63\uff0d][-\u2010-\u2015\u2212]?([a-z][\w.-]*(?:=.*)?)", re.S
+)
 
 
 def call(name: str, command: Callable[..., Any], args: list[str]) -> None:
     """Parse `args` by the command's parameters and run it."""
+    _refuse_misread(args)
     hints = get_type_hints(command)
     if "config" not in hints:
         _tyro(command, _binder(command), name, args)()
@@ -35,6 +41,25 @@ def call(name: str, command: Callable[..., Any], args: list[str]) -> None:
         command(_changed(name, command, args, *presets.load(args[0])))
     else:
         command(_tyro(command, hints["config"], name, args))
+
+
+def _refuse_misread(args: Sequence[str]) -> None:
+    """Raise for what would be taken for something else in silence; behind "--" all is text."""
+    given = set()
+    for word in args[: args.index("--")] if "--" in args else args:
+        if typed := TYPOGRAPHIC_FLAG.fullmatch(word):
+            raise UserError(
+                f"{word}: begins with a typographic dash (U+{ord(word[0]):04X}); type --{typed[1]}, or, where it is no "
+                "flag, put -- before it"
+            )
+        if flag := re.match(r"--(?:no-)?([\w.-]+)(?:=|$)", word):
+            name = flag[1].rpartition(".")[2].replace("_", "-")
+            if name in given:
+                raise UserError(
+                    f"--{name} is given twice, and one alone would count; give it once, with all values where it "
+                    "takes several"
+                )
+            given.add(name)
 
 
 def _call_with_settings(name: str, command: Callable[..., Any], args: list[str]) -> None:
@@ -56,6 +81,8 @@ def _changed(name: str, command: Callable[..., Any], args: list[str], recipe: st
     """The configuration that args[0] holds, changed by the flags after it."""
     if recipe not in TRAINING or (name in TRAINING and recipe != name):
         raise ConfigError(f"{args[0]} configures {recipe}, which is nothing to {name}: arriero run {args[0]}")
+    if name == "plan" and args[0] in presets.PRESETS:
+        config = presets.without_absent_data(config)
     return _tyro(command, type(config), f"{name} {args[0]}", args[1:], default=config)
 
 
@@ -67,7 +94,7 @@ def _tyro(command: Callable[..., Any], target: Any, name: str, args: list[str], 
     if default is None and inspect.isclass(target):
         default = target()
     registry = tyro.constructors.ConstructorRegistry()
-    required = ("model",) if name == "plan" else REQUIRED  # arithmetic needs no data
+    required = ("model",) if name.split()[0] == "plan" else REQUIRED  # arithmetic needs no data
     registry.struct_rule(functools.partial(_config_fields, from_file=from_file, required=required))
     return tyro.cli(
         target,
@@ -91,17 +118,36 @@ def _binder(command: Callable[..., Any]) -> Callable[..., Callable[[], None]]:
     """
     import tyro
 
-    hints = get_type_hints(command)
-    for name, parameter in inspect.signature(command).parameters.items():
+    signature, marked = inspect.signature(command), get_type_hints(command, include_extras=True)
+    hints = {name: _as_text(hint) for name, hint in get_type_hints(command).items()}
+    for name, parameter in signature.parameters.items():
         if parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY:
             hints[name] = Annotated[hints[name], tyro.conf.Positional]
 
     def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
-        return functools.partial(command, *args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        for name, value in given.arguments.items():
+            given.arguments[name] = _read_path(marked[name], value, name)
+        return functools.partial(command, *given.args, **given.kwargs)
 
     bind.__doc__, bind.__annotations__ = command.__doc__, hints
     bind.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]
     return bind
+
+
+def _as_text(hint: Any) -> Any:
+    """The type that tyro reads for one with a `Path`: text, since Path("") would be this directory."""
+    if hint is Path:
+        return str
+    return str | None if Path in get_args(hint) else hint
+
+
+def _read_path(hint: Any, value: Any, name: str) -> Any:
+    """What was given for a parameter, as the path that it is, if it is one."""
+    is_path = hint is Path or Path in get_args(hint)
+    if value == "" and (is_path or hint is PathText or PathText in get_args(hint)):
+        raise ConfigError(f"{name.replace('_', '-')} is empty; name a file or a directory")
+    return Path(expand(value)) if is_path and isinstance(value, str) else expanded(hint, value)
 
 
 def _config_fields(info: Any, from_file: bool, required: Sequence[str]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from arriero.cli.train import finish
+from arriero.paths import PathText
 from arriero.terminal import output
 from arriero.train.scaling.config import SweepConfig
 
@@ -40,7 +41,7 @@ def fit(sweep: Path, *, resamples: int = 1000, seed: int = 0, json: bool = False
 
 
 def plan(
-    law: str,
+    law: PathText,
     *,
     flops: float = 0.0,
     hours: float = 0.0,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from arriero.errors import ConfigError, check
+from arriero.paths import PathText, as_path
 from arriero.terminal import output
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ TokenizerKind = Literal["llama3", "llama2"]
 
 
 def train(
-    sources: list[str],
+    sources: list[PathText],
     *,
     out: Path,
     kind: TokenizerKind = "llama3",
@@ -55,7 +56,7 @@ def train(
 
 
 def encode(
-    tokenizer: str,
+    tokenizer: PathText,
     text: list[str],
     *,
     file: Path | None = None,
@@ -100,9 +101,9 @@ def encode(
 
 
 def compare(
-    tokenizers: list[str],
+    tokenizers: list[PathText],
     *,
-    data: list[str],
+    data: list[PathText],
     by: Literal["source", "language", "none"] = "source",
     text_key: str = "text",
     limit: int = 100_000_000,
@@ -129,13 +130,13 @@ def compare(
 
 
 def extend(
-    base: str,
-    sources: list[str],
+    base: PathText,
+    sources: list[PathText],
     *,
     out: Path,
     add: int | None = None,
     vocab_size: int | None = None,
-    model: str | None = None,
+    model: PathText | None = None,
     sample: int = 100_000_000,
     text_key: str = "text",
     force: bool = False,
@@ -195,4 +196,4 @@ def open_tokenizer(name: str) -> Tokenizer:
     from arriero.checkpoint.source import resolve
     from arriero.tokenizer import load_tokenizer
 
-    return load_tokenizer(name if Path(name).is_file() else resolve(name))
+    return load_tokenizer(name if as_path(name).is_file() else resolve(name))

@@ -7,6 +7,7 @@ from typing import Literal
 
 from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.infer.config import ChatConfig, GenerateConfig
+from arriero.paths import PathText
 
 NumberType = Literal["f32", "f16", "bf16"]
 StoredType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -60,7 +61,7 @@ def needle(config: NeedleConfig) -> None:
     run_needle(config)
 
 
-def merge(model: str, adapter: Path, out: Path, *, dtype: NumberType | None = None, force: bool = False) -> None:
+def merge(model: PathText, adapter: Path, out: Path, *, dtype: NumberType | None = None, force: bool = False) -> None:
     """Fold a LoRA adapter into its model, and check that the result gives the same logits.
 
     Example:
@@ -86,7 +87,7 @@ def merge(model: str, adapter: Path, out: Path, *, dtype: NumberType | None = No
 
 
 def convert(
-    src: str, dst: Path, *, to: Literal["hf", "meta", "gguf"], dtype: StoredType | None = None, force: bool = False
+    src: PathText, dst: Path, *, to: Literal["hf", "meta", "gguf"], dtype: StoredType | None = None, force: bool = False
 ) -> None:
     """Write a model in another format, with its tokenizer and chat template.
 

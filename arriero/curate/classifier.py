@@ -36,6 +36,7 @@ from arriero.curate.rules.llama import _ngram_hashes
 from arriero.curate.sources import read_documents
 from arriero.errors import DataError
 from arriero.files import json_text, replaced_file
+from arriero.paths import as_path, hint
 
 FORMAT = "arriero quality classifier 1"
 BITS = 20  # of a bucket: 2**20 weights
@@ -111,7 +112,8 @@ def train(
             f"held_out is {held_out}, epochs {epochs} and seed {seed}; give a share between 0 and 1, at least 1 epoch, "
             "and a seed of at least 0"
         )
-    if Path(out).is_dir():
+    out = as_path(out)
+    if out.is_dir():
         raise DataError(f"{out} is a directory; give a file for the classifier with --out")
     sets = []
     for name, sources in (("good", good), ("random", against)):
@@ -141,7 +143,7 @@ def train(
         "seed": seed,
     }
     classifier = Classifier(weights, bias, report)
-    save(classifier, Path(out))
+    save(classifier, out)
     return classifier
 
 
@@ -243,6 +245,8 @@ def load(path: str) -> Classifier:
                 raise DataError(f"{path}: not a quality classifier; `arriero curate classifier` writes one")
             return Classifier(file.get_tensor("weights"), metadata["bias"], metadata["report"])
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; train a classifier with `arriero curate classifier`") from error
+        raise DataError(
+            f"{path}: no such file; train a classifier with `arriero curate classifier`{hint(path)}"
+        ) from error
     except SafetensorError as error:
         raise DataError(f"{path}: not a safetensors file ({error}); train the classifier again") from error

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from arriero.config import settle
 from arriero.curate.minhash import MinHashConfig
 from arriero.curate.rules import (
     C4Rules,
@@ -32,6 +33,7 @@ from arriero.curate.steps.quality import Quality
 from arriero.curate.steps.scrub import Scrub
 from arriero.curate.web import Extractor
 from arriero.errors import ConfigError, did_you_mean
+from arriero.paths import PathText
 
 Kind = Literal["prose", "code"]
 BOTH: tuple[Kind, ...] = ("prose", "code")
@@ -67,9 +69,9 @@ GENERAL = (
 class CurateConfig:
     """Raw documents to clean documents: sources, steps in order, and each step's numbers."""
 
-    sources: tuple[str, ...] = ()
+    sources: tuple[PathText, ...] = ()
     """Files, directories, "stdlib" (Python's standard library), or Hub data set ids; in this order."""
-    out: str = ""
+    out: PathText = ""
     """Directory for the shards, manifest.json and report.html."""
     steps: tuple[str, ...] = GENERAL
     """Names of the steps, in the order in which they are taken; each is tuned in the table of its name."""
@@ -116,6 +118,7 @@ class CurateConfig:
     decontaminate: Decontaminate = field(default_factory=Decontaminate)
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in self.steps:
             if name not in KINDS:
                 raise ConfigError(

@@ -36,6 +36,7 @@ from typing import Any, Literal, NamedTuple
 from arriero.curate.document import Document
 from arriero.curate.web import Extractor, decoded, main_text, unpacked, valid
 from arriero.errors import DataError, require
+from arriero.paths import as_path, hint, lies_here
 from arriero.records import HUB_ID, Record, as_row, endings, hub_files, is_readable, parse_row, read_records
 
 STDLIB = "stdlib"
@@ -161,7 +162,7 @@ def list_files(sources: Sequence[str | Path], passed_over: Counter[str] | None =
 
 
 def _name_of(source: str | Path) -> str:
-    path = Path(source)
+    path = as_path(source)
     return _utf8(path.resolve().name) if path.exists() else str(source)
 
 
@@ -171,8 +172,8 @@ def _utf8(name: str) -> str:
 
 
 def _files_of(source: str | Path, name: str, passed_over: Counter[str]) -> list[SourceFile]:
-    path = Path(source)
-    if str(source) == STDLIB:
+    path = as_path(source)
+    if str(source) == STDLIB and not lies_here(STDLIB, "Python's standard library"):
         return _stdlib()
     if path.is_dir():
         return _directory(path, name, passed_over)
@@ -186,10 +187,11 @@ def _files_of(source: str | Path, name: str, passed_over: Counter[str]) -> list[
                 remedy = "unpack it (only .jsonl, .json, .csv and .warc are read compressed)"
             raise DataError(f"{source}: files ending {''.join(path.suffixes[-2:])!r} are not read; {remedy}")
         return [SourceFile(path, name, _stem(name), kind)]
-    if HUB_ID.fullmatch(str(source)) and _kind(path) is None:
+    if HUB_ID.fullmatch(str(source)) and _kind(path) is None and not path.is_symlink():
         return [SourceFile(file, f"{name}/{file.name}", name, "rows") for file in hub_files(str(source))]
     raise DataError(
         f"{source}: no such file or directory; give a file, a directory, '{STDLIB}', or a Hub data set id (owner/name)"
+        + hint(path)
     )
 
 

@@ -33,6 +33,7 @@ from rich.table import Table
 from arriero.curate.sources import STDLIB, python_files
 from arriero.errors import DataError
 from arriero.files import json_bytes, write_json, write_text
+from arriero.paths import as_path, hint, lies_here
 
 PROMPT = "Write the one-sentence docstring of this Python function.\n\n```python\n{code}\n```"
 SIMILARITY = 0.7  # Jaccard similarity of shingle sets from which two functions are the same to us
@@ -94,7 +95,8 @@ def build_docstrings(
     Raises DataError when the source does not exist or yields no pairs in one of the splits.
     """
     console = console or Console(stderr=True)
-    root = Path(sysconfig.get_paths()["stdlib"] if str(source) == STDLIB else source)
+    is_own = str(source) == STDLIB and not lies_here(STDLIB, "Python's standard library")
+    root = Path(sysconfig.get_paths()["stdlib"]) if is_own else as_path(source)
     if not 0 < held_out < 0.5:
         raise DataError(f"held_out is {held_out}; it is the share for validation and for test, between 0 and 0.5")
     stats = DocstringStats(seed=seed)
@@ -108,7 +110,7 @@ def build_docstrings(
                 f"{root}: {len(pairs)} usable functions with docstrings in {stats.files} files leave none for {name}; "
                 f"pairs are split by module, so give a larger code base (functions of 2 to {max_lines} lines count)"
             )
-    _write(Path(out_dir), splits, stats)
+    _write(as_path(out_dir), splits, stats)
     console.print(summary_table(stats))
     return stats
 
@@ -138,7 +140,7 @@ def _digest(*parts: object) -> str:
 
 def _collect(root: Path, stats: DocstringStats, max_lines: int, console: Console) -> list[Pair]:
     if not root.exists():
-        raise DataError(f"{root}: no such file or directory; give 'stdlib' or a path to Python code")
+        raise DataError(f"{root}: no such file or directory; give 'stdlib' or a path to Python code{hint(root)}")
     base = root if root.is_dir() else root.parent
     files = sorted(python_files(root), key=lambda path: path.relative_to(base).parts)
     pairs = []

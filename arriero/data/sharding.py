@@ -45,6 +45,7 @@ from arriero.data.shards import (
 )
 from arriero.errors import DataError, check
 from arriero.limits import remedy
+from arriero.paths import as_path
 from arriero.pool import in_order
 from arriero.records import Record, read_records
 from arriero.tokenizer.base import Tokenizer
@@ -118,7 +119,7 @@ def shard_sources(
     def items(start: Position) -> Iterator[Item]:
         return read_items(files, start, reading, n_held_out=len(held_out_files))
 
-    return _shard(items, encode, Path(out), request, part_size, workers, sizes, console)
+    return _shard(items, encode, as_path(out), request, part_size, workers, sizes, console)
 
 
 def shard_documents(
@@ -152,7 +153,7 @@ def shard_documents(
             digest.update(f"{len(text)}\0{source}\0{text}".encode("utf-8", "surrogatepass"))
         request["documents"] = f"{len(documents):,} ({digest.hexdigest()[:16]})"
     encode = Encode(tokenizer, Reading(), share, by_source, frozenset())
-    return _shard(items, encode, Path(out), request, part_size, workers, [], console)
+    return _shard(items, encode, as_path(out), request, part_size, workers, [], console)
 
 
 def parse_validation(validation: str | float) -> tuple[float, str | None]:

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from arriero.errors import DataError
 from arriero.handles import MappedArray
+from arriero.paths import as_path, hint
 from arriero.tokenizer import load_tokenizer
 
 FORMAT = "arriero-shards-1"
@@ -49,7 +50,7 @@ class Shards:
     """One set of documents, opened; see the module for the files. `source` is its name in a mixture."""
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.directory = as_path(directory)
         self.manifest = read_manifest(self.directory)
         m = self.manifest
         self.source: str = m["source"]
@@ -194,7 +195,7 @@ def open_sources(directory: str | Path) -> dict[str, Shards]:
     One, by the name that its manifest has ("documents" where sources were not kept apart), if `directory` is a set.
     Raises DataError where there is none, or where they were made with different tokenizers.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     if (directory / MANIFEST).is_file():
         one = Shards(directory)
         return {one.source: one}
@@ -202,8 +203,8 @@ def open_sources(directory: str | Path) -> dict[str, Shards]:
     found = {_source_of(shards): shards for shards in sets}
     if not found:
         inner = " or ".join(str(directory / split) for split in SPLITS if holds_shards(directory / split))
-        hint = f"did you mean {inner}?" if inner else "`arriero shard` makes them; if it was stopped, run it again"
-        raise DataError(f"{directory}: no token shards here (no {MANIFEST}); {hint}")
+        remedy = f"did you mean {inner}?" if inner else "`arriero shard` makes them; if it was stopped, run it again"
+        raise DataError(f"{directory}: no token shards here (no {MANIFEST}); {remedy}{_absent(directory)}")
     by_name = dict(sorted(found.items()))
     first, *others = by_name.values()
     for other in others:
@@ -221,7 +222,7 @@ def open_splits(train: str | Path, validation: str | Path = "") -> tuple[dict[st
     train: what `arriero shard` wrote, which may hold both, or any directory of sets. validation: likewise, to take the
     place of what was held out beside `train`. Raises DataError where one tokenizer has not made them all.
     """
-    directory = _split_directory(Path(train), TRAIN)
+    directory = _split_directory(as_path(train), TRAIN)
     sources = open_sources(directory)
     if len(splits := {shards.manifest["split"] for shards in sources.values()}) > 1:
         raise DataError(
@@ -229,7 +230,7 @@ def open_splits(train: str | Path, validation: str | Path = "") -> tuple[dict[st
             "`arriero shard` left it; put that back, or train on one of them"
         )
     if validation:
-        held_out = open_sources(_split_directory(Path(validation), VALIDATION))
+        held_out = open_sources(_split_directory(as_path(validation), VALIDATION))
     else:
         held_out = _held_out_beside(directory)
     if not held_out:
@@ -275,11 +276,14 @@ def find_sets(directory: str | Path) -> list[Shards]:
 
     Also where one is missing that progress.json tells of.
     """
-    found = [Shards(path.parent) for path in sorted(Path(directory).rglob(MANIFEST))]
+    directory = as_path(directory)
+    found = [Shards(path.parent) for path in sorted(directory.rglob(MANIFEST))]
     if not found:
-        raise DataError(f"{directory}: no token shards here (no {MANIFEST}); `arriero shard` makes them")
+        raise DataError(
+            f"{directory}: no token shards here (no {MANIFEST}); `arriero shard` makes them{_absent(directory)}"
+        )
     there = {f"{shards.manifest['split']}/{shards.source}" for shards in found}
-    if missing := sorted(_written(Path(directory) / PROGRESS) - there):
+    if missing := sorted(_written(directory / PROGRESS) - there):
         raise DataError(f"{directory}: the set {missing[0]}, of which {PROGRESS} tells, is missing; copy it again")
     return found
 
@@ -303,6 +307,11 @@ def verify_tokenizer(sets: Iterable[Shards]) -> None:
             raise DataError(f"{directory}: not the tokenizer that made {shards.directory}; copy it again")
 
 
+def _absent(directory: Path) -> str:
+    """What to add to a refusal where the directory itself is not there."""
+    return "" if directory.exists() else hint(directory)
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a set; raises DataError where there is none that this version reads."""
     path = directory / MANIFEST
@@ -311,7 +320,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(
             f"{directory}: no token shards here (no {MANIFEST}); `arriero shard` makes them, "
-            "and if it was stopped, running it again goes on where it was"
+            f"and if it was stopped, running it again goes on where it was{_absent(directory)}"
         ) from None
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}); copy the set again, whole, or make it anew") from error

@@ -5,22 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from arriero.config import settle
 from arriero.errors import check
+from arriero.paths import PathText
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """One model (or two, side by side) measured on one file."""
 
-    model: str = ""
+    model: PathText = ""
     """What is measured: a directory, a .gguf file, a Hub id, or a built-in name."""
-    data: str = ""
+    data: PathText = ""
     """A .txt file, rows with "text", or rows with answers (the layouts that `arriero sft` reads)."""
-    adapter: str = ""
+    adapter: PathText = ""
     """Directory of a LoRA adapter laid over the model; empty for none."""
-    compare_with: str = ""
+    compare_with: PathText = ""
     """A second model, measured first on the same rows without the adapter: the "before" of the table."""
-    out: str = ""
+    out: PathText = ""
     """Directory for results.json and samples.jsonl; empty writes nothing."""
     task: Literal["auto", "perplexity", "answers"] = "auto"
     """Perplexity of texts, or generated answers against references; auto looks at the first row."""
@@ -44,6 +46,7 @@ class EvalConfig:
     """Rows shown in full on the screen."""
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in ("window", "context", "max_new_tokens", "batch"):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         check(self.window >= 2, f"window is {self.window}; it must be at least 2 tokens")
@@ -61,15 +64,15 @@ class EvalConfig:
 class NeedleConfig:
     """One model (or two, side by side) asked for facts hidden in long texts."""
 
-    model: str = ""
+    model: PathText = ""
     """What is measured: a directory, a .gguf file, a Hub id, or a built-in name."""
-    adapter: str = ""
+    adapter: PathText = ""
     """Directory of a LoRA adapter laid over the model; empty for none."""
-    compare_with: str = ""
+    compare_with: PathText = ""
     """A second model, measured first on the same texts without the adapter: the "before" of the tables."""
-    out: str = ""
+    out: PathText = ""
     """Directory for needle.png, needle.json, results.json and samples.jsonl; empty writes nothing."""
-    haystack: str = ""
+    haystack: PathText = ""
     """The prose: a file, directory or data set, as `arriero curate` takes them; empty takes Python's help topics."""
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     """Tokens of the texts, question and answer included; they may go past the model's context."""
@@ -87,6 +90,7 @@ class NeedleConfig:
     """Decides prose, places and keys."""
 
     def __post_init__(self) -> None:
+        settle(self)
         check(len(self.lengths) > 0, "lengths is empty; give at least one, such as 2048")
         check(min(self.lengths) >= 64, f"lengths has {min(self.lengths)}; a text needs at least 64 tokens")
         check(1 <= self.depths <= 10, f"depths is {self.depths}; it must be from 1 to 10")

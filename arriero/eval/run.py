@@ -29,6 +29,7 @@ from arriero.eval.results import Results, examples_table, measures_table, save
 from arriero.files import make_output
 from arriero.model.llama import Llama
 from arriero.model.lora import merge_lora
+from arriero.paths import hint
 from arriero.records import parse_row
 from arriero.terminal import output
 from arriero.tokenizer.base import Tokenizer
@@ -131,7 +132,7 @@ def _on_answers(config: EvalConfig, conversations: list[Conversation]) -> Measur
 
 def _plain_text(path: Path) -> str:
     if not path.is_file():
-        raise DataError(f"{path}: no such file; give a .txt file, or rows that `arriero sft` reads")
+        raise DataError(f"{path}: no such file; give a .txt file, or rows that `arriero sft` reads{hint(path)}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

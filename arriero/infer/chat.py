@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -29,6 +28,7 @@ from arriero.infer.config import ChatConfig, GenerateConfig, SamplingConfig
 from arriero.infer.generate import Session, stream
 from arriero.infer.sample import Sampler
 from arriero.model.llama import Llama
+from arriero.paths import as_path
 from arriero.terminal import warn_once
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_chat
@@ -246,7 +246,7 @@ class Chat:
         if not file:
             raise ConfigError("/save needs a file: /save talk.jsonl")
         try:
-            with Path(file).expanduser().open("ab") as out:
+            with as_path(file).open("ab") as out:
                 out.write(json_line({"messages": self.messages}))
         except OSError as error:
             raise ConfigError(f"/save: cannot write {file}: {error.strerror}; choose another file") from error

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from arriero.config import settle
 from arriero.errors import ConfigError, check
+from arriero.paths import PathText
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ class SamplingFlags:
 class GenerateConfig:
     """One prompt, answered once."""
 
-    model: str = ""
+    model: PathText = ""
     """A directory, a .gguf file, a Hub id, or a built-in name."""
     prompt: str = ""
     """What to answer; empty reads standard input to its end."""
-    adapter: str = ""
+    adapter: PathText = ""
     """Directory of a LoRA adapter laid over the model; empty for none."""
     system: str = ""
     """System prompt; empty leaves it to the chat template."""
@@ -96,6 +98,7 @@ class GenerateConfig:
     sampling: SamplingFlags = field(default_factory=SamplingFlags)
 
     def __post_init__(self) -> None:
+        settle(self)
         check(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         check(
             not (self.raw and self.system),
@@ -107,9 +110,9 @@ class GenerateConfig:
 class ChatConfig:
     """A conversation in the terminal."""
 
-    model: str = ""
+    model: PathText = ""
     """A directory, a .gguf file, a Hub id, or a built-in name."""
-    adapter: str = ""
+    adapter: PathText = ""
     """Directory of a LoRA adapter laid over the model; empty for none."""
     system: str = ""
     """System prompt; empty leaves it to the chat template."""
@@ -122,5 +125,6 @@ class ChatConfig:
     sampling: SamplingFlags = field(default_factory=SamplingFlags)
 
     def __post_init__(self) -> None:
+        settle(self)
         check(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         check(self.context >= 0, f"context is {self.context}; it must be at least 0 (0: the model's own)")

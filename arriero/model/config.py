@@ -15,6 +15,7 @@ from arriero.errors import CheckpointError, ConfigError
 from arriero.model.entries import check_entries
 from arriero.model.fields import LARGEST, Fields
 from arriero.model.scaling import DynamicScaling, Llama3Scaling, RopeScaling, read_scaling
+from arriero.paths import lies_here
 
 
 @dataclass(frozen=True)
@@ -297,3 +298,8 @@ LADDER: dict[str, LlamaConfig] = {
 In a run the vocabulary is the tokenizer's, and the context that of the longest row."""
 
 SHAPES = {**LADDER, **PUBLISHED, **QWEN3}
+
+
+def named_shape(name: str) -> LlamaConfig | None:
+    """The known shape of that name; None where there is none, or where the name is a path here, which says so once."""
+    return None if name not in SHAPES or lies_here(name, "the shape") else SHAPES[name]

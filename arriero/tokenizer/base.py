@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from arriero.errors import CheckpointError
+from arriero.paths import as_path, hint
 
 if TYPE_CHECKING:
     from arriero.tokenizer.template import ChatTemplate
@@ -309,7 +310,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     from arriero.tokenizer import gguf, hf, llama3, sentencepiece
 
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         if (path / "tokenizer.json").is_file():
             return hf.load_tokenizer_json(path / "tokenizer.json")
@@ -318,7 +319,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         else:
             raise CheckpointError(f"{path}: no tokenizer.json or tokenizer.model in this directory")
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give a model directory, tokenizer.json, tokenizer.model or .gguf")
+        raise CheckpointError(
+            f"{path}: no such file; give a model directory, tokenizer.json, tokenizer.model or .gguf{hint(path)}"
+        )
     if path.suffix == ".gguf":
         return gguf.load_gguf_tokenizer(path)
     if path.suffix == ".json":

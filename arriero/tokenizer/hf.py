@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from arriero.errors import CheckpointError
+from arriero.paths import as_path
 from arriero.tokenizer import files
 from arriero.tokenizer.base import PrefixRule, SpecialTokens, Tokenizer
 from arriero.tokenizer.template import ChatTemplate
@@ -70,7 +71,7 @@ class HfTokenizer(Tokenizer):
         return self.backend.to_str().encode()
 
     def save(self, directory: str | Path) -> None:
-        files.write_tokenizer(Path(directory), self.backend, self.special, self.chat_template)
+        files.write_tokenizer(as_path(directory), self.backend, self.special, self.chat_template)
 
 
 def load_tokenizer_json(path: Path) -> HfTokenizer:

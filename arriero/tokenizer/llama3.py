@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
+from arriero.paths import as_path
 from arriero.tokenizer import files
 from arriero.tokenizer.base import SpecialTokens, Tokenizer, usable_threads
 from arriero.tokenizer.hf import byte_level_text, merges_into, with_bos
@@ -111,8 +112,8 @@ class TiktokenTokenizer(Tokenizer):
         return with_bos(backend, self.special)
 
     def save(self, directory: str | Path) -> None:
-        files.write_tokenizer(Path(directory), self.to_backend(), self.special, self.chat_template)
-        (Path(directory) / "tokenizer.model").write_bytes(_tiktoken_file(self.ranks))
+        files.write_tokenizer(as_path(directory), self.to_backend(), self.special, self.chat_template)
+        (as_path(directory) / "tokenizer.model").write_bytes(_tiktoken_file(self.ranks))
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
+from arriero.paths import as_path
 from arriero.tokenizer import files
 from arriero.tokenizer.base import SpecialTokens, Tokenizer, usable_threads
 from arriero.tokenizer.hf import BYTE_PIECE, SPACE_MARKER, marked_bytes, merges_into, with_bos
@@ -102,8 +103,8 @@ class SentencePieceTokenizer(Tokenizer):
         return with_bos(backend, self.special)
 
     def save(self, directory: str | Path) -> None:
-        files.write_tokenizer(Path(directory), self.to_backend(), self.special, self.chat_template)
-        (Path(directory) / "tokenizer.model").write_bytes(self.model)
+        files.write_tokenizer(as_path(directory), self.to_backend(), self.special, self.chat_template)
+        (as_path(directory) / "tokenizer.model").write_bytes(self.model)
 
 
 def merges_of(pieces: Sequence[tuple[str, float, int]]) -> list[tuple[str, str]]:

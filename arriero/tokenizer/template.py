@@ -22,6 +22,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from arriero.errors import CheckpointError, DataError, did_you_mean
+from arriero.paths import as_path, hint, lies_here
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
@@ -96,12 +97,12 @@ def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     """
     from arriero.tokenizer.files import role_texts
 
-    if name in BUILTIN_TEMPLATES:
+    if name in BUILTIN_TEMPLATES and not (as_path(name).is_file() and lies_here(name, "the built-in chat template")):
         file = Path(__file__).parent / "templates" / f"{name}.jinja"
-    elif (file := Path(name)).is_file() is False:
+    elif (file := as_path(name)).is_file() is False:
         raise CheckpointError(
             f"no chat template {name!r}: neither a file nor one of {', '.join(BUILTIN_TEMPLATES)}"
-            f"{did_you_mean(name, BUILTIN_TEMPLATES)}"
+            f"{did_you_mean(name, BUILTIN_TEMPLATES) or hint(name)}"
         )
     source = file.read_text(encoding="utf-8")
     lacking = sorted(set(re.findall(r"<\|\w+\|>", source)) - set(tokenizer.special_ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -43,6 +44,13 @@ def check_named(config: Any, recipe: str) -> None:
     if not config.model or not config.data.train:
         missing = "model" if not config.model else "data.train"
         raise ConfigError(f"{missing} is not set; say what to train: arriero {recipe} MODEL --data PATH")
+    if not config.out:
+        raise ConfigError("out is empty; name a directory for the run")
+    if os.path.abspath(config.out) == os.path.abspath(config.model):
+        raise ConfigError(
+            f"out and model are both {config.model!r}, and a directory of that name is taken for the model; "
+            "choose another --out"
+        )
 
 
 @contextmanager

@@ -10,9 +10,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from arriero.config import settle
 from arriero.distributed.config import ParallelConfig
 from arriero.errors import check
 from arriero.model.config import LoraConfig
+from arriero.paths import PathText
 
 LONGEST_ROW = 2**24  # tokens
 ROW_RULE = f"it must be from 8 to {LONGEST_ROW:,}"
@@ -168,9 +170,9 @@ def check_together(optim: OptimConfig, loop: LoopConfig, parallel: ParallelConfi
 class DataConfig:
     """What is learned from, and how it is laid into rows."""
 
-    train: str = ""
+    train: PathText = ""
     """Training data: a file (JSONL, JSON, CSV, Parquet), a directory of them, or a Hub data set id."""
-    validation: str = "0.05"
+    validation: PathText = "0.05"
     """A file, or the share of the training rows to hold out; 0 validates on nothing."""
     seq_len: int = 2048
     """Tokens in a packed row, and the longest example."""
@@ -191,9 +193,9 @@ class DataConfig:
 class SftConfig:
     """Supervised fine-tuning: the model learns the assistant's turns of the conversations in a file."""
 
-    model: str = ""
+    model: PathText = ""
     """A directory, a .gguf file, a Hub id, or a built-in name."""
-    out: str = "out/sft"
+    out: PathText = "out/sft"
     """Run directory: config, metrics, checkpoints, report, and the trained adapter or model."""
     method: Literal["lora", "full"] = "lora"
     """Train a low-rank adapter, or every weight."""
@@ -208,6 +210,7 @@ class SftConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        settle(self)
         check(self.samples >= 0, f"samples is {self.samples}; it must be at least 0")
         check_together(self.optim, self.loop, self.parallel)
 
@@ -216,9 +219,9 @@ class SftConfig:
 class PretrainDataConfig:
     """Token shards, as `arriero shard` writes them, and how they are laid into rows."""
 
-    train: str = ""
+    train: PathText = ""
     """Directory that `arriero shard` wrote, or any directory of shards: one set, or one below it for each source."""
-    validation: str = ""
+    validation: PathText = ""
     """Directory of shards to validate on; empty takes what `arriero shard` held out, if it did."""
     validation_tokens: int = 100_000
     """Tokens of it that are measured each time."""
@@ -265,9 +268,9 @@ class TrainingStage:
 class PretrainConfig:
     """Pretraining: a Llama learns to continue text."""
 
-    model: str = ""
+    model: PathText = ""
     """A shape (`arriero ls models`), from random weights, or a model to go on with: a directory, .gguf or Hub id."""
-    out: str = "out/pretrain"
+    out: PathText = "out/pretrain"
     """Run directory: config, metrics, checkpoints, report, and the model."""
     resume: bool = False
     """Go on from the newest whole checkpoint in the run directory."""
@@ -289,6 +292,7 @@ class PretrainConfig:
     """Changes of batch, row length or mixture during the run, in order of their start."""
 
     def __post_init__(self) -> None:
+        settle(self)
         check(
             self.rope_theta == 0 or 1 < self.rope_theta < math.inf,
             f"rope_theta is {self.rope_theta}; it must be above 1 (Llama 3: 5e5), or 0 for the model's own",

@@ -30,9 +30,10 @@ from rich.table import Table
 from arriero import config as configs
 from arriero.distributed.arithmetic import MOMENTS, Cost, cost, gradients_at_once, kept, moment_bytes
 from arriero.distributed.config import ParallelConfig
-from arriero.errors import ConfigError, UserError
+from arriero.errors import ConfigError, DataError, UserError
 from arriero.files import json_text, split_lines
-from arriero.model.config import LADDER, LINEARS, SHAPES, LlamaConfig
+from arriero.model.config import LADDER, LINEARS, SHAPES, LlamaConfig, named_shape
+from arriero.paths import hint
 from arriero.train.config import RECIPES, PretrainConfig, SftConfig
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -78,15 +79,18 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
     raise for settings or data it refuses.
     """
     data = config.data.train
-    if isinstance(config, SftConfig) and config.model in LADDER:
+    shape = named_shape(config.model)
+    if isinstance(config, SftConfig) and config.model in LADDER and shape is not None:
         raise ConfigError(
             f"{config.model} has no weights to fine-tune; to plan its pretraining: "
             f"arriero plan pretrain-{config.model}" + (f" --data {data}" if data else "")
         )
-    if isinstance(config, PretrainConfig) and not Path(data).exists():
-        data = ""  # as in a preset, which names the data it would read
-    if config.model in SHAPES and not data:
-        shape = SHAPES[config.model]
+    if isinstance(config, PretrainConfig) and data and not Path(data).exists():
+        raise DataError(
+            f"{data}: no such directory of token shards, which `arriero shard` makes; with --data '' a known shape is "
+            f"planned by arithmetic{hint(data)}"
+        )
+    if shape is not None and not data:
         return by_arithmetic(shape, config) if config.parallel == ParallelConfig() else split(shape, config)
     if not data:
         raise ConfigError(

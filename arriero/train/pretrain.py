@@ -37,7 +37,7 @@ from arriero.errors import ConfigError, did_you_mean
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import generate
 from arriero.model.build import build_model, empty_model
-from arriero.model.config import LADDER, SHAPES, LlamaConfig
+from arriero.model.config import LADDER, SHAPES, LlamaConfig, named_shape
 from arriero.model.initial import initial_weight
 from arriero.model.llama import Llama
 from arriero.tokenizer import Tokenizer, load_tokenizer
@@ -79,7 +79,7 @@ class PretrainRun:
         config, total = self.config, self.trainer.total_steps
         tokens = self.total_tokens
         held = sum(shards.n_tokens for shards in self.sources.values())
-        begins = "random weights" if config.model in SHAPES else "its weights"
+        begins = "random weights" if named_shape(config.model) else "its weights"
         parts = ["what comes before the stages", *(f"the stage at {stage.start:g}" for stage in config.stages)]
         steps = durations(timetable(config, {}, total), total)
         empty = [part for part, n in zip(parts, steps, strict=True) if not n]
@@ -257,7 +257,7 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> tu
     a published one keeps its own, if its vocabulary holds the tokenizer's. A model's own tokenizer must give the ids
     of the shards the same meaning; one that comes without a tokenizer is taken on trust.
     """
-    if (shape := SHAPES.get(config.model)) is None:
+    if (shape := named_shape(config.model)) is None:
         near = did_you_mean(config.model, SHAPES)
         if near and "/" not in config.model and not Path(config.model).exists():
             raise ConfigError(f"no shape or model {config.model!r}{near} (arriero ls models lists the shapes)")

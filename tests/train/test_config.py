@@ -24,7 +24,7 @@ from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, Pretra
         (LoopConfig, {"seed": -1}, "seed is -1; it must be a whole number from 0"),
         (PretrainDataConfig, {"max_epochs": {"web": math.inf}}, "max_epochs: web is inf; it must be a number of at"),
         (PretrainDataConfig, {"weights": {"web": math.nan}}, "weights: web is nan; it must be a number of at least 0"),
-        (PretrainConfig, {"tokens": math.inf}, "tokens is inf; it must be at least 0"),
+        (PretrainConfig, {"tokens": math.inf}, "tokens is inf; it must be a finite number"),
     ],
 )
 def test_settings_out_of_range_are_refused(cls, settings, text):

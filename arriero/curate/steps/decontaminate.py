@@ -22,6 +22,7 @@ from arriero.curate.rules.llama import _ngram_hashes
 from arriero.curate.sources import list_files, read_file
 from arriero.curate.spans import HAS_LETTER
 from arriero.errors import ConfigError, DataError
+from arriero.paths import PathText
 from arriero.records import parse_row, read_records
 
 
@@ -34,7 +35,7 @@ class Decontaminate:
 
     name: ClassVar[str] = "decontaminate"
 
-    against: tuple[str, ...] = ()
+    against: tuple[PathText, ...] = ()
     """Evaluation files: rows (every text in them is searched), or plain text (every line is)."""
     ngram: int = 13
     """Words of an n-gram."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 from arriero.curate import classifier
 from arriero.curate.batch import Batch, Result, with_meta
 from arriero.errors import ConfigError
+from arriero.paths import PathText
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Quality:
 
     name: ClassVar[str] = "quality"
 
-    model: str = ""
+    model: PathText = ""
     """File that `arriero curate classifier` wrote."""
     min_score: float = 0.5
     """Least probability of being good, where good and random documents are equally frequent."""

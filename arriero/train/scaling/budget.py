@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -22,6 +21,7 @@ from rich.table import Table
 from arriero.errors import ConfigError, DataError, did_you_mean
 from arriero.files import json_text
 from arriero.model.config import SHAPES
+from arriero.paths import as_path, hint, lies_here
 from arriero.train.scaling.laws import (
     PUBLISHED_LAWS,
     Law,
@@ -176,15 +176,17 @@ def peak_of(device: str) -> float:
 
 def open_law(name: str) -> Known:
     """A published law by its name, or that of a sweep's directory or fit.json."""
-    if name in PUBLISHED_LAWS:
+    path = as_path(name)
+    file = path / "fit.json" if path.is_dir() else path
+    if name in PUBLISHED_LAWS and not (file.is_file() and lies_here(name, "the published law")):
         law = PUBLISHED_LAWS[name]
         return Known(name, law, law if isinstance(law, LossLaw) else None)
-    path = Path(name)
-    file = path / "fit.json" if path.is_dir() else path
     if not file.is_file():
-        hint = f"; run: arriero scaling fit {name}" if path.is_dir() else did_you_mean(name, PUBLISHED_LAWS)
+        remedy = did_you_mean(name, PUBLISHED_LAWS) or hint(path)
+        if path.is_dir():
+            remedy = f"; run: arriero scaling fit {name}"
         raise ConfigError(
-            f"{name}: neither a published law ({', '.join(PUBLISHED_LAWS)}) nor a sweep with a fit.json{hint}"
+            f"{name}: neither a published law ({', '.join(PUBLISHED_LAWS)}) nor a sweep with a fit.json{remedy}"
         )
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

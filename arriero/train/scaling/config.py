@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from arriero.config import settle
 from arriero.errors import ConfigError
+from arriero.paths import PathText
 
 
 @dataclass(frozen=True)
 class SweepConfig:
     """An isoFLOP sweep: for each budget of compute, models of several sizes trained until it is spent."""
 
-    data: str = ""
+    data: PathText = ""
     """Directory that `arriero shard` wrote, with held-out documents: their loss is what the laws are about."""
-    out: str = "out/sweep"
+    out: PathText = "out/sweep"
     """Directory for the runs and runs.jsonl, which `arriero scaling fit` reads."""
     budgets: tuple[float, ...] = (1e12, 3e12, 1e13)
     """FLOPs of a run, C = 6 x parameters x tokens; at least two. More can be added to a sweep later."""
@@ -44,6 +46,7 @@ class SweepConfig:
     """Compile each model's blocks, as for `arriero pretrain`."""
 
     def __post_init__(self) -> None:
+        settle(self)
         checks = {
             "budgets": (all(c > 0 for c in self.budgets), "each must be above 0"),
             "sizes": (4 <= self.sizes <= 24, "it must be in 4 (three models always lie on a parabola) to 24"),

@@ -33,6 +33,7 @@ from rich.table import Table
 
 from arriero.errors import ConfigError, DataError, require
 from arriero.files import json_bytes, json_text, replaced_file
+from arriero.paths import as_path, hint
 from arriero.records import endings, parse_row, read_records
 from arriero.terminal import output
 from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, LossLaw, PowerLaw
@@ -195,6 +196,7 @@ def run_fit(path: Path, resamples: int, seed: int, as_json: bool = False) -> Fit
     if resamples < 1:
         raise ConfigError(f"resamples is {resamples}; it must be at least 1 (usual: 1000)")
     found = fit(read_runs(path), resamples, seed)
+    path = as_path(path)
     directory = path if path.is_dir() else path.parent
     for name, content in ((FIT, json_bytes(found.summary(), indent=1) + b"\n"), (PICTURE, fit_png(found))):
         with replaced_file(directory / name) as temporary:
@@ -217,9 +219,10 @@ def read_runs(path: Path) -> Runs:
 
     Raises `DataError` naming the line for what is missing or not a positive number.
     """
+    path = as_path(path)
     file = path / "runs.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise DataError(f"{file}: no such file; `arriero scaling sweep --out {path}` writes it, run by run")
+        raise DataError(f"{file}: no such file; `arriero scaling sweep --out {path}` writes it, run by run{hint(path)}")
     if endings(file)[0] != ".jsonl":
         raise DataError(f"{file}: give runs as .jsonl, a line for each")
     rows = []
