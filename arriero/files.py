@@ -10,6 +10,7 @@ what else `str.splitlines` splits at (U+2028 stands within sentences).
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from arriero.errors import ConfigError, UserError
+from arriero.errors import ConfigError, DataError, UserError
 
 LOCK = ".lock"
 _LINE_END = re.compile(r"\r\n|[\r\n]")
@@ -92,6 +93,25 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, line ends as they stand; a byte order mark at its beginning is no text.
+
+    Raises `DataError` for a file that cannot be read, or is in another encoding.
+    """
+    try:
+        return decoded(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a text file") from error
+
+
+def decoded(data: bytes, name: str) -> str:
+    """The text that bytes in UTF-8 hold, as `read_text` reads it; `name` is what an error calls them."""
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from error
 
 
 def split_lines(text: str) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from typing import Any
 
 from arriero import presets
+from arriero.errors import TrainingError
 from arriero.terminal import output
 from arriero.train.config import PretrainConfig, SftConfig
 
@@ -56,9 +58,19 @@ def start(recipe: str, config: Any) -> None:
 
 
 def finish(outcome: Any) -> None:
-    """End the process as what interrupted the training asks for, if anything did."""
-    if outcome is not None and outcome.interrupted is not None:  # it is saved; the caller learns what ended it
+    """End the process as what interrupted the training asks for, if anything did.
+
+    Raises `TrainingError` where what was trained gives no finite loss, so that no script goes on with it.
+    """
+    if outcome is None:
+        return
+    if outcome.interrupted is not None:  # it is saved; the caller learns what ended it
         sys.exit(128 + outcome.interrupted)
+    if outcome.result_loss is not None and not math.isfinite(outcome.result_loss):
+        raise TrainingError(
+            f"the run has ended, but the validation loss of what it wrote is {outcome.result_loss}: its weights are of "
+            "no use; begin a new run with a lower lr, or precision fp32"
+        )
 
 
 def module_of(name: str) -> Any:

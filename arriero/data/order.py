@@ -129,6 +129,12 @@ class Pieces:
         last = np.append(first[1:], True)[: len(order)]
         return Pieces(document[first], start[first], stop[last])
 
+    @classmethod
+    def together(cls, pieces: Sequence[Pieces]) -> Pieces:
+        """All of them, one after another."""
+        columns = ([getattr(p, name) for p in pieces] for name in ("document", "start", "stop"))
+        return cls(*(np.concatenate(column) for column in columns))
+
     def take(self, index: IntArray) -> Pieces:
         """These of the pieces."""
         return Pieces(self.document[index], self.start[index], self.stop[index])
@@ -182,8 +188,12 @@ class BestFit:
 
     def row(self, k: int) -> Row:
         """Row k of the run."""
+        return self._read(self.pieces(k))
+
+    def pieces(self, k: int) -> Pieces:
+        """What row k is made of."""
         packed, r = self._find(k)
-        return self._read(packed.pieces.take(packed.packing.row(r)))
+        return packed.pieces.take(packed.packing.row(r))
 
     def rows_until(self, epochs: Fraction) -> int:
         """Rows from the run's first to where the source has been gone through so many times."""

@@ -104,7 +104,7 @@ class Shards:
 
     @property
     def n_predicted(self) -> int:
-        """Tokens that are ever predicted: all but the first of each document (bits per byte are over these)."""
+        """Tokens that are ever predicted: all but the first of each document."""
         return self.n_tokens - self.n_documents
 
     @cached_property

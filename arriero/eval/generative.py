@@ -2,7 +2,8 @@
 
 A row is a conversation; its last assistant message is the reference, what comes before it the prompt. Two things
 are measured. What the reference costs the model (teacher-forced, the end-of-turn token included: the very quantity
-that fine-tuning lowers), and how the model's own greedy answer compares with the reference.
+that fine-tuning lowers), over the bytes of the tokens that are scored; and how the model's own greedy answer compares
+with the reference.
 Price: one packed forward over prompt and reference, then a batched decode of at most `max_new_tokens` a row.
 """
 
@@ -38,6 +39,7 @@ class Row:
     inputs: list[int]
     targets: list[int]  # -100 everywhere but on the reference and its end-of-turn token
     answer_tokens: int
+    answer_bytes: float
     prompt: str
     reference: str
 
@@ -75,7 +77,7 @@ def answers(
         scores = {**vars(score(row.reference, text)), "one_sentence": float(one), "stopped": float(completion.stopped)}
         samples.append(Sample(row.prompt, row.reference, text, scores))
     tokens = [row.answer_tokens for row in rows]
-    sizes = [len(row.reference.encode("utf-8", "surrogatepass")) for row in rows]
+    sizes = [row.answer_bytes for row in rows]
     ratios = {"bits_per_token": ratio(costs, tokens), "bits_per_byte": ratio(costs, sizes)}
     ratios |= {key: mean([sample.scores[key] for sample in samples]) for key in samples[0].scores}
     return Results(name, ratios, samples, len(rows), time.monotonic() - began)
@@ -100,8 +102,10 @@ def _row(tokenizer: Tokenizer, conversation: Conversation, longest: int) -> Row:
     start = end
     while whole.trained[start - 1]:
         start -= 1
-    targets = [IGNORED] * (start - 1) + whole.ids[start:end]
-    return Row(prompt_ids, whole.ids[: end - 1], targets, end - start, _prompt_text(before), reference)
+    answer = whole.ids[start:end]
+    n_bytes = float(tokenizer.text_bytes(answer).sum())
+    targets = [IGNORED] * (start - 1) + answer
+    return Row(prompt_ids, whole.ids[: end - 1], targets, end - start, n_bytes, _prompt_text(before), reference)
 
 
 def _prompt_text(messages: Sequence[dict[str, Any]]) -> str:

@@ -64,7 +64,7 @@ class Finding:
     needle: Needle
     answer: str
     found: bool  # the greedy answer is the key
-    chosen: bool  # the key is the most probable of CHOICES
+    chosen: bool  # the key is more probable than each other of CHOICES
     bits: float  # -log2 p of the key; one drawn at random costs log2(90,000) = 16.5
 
 
@@ -205,12 +205,12 @@ def bits_by_position(
     """Bits per byte of plain prose at positions below the first length, between it and the second, and so on."""
     edges = [0, *sorted(lengths)]
     reader = Reader(model, edges[-1])
-    bits, sizes = torch.zeros(edges[-1], dtype=torch.float64), torch.zeros(edges[-1])
+    bits, sizes = torch.zeros(2, edges[-1], dtype=torch.float64)
     for trial in range(trials):
         start = random.Random(f"{seed}/{trial}").random()
         ids = list(itertools.chain.from_iterable(haystack.cut(start, edges[-1])))
         bits[1:] += torch.tensor(reader.bits(reader.read(ids[:1]), ids[1:]), dtype=torch.float64)
-        sizes[1:] += torch.tensor([len(tokenizer.token_bytes(i)) for i in ids[1:]])
+        sizes[1:] += torch.from_numpy(tokenizer.text_bytes(ids[1:]))
         on_text(edges[-1])
     return [(bits[a:b].sum() / sizes[a:b].sum()).item() for a, b in itertools.pairwise(edges)]
 
@@ -240,7 +240,8 @@ def _ask(
     answer = tokenizer.decode(reader.answer(logits, len(_ids(tokenizer, f" {needle.key}.")))).strip()
     digits = re.match(r"\d*", answer)
     found = digits is not None and digits[0] == needle.key
-    chosen = min(costs, key=costs.__getitem__) == needle.key
+    others = (cost for key, cost in costs.items() if key != needle.key)
+    chosen = all(costs[needle.key] < cost for cost in others)  # so that neither a tie nor NaN is a choice
     return Finding(length, depth, needle, answer, found, chosen, costs[needle.key])
 
 

@@ -19,7 +19,7 @@ from arriero.errors import ConfigError
 from arriero.eval.bootstrap import mean
 from arriero.eval.config import NeedleConfig
 from arriero.eval.needle import Finding, Haystack, bits_by_position, find_needles, prose
-from arriero.eval.results import Results, Sample, measures_table, save
+from arriero.eval.results import MEASURES, Measure, Results, Sample, measures_table, refuse_not_finite, save
 from arriero.eval.run import bar, before_and_after
 from arriero.files import make_output, replaced_file, write_json
 from arriero.model.llama import Llama
@@ -27,6 +27,7 @@ from arriero.page import LIGHT, Theme, png
 from arriero.terminal import output
 from arriero.tokenizer.base import Tokenizer
 
+BITS, PROSE = Measure("bits", "lower", ".1f"), Measure("prose, bits/byte", "lower")
 CHARS_PER_TOKEN = 64  # of prose kept for each token of the longest text: enough for trials to differ
 
 
@@ -70,6 +71,7 @@ def run_needle(config: NeedleConfig, console: Console | None = None) -> NeedleRe
         with replaced_file(out / "needle.png") as path:
             path.write_bytes(needle_png(models))
         console.print(f"written: {config.out}/needle.png, needle.json, results.json, samples.jsonl")
+    refuse_not_finite(before, after)
     return after
 
 
@@ -78,7 +80,7 @@ def needle_table(results: NeedleResults) -> Table:
     lengths, depths = _axes(results)
     title = f"{escape(results.model)}: keys found, by length and depth (context {results.context:,})"
     table = Table(title=title, title_justify="left")
-    for column in ("tokens", *(f"{depth:.0%}" for depth in depths), "all", "1 of 10", "bits", "prose, bits/byte"):
+    for column in ("tokens", *(f"{depth:.0%}" for depth in depths), "all", "1 of 10", BITS.name, PROSE.name):
         table.add_column(column, justify="right")
     for length in lengths:
         here = [f for f in results.findings if f.length == length]
@@ -88,11 +90,12 @@ def needle_table(results: NeedleResults) -> Table:
             *(f"[{'green' if share > 0.5 else 'red'}]{share:.0%}[/]" for share in shares),
             f"{_mean(f.found for f in here):.0%}",
             f"{_mean(f.chosen for f in here):.0%}",
-            f"{_mean(f.bits for f in here):.1f}",
-            f"{results.by_position[length]:.3f}",
+            BITS.shown(_mean(f.bits for f in here)),
+            PROSE.shown(results.by_position[length]),
         )
-    if lengths[-1] > results.context:
-        table.caption = "* past the model's context"
+    table.caption = f"1 of 10: chance is {MEASURES['chosen'].chance:.0%}, and a tie is no choice" + (
+        "\n* past the model's context" if lengths[-1] > results.context else ""
+    )
     return table
 
 

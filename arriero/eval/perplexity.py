@@ -2,7 +2,8 @@
 
 A text longer than the window is read in overlapping windows. Each token is scored exactly once, and after the
 first window with at least `context` tokens before it. A text is preceded by the tokenizer's bos token (its eos
-where it has no bos), as in lm-eval's rolling log-likelihood, so that its first token is scored as well.
+where it has no bos), as in lm-eval's rolling log-likelihood, so that its first token is scored as well; where there is
+neither, its first token is not, and its bytes do not count.
 Perplexity is per token and comparable only between models with the same tokenizer; bits per byte (UTF-8) always is.
 Price: one forward over n * window / (window - context + 1) tokens; [chunk, V] logits at a time, never [window, V].
 """
@@ -19,7 +20,7 @@ from arriero.eval.bootstrap import Ratio
 from arriero.eval.packed import scored
 from arriero.losses.lm import IGNORED
 from arriero.model.llama import Llama
-from arriero.tokenizer.base import Tokenizer
+from arriero.tokenizer.base import Tokenizer, utf8
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Window:
     inputs: list[int]
     targets: list[int]
     scored: int  # tokens scored here
-    bytes: float  # the text's UTF-8 bytes, shared out by scored tokens
+    bytes: float  # of the tokens scored here
     opens: bool  # the first window of its text
 
 
@@ -37,7 +38,7 @@ class Window:
 class Perplexity:
     """What texts cost a model, kept by window so that windows can be resampled.
 
-    bits, tokens, bytes: by window, what its scored tokens cost, their number, and their share of the text's bytes.
+    bits, tokens, bytes: by window, what its scored tokens cost, their number, and their bytes.
     """
 
     bits: np.ndarray
@@ -94,12 +95,13 @@ def windows(tokenizer: Tokenizer, text: str, window: int, context: int) -> Itera
     """Cut a text into windows of at most `window` inputs that score each token once; see the module's text."""
     prefix = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     ids = tokenizer.encode(text)
+    sizes = tokenizer.text_bytes(ids, len(utf8(text)))
     if prefix is not None:
-        ids = [prefix, *ids]
-    n_bytes, n_inputs = len(text.encode("utf-8", "surrogatepass")), len(ids) - 1
+        ids, sizes = [prefix, *ids], np.append(0, sizes)
+    n_inputs = len(ids) - 1
     start = first = 0  # the window reads inputs from start on, and scores from first on
     while first < n_inputs:
         end = min(start + window, n_inputs)
         targets = [IGNORED] * (first - start) + ids[first + 1 : end + 1]
-        yield Window(ids[start:end], targets, end - first, n_bytes * (end - first) / n_inputs, first == 0)
+        yield Window(ids[start:end], targets, end - first, float(sizes[first + 1 : end + 1].sum()), first == 0)
         first, start = end, end - context + 1

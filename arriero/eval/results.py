@@ -5,6 +5,7 @@ A difference is called better or worse only when its paired 95% interval leaves 
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,19 +17,31 @@ from rich.table import Table
 from rich.text import Text
 
 from arriero import __version__
+from arriero.errors import CheckpointError
 from arriero.eval.bootstrap import Interval, Ratio, difference, interval
 from arriero.files import split_lines, write_json, write_jsonl
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that is reported: its title, which way is good, and how it is printed."""
+    """A number that is reported: what it is, which way is good, how it is printed; of a choice, what chance gives."""
 
-    title: str
+    name: str
     better: Literal["higher", "lower"]
     format: str = ".3f"
+    chance: float | None = None
+
+    @property
+    def title(self) -> str:
+        """As it heads a row."""
+        return self.name if self.chance is None else f"{self.name} (chance {self.chance:.0%})"
+
+    def shown(self, value: float, sign: str = "") -> str:
+        """A value as it is printed."""
+        return format(value, sign + self.format) if math.isfinite(value) else NOT_FINITE
 
 
+NOT_FINITE = "not finite"
 MEASURES = {
     "bits_per_token": Measure("bits per token", "lower"),
     "bits_per_byte": Measure("bits per byte", "lower"),
@@ -39,7 +52,7 @@ MEASURES = {
     "one_sentence": Measure("one sentence", "higher", ".1%"),
     "stopped": Measure("stops by itself", "higher", ".1%"),
     "found": Measure("finds the key", "higher", ".1%"),
-    "chosen": Measure("prefers it to 9 others", "higher", ".1%"),
+    "chosen": Measure("prefers it to 9 others", "higher", ".1%", chance=0.1),
     "key_bits": Measure("bits of the key", "lower", ".2f"),
 }
 
@@ -68,32 +81,42 @@ class Results:
         """Each measure with its 95% bootstrap interval."""
         return {key: interval(ratio, resamples, seed) for key, ratio in self.ratios.items()}
 
+    @property
+    def not_finite(self) -> list[str]:
+        """The measures whose value is NaN or infinite: then what the model computes is no number somewhere."""
+        return [key for key, ratio in self.ratios.items() if not math.isfinite(ratio.value)]
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measure before and after, and the paired interval of after - before."""
+    """One measure before and after, and the paired interval of after - before.
+
+    sound: both models compute numbers throughout. One that does not may still stop at once, or say nothing wrong.
+    """
 
     measure: Measure
     before: float
     after: float
     difference: Interval
+    sound: bool = True
 
     @property
     def verdict(self) -> Literal["better", "worse", "unclear"]:
-        """Better or worse only where the interval of the difference leaves out zero."""
-        if not self.difference.excludes_zero:
+        """Better or worse only where the interval of the difference leaves out zero; a tie is neither."""
+        sign = self.difference.sign if self.measure.better == "higher" else -self.difference.sign
+        if not sign or not self.sound:
             return "unclear"
-        rose = self.difference.value > 0
-        return "better" if rose == (self.measure.better == "higher") else "worse"
+        return "better" if sign > 0 else "worse"
 
 
 def compare(before: Results, after: Results, resamples: int, seed: int) -> dict[str, Comparison]:
     """Set two models' results on the same rows side by side, by measure."""
     assert before.ratios.keys() == after.ratios.keys(), "the two were measured by different tasks"
+    sound = not before.not_finite and not after.not_finite
     compared = {}
     for key, old in before.ratios.items():
         new = after.ratios[key]
-        compared[key] = Comparison(MEASURES[key], old.value, new.value, difference(old, new, resamples, seed))
+        compared[key] = Comparison(MEASURES[key], old.value, new.value, difference(old, new, resamples, seed), sound)
     return compared
 
 
@@ -113,7 +136,7 @@ def results_table(results: Results, resamples: int, seed: int) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     for key, found in results.intervals(resamples, seed).items():
         measure = MEASURES[key]
-        table.add_row(measure.title, format(found.value, measure.format), _span(found, measure.format))
+        table.add_row(measure.title, measure.shown(found.value), _span(measure, found))
     return table
 
 
@@ -122,16 +145,16 @@ def comparison_table(before: Results, after: Results, compared: dict[str, Compar
     title = escape(f"{after.rows:,} rows\nbefore: {before.model}\nafter:  {after.model}")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", "before", "after", "difference (95% interval)", "verdict"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     colours = {"better": "green", "worse": "red", "unclear": "dim"}
     for line in compared.values():
-        form, change = line.measure.format, line.difference
+        measure, change = line.measure, line.difference
         colour = colours[line.verdict]
         table.add_row(
-            line.measure.title,
-            format(line.before, form),
-            format(line.after, form),
-            f"{change.value:+{form}} ({_span(change, '+' + form)})",
+            measure.title,
+            measure.shown(line.before),
+            measure.shown(line.after),
+            f"{measure.shown(change.value, '+')} ({_span(measure, change, '+')})",
             f"[{colour}]{line.verdict}[/{colour}]",
         )
     return table
@@ -158,6 +181,8 @@ def examples_table(before: Results, after: Results | None, count: int) -> Table:
 def save(directory: Path, settings: dict[str, Any], before: Results | None, after: Results) -> None:
     """Write results.json (settings, versions, measures) and samples.jsonl (a line a row) into `directory`.
 
+    Numbers that are not finite are null there.
+
     A line of samples.jsonl: prompt, reference and answer with its scores; or, when two models were compared,
     prompt, reference, before, after and the scores of both.
     """
@@ -168,6 +193,9 @@ def save(directory: Path, settings: dict[str, Any], before: Results | None, afte
             old = asdict(interval(before.ratios[key], resamples, seed))
             change = {"difference": asdict(line.difference), "verdict": line.verdict}
             measures[key] = {"before": old, "after": measures[key], **change}
+    for key, entry in measures.items():
+        if (chance := MEASURES[key].chance) is not None:
+            entry["chance"] = chance
     found = {
         "versions": {"arriero": __version__, "python": platform.python_version()},
         "settings": settings,
@@ -194,10 +222,23 @@ def _compared_samples(before: Results, after: Results) -> list[dict[str, Any]]:
     ]
 
 
-def _span(found: Interval, form: str) -> str:
+def refuse_not_finite(before: Results | None, after: Results) -> None:
+    """Raise `CheckpointError` where a model gave what is no number; the tables and files are there by then."""
+    for results in (before, after):
+        if results is not None and (bad := results.not_finite):
+            n_bad = max(results.ratios[key].n_bad for key in bad)
+            rows = f" (in {n_bad:,} of {len(results.ratios[bad[0]].over):,} rows or windows)" if n_bad else ""
+            raise CheckpointError(
+                f"{results.model}: {', '.join(MEASURES[key].name for key in bad)} not finite{rows}: what the model "
+                "computes is no number, so nothing can be said of it; try --precision fp32, and if that gives none "
+                "either, the weights are damaged or diverged: take an earlier checkpoint"
+            )
+
+
+def _span(measure: Measure, found: Interval, sign: str = "") -> str:
     if found.low is None or found.high is None:
-        return "one row only"
-    return f"{found.low:{form}} to {found.high:{form}}"
+        return "one row only" if math.isfinite(found.value) else "none"
+    return f"{measure.shown(found.low, sign)} to {measure.shown(found.high, sign)}"
 
 
 def _clip(text: str, lines: int) -> str:

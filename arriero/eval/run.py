@@ -25,14 +25,14 @@ from arriero.errors import ConfigError, DataError
 from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.eval.generative import answers
 from arriero.eval.perplexity import perplexity
-from arriero.eval.results import Results, examples_table, measures_table, save
-from arriero.files import make_output
+from arriero.eval.results import Results, examples_table, measures_table, refuse_not_finite, save
+from arriero.files import make_output, read_text
 from arriero.model.llama import Llama
 from arriero.model.lora import merge_lora
 from arriero.paths import hint
 from arriero.records import parse_row
 from arriero.terminal import output
-from arriero.tokenizer.base import Tokenizer
+from arriero.tokenizer.base import Tokenizer, utf8
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 R = TypeVar("R", bound=Results)
@@ -43,7 +43,8 @@ def run_eval(config: EvalConfig, console: Console | None = None) -> Results:
     """Measure `config.model` on `config.data`, print the tables, write the files; returns what was found.
 
     With `compare_with`, that model is measured first, and the tables and files set the two side by side.
-    Raises `ConfigError` for settings that name nothing, `DataError` for files and rows that cannot be used.
+    Raises `ConfigError` for settings that name nothing, `DataError` for files and rows that cannot be used, and, after
+    all is written, `CheckpointError` for a model whose outputs are not finite.
     """
     for name in ("model", "data"):
         if not getattr(config, name):
@@ -59,6 +60,7 @@ def run_eval(config: EvalConfig, console: Console | None = None) -> Results:
     if config.out:
         save(Path(config.out), asdict(config), before, after)
         console.print(f"written: {config.out}/results.json" + (", samples.jsonl" if after.samples else ""))
+    refuse_not_finite(before, after)
     return after
 
 
@@ -85,7 +87,9 @@ def _measurement(config: EvalConfig) -> Measurement:
     if path.suffix == ".txt":
         if config.task == "answers":
             raise ConfigError(f"{path}: a plain text holds no answers; give rows with messages, or task perplexity")
-        return _on_texts(config, [_plain_text(path)])
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; give a .txt file, or rows that `arriero sft` reads{hint(path)}")
+        return _on_texts(config, [read_text(path)])
     every = (record for file in source_files(config.data) for record in read_records(file))
     records = islice(every, config.rows or None)
     first = next(records)
@@ -98,7 +102,7 @@ def _measurement(config: EvalConfig) -> Measurement:
 
 
 def _on_texts(config: EvalConfig, texts: list[str]) -> Measurement:
-    total = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    total = sum(len(utf8(text)) for text in texts)
 
     def measure(model: Llama, tokenizer: Tokenizer, name: str) -> Results:
         began = time.monotonic()
@@ -128,15 +132,6 @@ def _on_answers(config: EvalConfig, conversations: list[Conversation]) -> Measur
             )
 
     return measure
-
-
-def _plain_text(path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give a .txt file, or rows that `arriero sft` reads{hint(path)}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from error
 
 
 def _text(record: Record) -> str:

@@ -23,7 +23,7 @@ from arriero.checkpoint.load import best_device, load
 from arriero.checkpoint.source import resolve
 from arriero.config import from_dict
 from arriero.errors import ConfigError, DataError, UserError, did_you_mean
-from arriero.files import json_line
+from arriero.files import decoded, json_line
 from arriero.infer.config import ChatConfig, GenerateConfig, SamplingConfig
 from arriero.infer.generate import Session, stream
 from arriero.infer.sample import Sampler
@@ -56,7 +56,7 @@ def sampling_for(config: GenerateConfig | ChatConfig, otherwise: SamplingConfig)
 
 def run_generate(config: GenerateConfig) -> None:
     """Answer one prompt on standard output, as it is made."""
-    prompt = config.prompt or sys.stdin.read()
+    prompt = config.prompt or decoded(sys.stdin.buffer.read(), "standard input")
     if not prompt.strip():
         raise ConfigError("the prompt is empty; give it after the model's name, or pipe text to standard input")
     sampling = sampling_for(config, GREEDY)

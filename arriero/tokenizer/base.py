@@ -23,7 +23,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from arriero.errors import CheckpointError
 from arriero.paths import as_path, hint
@@ -201,6 +204,23 @@ class Tokenizer(ABC):
         """Return the bytes that an id stands for (special tokens: their text)."""
         return self._bytes[token_id]
 
+    def text_bytes(self, ids: Sequence[int] | NDArray[Any], total: int | None = None) -> NDArray[np.float64]:
+        """Bytes of text that each of `ids` stands for, [n]: what a loss over some of them is divided by.
+
+        Special tokens are no text and have none; a token that ends within a character has its own bytes of it.
+        total: UTF-8 bytes of the text, where `ids` are all of one: then they sum to that. A space that the family put
+        before the text does not count, and where the tokenizer changes the text (NFC, unknown characters) the tokens
+        have their shares of it.
+        """
+        sizes = self._text_sizes[np.asarray(ids, dtype=np.int64)]
+        if total is None or sizes.sum() == total:
+            return sizes
+        first = int(np.argmax(sizes > 0)) if len(sizes) else 0
+        if sizes.sum() == total + 1 and self.token_bytes(int(ids[first])).startswith(b" "):
+            sizes[first] -= 1
+            return sizes
+        return sizes * (total / max(1.0, sizes.sum()))
+
     def holds(self, other: Tokenizer) -> bool:
         """Whether every id of `other` stands for the same bytes here, so that a model of ours can read its ids."""
         n = other.vocab_size
@@ -237,6 +257,11 @@ class Tokenizer(ABC):
     @cached_property
     def _bytes(self) -> list[bytes]:
         return self._token_table()
+
+    @cached_property
+    def _text_sizes(self) -> NDArray[np.float64]:
+        special = self._special_texts
+        return np.array([0 if i in special else len(data) for i, data in enumerate(self._bytes)], dtype=np.float64)
 
     def _split(self, text: str) -> Iterable[tuple[str, int | None]]:
         """Yield (plain text, the special id that follows it or None at the end)."""

@@ -64,10 +64,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended. `interrupted` is the signal that stopped it, or None when all steps were done."""
+    """How training ended.
+
+    interrupted: the signal that stopped it, or None when all steps were done. result_loss: the validation loss of the
+    weights that were written in the end; None where nothing was validated, or written.
+    """
 
     progress: Progress
     interrupted: signal.Signals | None
+    result_loss: float | None = None
 
 
 class Trainer:
@@ -286,24 +291,32 @@ class Trainer:
             saved.read("average", self.average)
 
     @torch.no_grad()
-    def load_result(self, record: MetricsLog) -> None:
-        """Put what the run is for into the model: the averaged weights, else those of the best validation loss."""
+    def load_result(self, record: MetricsLog) -> float | None:
+        """Put what the run is for into the model: the averaged weights, else those of the best validation loss.
+
+        Returns their validation loss; None where there is none.
+        """
+        p = self.progress
         if self.average:
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.average[name])
-            if self.validate is not None:
-                record.event("averaged", step=self.progress.step, **self.measure())
-            return
-        best = self.progress.best_step
-        if best is None or best in (0, self.progress.step):  # 0: training never helped, and there is nothing to take
-            return
+            if self.validate is None:
+                return None
+            measured = self.measure()
+            record.event("averaged", step=p.step, **measured)
+            return measured["loss"]
+        last = p.validation.get(p.step)
+        if p.best_step is None or p.best_step in (0, p.step):  # 0: training never helped, and there is nothing to take
+            return last
         try:
-            saved = self.checkpoints.at_step(best)
+            saved = self.checkpoints.at_step(p.best_step)
         except CheckpointError as error:
             log.warning("%s; keeping the last step's weights instead", error)
-            return
-        if saved is not None:
-            self._load_weights(saved)
+            return last
+        if saved is None:
+            return last
+        self._load_weights(saved)
+        return p.best_loss
 
     def _load_weights(self, saved: native.Saved) -> None:
         there = {name: shape for name, (shape, _) in saved.shapes("weights").items()}

@@ -241,7 +241,8 @@ class LiveLine:
 
     def validation(self, step: int, measured: Mapping[str, Any]) -> None:
         """Leave a line with what a validation found: its loss and, where it has one, bits per byte."""
-        bits = f"  {measured['bits_per_byte']:.4f} bits/byte" if "bits_per_byte" in measured else ""
+        per_byte = measured.get("bits_per_byte")
+        bits = "" if per_byte is None else f"  {per_byte:.4f} bits/byte"
         width = len(str(self._total))
         text = f"step {step:>{width}}/{self._total}  validation loss {measured['loss']:.4f}{bits}"
         self._console.print(text, soft_wrap=True, highlight=False)

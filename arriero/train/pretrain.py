@@ -26,22 +26,24 @@ from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import has_tokenizer, load_tokenizer_at, open_model
 from arriero.checkpoint.source import resolve
 from arriero.data.documents import DataStage, PretrainLoader
-from arriero.data.loader import Batch
+from arriero.data.held_out import HeldOutRows, first_rows
+from arriero.data.loader import Batch, collate
 from arriero.data.prefetch import Prefetched
 from arriero.data.shards import Shards, fingerprints, open_splits
 from arriero.distributed.engine import Engine
 from arriero.distributed.materialise import Values
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.parallelize import parallelize
-from arriero.errors import ConfigError, did_you_mean
+from arriero.errors import ConfigError, DataError, did_you_mean
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import generate
 from arriero.model.build import build_model, empty_model
 from arriero.model.config import LADDER, SHAPES, LlamaConfig, named_shape
 from arriero.model.initial import initial_weight
 from arriero.model.llama import Llama
+from arriero.terminal import warn_once
 from arriero.tokenizer import Tokenizer, load_tokenizer
-from arriero.train.config import PretrainConfig
+from arriero.train.config import PretrainConfig, PretrainDataConfig
 from arriero.train.hardware import keep_freed_memory, matmul_peak, refuse_what_cannot_fit
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.objectives import lm_loss
@@ -214,7 +216,7 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
         pad_to = loop.micro_rows * phase.seq_len  # one shape, see `SftLoader.collate`
         return [loader.collate([loader.row(i) for i in rows], pad_to).to(device) for rows in groups]
 
-    validate = Validation(config, engine, tokenizer, held_out, prompts)
+    validate = Validation(config, engine, tokenizer, held_out_rows(data, held_out, tokenizer), prompts)
     trainer = Trainer(
         engine,
         functools.partial(lm_loss, z_loss=config.z_loss, compile=compiled),
@@ -228,6 +230,30 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
         companions(model.config, tokenizer, beside),
     )
     return PretrainRun(config, model, tokenizer, sources, held_out, phases, trainer, beside)
+
+
+def held_out_rows(
+    data: PretrainDataConfig, held_out: Mapping[str, Shards], tokenizer: Tokenizer
+) -> dict[str, HeldOutRows]:
+    """About `validation_tokens` of the held-out sets, of each in proportion to its size.
+
+    A set of which no token is predicted is left out, with a warning; raises `DataError` where that leaves none.
+    """
+    total = sum(shards.n_tokens for shards in held_out.values())
+    found = {}
+    for name, shards in held_out.items():
+        share = math.ceil(data.validation_tokens * shards.n_tokens / total)
+        rows = first_rows(shards, name, tokenizer, data.seq_len, share)
+        if rows.n_tokens:
+            found[name] = rows
+        else:
+            warn_once(f"{shards.directory}: its documents are of one token each, which nothing predicts: not measured")
+    if held_out and not found:
+        raise DataError(
+            f"{next(iter(held_out.values())).directory}: every held-out document is one token, which nothing predicts; "
+            "hold out others (arriero shard --validation), or validate on another set (--validation DIR)"
+        )
+    return found
 
 
 def validation_interval(steps: int, tokens: int, measured: int) -> int:
@@ -319,43 +345,41 @@ def seconds_at_peak(shape: LlamaConfig, device: str, dtype: torch.dtype) -> Call
     return seconds
 
 
+def _bits_per_byte(nats: float, n_bytes: float) -> float | None:
+    return nats / math.log(2) / n_bytes if n_bytes else None
+
+
 @dataclass(frozen=True)
 class Validation:
-    """Loss and bits per byte on held-out rows, by source where there are several, and what the model says now."""
+    """Loss and bits per byte on held-out rows, by source where there are several, and what the model says now.
+
+    Bits are over the bytes of the tokens that are measured (data/held_out.py); there are none of a source whose tokens
+    have no bytes.
+    """
 
     config: PretrainConfig
     engine: Engine
     tokenizer: Tokenizer
-    held_out: Mapping[str, Shards]
+    held_out: Mapping[str, HeldOutRows]
     prompts: Sequence[Sequence[int]]
 
     def __call__(self) -> dict[str, Any]:
-        nats, tokens, bits_per_byte = 0.0, 0, {}
-        total = sum(shards.n_tokens for shards in self.held_out.values())
-        for name, shards in self.held_out.items():
-            share = math.ceil(self.config.data.validation_tokens * shards.n_tokens / total)
-            loss, count = self._measure(name, shards, share)
-            nats, tokens = nats + loss, tokens + count
-            bits_per_byte[name] = loss / count / math.log(2) * shards.n_predicted / shards.n_bytes
-        predicted = sum(shards.n_predicted for shards in self.held_out.values())
-        n_bytes = sum(shards.n_bytes for shards in self.held_out.values())
-        out = {"loss": nats / tokens, "bits_per_byte": nats / tokens / math.log(2) * predicted / n_bytes}
-        if len(self.held_out) > 1:
-            out |= {f"bits_per_byte_{name}": value for name, value in bits_per_byte.items()}
-        return out | {"samples": self._samples()}
+        nats = {name: self._nats(rows) for name, rows in self.held_out.items()}
+        loss = sum(nats.values()) / sum(rows.n_tokens for rows in self.held_out.values())
+        bits = {name: _bits_per_byte(nats[name], rows.n_bytes) for name, rows in self.held_out.items()}
+        whole = _bits_per_byte(sum(nats.values()), sum(rows.n_bytes for rows in self.held_out.values()))
+        by_source = {f"bits_per_byte_{name}": value for name, value in bits.items()} if len(bits) > 1 else {}
+        return {"loss": loss, "bits_per_byte": whole, **by_source, "samples": self._samples()}
 
-    def _measure(self, name: str, shards: Shards, n_tokens: int) -> tuple[float, int]:
-        """Sum of -log p in nats, and the tokens it is over, on the first rows that hold `n_tokens`."""
-        seq_len, count, n_rows = self.config.data.seq_len, 0, 0
-        loader = PretrainLoader({name: shards}, [DataStage(0, seq_len, {name: 1.0})], seed=0)
-        while count < n_tokens and n_rows < loader.rows_in_epoch(name):
-            count += loader.collate([loader.row(n_rows)]).n_trained
-            n_rows += 1
+    def _nats(self, rows: HeldOutRows) -> float:
+        """Sum of -log p over the rows."""
 
         def batch(index: int) -> Batch:
-            return loader.collate([loader.row(index)], seq_len).to(self.engine.mesh.device)
+            return collate([rows.row(index)], self.config.data.seq_len).to(self.engine.mesh.device)
 
-        return self.engine.total_loss(batch, n_rows, lm_loss)
+        total, count = self.engine.total_loss(batch, rows.n_rows, lm_loss)
+        assert count == rows.n_tokens
+        return total
 
     def _samples(self) -> list[str]:
         """Each prompt and how the model goes on."""

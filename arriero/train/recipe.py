@@ -128,7 +128,7 @@ def _execute(
                 soft_wrap=True,
             )
             return outcome
-        trainer.load_result(log)
+        outcome = dataclasses.replace(outcome, result_loss=trainer.load_result(log))
     run.sample("after")
     final = run.export()
     if mesh.rank == 0:

@@ -1,3 +1,6 @@
+import math
+from itertools import permutations
+
 import numpy as np
 import pytest
 
@@ -44,4 +47,32 @@ def test_the_same_seed_gives_the_same_interval():
 def test_one_row_alone_has_no_interval():
     found = interval(mean([3.0]), 200, seed=1)
     assert (found.value, found.low, found.high) == (3.0, None, None)
-    assert not difference(mean([1.0]), mean([3.0]), 200, seed=1).excludes_zero
+    assert difference(mean([1.0]), mean([3.0]), 200, seed=1).sign == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_has_no_interval_and_no_sign(bad):
+    good, broken = mean([1.0, 2.0, 3.0]), mean([1.0, bad, 3.0])
+    for found in (interval(broken, 200, seed=1), *(difference(*p, 200, 1) for p in permutations((good, broken)))):
+        assert not math.isfinite(found.value) and found.low is found.high is None and found.sign == 0
+    assert (good.n_bad, broken.n_bad) == (0, 1)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    huge = Ratio(np.array([3e5, 4e5]), np.array([7.0, 11.0]), exponent=True)
+    assert huge.value == math.inf and interval(huge, 200, seed=1).low is None
+
+
+def test_rows_without_bytes_are_no_row_of_their_own():
+    ratio = Ratio(np.array([3.0, 5.0]), np.array([0.0, 2.0]))  # a draw may take the first row twice
+    found = interval(ratio, 200, seed=1)
+    assert found.value == 4.0 and found.low <= 4.0 <= found.high
+    assert math.isnan(Ratio(np.zeros(2), np.zeros(2)).value)
+
+
+@pytest.mark.parametrize(("change", "sign"), [(0.0, 0), (0.5, 1), (-0.5, -1)])
+def test_a_tie_has_no_sign(change, sign):
+    rows = [float(i % 5) for i in range(37)]
+    assert difference(mean(rows), mean([row + change for row in rows]), 200, seed=3).sign == sign
+    mixed = [row + (0.5 if i % 2 else -0.5) for i, row in enumerate(rows)]
+    assert difference(mean(rows), mean(mixed), 200, seed=3).sign == 0

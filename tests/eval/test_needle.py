@@ -5,6 +5,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -17,6 +18,7 @@ from arriero.eval.needle import Haystack, Needle, Reader, bits_by_position, find
 from arriero.eval.needle_run import run_needle
 from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig, Qwen3Config
+from arriero.model.llama import Llama
 
 SHAPES = {
     "llama": LlamaConfig(44, 2, 11, 11, 53, 131, 61),
@@ -37,8 +39,8 @@ class Letters:
     def decode(self, ids):
         return "".join(chr(i - 3) if i >= 3 else "?" for i in ids)
 
-    def token_bytes(self, i):
-        return b"xx" if i % 2 else b"x"
+    def text_bytes(self, ids):
+        return np.array([1.0 + i % 2 for i in ids])
 
 
 LETTERS = Letters()
@@ -111,7 +113,7 @@ def test_bits_by_position_equal_a_plain_loop(model):
     found = bits_by_position(model, LETTERS, haystack, lengths=[61, 613], trials=1)
     ids = [i for sentence in haystack.cut(random.Random("0/0").random(), 613) for i in sentence]
     bits = bits_alone(model, ids[:1], ids[1:])
-    sizes = [len(LETTERS.token_bytes(i)) for i in ids[1:]]
+    sizes = [1 + i % 2 for i in ids[1:]]
     expected = [sum(bits[:60]) / sum(sizes[:60]), sum(bits[60:]) / sum(sizes[60:])]
     assert found == pytest.approx(expected, rel=1e-4)
 
@@ -128,6 +130,15 @@ def test_each_question_is_asked_as_often_as_said_alone_or_together(model):
         assert len(findings) == 3 * 2 * 2 and len({(f.length, f.depth) for f in findings}) == 6
         assert len({f.needle.key for f in findings}) == (6 if together else 2)  # trials keep theirs at every length
         assert all(f.bits > 0 for f in findings)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_neither_a_tie_nor_what_is_no_number_is_a_choice(value):
+    """A head of one value throughout gives every key the same probability, or none."""
+    broken = Llama(LlamaConfig(22, 1, 11, 11, 29, 131, 701)).init_weights(seed=3)
+    torch.nn.init.constant_(broken.lm_head.weight, value)
+    findings = find_needles(broken, LETTERS, Haystack(LETTERS, PROSE, 401), lengths=[401], depths=[0.0, 1.0], trials=3)
+    assert not any(f.chosen or f.found for f in findings)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +173,8 @@ def test_the_command_prints_and_writes_what_it_found(toy_directory, tmp_path, ca
     assert cli.main([*command, "--compare-with", str(toy_directory), "--out", str(tmp_path / "out")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "(context 128)" in said and "211*" in said and "* past the model's context" in said
-    assert "prefers it to 9 others" in said and "unclear" in said
+    assert "prefers it to 9 others (chance 10%)" in said and "unclear" in said
+    assert "1 of 10: chance is 10%, and a tie is no choice" in said
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"needle.png", "needle.json", "results.json", "samples.jsonl"}
     assert (tmp_path / "out" / "needle.png").read_bytes()[:4] == b"\x89PNG"

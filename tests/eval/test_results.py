@@ -1,11 +1,22 @@
 import io
 import json
+import math
 
 import pytest
 from rich.console import Console
 
+from arriero.errors import CheckpointError
 from arriero.eval.bootstrap import mean
-from arriero.eval.results import Results, Sample, compare, comparison_table, examples_table, results_table, save
+from arriero.eval.results import (
+    Results,
+    Sample,
+    compare,
+    comparison_table,
+    examples_table,
+    refuse_not_finite,
+    results_table,
+    save,
+)
 
 
 def results(model: str, rouge: list[float], bits: list[float]) -> Results:
@@ -71,3 +82,29 @@ def test_files_hold_the_settings_the_intervals_and_a_line_a_row(tmp_path):
     }
     assert json.loads((tmp_path / "new/samples.jsonl").read_text().splitlines()[0])["answer"] == "tuned 0."
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["results.json", "samples.jsonl"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_model_whose_outputs_are_no_numbers_is_never_better(tmp_path, bad):
+    broken = results("broken", [0.9] * 37, [3.0] * 36 + [bad])  # it stops at once, say, and so scores well elsewhere
+    for before, after in ((BEFORE, broken), (broken, BEFORE)):
+        assert {line.verdict for line in compare(before, after, 200, 0).values()} == {"unclear"}
+        text = " ".join(shown(comparison_table(before, after, compare(before, after, 200, 0))).split())
+        assert "not finite (none) unclear" in text and "nan" not in text
+        save(tmp_path, {"resamples": 200, "seed": 0}, before, after)
+        found = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)["measures"]
+        assert found["bits_per_token"]["difference"] == {"value": None, "low": None, "high": None}
+        with pytest.raises(CheckpointError, match=r"broken: bits per token not finite \(in 1 of 37 rows or windows\)"):
+            refuse_not_finite(before, after)
+    assert "not finite" in shown(results_table(broken, 200, 0))
+    refuse_not_finite(None, BEFORE)
+
+
+def test_a_choice_stands_beside_what_chance_gives(tmp_path):
+    chosen = Results("m", {"chosen": mean([1.0, 0.0, 0.0])}, [], 3, 0.0)
+    assert "prefers it to 9 others (chance 10%)" in shown(results_table(chosen, 200, 0))
+    both = shown(comparison_table(chosen, chosen, compare(chosen, chosen, 200, 0)))  # wrapped at 80 columns
+    assert all(word in both for word in ("others", "(chance", "10%)", "unclear")), both
+    for before in (None, chosen):
+        save(tmp_path, {"resamples": 200, "seed": 0}, before, chosen)
+        assert json.loads((tmp_path / "results.json").read_text())["measures"]["chosen"]["chance"] == 0.1

@@ -1,5 +1,6 @@
 """On the real SmolLM2-135M-Instruct, against transformers' forward on the same weights."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -7,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from arriero import cli
+from arriero.checkpoint.hf import save_hf
 from arriero.data.formats import Conversation
 from arriero.errors import CheckpointError, ConfigError, DataError
 from arriero.eval.config import EvalConfig, NeedleConfig
@@ -14,7 +17,11 @@ from arriero.eval.generative import answers
 from arriero.eval.needle_run import run_needle
 from arriero.eval.perplexity import perplexity
 from arriero.eval.run import run_eval
+from arriero.model.config import LlamaConfig
+from arriero.model.llama import Llama
+from arriero.tokenizer import load_tokenizer
 from arriero.tokenizer.chat import encode_chat
+from arriero.tokenizer.template import ChatTemplate
 
 TEXT = """The llama is a domesticated South American camelid, widely used as a meat and pack animal by Andean cultures
 since the pre-Columbian era. Llamas are social animals and live with others as a herd. Their wool is soft and contains
@@ -75,6 +82,18 @@ def test_answers_cost_and_read_what_transformers_says(smollm2, smollm2_in_transf
     assert found.samples[0].prompt == "What is 2 + 2? Answer with one number."
 
 
+def test_bits_per_byte_of_an_answer_are_over_the_bytes_that_the_template_leaves_of_it(smollm2):
+    tokenizer = copy.copy(smollm2[1])
+    source = tokenizer.chat_template.source.replace("message['content']", "message['content'] | trim")
+    assert source != tokenizer.chat_template.source
+    tokenizer.chat_template = ChatTemplate(source, {})
+    rows = [Conversation([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}], None, "f", 1)
+            for text in ("Olá!", "  Olá!\n\n")]  # fmt: skip
+    for t, sizes in ((smollm2[1], [5, 9]), (tokenizer, [5, 5])):
+        found = answers(smollm2[0], t, rows, max_new_tokens=1)
+        assert found.ratios["bits_per_byte"].under.tolist() == sizes
+
+
 def test_the_batch_size_changes_no_answer(smollm2):
     rows = conversations()
     alone, together = (answers(*smollm2, rows, max_new_tokens=7, batch=batch) for batch in (1, 3))
@@ -119,14 +138,18 @@ def test_eval_compares_a_model_with_itself_and_finds_no_difference(smollm2_gguf,
     assert sample["before"] == sample["after"]
 
 
-def test_eval_reads_texts_and_rows_with_texts_alike(smollm2_gguf, tmp_path, capsys):
-    (tmp_path / "a.txt").write_text(TEXT)
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+@pytest.mark.parametrize("text", [TEXT[:97], "a\r\nb\rc\nd\u2028e\u2029f\x85g\x0bh\x0ci\x1cj\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_eval_reads_texts_and_rows_with_texts_alike(smollm2_gguf, tmp_path, capsys, text, mark):
+    (tmp_path / "a.txt").write_bytes(mark + text.encode())
+    (tmp_path / "a.jsonl").write_bytes(mark + json.dumps({"text": text}, ensure_ascii=False).encode() + b"\r\n")
     found = [
         run_eval(EvalConfig(model=str(smollm2_gguf), data=str(tmp_path / name), precision="fp32", resamples=100))
         for name in ("a.txt", "a.jsonl")
     ]
     assert found[0].ratios["perplexity"].value == found[1].ratios["perplexity"].value
+    assert found[0].ratios["bits_per_byte"].under.sum() == found[1].ratios["bits_per_byte"].under.sum()
+    assert found[0].ratios["bits_per_byte"].under.sum() == len(text.encode())  # the file's own, without the mark
     assert "bits per byte" in capsys.readouterr().out
 
 
@@ -175,3 +198,22 @@ def test_a_missing_name_and_bad_settings_are_refused():
         EvalConfig(window=64, context=64)
     with pytest.raises(ConfigError, match="resamples is 10; an interval needs at least 100"):
         EvalConfig(resamples=10)
+
+
+def test_a_model_whose_outputs_are_no_numbers_ends_in_an_error_after_all_is_written(smollm2_gguf, tmp_path, capsys):
+    tokenizer = load_tokenizer(smollm2_gguf)
+    shape = LlamaConfig(22, 1, 11, 11, 29, tokenizer.vocab_size, 128, tied_embeddings=True)
+    good = Llama(shape).init_weights(seed=3)
+    save_hf(good, tmp_path / "good", tokenizer)
+    torch.nn.init.constant_(good.model.norm.weight, 3e38)  # finite, but what comes of it is not
+    save_hf(good, tmp_path / "overflows", tokenizer)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": TEXT[i : i + 31]}) + "\n" for i in range(7)))
+    names = [str(tmp_path / name) for name in ("overflows", "good")]
+    for name, other in (names, names[::-1]):
+        command = ["eval", name, "--compare-with", other, "--data", str(tmp_path / "a.jsonl"), "--resamples", "100"]
+        assert cli.main([*command, "--out", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr()
+        assert "overflows: bits per token, bits per byte, perplexity not finite (in 7 of 7 rows" in said.err
+        assert said.out.count("unclear") == 3 and "better" not in said.out and "nan" not in said.out
+        found = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+        assert found["measures"]["perplexity"]["difference"]["value"] is None

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -194,7 +195,7 @@ def test_messages_of_several_lines(typed, message):
 
 
 def test_generate_answers_a_pipe(smollm2_gguf, native, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What is the capital of France?"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is the capital of France?")))
     run_generate(GenerateConfig(model=str(smollm2_gguf), max_new_tokens=12))
     assert "Paris" in capsys.readouterr().out
     run_generate(GenerateConfig(model=str(smollm2_gguf), prompt="1, 2, 3, 4,", raw=True, max_new_tokens=8))
@@ -202,6 +203,19 @@ def test_generate_answers_a_pipe(smollm2_gguf, native, monkeypatch, capsys):
 
 
 def test_generate_refuses_an_empty_prompt(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b" \n")))
     with pytest.raises(ConfigError, match="the prompt is empty"):
         run_generate(GenerateConfig(model="smollm2-135m"))
+
+
+def test_a_prompt_from_a_file_has_its_own_bytes(monkeypatch):
+    seen = []
+    tokenizer = SimpleNamespace(bos_id=None, encode=lambda text, bos: seen.append(text))
+    monkeypatch.setattr("arriero.infer.chat.load_chosen", lambda config: (None, tokenizer))
+    monkeypatch.setattr("arriero.infer.chat.stream", lambda *_: [])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfone\r\ntwo\rthree\n")))
+    run_generate(GenerateConfig(model="x", raw=True))
+    assert seen == ["one\r\ntwo\rthree\n"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    with pytest.raises(DataError, match="standard input: not UTF-8 at byte 3; convert it"):
+        run_generate(GenerateConfig(model="x", raw=True))

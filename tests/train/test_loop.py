@@ -1,3 +1,4 @@
+import math
 import os
 import re
 import signal
@@ -12,7 +13,9 @@ import torch
 from helpers.training import assert_same, losses, toy_loader, toy_trainer
 
 from arriero.checkpoint import native
+from arriero.cli.train import finish
 from arriero.errors import CheckpointError, TrainingError
+from arriero.train.loop import Outcome, Progress
 from arriero.train.metrics import MetricsLog
 
 
@@ -189,6 +192,38 @@ def test_weights_that_steps_are_not_finite_with_are_never_the_best(tmp_path):
     trainer.objective = objective
     run(trainer, tmp_path)
     assert trainer.progress.best_step == 4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_validation_loss_that_is_not_finite_is_never_the_best_and_survives_a_resume(tmp_path, bad):
+    values = iter([3.0, bad, bad, 2.0])
+    trainer = toy_trainer(tmp_path, steps=12, validate=lambda: {"loss": next(values)}, validate_every=4, save_every=4)
+    run(trainer, tmp_path)
+    assert trainer.progress.best_step == 12
+    (tmp_path / "checkpoints" / "step-00000012" / "state.json").rename(tmp_path / "gone")
+    again = toy_trainer(tmp_path, steps=12, validate=lambda: {"loss": bad}, validate_every=4)
+    again.restore(again.checkpoints.latest())
+    assert math.isnan(again.progress.validation[4]) and again.progress.best_loss == 3.0
+    assert run(again, tmp_path).progress.best_step == 0
+    with MetricsLog(tmp_path, after=12) as log:
+        assert not math.isfinite(again.load_result(log))
+
+
+def test_the_loss_of_what_is_written_is_that_of_the_best_checkpoint(tmp_path):
+    values = iter([3.0, 1.0, float("nan")])
+    trainer = toy_trainer(tmp_path, steps=8, validate=lambda: {"loss": next(values)}, validate_every=4)
+    run(trainer, tmp_path)
+    with MetricsLog(tmp_path, after=8) as log:
+        assert trainer.load_result(log) == 1.0
+
+
+def test_the_command_fails_where_what_was_trained_is_of_no_use():
+    progress = Progress(step=7)
+    finish(Outcome(progress, None, 2.0))
+    finish(Outcome(progress, None, None))
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(TrainingError, match=f"loss of what it wrote is {bad}: its weights are of no use"):
+            finish(Outcome(progress, None, bad))
 
 
 def test_a_signal_during_the_first_validation_stops_before_step_1(tmp_path):

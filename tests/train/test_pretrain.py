@@ -2,29 +2,45 @@
 
 import json
 import math
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from helpers.shards import write_shards
 from helpers.tokenizers import small_sentencepiece
 from helpers.training import assert_same, losses, whole_and_resumed
 
 from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load
 from arriero.cli.recipes import validate
+from arriero.curate.document import Document
+from arriero.data.sharding import shard_documents
 from arriero.data.shards import open_sources
 from arriero.errors import ConfigError, DataError
 from arriero.model import config as shapes
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
+from arriero.tokenizer import load_tokenizer
+from arriero.tokenizer.train import learn_llama3
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig, TrainingStage
 from arriero.train.hardware import refuse_what_cannot_fit
 from arriero.train.metrics import surviving_records
-from arriero.train.pretrain import Phase, build, count_steps, durations, main, timetable, validation_interval
+from arriero.train.pretrain import (
+    Phase,
+    build,
+    count_steps,
+    durations,
+    held_out_rows,
+    main,
+    timetable,
+    validation_interval,
+)
 from arriero.train.recipe import warmup_note
 
 SHAPE = LlamaConfig(44, 2, 11, 11, 29, 101, 64, tied_embeddings=True)
@@ -86,6 +102,76 @@ def test_bits_per_byte_are_those_of_whole_documents_each_alone(shards, tmp_path)
             with torch.no_grad():
                 nats += F.cross_entropy(run.model(ids[None])[0, :-1], ids[1:], reduction="sum").item()
     assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+
+def mixed_shards(family: str, out: Path, smollm2_gguf: Path) -> Path:
+    """English and Chinese, whose tokens have other numbers of bytes, as two sources that are all held out."""
+    from pydoc_data.topics import topics
+
+    rng = random.Random(3)
+    english = [text[: rng.randint(200, 2000)] for _, text in sorted(topics.items())[:23]]
+    letters = "今天天气很好我们一起去公园散步"
+    chinese = ["".join(rng.choices(letters, k=rng.randint(50, 500))) for _ in range(19)]
+    tokenizer = {
+        "llama3": lambda: learn_llama3([text.encode() for text in english], 512, n_special=11),
+        "sentencepiece": small_sentencepiece,
+        "smollm2": lambda: load_tokenizer(smollm2_gguf),
+    }[family]()
+    documents = [Document(text, "", "english") for text in english]
+    documents += [Document(text, "", "chinese") for text in chinese]
+    shard_documents(documents, tokenizer, out, validation=0.5, by_source=True)
+    return out
+
+
+def bytes_of_text(ids: list[int], tokenizer: transformers.PreTrainedTokenizerFast, family: str) -> int:
+    """By the letters of byte-level BPE, a letter a byte, or by SentencePiece's marks."""
+    pieces = tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True)
+    if family != "sentencepiece":
+        assert set("".join(pieces)) <= set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        return sum(map(len, pieces))
+    return sum(1 if piece.startswith("<0x") else len(piece.replace("▁", " ").encode()) for piece in pieces)
+
+
+@pytest.mark.parametrize("family", ["llama3", "sentencepiece", "smollm2"])
+@pytest.mark.parametrize("n_tokens", [64, 700, 10**6])
+def test_bits_per_byte_are_over_the_bytes_of_the_tokens_that_are_measured(tmp_path, smollm2_gguf, family, n_tokens):
+    shards = mixed_shards(family, tmp_path / "shards", smollm2_gguf)
+    config = settings(shards, tmp_path / "run")
+    run = build(replace(config, data=replace(config.data, validation_tokens=n_tokens)), None)
+    measured = run.trainer.validate()
+    save_hf(run.model, tmp_path / "model", run.tokenizer, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shards / "tokenizer")
+    bits, n_bytes = {}, {}
+    for name, rows in run.trainer.validate.held_out.items():
+        nats, n_bytes[name] = 0.0, 0
+        for row in map(rows.row, range(rows.n_rows)):
+            at = 0
+            for n in row.lengths.tolist():  # a document, or a piece of one, that sees nothing else
+                ids, targets = (torch.tensor(x[at : at + n].astype("int64")) for x in (row.tokens, row.targets))
+                with torch.no_grad():
+                    nats += F.cross_entropy(model(ids[None]).logits[0], targets, reduction="sum").item()
+                n_bytes[name] += bytes_of_text(targets.tolist(), tokenizer, family)
+                if family == "sentencepiece" and ids[0] == tokenizer.bos_token_id:
+                    n_bytes[name] -= 1  # the space that SentencePiece puts before a text
+                at += n
+        bits[name] = nats / math.log(2)
+        assert measured[f"bits_per_byte_{name}"] == pytest.approx(bits[name] / n_bytes[name], rel=1e-5)
+    assert measured["bits_per_byte"] == pytest.approx(sum(bits.values()) / sum(n_bytes.values()), rel=1e-5)
+    if n_tokens == 10**6 and family != "smollm2":  # whole documents, and every byte predicted
+        whole = {name: source.n_bytes for name, source in open_sources(shards / "validation").items()}
+        assert n_bytes == whole
+
+
+def test_held_out_documents_of_one_token_are_passed_over_or_refused(tmp_path, caplog):
+    data, tokenizer = PretrainDataConfig(train="x"), small_sentencepiece()
+    ones, more = write_shards(tmp_path / "ones", [1, 1, 1]), write_shards(tmp_path / "more", [1, 5, 7])
+    with pytest.raises(DataError, match="ones: every held-out document is one token, which nothing predicts; hold"):
+        held_out_rows(data, {"ones": ones}, tokenizer)
+    with caplog.at_level("WARNING"):
+        assert [*held_out_rows(data, {"ones": ones, "more": more}, tokenizer)] == ["more"]
+    assert "ones: its documents are of one token each, which nothing predicts: not measured" in caplog.text
+    assert held_out_rows(data, {}, tokenizer) == {}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

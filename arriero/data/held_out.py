@@ -1,0 +1,58 @@
+"""Rows to measure on: the first of a held-out set, and the bytes of text that they predict.
+
+Bits per byte is what the predicted tokens cost, in bits, over the bytes of those very tokens, whatever part of a set is
+measured. A document's first token is predicted by nothing unless a token that begins texts stands before it, so its
+bytes do not count; the end of a text is predicted, costs bits and has no bytes. Which tokens stand for which bytes says
+`Tokenizer.text_bytes`: a whole document has its own.
+
+Price: the documents that the rows touch are read once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from arriero.data.loader import Row
+from arriero.data.order import BestFit, Pieces, Windows
+from arriero.data.shards import Shards
+from arriero.tokenizer.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class HeldOutRows:
+    """The first `n_rows` rows of one set; `n_tokens` predicted tokens stand for `n_bytes` bytes of text."""
+
+    run: BestFit
+    n_rows: int
+    n_tokens: int
+    n_bytes: float
+
+    def row(self, index: int) -> Row:
+        """Row `index`, the same in every run."""
+        return self.run.row(index)
+
+
+def first_rows(shards: Shards, name: str, tokenizer: Tokenizer, seq_len: int, n_tokens: int) -> HeldOutRows:
+    """The rows of `seq_len` tokens that predict at least `n_tokens`, or all; none where nothing is predicted."""
+    run = BestFit(Windows(shards, name, seed=0), seq_len)
+    rows: list[Pieces] = []
+    count = 0
+    while count < n_tokens and len(rows) < run.rows_in_epoch:
+        rows.append(run.pieces(len(rows)))
+        count += int((rows[-1].stop - rows[-1].start).sum())
+    n_bytes = _bytes(shards, tokenizer, Pieces.together(rows).joined()) if rows else 0.0
+    return HeldOutRows(run, len(rows), count, n_bytes)
+
+
+def _bytes(shards: Shards, tokenizer: Tokenizer, pieces: Pieces) -> float:
+    """Bytes of the tokens that `pieces`, sorted by document, predict: of each, those after its inputs."""
+    total = 0.0
+    at = np.flatnonzero(np.diff(pieces.document, prepend=-1))
+    for first, last in zip(at, [*at[1:], len(pieces.document)], strict=True):
+        document = int(pieces.document[first])
+        sizes = tokenizer.text_bytes(shards.tokens(document), int(shards.text_bytes[document]))
+        before = np.append(0, np.cumsum(sizes))
+        total += float((before[pieces.stop[first:last] + 1] - before[pieces.start[first:last] + 1]).sum())
+    return total
