@@ -10,6 +10,7 @@ n examples, T tokens.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from arriero.data.formats import Conversation, parse_record, read_records, source_files
+from arriero.data.formats import Conversation, parse_record, read_records, source_files, warn_of_unused
 from arriero.data.pack import pack
 from arriero.data.sft_cache import INDEX, cache_directory, cache_key, encode_files, write_cache
 from arriero.errors import DataError
@@ -127,6 +128,8 @@ def build_dataset(
     directory = cache_directory(cache_dir) / cache_key(files, tokenizer)
     if not directory.is_dir():
         write_cache(directory, files, encode_files(files, tokenizer, workers, console))
+    for file, unused in zip(files, json.loads((directory / "unused.json").read_text("utf-8")), strict=True):
+        warn_of_unused(file, unused)  # each run says it, also one that finds all tokenised
     dataset = SftDataset(directory, files)
     return dataset if max_length is None else leave_out_long(dataset, max_length, max_truncated, console)
 

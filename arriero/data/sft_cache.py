@@ -7,6 +7,7 @@
         offsets.npy            int64 [n + 1]: example i is tokens offsets[i] to offsets[i + 1]
         hashes.npy             uint64 [n]: of each example's content
         rows.npy, files.npy    int64, int32 [n]: where each came from
+        unused.json            for each file, which of its columns are in no example
 
 Two processes that build the same one race harmlessly, since each writes under a name of its own and renames.
 
@@ -40,7 +41,7 @@ from arriero.pool import in_order
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_training
 
-FORMAT = 1  # goes up when the same input would give other bytes
+FORMAT = 2  # goes up when the same input would give other bytes
 CHUNK = 256  # rows that a worker gets at once
 IN_PROCESS = 2**23  # bytes of source below which they are tokenised here: starting workers would take longer
 INDEX = {"offsets": np.int64, "hashes": np.uint64, "rows": np.int64, "files": np.int32}
@@ -76,6 +77,7 @@ class EncodedRows:
     lengths: NDArray[np.int64]  # [n]
     hashes: NDArray[np.uint64]  # [n]
     rows: NDArray[np.int64]  # [n]
+    unused: frozenset[str]  # columns that no example holds
 
 
 def encode_conversation(tokenizer: Tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
@@ -108,6 +110,7 @@ def encode_records(tokenizer: Tokenizer, records: Sequence[Record]) -> EncodedRo
         np.array([len(ids) for ids, _ in encoded], dtype=np.int64),
         np.array([content_hash(conversation) for conversation in conversations], dtype=np.uint64),
         np.array([record.row for record in records], dtype=np.int64),
+        frozenset().union(*(conversation.unused for conversation in conversations)),
     )
 
 
@@ -182,6 +185,7 @@ def write_cache(directory: Path, files: Sequence[Path], encoded: Iterable[Encode
 def _write_parts(directory: Path, files: Sequence[Path], encoded: Iterable[EncodedRows]) -> None:
     number = {str(path): i for i, path in enumerate(files)}
     lengths, hashes, rows, file_numbers = [], [], [], []
+    unused: list[set[str]] = [set() for _ in files]
     with open(directory / "tokens.bin", "wb") as tokens, open(directory / "trained.bin", "wb") as trained:
         for part in encoded:
             tokens.write(part.tokens.tobytes())
@@ -190,6 +194,7 @@ def _write_parts(directory: Path, files: Sequence[Path], encoded: Iterable[Encod
             hashes.append(part.hashes)
             rows.append(part.rows)
             file_numbers.append(np.full(len(part.rows), number[part.file]))
+            unused[number[part.file]] |= part.unused
         for file in (tokens, trained):
             file.flush()
             os.fsync(file.fileno())
@@ -197,3 +202,4 @@ def _write_parts(directory: Path, files: Sequence[Path], encoded: Iterable[Encod
     columns = (offsets, np.concatenate(hashes), np.concatenate(rows), np.concatenate(file_numbers))
     for (name, dtype), column in zip(INDEX.items(), columns, strict=True):
         np.save(directory / f"{name}.npy", column.astype(dtype), allow_pickle=False)
+    (directory / "unused.json").write_text(json.dumps([sorted(names) for names in unused]), "utf-8")

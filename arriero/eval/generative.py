@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from arriero.data.formats import Conversation
+from arriero.data.formats import Conversation, text_of
+from arriero.data.sft_cache import encode_conversation
 from arriero.errors import DataError
 from arriero.eval.bootstrap import mean, ratio
 from arriero.eval.metrics import is_one_sentence, text_scorer
@@ -25,7 +26,7 @@ from arriero.infer.generate import generate
 from arriero.losses.lm import IGNORED
 from arriero.model.llama import Llama
 from arriero.tokenizer.base import Tokenizer
-from arriero.tokenizer.chat import encode_chat, encode_training
+from arriero.tokenizer.contents import MARKS
 
 GREEDY = SamplingConfig(temperature=0.0)
 PACKED = 2048  # tokens of a teacher-forced forward: short rows share one
@@ -85,37 +86,32 @@ def answers(
 
 def _row(tokenizer: Tokenizer, conversation: Conversation, longest: int) -> Row:
     *before, last = conversation.messages
-    reference = _text(last)
+    reference = text_of(last)
     if not reference.strip():
         raise DataError(
             f"{conversation.where}: its last message holds no text (only tool calls, perhaps), so there is nothing to "
             "compare an answer with; end each row with the wanted answer"
         )
-    prompt_ids = encode_chat(tokenizer, before, conversation.tools, add_generation_prompt=True)
-    if len(prompt_ids) > longest:
+    # The last answer alone is measured, whatever the row says of training.
+    measured = [
+        {name: value for name, value in message.items() if name not in MARKS} | {"train": message is last}
+        for message in conversation.messages
+    ]
+    ids, trained = encode_conversation(tokenizer, replace(conversation, messages=measured))
+    start, end = trained.index(True), len(trained) - trained[::-1].index(True)
+    if start > longest:
         raise DataError(
-            f"{conversation.where}: its prompt of {len(prompt_ids):,} tokens leaves no room for the answer (at most "
+            f"{conversation.where}: its prompt of {start:,} tokens leaves no room for the answer (at most "
             f"{longest:,} fit); shorten the row, or lower max_new_tokens"
         )
-    whole = encode_training(tokenizer, conversation.messages, conversation.tools)
-    end = max(i for i, trained in enumerate(whole.trained) if trained) + 1
-    start = end
-    while whole.trained[start - 1]:
-        start -= 1
-    answer = whole.ids[start:end]
+    answer = ids[start:end]
     n_bytes = float(tokenizer.text_bytes(answer).sum())
     targets = [IGNORED] * (start - 1) + answer
-    return Row(prompt_ids, whole.ids[: end - 1], targets, end - start, n_bytes, _prompt_text(before), reference)
+    return Row(ids[:start], ids[: end - 1], targets, end - start, n_bytes, _prompt_text(before), reference)
 
 
 def _prompt_text(messages: Sequence[dict[str, Any]]) -> str:
     """What a reader is shown of the prompt: the user's text alone, or every message under its role."""
     if [message["role"] for message in messages] == ["user"]:
-        return _text(messages[0])
-    return "\n\n".join(f"{message['role']}: {_text(message)}" for message in messages)
-
-
-def _text(message: dict[str, Any]) -> str:
-    """A message's content, whether one text or a list of text parts."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+        return text_of(messages[0])
+    return "\n\n".join(f"{message['role']}: {text_of(message)}" for message in messages)

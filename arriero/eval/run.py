@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from arriero.checkpoint.load import best_device, load
 from arriero.checkpoint.source import resolve
-from arriero.data.formats import Conversation, Record, parse_record, read_records, source_files
+from arriero.data.formats import Conversation, Record, parse_records, read_records, source_files
 from arriero.errors import ConfigError, DataError
 from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.eval.generative import answers
@@ -98,7 +98,7 @@ def _measurement(config: EvalConfig) -> Measurement:
         task = "perplexity" if isinstance(parse_row(first).get("text"), str) else "answers"
     if task == "perplexity":
         return _on_texts(config, [_text(first), *(_text(record) for record in records)])
-    return _on_answers(config, [parse_record(first), *(parse_record(record) for record in records)])
+    return _on_answers(config, list(parse_records(chain([first], records))))
 
 
 def _on_texts(config: EvalConfig, texts: list[str]) -> Measurement:

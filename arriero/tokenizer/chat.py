@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import DataError, UserError
+from arriero.tokenizer.contents import check_tools, check_written, is_trained, part_texts
 from arriero.tokenizer.template import ChatTemplate, Message, Tool, for_template, plain
 
 if TYPE_CHECKING:
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 # Unicode's noncharacters: no text needs them, yet one may hold them, so the first that is absent is taken.
 _NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
-
-# Characters that JSON writes otherwise.
-_JSON_CHANGES = re.compile(r'["\\\x00-\x1f]')
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def encode_chat(
     Raises DataError where the tokenizer has no chat template or the template refuses the conversation.
     """
     template = _template_of(tokenizer)
-    guard = _Guard.over(tokenizer, messages, tools)
+    guard = _Guard.over(tokenizer, messages, tools, variables)
     text = template.render_plain(guard.messages, guard.tools, add_generation_prompt, variables)
     [ids] = tokenizer.encode_pieces([text], sentinel=guard.sentinel)
     return ids
@@ -67,20 +65,20 @@ def encode_training(
 ) -> TrainingTokens:
     """Return the ids of a conversation, trained on the assistant's messages and the token that ends each.
 
-    An assistant message with "weight": 0 or "train": false is context only. The ids begin with
-    `encode_chat(messages before the first answer)`, and equal `encode_chat(messages, add_generation_prompt=False)`
-    unless a token of the latter would cross from a generation prompt into an answer.
-    Raises DataError where nothing is trained, where the template drops, reorders or rewrites messages, or where an
-    answer does not end in a token that stops generation.
+    An assistant message with "train": 0, or another mark that says so (contents.py), is context only. The ids begin
+    with `encode_chat(messages before the first trained answer)`, and equal `encode_chat(messages,
+    add_generation_prompt=False)` unless a token of the latter would cross from a generation prompt into an answer.
+    Raises DataError where nothing is trained, where the template drops, reorders or rewrites a text of the messages,
+    or where an answer does not end in a token that stops generation.
     """
     template = _template_of(tokenizer)
-    guard = _Guard.over(tokenizer, messages, tools)
-    answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    if not any(_is_trained(messages[i]) for i in answers):
+    answers = [i for i, message in enumerate(messages) if _is_answer(message, i)]
+    if not answers:
         raise DataError("nothing to learn: no message with role 'assistant' is trained; add an answer or drop the row")
+    guard = _Guard.over(tokenizer, messages, tools, variables)
 
-    def render(n_messages: int, prompt: bool) -> str:
-        return template.render_plain(guard.messages[:n_messages], guard.tools, prompt, variables)
+    def render(n_messages: int, prompt: bool, tools: Any = guard.tools) -> str:
+        return template.render_plain(guard.messages[:n_messages], tools, prompt, variables)
 
     whole = render(len(messages), False)
     cuts = [0]
@@ -92,7 +90,13 @@ def encode_training(
         _check_history(whole, after[:end], len(before), i)
         cuts += [len(before), end]
     cuts.append(len(whole))
-    _check_contents(whole, guard.messages, guard.tools, answers, cuts)
+    check_written(whole, guard.messages, answers, cuts)
+    if guard.tools:
+        try:
+            without = render(len(messages), False, None)
+        except DataError:
+            without = None
+        check_tools(whole, without, guard.tools)
 
     pieces = [whole[a:b] for a, b in itertools.pairwise(cuts)]  # prompt, answer, prompt, ..., rest
     encoded = tokenizer.encode_pieces(pieces, sentinel=guard.sentinel)
@@ -100,7 +104,7 @@ def encode_training(
     trained: list[bool] = []
     for k, piece in enumerate(encoded):
         ids += piece
-        trained += [k % 2 == 1 and _is_trained(messages[answers[k // 2]])] * len(piece)
+        trained += [k % 2 == 1] * len(piece)
     return TrainingTokens(ids, trained)
 
 
@@ -111,6 +115,13 @@ def end_of_answers(tokenizer: Tokenizer) -> int | None:
     except UserError:
         return None
     return [i for i, trained in zip(told.ids, told.trained, strict=True) if trained][-1]
+
+
+def _is_answer(message: Message, i: int) -> bool:
+    try:
+        return is_trained(message)
+    except DataError as error:
+        raise DataError(f"message {i} ({message.get('role')}): {error}") from error
 
 
 def _end_of_answer(tokenizer: Tokenizer, text: str, start: int, i: int) -> int:
@@ -138,58 +149,6 @@ def _check_history(whole: str, part: str, at_least: int, i: int) -> None:
     )
 
 
-def _check_contents(
-    whole: str, messages: Sequence[dict[str, Any]], tools: Any, answers: Sequence[int], cuts: Sequence[int]
-) -> None:
-    """Refuse a template that drops or reorders: each content and called tool must stand in `whole`, in order."""
-    at = 0
-    span = {i: (cuts[2 * k + 1], cuts[2 * k + 2]) for k, i in enumerate(answers)}
-    for i, message in enumerate(messages):
-        low, high = span.get(i, (at, len(whole)))
-        for text in _texts(message):
-            found = whole.find(text, low, high)
-            if found < 0:
-                raise DataError(
-                    f"message {i} ({message.get('role')}): the chat template drops, moves or rewrites {text[:40]!r}; "
-                    "use a template that keeps every message as it is, or take the message out"
-                )
-            low = found + len(text)
-        at = high if i in span else low
-    for tool in tools or ():
-        name = _function_name(tool)
-        if name is not None and name not in whole:
-            raise DataError(
-                f"the chat template drops the tool {name!r}; use a template with tools, or rows without them"
-            )
-
-
-def _texts(message: Message) -> Iterable[str]:
-    """Yield what must be found in a rendered message: contents, stripped as templates often do, and called tools."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [{"text": content}]
-    for part in parts:
-        text = part.get("text") if isinstance(part, dict) else None
-        if isinstance(text, str) and text.strip():
-            # A tool's result may be written as JSON, where only a part of it looks the same.
-            by_json = message.get("role") in ("tool", "ipython")
-            yield _JSON_CHANGES.split(text.strip())[0] if by_json else text.strip()
-    for call in message.get("tool_calls") or ():
-        name = _function_name(call)
-        if name:
-            yield name
-
-
-def _function_name(entry: Any) -> str | None:
-    """Return the name in a tool or a tool call: {"function": {"name": ...}}, or without the wrapping."""
-    inner = entry.get("function", entry) if isinstance(entry, dict) else None
-    name = inner.get("name") if isinstance(inner, dict) else None
-    return name if isinstance(name, str) else None
-
-
-def _is_trained(message: Message) -> bool:
-    return message.get("train", True) is not False and message.get("weight", 1) != 0
-
-
 def _template_of(tokenizer: Tokenizer) -> ChatTemplate:
     if tokenizer.chat_template is None:
         raise DataError(
@@ -207,10 +166,22 @@ class _Guard:
     sentinel: str
 
     @classmethod
-    def over(cls, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None) -> _Guard:
-        """Break the special-token text in all strings of messages and tools, however deep."""
+    def over(
+        cls,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        variables: Mapping[str, Any],
+    ) -> _Guard:
+        """Break the special-token text in all strings of messages and tools, however deep.
+
+        An empty list of tools is as none. Raises DataError for contents that are not text.
+        """
+        plain_tools = plain(tools) or None
         plain_messages = [for_template(m) for m in messages]
-        plain_tools = None if tools is None else plain(tools)
+        for i, message in enumerate(plain_messages):
+            _check_parts(tokenizer, message, i)
+        plain_messages = _template_of(tokenizer).readable(plain_messages, plain_tools, variables)
         strings = list(_strings([plain_messages, plain_tools]))
         if not any(tokenizer.special_pattern.search(s) for s in strings):
             return cls(plain_messages, plain_tools, "")
@@ -229,6 +200,21 @@ class _Guard:
             return [guard(v) for v in value] if isinstance(value, list) else value
 
         return cls(guard(plain_messages), guard(plain_tools), sentinel)
+
+
+def _check_parts(tokenizer: Tokenizer, message: dict[str, Any], i: int) -> None:
+    """Refuse a content that is a list of anything but text, and join texts that make a special token's together."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return
+    try:
+        texts = part_texts(content)
+    except DataError as error:
+        raise DataError(f"message {i} ({message.get('role')}): {error}") from error
+    at_joints = set(itertools.accumulate(map(len, texts)))
+    joined = "".join(texts)
+    if any(m.start() < joint < m.end() for m in tokenizer.special_pattern.finditer(joined) for joint in at_joints):
+        message["content"] = [{"type": "text", "text": joined}]
 
 
 def _strings(value: Any) -> Iterable[str]:

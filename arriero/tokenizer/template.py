@@ -23,6 +23,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from arriero.errors import CheckpointError, DataError, did_you_mean
 from arriero.paths import as_path, hint, lies_here
+from arriero.records import parse_json
+from arriero.tokenizer.contents import MARKS, REASONING
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
@@ -33,8 +35,7 @@ Tool = Mapping[str, Any]
 # Templates that ship with Arriero, as files in templates/: the formats that the models were tuned on.
 BUILTIN_TEMPLATES = ("chatml", "llama2", "llama3", "llama3.1")
 
-_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # what servers and data sets call it
-_PRIVATE_KEYS = frozenset(["weight", "train"])  # our own keys in a message; the template never sees them
+_PROBE = "\ufdd0"  # a noncharacter: JSON leaves it as it is, and Python prints it otherwise
 # What a program may raise that meets data it was not written for.
 _FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
@@ -65,7 +66,37 @@ class ChatTemplate:
         Raises DataError where the template refuses the conversation.
         """
         plain_tools = None if tools is None else plain(tools)
-        return self.render_plain([for_template(m) for m in messages], plain_tools, add_generation_prompt, variables)
+        readable = self.readable([for_template(m) for m in messages], plain_tools, variables)
+        return self.render_plain(readable, plain_tools, add_generation_prompt, variables)
+
+    def readable(
+        self, messages: list[dict[str, Any]], tools: Any, variables: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Messages whose contents are as this template reads them: lists of text parts joined, unless it knows lists.
+
+        They are joined with nothing between them, as templates that know lists write them. Whether it does is tried:
+        one that writes a list of one part as it writes that part's text, or writes nothing of a text, knows lists;
+        any other would print a list with its brackets. Two renderings, for conversations with lists alone.
+        """
+        listed = {i: f"{_PROBE}{i}{_PROBE}" for i, m in enumerate(messages) if _is_parts(m.get("content"))}
+        if not listed:
+            return messages
+
+        def rendered(contents: Mapping[int, Any]) -> str | None:
+            """The conversation with other contents; None where one of the probes is not written."""
+            probing = [{**m, "content": contents[i]} if i in contents else m for i, m in enumerate(messages)]
+            try:
+                text = self.render_plain(probing, tools, False, variables)
+            except DataError:
+                return None
+            return text if all(probe in text for probe in listed.values()) else None
+
+        by_list = rendered({i: [{"type": "text", "text": probe}] for i, probe in listed.items()})
+        by_text = rendered(listed)
+        if by_list is not None and by_text in (by_list, None):
+            return messages
+        joined = {i: "".join(part["text"] for part in messages[i]["content"]) for i in listed}
+        return [{**m, "content": joined[i]} if i in joined else m for i, m in enumerate(messages)]
 
     def render_plain(
         self, messages: Sequence[dict[str, Any]], tools: Any, add_generation_prompt: bool, variables: Mapping[str, Any]
@@ -115,11 +146,16 @@ def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def for_template(message: Message) -> dict[str, Any]:
-    """Return a message as templates expect it: no None, no keys of ours, reasoning under the names they know."""
-    value = {k: plain(v) for k, v in message.items() if v is not None and k not in _PRIVATE_KEYS}
+    """Return a message as templates expect it: no None, no marks, reasoning under the names they know.
+
+    An empty list of calls is as none: templates ask whether the member is there, and would write a call.
+    """
+    value = {k: plain(v) for k, v in message.items() if v is not None and k not in MARKS}
+    if not value.get("tool_calls", True):
+        del value["tool_calls"]
     for call in value.get("tool_calls") or ():
         _parse_arguments(call)
-    reasoning = next((value[key] for key in _REASONING_KEYS if key in value), None)
+    reasoning = next((value[key] for key in REASONING if key in value), None)
     return value if reasoning is None else {"thinking": reasoning, **value, "reasoning_content": reasoning}
 
 
@@ -128,11 +164,19 @@ def _parse_arguments(call: Any) -> None:
     function = call.get("function") if isinstance(call, dict) else None
     if isinstance(function, dict) and isinstance(function.get("arguments"), str):
         try:
-            arguments = json.loads(function["arguments"])
-        except json.JSONDecodeError:
+            arguments = parse_json(function["arguments"]) if function["arguments"].strip() else {}
+        except (ValueError, RecursionError):
             return  # a template may still take it as text
         if isinstance(arguments, dict):
             function["arguments"] = arguments
+
+
+def _is_parts(content: Any) -> bool:
+    """Whether a content is a list of text parts alone."""
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") in (None, "text") and isinstance(part.get("text"), str)
+        for part in content
+    )
 
 
 def plain(value: Any) -> Any:

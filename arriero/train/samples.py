@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from arriero.data.formats import Conversation, text_of
 from arriero.data.sft import SftDataset
 from arriero.files import write_jsonl
 from arriero.infer.config import SamplingConfig
@@ -34,9 +35,14 @@ def answer(model: Llama, tokenizer: Tokenizer, held_out: SftDataset | None, n: i
     conversations = held_out.conversations(range(len(pairs)))
     results = generate(model, tokenizer, [prompt for prompt, _ in pairs], SamplingConfig(temperature=0), MAX_NEW_TOKENS)
     return [
-        Sample(str(conversation.messages[-2].get("content")), tokenizer.decode(reference), result.text)
+        Sample(_asked(conversation), tokenizer.decode(reference), result.text)
         for conversation, (_, reference), result in zip(conversations, pairs, results, strict=True)
     ]
+
+
+def _asked(conversation: Conversation) -> str:
+    """The message before the last answer, if there is one."""
+    return text_of(conversation.messages[-2]) if conversation.messages[1:] else ""
 
 
 def write_samples(run_dir: Path, samples: list[Sample], when: Literal["before", "after"]) -> None:

@@ -166,9 +166,9 @@ BAD_ROWS = [
     ('{"messages": [{"content": "x"}]}', "message 0 has the unknown role None"),
     ('{"conversations": [{"from": "alien", "value": "x"}]}', "message 0 has the unknown role 'alien'"),
     ('{"messages": [{"role": ["user"], "content": "x"}]}', r"message 0 has the unknown role \['user'\]"),
-    ('{"messages": [{"role": "user", "content": 5}]}', r"message 0 \(user\) has content of type int"),
-    ('{"messages": [{"role": "user"}]}', r"message 0 \(user\) has content of type NoneType"),
-    ('{"prompt": "x", "completion": ""}', "message 1 is an empty answer; nothing to learn"),
+    ('{"messages": [{"role": "user", "content": 5}]}', r"message 0 \(user\): it has content of type int"),
+    ('{"messages": [{"role": "user"}]}', r"message 0 \(user\): it has content of type NoneType"),
+    ('{"prompt": "x", "completion": ""}', r"message 1 \(assistant\): it is an empty answer; nothing to learn"),
     (
         '{"messages": [{"role": "user", "content": "x"}]}',
         "the last message is the user's, so there is no answer .* add",
