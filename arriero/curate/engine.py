@@ -168,11 +168,19 @@ class Run:
 
     def _summary(self, directory: Path, names: Sequence[str]) -> Json:
         """The records of all parts, added up."""
-        total: Json = {"parts": [], "counts": {}, "steps": {}, "examples": {}, "errors": {}, "hits": []}
+        total: Json = {
+            "parts": [],
+            "counts": {},
+            "steps": {},
+            "examples": {},
+            "errors": {},
+            "passed_over": {},
+            "hits": [],
+        }
         for name in names:
             record = read_json(directory / f"{name}.json")
             total["parts"].append({key: record[key] for key in ("name", "documents", "characters", "bytes", "keys")})
-            for key in ("counts", "steps", "errors"):
+            for key in ("counts", "steps", "errors", "passed_over"):
                 add(total[key], record[key])
             best_examples(total["examples"], record["examples"], self.config.examples)
             total["hits"] += record["hits"]
@@ -216,6 +224,7 @@ class Run:
             "read": first["counts"],
             "kept": last["counts"],
             "unreadable": first["errors"],
+            "passed_over": dict(sorted(first["passed_over"].items(), key=lambda item: (-item[1], item[0]))),
             **({"contaminated": contaminated} if "decontaminate" in self.config.steps else {}),
             "steps": [{"step": name, **unreached, **steps.get(name, {})} for name in self.config.steps],
             "plan": {key: value for key, value in self.plan.items() if key != "files"},
