@@ -17,7 +17,7 @@ from torch import nn
 from arriero.checkpoint.files import read_json, replaced_directory
 from arriero.checkpoint.peft_config import CONFIG, PeftConfig, read_peft_config
 from arriero.checkpoint.source import resolve
-from arriero.checkpoint.tensor_file import Entry, safetensors_entries, tensor_reader, write_safetensors
+from arriero.checkpoint.tensor_file import Entry, check_finite, safetensors_entries, tensor_reader, write_safetensors
 from arriero.errors import CheckpointError
 from arriero.files import write_json
 from arriero.model.config import LINEARS, LoraConfig
@@ -66,9 +66,7 @@ def load_adapter(model: nn.Module, directory: str | Path, base: str | Path | Non
     read = tensor_reader(file)
     with torch.no_grad():
         for name, parameter in lora_state(model).items():
-            parameter.copy_(read(keys[name]))
-            if not bool(parameter.isfinite().all()):
-                raise CheckpointError(f"{file}: {name} holds NaN or infinite values; its training diverged")
+            parameter.copy_(check_finite(file, name, read(keys[name])))
     return lora
 
 

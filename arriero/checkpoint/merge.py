@@ -18,6 +18,7 @@ from arriero.checkpoint.files import replaced_directory
 from arriero.checkpoint.hf import ALL_WEIGHTS, save_hf
 from arriero.checkpoint.load import has_tokenizer, load_model, load_tokenizer_at
 from arriero.checkpoint.source import resolve
+from arriero.checkpoint.tensor_file import all_finite
 from arriero.errors import CheckpointError
 from arriero.model.llama import Llama
 from arriero.model.lora import merge_lora
@@ -60,6 +61,12 @@ def merge(
     load_adapter(model, adapter, base=model_name)
     expected = _logits(model)
     merge_lora(model)
+    for name, weight in model.state_dict().items():
+        if not all_finite(weight.to(dtype)):
+            raise CheckpointError(
+                f"{dst}: not written: with the adapter in it, {name} is beyond what "
+                f"{str(dtype).removeprefix('torch.')} holds; merge in bfloat16 or float32"
+            )
     with replaced_directory(dst, replaces=ALL_WEIGHTS) as temporary:
         tokenizer = load_tokenizer_at(source) if has_tokenizer(source) else None
         save_hf(model, temporary, tokenizer, dtype=dtype, beside=read_beside(source))
