@@ -285,10 +285,10 @@ def test_absurd_sizes_are_refused_in_milliseconds_with_both_values(untied, name)
     said, sizes = SIZES[name]
     for size in sizes:
         edit(untied, **{"hidden_size": 96, "head_dim": 8, name: size})
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(CheckpointError, match=said.format(f"{size:,}")):
             open_weights(untied)
-        assert time.perf_counter() - began < 0.2
+        assert time.process_time() - began < 0.2
 
 
 def test_absurd_sizes_in_params_json_are_refused_in_milliseconds(tmp_path):
@@ -305,10 +305,10 @@ def test_absurd_sizes_in_params_json_are_refused_in_milliseconds(tmp_path):
         ("moe_args", {"experts": 2}, r"moe_args is .*, which is not computed here"),
     ):
         edit(tmp_path / "meta", "params.json", **(params | {name: size}))
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(CheckpointError, match=said):
             open_weights(tmp_path / "meta")
-        assert time.perf_counter() - began < 0.2
+        assert time.process_time() - began < 0.2
         (tmp_path / "meta" / "params.json").write_text(json.dumps(params))
 
 
