@@ -107,9 +107,11 @@ def curate_classifier(
 
     report = train(good, against, out, epochs=epochs, held_out=held_out, seed=seed, text_key=text_key).report
     n_good, n_random = report["held_out"]["good"], report["held_out"]["random"]
+    low, high = report["accuracy_interval_95"]
     print(
         f"{out} written; on {n_good:,} good and {n_random:,} random documents held out: balanced accuracy "
-        f"{report['accuracy']:.1%}, area under the curve {report['auc']:.3f}"
+        f"{report['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, chance 50%), area under the curve "
+        f"{report['auc']:.3f} (chance 0.5)"
     )
 
 

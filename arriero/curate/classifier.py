@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,12 +133,17 @@ def train(
     weights, bias = _fit(documents, label, np.flatnonzero(~test), epochs, seed, console)
     buckets, first = _joined([documents[i] for i in np.flatnonzero(test)])
     score, truth = _sigmoid(_logits(weights, bias, buckets, first)), label[test] == 1
+    right = [
+        (int((score[truth] >= 0.5).sum()), int(truth.sum())),
+        (int((score[~truth] < 0.5).sum()), int((~truth).sum())),
+    ]
     report = {
         "good": [str(source) for source in good],
         "random": [str(source) for source in against],
         "trained_on": {"good": int((label[~test] == 1).sum()), "random": int((label[~test] == 0).sum())},
         "held_out": {"good": int(truth.sum()), "random": int((~truth).sum())},
-        "accuracy": round(float((np.mean(score[truth] >= 0.5) + np.mean(score[~truth] < 0.5)) / 2), 4),
+        "accuracy": round(sum(k / n for k, n in right) / 2, 4),  # balanced, so that chance is a half
+        "accuracy_interval_95": balanced_interval(right),
         "auc": round(area_under_curve(score, truth), 4),
         "epochs": epochs,
         "seed": seed,
@@ -216,6 +222,17 @@ def _fit(
     return weights, float(bias)
 
 
+def balanced_interval(right: Sequence[tuple[int, int]]) -> list[float]:
+    """95% of the mean of proportions k / n, by Agresti and Caffo's rule: a right and a wrong answer more in each.
+
+    Unlike the plain normal interval it is not a point where all answers are right (American Statistician 54, 2000).
+    """
+    shares = [((k + 1) / (n + 2), n + 2) for k, n in right]
+    middle = sum(p for p, _ in shares) / len(shares)
+    half = 1.96 * math.sqrt(sum(p * (1 - p) / n for p, n in shares)) / len(shares)
+    return [round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4)]
+
+
 def area_under_curve(score: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
     """The probability that a good document scores above a random one, ties counting half (Mann and Whitney)."""
     _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
@@ -243,7 +260,10 @@ def load(path: str) -> Classifier:
             metadata = json.loads((file.metadata() or {}).get("arriero", "{}"))
             if metadata.get("format") != FORMAT:
                 raise DataError(f"{path}: not a quality classifier; `arriero curate classifier` writes one")
-            return Classifier(file.get_tensor("weights"), metadata["bias"], metadata["report"])
+            weights = file.get_tensor("weights")
+            if not (np.isfinite(weights).all() and math.isfinite(metadata["bias"])):
+                raise DataError(f"{path}: its weights are not finite, so it judges nothing; train it again")
+            return Classifier(weights, metadata["bias"], metadata["report"])
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: no such file; train a classifier with `arriero curate classifier`{hint(path)}"

@@ -39,10 +39,9 @@ from arriero.files import json_bytes, json_text, replaced_file
 from arriero.paths import as_path, hint
 from arriero.records import endings, parse_row, read_records
 from arriero.terminal import output, warn_once
-from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, LossLaw, PowerLaw
+from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, NEAR, LossLaw, PowerLaw
 
 FIT, PICTURE = "fit.json", "fit.png"
-NEAR = 0.03  # share by which the FLOPs of a run may exceed those of the next lower one of its budget
 ROUNDING = 1e-6  # share by which FLOPs of one budget differ that nobody need hear of
 SPREAD = 1.25  # times by which the FLOPs of a budget may differ in all: budgets lie further apart, and laws need that
 LEVEL = 95  # per cent of the resamples that an interval holds
