@@ -86,6 +86,8 @@ def encode_conversation(tokenizer: Tokenizer, conversation: Conversation) -> tup
         encoded = encode_training(tokenizer, conversation.messages, conversation.tools)
     except DataError as error:
         raise DataError(f"{conversation.where}: {error}") from error
+    except RecursionError as error:
+        raise DataError(f"{conversation.where}: a message is nested too deeply; flatten it or drop the row") from error
     if not any(encoded.trained[1:]):  # nothing precedes the first token, so nothing predicts it
         raise DataError(
             f"{conversation.where}: nothing to learn: no token is trained; check the answers or drop the row"
