@@ -77,12 +77,11 @@ def _texts(words: Sequence[str], file: Path | None, lines: bool) -> Iterator[str
         source = sys.stdin.buffer if file is None else file.open("rb")
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); check the path") from error
-    with source:
+    with io.TextIOWrapper(source, "utf-8-sig", "replace", newline=None if lines else "") as text:
         if lines:
-            for line in io.TextIOWrapper(source, "utf-8-sig", "replace"):
-                yield line.removesuffix("\n")
+            yield from (line.removesuffix("\n") for line in text)
         else:
-            yield source.read().decode("utf-8-sig", "replace")
+            yield text.read()
 
 
 def _ids(text: str, vocab_size: int) -> list[int]:
