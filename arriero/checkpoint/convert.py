@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from arriero.checkpoint.beside import Beside, read_beside, warn_of_losses, warn_of_tokenizer_ids
 from arriero.checkpoint.gguf import Kind, write_gguf
@@ -24,7 +23,7 @@ from arriero.checkpoint.source import resolve
 from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError, did_you_mean
 from arriero.paths import as_path
-from arriero.terminal import warn_once
+from arriero.terminal import label, notes, warn_once
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
@@ -68,8 +67,8 @@ def _without(to: str) -> str:
 @contextmanager
 def tensor_bar(title: str, n_tensors: int) -> Iterator[Callable[[str], None]]:
     """A progress bar; yields what to call with the name of each tensor."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = (label(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=notes(), transient=True) as bar:
         task = bar.add_task(title, total=n_tensors)
         yield lambda name: bar.advance(task)
 

@@ -8,6 +8,7 @@ from typing import Literal
 from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.infer.config import ChatConfig, GenerateConfig
 from arriero.paths import PathText
+from arriero.terminal import say
 
 NumberType = Literal["f32", "f16", "bf16"]
 StoredType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -80,7 +81,7 @@ def merge(model: PathText, adapter: Path, out: Path, *, dtype: NumberType | None
 
     types = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
     report = fold(model, adapter, out, dtype=types[dtype] if dtype else None, force=force)
-    print(
+    say(
         f"{out} written; its logits differ from model plus adapter by at most {report.max_difference:.2g} "
         f"(largest logit {report.largest_logit:.1f}), same most probable token at {report.same_choice:.1%} of positions"
     )
@@ -104,4 +105,4 @@ def convert(
     """
     from arriero.checkpoint.convert import convert as write
 
-    print(f"{write(src, dst, to=to, dtype=dtype, force=force)} written")
+    say(f"{write(src, dst, to=to, dtype=dtype, force=force)} written")

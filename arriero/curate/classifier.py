@@ -38,6 +38,7 @@ from arriero.curate.sources import read_documents
 from arriero.errors import DataError
 from arriero.files import json_text, replaced_file
 from arriero.paths import as_path, hint
+from arriero.terminal import notes
 
 FORMAT = "arriero quality classifier 1"
 BITS = 20  # of a bucket: 2**20 weights
@@ -107,7 +108,7 @@ def train(
 
     Raises DataError where a kind has too few documents, or `held_out`, `epochs`, `seed` or `out` make no sense.
     """
-    console = console or Console(stderr=True)
+    console = console or notes()
     if not 0 < held_out < 1 or epochs < 1 or seed < 0:
         raise DataError(
             f"held_out is {held_out}, epochs {epochs} and seed {seed}; give a share between 0 and 1, at least 1 epoch, "

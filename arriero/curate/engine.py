@@ -51,6 +51,7 @@ from arriero.curate.steps.corpus import KeyFile
 from arriero.curate.tasks import ERRORS_SHOWN, MB, decision_path, finish_shard, read_unit, reduce_range, take_stage
 from arriero.errors import ConfigError
 from arriero.files import LOCK, locked, write_json, write_jsonl, write_text
+from arriero.terminal import label, notes
 
 FORMAT = 1  # of the work directory and manifest
 
@@ -58,7 +59,7 @@ FORMAT = 1  # of the work directory and manifest
 def curate(config: CurateConfig, console: Console | None = None) -> Json:
     """Curate the sources into `config.out`, or go on where an earlier run of the same plan ended; returns the
     manifest."""
-    console = console or Console(stderr=True)
+    console = console or notes()
     if not config.sources:
         raise ConfigError("no sources; give files, directories, 'stdlib' or Hub data set ids")
     if not config.out:
@@ -70,7 +71,7 @@ def curate(config: CurateConfig, console: Console | None = None) -> Json:
         raise ConfigError(f"all sources lie in {out}, where the result goes; give another --out")
     if passed_over:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in passed_over.most_common(10))
-        console.print(f"passed over in directories: {kinds}", highlight=False)
+        console.print(f"passed over in directories: {kinds}", highlight=False, markup=False)
     refuse_what_is_not_ours(out)
     busy = ConfigError(f"{out} is in use by another `arriero curate`; wait for it, or give another --out")
     with locked(out, busy):
@@ -241,7 +242,7 @@ class Run:
         """Run a function on all tasks, with a progress bar; each leaves files, and one that finds them is done at
         once."""
         columns = (
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            label(), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[done]:,} of {task.fields[of]:,} pieces"), *more, TimeElapsedColumn(),
             TimeRemainingColumn(),
         )  # fmt: skip

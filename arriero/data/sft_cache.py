@@ -38,6 +38,7 @@ from arriero.data.formats import Conversation, Record, parse_record, read_record
 from arriero.errors import DataError
 from arriero.files import temporary_name
 from arriero.pool import in_order
+from arriero.terminal import label
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_training
 
@@ -151,7 +152,7 @@ def encode_files(files: Sequence[Path], tokenizer: Tokenizer, workers: int, cons
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        label(),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[rows]:,} rows, {task.fields[rate]:,.0f} rows/s"),

@@ -49,6 +49,7 @@ from arriero.limits import remedy
 from arriero.paths import as_path
 from arriero.pool import in_order
 from arriero.records import Record, read_records
+from arriero.terminal import label, notes
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.parallel import DocumentEncoder
 
@@ -336,7 +337,7 @@ def _shard(
     try:
         with (
             ShardWriter(out, encode.tokenizer, request, encode.by_source) as writer,
-            _progress(console or Console(stderr=True)) as progress,
+            _progress(console or notes()) as progress,
         ):
             bar = progress.add_task("sharding", total=sum(sizes) or None, rate=0.0)
             n_bytes = 0
@@ -382,7 +383,7 @@ def _refusal(state: State, encode: Encode) -> str:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        label(),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]:.1f} MB/s of text"),

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from arriero.errors import ConfigError, DataError, require
 from arriero.files import json_bytes, json_text, replaced_file
@@ -187,7 +188,7 @@ class Fit:
             "parametric: L = floor + a / N^alpha + b / D^beta": (self.loss, self.losses),
         }
         for title, (law, resampled) in laws.items():
-            table.add_row(f"[bold]{title}[/bold]", "" if resampled else "none", "")
+            table.add_row(Text(title, "bold"), "" if resampled else "none", "")
             if not resampled:
                 continue
             open_ends = self.at_bounds if isinstance(law, LossLaw) else []
@@ -223,7 +224,7 @@ def run_fit(path: Path, resamples: int, seed: int, as_json: bool = False) -> Fit
         plan = "" if found.refused else f"; plan with it: arriero scaling plan {directory} ..."
         console = output()
         console.print(found.view())
-        console.print(f"{directory / FIT} and {directory / PICTURE} written{plan}")
+        console.print(f"{directory / FIT} and {directory / PICTURE} written{plan}", markup=False)
     if found.refused:
         raise DataError(found.refused)
     return found
