@@ -63,7 +63,7 @@ def needle(config: NeedleConfig) -> None:
 
 
 def merge(model: PathText, adapter: Path, out: Path, *, dtype: NumberType | None = None, force: bool = False) -> None:
-    """Fold a LoRA adapter into its model, and check that the result gives the same logits.
+    """Fold a LoRA adapter into its model, and check what was written against the files of both.
 
     Example:
         arriero merge smollm2-135m out/mine/adapter out/merged
@@ -80,10 +80,10 @@ def merge(model: PathText, adapter: Path, out: Path, *, dtype: NumberType | None
     from arriero.checkpoint.merge import merge as fold
 
     types = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-    report = fold(model, adapter, out, dtype=types[dtype] if dtype else None, force=force)
+    found = fold(model, adapter, out, dtype=types[dtype] if dtype else None, force=force)
     say(
-        f"{out} written; its logits differ from model plus adapter by at most {report.max_difference:.2g} "
-        f"(largest logit {report.largest_logit:.1f}), same most probable token at {report.same_choice:.1%} of positions"
+        f"{out} written and read back: all {found.n_tensors} tensors are those of model plus adapter, the largest "
+        f"difference by rounding {found.largest_difference:.2g} of a tensor's largest value"
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from helpers.toys import equal_weights, toy_config, toy_model
 
 from arriero.checkpoint import meta
+from arriero.checkpoint.convert import convert
 from arriero.checkpoint.load import load_model
 from arriero.checkpoint.meta import open_meta, write_meta
 from arriero.checkpoint.weights import from_model
@@ -57,6 +58,7 @@ def test_shards_are_joined_as_meta_splits_them(n_ranks, rows, tmp_path):
     back = load_model(tmp_path)
     assert back.config == config
     assert equal_weights(model, back)
+    convert(tmp_path, tmp_path / "hf", to="hf")  # whose check joins the shards by other code
 
 
 def test_writing_over_shards_leaves_none_of_them(tmp_path):
