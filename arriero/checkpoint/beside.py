@@ -16,11 +16,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.files import read_json
 from arriero.errors import CheckpointError
 from arriero.files import write_json
 from arriero.gguf_header import read_metadata
 from arriero.model.entries import is_known
+from arriero.reading import read_json
 from arriero.terminal import warn_once
 
 GENERATION = "generation_config.json"

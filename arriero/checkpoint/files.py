@@ -5,15 +5,12 @@ A crash leaves either the old content or the new, and at worst a stray file whos
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from arriero.errors import CheckpointError
 from arriero.files import sync
 
 
@@ -47,16 +44,3 @@ def replaced_directory(path: Path, replaces: str | None = None) -> Iterator[Path
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises `CheckpointError` when the file is missing or not a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except ValueError as error:  # broken UTF-8 and broken JSON are both ValueErrors
-        raise CheckpointError(f"{path}: not valid JSON ({error}); copy or download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}; an object is expected")
-    return value

@@ -8,6 +8,7 @@ llama.cpp. Tensors are read one at a time, dequantised to fp32 where quantised, 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -23,12 +24,12 @@ from torch import Tensor
 from arriero.checkpoint.beside import NOTHING, Beside
 from arriero.checkpoint.gguf_rope import ROPE_FREQS, read_scaling, rope_factors, scaling_entries, shortest
 from arriero.checkpoint.tensor_file import Entry
-from arriero.checkpoint.weights import Weights, check_sizes, opened, rotary_heads, to_halves, to_pairs
+from arriero.checkpoint.weights import Weights, checked, rotary_heads, to_halves, to_pairs
 from arriero.errors import CheckpointError
+from arriero.fields import Fields, shown
 from arriero.files import replaced_file
 from arriero.gguf_header import read_header, read_metadata
 from arriero.model.config import ARCHITECTURES, LlamaConfig
-from arriero.model.fields import Fields, shown
 from arriero.model.llama import EMBEDDINGS, HEAD
 from arriero.model.scaling import Llama3Scaling
 
@@ -122,7 +123,6 @@ def read_config(file: Path) -> LlamaConfig:
             tied_embeddings="output.weight" not in stored,
             head_dim=head_dim,
         )
-        check_sizes(file, config, {name: tensor.shape for name, tensor in stored.items()}, "blk.")
         return replace(config, rope_scaling=read_scaling(fields, config, factors))
 
 
@@ -145,7 +145,7 @@ def open_gguf(file: Path) -> Weights:
         heads = _paired_heads(name, config)
         return to_halves(array, heads) if heads else array
 
-    return opened(file, config, entries, read)
+    return checked(file, config, entries, read)
 
 
 def write_gguf(
@@ -275,7 +275,7 @@ def _paired_heads(name: str, config: LlamaConfig) -> int | None:
 
 
 def _stored(file: Path) -> dict[str, Stored]:
-    """The tensors of a GGUF file, each of a type that can be read and wholly inside the file."""
+    """The tensors of a GGUF file, each of a type that can be read, wholly in the file, apart from the others."""
     header = read_header(file)
     stored = {}
     for name, info in header.tensors.items():
@@ -285,9 +285,18 @@ def _stored(file: Path) -> dict[str, Stored]:
             )
         kind = Kind(info.kind)
         per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if (info.shape or (1,))[-1] % per_block:
+            raise CheckpointError(
+                f"{file}: tensor {name} is {list(info.shape)}, and its type {kind.name} has blocks of {per_block} in a "
+                "row; copy or download it again"
+            )
         stored[name] = Stored(info.shape, kind, info.start, prod(info.shape) // per_block * block_bytes)
         if info.start + stored[name].size > header.size:
             raise CheckpointError(f"{file}: cut short: tensor {name} reaches past its end; copy or download it again")
+    in_order = sorted(stored.items(), key=lambda item: item[1].start)
+    for (before, first), (after, second) in itertools.pairwise(in_order):
+        if first.start + first.size > second.start:
+            raise CheckpointError(f"{file}: the tensors {before} and {after} overlap; copy or download it again")
     return stored
 
 

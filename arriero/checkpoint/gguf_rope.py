@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from arriero.errors import CheckpointError
+from arriero.fields import Fields, shown
 from arriero.model.config import LlamaConfig
-from arriero.model.fields import Fields, shown
 from arriero.model.rope import rope_frequencies
 from arriero.model.scaling import (
     DynamicScaling,

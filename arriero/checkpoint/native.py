@@ -38,10 +38,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from arriero.checkpoint.files import read_json
 from arriero.checkpoint.tensor_file import Entry, header
 from arriero.errors import CheckpointError
 from arriero.files import json_text, sync, write_json
+from arriero.reading import read_json
 
 FORMAT = 2  # of manifest.json
 WEIGHTS = "weights"  # the group that holds whole tensors by the model's own names

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arriero.checkpoint.files import read_json
 from arriero.errors import CheckpointError
+from arriero.reading import read_json
 from arriero.terminal import warn_once
 
 CONFIG = "adapter_config.json"

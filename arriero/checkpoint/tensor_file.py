@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from arriero.errors import CheckpointError
 from arriero.files import json_text
+from arriero.reading import reading
 
 DTYPES = {
     "F64": torch.float64,
@@ -60,20 +61,16 @@ def header(entries: Mapping[str, Entry], **metadata: str) -> bytes:
 
 def safetensors_entries(file: Path) -> dict[str, Entry]:
     """Names, shapes and types of the tensors in a safetensors file."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file, though the index names it")
     entries = {}
-    try:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no dictionary)
-                piece = tensors.get_slice(name)
-                if piece.get_dtype() not in FLOATS:
-                    raise CheckpointError(
-                        f"{file}: tensor {name} has type {piece.get_dtype()}; readable are {', '.join(FLOATS)}"
-                    )
-                entries[name] = Entry(tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: no such file, though the index names it") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: damaged or cut short ({error}); copy or download it again") from error
+    with reading(file), safe_open(file, "pt") as tensors:  # the library checks that tensors lie within, side by side
+        pieces = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (safe_open is no dictionary)
+        found = {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in pieces.items()}
+    for name, (dtype, shape) in found.items():
+        if dtype not in FLOATS:
+            raise CheckpointError(f"{file}: tensor {name} has type {dtype}; readable are {', '.join(FLOATS)}")
+        entries[name] = Entry(shape, DTYPES[dtype])
     return entries
 
 
@@ -108,39 +105,11 @@ def tensor_reader(file: Path) -> Reader:
     return read
 
 
-def check_finite(source: Path, name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor read from `source`; raises CheckpointError where one of its values is NaN or infinite."""
-    if all_finite(tensor):
-        return tensor
-    wrong = (~tensor.isfinite()).nonzero()
-    raise CheckpointError(
-        f"{source}: {name} holds {len(wrong):,} values that are NaN or infinite, the first at {wrong[0].tolist()}; the "
-        "run that wrote it diverged, or the file is damaged: take an earlier checkpoint, or copy it again"
-    )
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite.
-
-    A finite sum has only finite terms, and takes one fast pass; where it overflows (F16) the extremes decide, which are
-    NaN if any value is.
-    """
-    return bool(tensor.sum().isfinite()) or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
-
-
-def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor on the CPU in the type to write; raises CheckpointError where F16 makes infinities of values."""
-    out = tensor.to("cpu", dtype)
-    if dtype is torch.float16 and tensor.dtype is not dtype and not all_finite(out) and all_finite(tensor):
-        raise CheckpointError(f"{name} holds weights beyond F16's 65,504; write bf16 or f32")
-    return out
-
-
 def write_safetensors(file: Path, entries: Mapping[str, Entry], read: Callable[[str], Tensor]) -> None:
     """Write a file tensor by tensor, in the order of `entries`; `read(name)` gives each."""
     with file.open("wb") as out:
         out.write(header(entries))
         for name, entry in entries.items():
-            tensor = cast(name, read(name), entry.dtype).contiguous()
+            tensor = read(name).to("cpu", entry.dtype).contiguous()
             assert tuple(tensor.shape) == entry.shape, name
             out.write(tensor.view(torch.uint8).numpy().data)

@@ -10,7 +10,6 @@ from arriero import config as configs
 from arriero import presets
 from arriero.cli.train import module_of, start
 from arriero.errors import ConfigError
-from arriero.terminal import notes, say
 
 
 def ls(what: Literal["models", "presets", "steps"]) -> None:
@@ -63,7 +62,7 @@ def cp(preset: str, file: Path, force: bool = False) -> None:
     if not file.parent.is_dir():
         raise ConfigError(f"{file}: the directory {file.parent} does not exist; make it first")
     file.write_text(configs.to_toml(config, recipe), encoding="utf-8")
-    say(f"{file} written; edit it, then: arriero run {file}")
+    print(f"{file} written; edit it, then: arriero run {file}")
 
 
 def run(recipe: str, config: Any) -> None:
@@ -83,10 +82,12 @@ def validate(recipe: str, config: Any) -> None:
         arriero validate mine.toml
         arriero validate mine.toml --data other.jsonl
     """
+    from rich.console import Console
+
     from arriero.train.claim import begun_with, check_named, refuse_changed
 
     check_named(config, recipe)
     recorded = begun_with(config, recipe)
-    planned = module_of(recipe).build(config, notes())
+    planned = module_of(recipe).build(config, Console(stderr=True))
     refuse_changed(recorded, planned.fingerprints(), f"run {config.out}")
-    say(planned.summary())
+    print(planned.summary())

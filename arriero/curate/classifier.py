@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from arriero.curate.analysis import Analysis, analyse
@@ -38,7 +37,7 @@ from arriero.curate.sources import read_documents
 from arriero.errors import DataError
 from arriero.files import json_text, replaced_file
 from arriero.paths import as_path, hint
-from arriero.terminal import notes
+from arriero.reading import parse_json, reading
 
 FORMAT = "arriero quality classifier 1"
 BITS = 20  # of a bucket: 2**20 weights
@@ -108,7 +107,7 @@ def train(
 
     Raises DataError where a kind has too few documents, or `held_out`, `epochs`, `seed` or `out` make no sense.
     """
-    console = console or notes()
+    console = console or Console(stderr=True)
     if not 0 < held_out < 1 or epochs < 1 or seed < 0:
         raise DataError(
             f"held_out is {held_out}, epochs {epochs} and seed {seed}; give a share between 0 and 1, at least 1 epoch, "
@@ -134,17 +133,12 @@ def train(
     weights, bias = _fit(documents, label, np.flatnonzero(~test), epochs, seed, console)
     buckets, first = _joined([documents[i] for i in np.flatnonzero(test)])
     score, truth = _sigmoid(_logits(weights, bias, buckets, first)), label[test] == 1
-    right = [
-        (int((score[truth] >= 0.5).sum()), int(truth.sum())),
-        (int((score[~truth] < 0.5).sum()), int((~truth).sum())),
-    ]
     report = {
         "good": [str(source) for source in good],
         "random": [str(source) for source in against],
         "trained_on": {"good": int((label[~test] == 1).sum()), "random": int((label[~test] == 0).sum())},
         "held_out": {"good": int(truth.sum()), "random": int((~truth).sum())},
-        "accuracy": round(sum(k / n for k, n in right) / 2, 4),  # balanced, so that chance is a half
-        "accuracy_interval_95": balanced_interval(right),
+        "accuracy": round(float((np.mean(score[truth] >= 0.5) + np.mean(score[~truth] < 0.5)) / 2), 4),
         "auc": round(area_under_curve(score, truth), 4),
         "epochs": epochs,
         "seed": seed,
@@ -223,17 +217,6 @@ def _fit(
     return weights, float(bias)
 
 
-def balanced_interval(right: Sequence[tuple[int, int]]) -> list[float]:
-    """95% of the mean of proportions k / n, by Agresti and Caffo's rule: a right and a wrong answer more in each.
-
-    Unlike the plain normal interval it is not a point where all answers are right (American Statistician 54, 2000).
-    """
-    shares = [((k + 1) / (n + 2), n + 2) for k, n in right]
-    middle = sum(p for p, _ in shares) / len(shares)
-    half = 1.96 * math.sqrt(sum(p * (1 - p) / n for p, n in shares)) / len(shares)
-    return [round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4)]
-
-
 def area_under_curve(score: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
     """The probability that a good document scores above a random one, ties counting half (Mann and Whitney)."""
     _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
@@ -256,18 +239,21 @@ def save(classifier: Classifier, path: Path) -> None:
 @functools.lru_cache(2)
 def load(path: str) -> Classifier:
     """Read a classifier. Raises DataError where the file is missing or something else."""
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata = json.loads((file.metadata() or {}).get("arriero", "{}"))
-            if metadata.get("format") != FORMAT:
-                raise DataError(f"{path}: not a quality classifier; `arriero curate classifier` writes one")
-            weights = file.get_tensor("weights")
-            if not (np.isfinite(weights).all() and math.isfinite(metadata["bias"])):
-                raise DataError(f"{path}: its weights are not finite, so it judges nothing; train it again")
-            return Classifier(weights, metadata["bias"], metadata["report"])
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path}: no such file; train a classifier with `arriero curate classifier`{hint(path)}"
-        ) from error
-    except SafetensorError as error:
-        raise DataError(f"{path}: not a safetensors file ({error}); train the classifier again") from error
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file; train a classifier with `arriero curate classifier`{hint(path)}")
+    again = "train the classifier again"
+    with reading(path, "not a safetensors file", again, DataError), safe_open(path, "numpy") as file:
+        described = (file.metadata() or {}).get("arriero", "{}")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dictionary)
+    metadata = parse_json(described, path, again, DataError)
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise DataError(f"{path}: not a quality classifier; `arriero curate classifier` writes one")
+    bias, report, weights = metadata.get("bias"), metadata.get("report"), tensors.get("weights")
+    if (
+        weights is None
+        or (weights.shape, weights.dtype) != ((2**BITS,), np.float32)
+        or not (isinstance(bias, float) and isinstance(report, dict))
+        or not (np.isfinite(weights).all() and math.isfinite(bias))
+    ):
+        raise DataError(f"{path}: damaged: it does not hold 2^{BITS} weights and a bias that are finite; {again}")
+    return Classifier(weights, bias, report)

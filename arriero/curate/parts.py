@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
+from arriero import reading
 from arriero.curate.document import Document
-from arriero.errors import require
+from arriero.errors import DataError, require
 from arriero.files import json_bytes, json_line, replaced_file
 
 SCHEMA = pa.schema([(name, pa.large_string() if name == "text" else pa.string()) for name in (
@@ -168,4 +169,4 @@ def document_line(document: Document) -> bytes:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that we wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return reading.read_json(path, remedy="remove the directory of the curation, and curate again", refusal=DataError)

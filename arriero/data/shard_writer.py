@@ -8,7 +8,6 @@ the same bytes. At the end the parts' indices are joined, every set gets its man
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -23,6 +22,7 @@ from arriero.data.shards import FORMAT, MANIFEST, PROGRESS, SPLITS, source_direc
 from arriero.errors import DataError
 from arriero.files import LOCK, locked, put_in_place, replaced_file, sync, temporary_name, write_json
 from arriero.handles import Appending
+from arriero.reading import read_json
 from arriero.tokenizer.base import Tokenizer
 
 SetName = tuple[str, str]  # (split, source)
@@ -168,9 +168,10 @@ class ShardWriter:
 
     def _read_state(self) -> State:
         path = self.out / PROGRESS
+        written = read_json(path, remedy=f"remove {self.out} and begin again", refusal=DataError)
         try:
-            state = State(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            state = State(**written)
+        except TypeError as error:
             raise DataError(f"{path}: not readable ({error}); remove {self.out} and begin again") from error
         if not state.parts:  # stopped before anything was durable: what was asked for may be mended
             return State(self._request)

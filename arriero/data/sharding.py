@@ -32,7 +32,6 @@ from rich.table import Table
 
 from arriero.curate.document import Document
 from arriero.curate.sources import Position, Reading, SourceFile, from_record, list_files, read_documents, read_file
-from arriero.curate.warc import PassedOver
 from arriero.data.shard_writer import MarkedDocuments, SetName, ShardWriter, State
 from arriero.data.shards import (
     FORMAT,
@@ -49,7 +48,6 @@ from arriero.limits import remedy
 from arriero.paths import as_path
 from arriero.pool import in_order
 from arriero.records import Record, read_records
-from arriero.terminal import label, notes
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.parallel import DocumentEncoder
 
@@ -192,7 +190,7 @@ def text_hash(text: str) -> int:
 class Item:
     """Something that a worker makes a document of, and the position after it."""
 
-    what: Document | PassedOver | SourceFile | tuple[SourceFile, Record]
+    what: Document | SourceFile | tuple[SourceFile, Record]
     size: int  # bytes of source, or characters
     position: Position
     done: float = 0.0  # share of the position's file that has been read
@@ -223,8 +221,7 @@ def read_items(files: Sequence[SourceFile], start: Position, reading: Reading, n
             for row, found in read_file(file, after, reading):
                 if isinstance(found, DataError):
                     raise found
-                size = 0 if isinstance(found, PassedOver) else len(found.text)
-                yield Item(found, size, Position(i, row), 0.0, held_out)
+                yield Item(found, len(found.text), Position(i, row), 0.0, held_out)
 
 
 def chunked(items: Iterable[Item], part_size: int) -> Iterator[Chunk]:
@@ -269,9 +266,6 @@ class Encode:
         left_out: dict[str, int] = {}
         for item in chunk.items:
             document = self._document(item)
-            if isinstance(document, PassedOver):
-                left_out[document.reason] = left_out.get(document.reason, 0) + 1
-                continue
             split = self._split(document.text, item.held_out)
             if split in SPLITS:
                 name = document.source if self.by_source and document.source else ONE_SOURCE
@@ -281,8 +275,8 @@ class Encode:
         encoded = {name: self._encode(texts) for name, texts in by_set.items()}
         return Result(encoded, left_out, sum(int(e.text_bytes.sum()) for e in encoded.values()))
 
-    def _document(self, item: Item) -> Document | PassedOver:
-        if isinstance(item.what, Document | PassedOver):
+    def _document(self, item: Item) -> Document:
+        if isinstance(item.what, Document):
             return item.what
         if isinstance(item.what, SourceFile):
             [(_, found)] = read_file(item.what, reading=self.reading)
@@ -337,7 +331,7 @@ def _shard(
     try:
         with (
             ShardWriter(out, encode.tokenizer, request, encode.by_source) as writer,
-            _progress(console or notes()) as progress,
+            _progress(console or Console(stderr=True)) as progress,
         ):
             bar = progress.add_task("sharding", total=sum(sizes) or None, rate=0.0)
             n_bytes = 0
@@ -357,9 +351,6 @@ def _shard(
                     writer.discard()
                     raise DataError(f"{out}: {refusal}")
                 writer.finish()
-            if left_out := writer.state.left_out:
-                counted = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
-                progress.console.print(f"left out: {counted}", highlight=False, markup=False)
     except OSError as error:
         if error.errno in (None, errno.EPIPE):
             raise
@@ -383,7 +374,7 @@ def _refusal(state: State, encode: Encode) -> str:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        label(),
+        TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]:.1f} MB/s of text"),

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from arriero.errors import DataError
 from arriero.handles import MappedArray
 from arriero.paths import as_path, hint
+from arriero.reading import read_json
 from arriero.tokenizer import load_tokenizer
 
 FORMAT = "arriero-shards-1"
@@ -42,6 +43,8 @@ DEVICE = re.compile("(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")  # no file's name o
 ONE_SOURCE = "documents"  # what the only source of a set without sources is called
 SPLITS = TRAIN, VALIDATION = "train", "validation"
 MAX_UINT16 = 2**16
+
+AGAIN = "copy the set again, whole, or make it anew"
 
 IntArray = NDArray[np.int64]
 
@@ -63,6 +66,12 @@ class Shards:
         parts = [file for file in m["files"] if "n_tokens" in file]
         self._parts = [self._map(part["name"], token_type(self.vocab_size), part["n_tokens"]) for part in parts]
         self._starts = np.cumsum([0, *(part["n_tokens"] for part in parts)])
+        ends = [int(self.offsets[i]) for i in (0, -1)]
+        if [*ends, int(self._starts[-1])] != [0, self.n_tokens, self.n_tokens]:
+            raise DataError(
+                f"{self.directory}: offsets.bin goes from token {ends[0]:,} to {ends[1]:,}, the files hold "
+                f"{int(self._starts[-1]):,} tokens, and {MANIFEST} says {self.n_tokens:,}; {AGAIN}"
+            )
 
     def __len__(self) -> int:
         return self.n_documents
@@ -82,13 +91,20 @@ class Shards:
         offsets = self.offsets
         first, last = int(offsets[i]), int(offsets[i + 1])
         part = int(np.searchsorted(self._starts, first, side="right")) - 1
+        if not 0 <= first <= last <= self.n_tokens or (last > first and last > self._starts[part + 1]):
+            raise DataError(
+                f"{self.directory}: document {i} is said to be tokens {first:,} to {last:,}, which is no part of one "
+                f"file; offsets.bin is damaged (arriero data verify {self.directory}): {AGAIN}"
+            )
+        if first == last:
+            return np.zeros(0, dtype=token_type(self.vocab_size))
         base = first - int(self._starts[part])
         stop = last - first if stop is None else min(stop, last - first)
         ids = self._parts[part].array()[base + start : base + stop]
         if len(ids) and ids.max() >= self.vocab_size:
             raise DataError(
                 f"{self.directory}: document {i} has the id {ids.max()}, of a vocabulary of {self.vocab_size}; the "
-                f"files are damaged (arriero data verify {self.directory}): copy the set again, or make it anew"
+                f"files are damaged (arriero data verify {self.directory}): {AGAIN}"
             )
         return ids
 
@@ -131,7 +147,7 @@ class Shards:
     def verify(self, progress: Callable[[int], None] = lambda size: None) -> None:
         """Read every byte and compare the SHA-256; raises DataError for the first file that differs.
 
-        progress: called with the bytes of each file that was read.
+        Also where manifest and files disagree in what is counted. progress: called with the bytes of each file read.
         """
         for file in self.manifest["files"]:
             path = self.directory / file["name"]
@@ -143,23 +159,26 @@ class Shards:
                     "the file has changed since it was written: copy it again, or make the shards anew"
                 )
             progress(file["size"])
+        lengths, n_bytes = self.lengths, int(self.text_bytes.sum(dtype=np.uint64))
+        if (lengths < 0).any() or n_bytes != self.n_bytes:
+            raise DataError(
+                f"{self.directory}: {MANIFEST} says {self.n_bytes:,} bytes of text, bytes.bin {n_bytes:,}, and "
+                f"{int((lengths < 0).sum()):,} documents end before they begin; {AGAIN}"
+            )
 
     def _check_size(self, file: Mapping[str, Any]) -> None:
         path = self.directory / file["name"]
         size = path.stat().st_size if path.is_file() else None
         if size != file["size"]:
             found = "is missing" if size is None else f"has {size:,} bytes"
-            raise DataError(
-                f"{path} {found}, the manifest says {file['size']:,} bytes; copy the set again, whole, or make it anew"
-            )
+            raise DataError(f"{path} {found}, the manifest says {file['size']:,} bytes; {AGAIN}")
 
     def _map(self, name: str, dtype: str, n: int) -> MappedArray:
         try:
             return MappedArray(self.directory / name, dtype, n)
         except (DataError, FileNotFoundError) as error:
             raise DataError(
-                f"{self.directory / name}: it does not hold the {n:,} numbers of {MANIFEST} ({error}); "
-                "copy the set again, whole, or make it anew"
+                f"{self.directory / name}: it does not hold the {n:,} numbers of {MANIFEST} ({error}); {AGAIN}"
             ) from error
 
 
@@ -292,10 +311,10 @@ def _written(progress: Path) -> set[str]:
     """The sets, as "split/source", that `arriero shard` says it wrote; none where it has left no word."""
     if not progress.is_file():
         return set()
-    try:
-        return {name for part in json.loads(progress.read_text(encoding="utf-8"))["parts"] for name in part}
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{progress}: damaged ({error}); copy it again") from error
+    parts = read_json(progress, remedy="copy it again", refusal=DataError).get("parts")
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise DataError(f"{progress}: damaged ('parts' is no list of objects); copy it again")
+    return {name for part in parts for name in part}
 
 
 def verify_tokenizer(sets: Iterable[Shards]) -> None:
@@ -315,18 +334,15 @@ def _absent(directory: Path) -> str:
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a set; raises DataError where there is none that this version reads."""
     path = directory / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise DataError(
             f"{directory}: no token shards here (no {MANIFEST}); `arriero shard` makes them, "
             f"and if it was stopped, running it again goes on where it was{_absent(directory)}"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); copy the set again, whole, or make it anew") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise DataError(f"{path}: its format is {found!r}, this version reads {FORMAT!r}; make the shards anew")
+        )
+    manifest = read_json(path, remedy=AGAIN, refusal=DataError)
+    if manifest.get("format") != FORMAT:
+        found = manifest.get("format")
+        raise DataError(f"{path}: its format is {found!r:.60}, this version reads {FORMAT!r}; make the shards anew")
     if not _is_whole(manifest):
         raise DataError(f"{path}: damaged, some of what it has to say is missing; copy the set again, whole")
     return manifest
@@ -340,10 +356,18 @@ def _is_whole(manifest: Mapping[str, Any]) -> bool:
         "files": list,
     }
     files = {"name": str, "size": int, "sha256": str}
-    return all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()) and all(
-        isinstance(file, dict) and all(isinstance(file.get(key), kind) for key, kind in files.items())
+    return _has(manifest, kinds) and all(
+        isinstance(file, dict)
+        and _has(file, files | ({"n_tokens": int} if "n_tokens" in file else {}))
+        and re.fullmatch(r"[\w-]+(\.[\w-]+)*", file["name"])  # beside the manifest, and nowhere else
         for file in manifest["files"]
     )
+
+
+def _has(entries: Mapping[str, Any], kinds: Mapping[str, type]) -> bool:
+    """Whether each entry is there and of its kind; numbers count something that fits on a disk."""
+    values = [(entries.get(key), kind) for key, kind in kinds.items()]
+    return all(type(value) is kind and (not isinstance(value, int) or 0 <= value < 2**63) for value, kind in values)
 
 
 def token_type(vocab_size: int) -> str:

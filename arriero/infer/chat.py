@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import torch
+from rich.console import Console
 from rich.text import Text
 
 from arriero.checkpoint.beside import read_beside, sampling_of, unused_settings
@@ -28,11 +29,12 @@ from arriero.infer.generate import Session, stream
 from arriero.infer.sample import Sampler
 from arriero.model.llama import Llama
 from arriero.paths import as_path
-from arriero.terminal import check_input, notes, say, warn_once
+from arriero.terminal import warn_once
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_chat
 
 BLOCK = '"""'  # begins and ends a message of several lines
+CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GREEDY, SAMPLED = SamplingConfig(), SamplingConfig(temperature=0.6, top_p=0.9)  # models that do not say how
 
@@ -65,9 +67,9 @@ def run_generate(config: GenerateConfig) -> None:
         ids = encode_chat(tokenizer, [*_opening(config.system), {"role": "user", "content": prompt}])
     try:
         for piece in stream(model, tokenizer, ids, sampling, config.max_new_tokens):
-            say(piece, end="")
+            print(piece, end="", flush=True)
     finally:
-        say()
+        print()
 
 
 def run_chat(config: ChatConfig) -> None:
@@ -91,15 +93,16 @@ class Screen:
 
     def __init__(self) -> None:
         self.typed = sys.stdin.isatty()
-        self.notes = notes()
+        self.out, self.notes = Console(highlight=False), Console(stderr=True, highlight=False)
 
     def note(self, text: str, style: str = "dim") -> None:
         """One line that is not part of any answer."""
-        self.notes.print(Text(text, style), soft_wrap=True, highlight=False)
+        self.notes.print(Text(text, style), soft_wrap=True)
 
     def answer(self, piece: str) -> None:
         """Part of an answer, as it comes; a terminal gets no control characters, which could rewrite its screen."""
-        say(piece, end="")
+        self.out.file.write(piece.translate(CONTROLS) if self.out.is_terminal else piece)
+        self.out.file.flush()
 
     def messages(self) -> Iterator[str]:
         """What the user says, message by message, until the input ends."""
@@ -161,7 +164,6 @@ class Chat:
 
     def take(self, message: str) -> bool:
         """Answer a message or obey a command; returns whether to go on. "//..." is a message beginning with a slash."""
-        check_input(message)
         if not message.startswith("/") or message.startswith("//"):
             self.say(message.removeprefix("/") if message.startswith("//") else message)
             return True

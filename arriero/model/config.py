@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from arriero.errors import CheckpointError, ConfigError
+from arriero.fields import LARGEST, Fields
 from arriero.model.entries import check_entries
-from arriero.model.fields import LARGEST, Fields
 from arriero.model.scaling import DynamicScaling, Llama3Scaling, RopeScaling, read_scaling
 from arriero.paths import lies_here
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from arriero.errors import CheckpointError
-from arriero.model.fields import Fields, shown
+from arriero.fields import Fields, shown
 from arriero.terminal import warn_once
 
 # Entries that change what a decoder computes, by the value at which they change nothing.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from arriero.errors import CheckpointError, ConfigError
-from arriero.model.fields import Fields, shown
+from arriero.fields import Fields, shown
 from arriero.terminal import warn_once
 
 

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from rich.console import Console
+
 from arriero.errors import DataError, check
 from arriero.files import json_text, split_lines
-from arriero.terminal import output, say
+from arriero.terminal import output
 from arriero.tokenizer import show
 from arriero.tokenizer.base import Tokenizer, utf8
 from arriero.tokenizer.compare import By, compare, group_of
@@ -35,7 +37,7 @@ def run_encode(
     texts = _texts(words, file, lines or view == "decode")
     if view == "decode":
         for text in texts:
-            say(tokenizer.decode(_ids(text, tokenizer.vocab_size), skip_special=not special))
+            print(tokenizer.decode(_ids(text, tokenizer.vocab_size), skip_special=not special))
         return
     before = [tokenizer.bos_id] if bos else []
     after = [tokenizer.eos_id] if eos else []
@@ -56,14 +58,12 @@ def run_encode(
 
 
 def _show(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> None:
-    console = output()
-    console.print(show.token_view(tokenizer, ids, colour=console.is_terminal), soft_wrap=True, highlight=False)
-    console.print(" ".join(map(str, ids)), soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(show.token_view(tokenizer, ids, colour=console.is_terminal))
+    console.print(" ".join(map(str, ids)))
     n_bytes = len(text.encode("utf-8", "replace"))
     console.print(
-        f"{len(ids)} tokens, {len(text)} characters, {n_bytes} bytes ({n_bytes / max(len(ids), 1):.2f} a token)",
-        soft_wrap=True,
-        highlight=False,
+        f"{len(ids)} tokens, {len(text)} characters, {n_bytes} bytes ({n_bytes / max(len(ids), 1):.2f} a token)"
     )
 
 
@@ -77,11 +77,12 @@ def _texts(words: Sequence[str], file: Path | None, lines: bool) -> Iterator[str
         source = sys.stdin.buffer if file is None else file.open("rb")
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); check the path") from error
-    with io.TextIOWrapper(source, "utf-8-sig", "replace", newline=None if lines else "") as text:
+    with source:
         if lines:
-            yield from (line.removesuffix("\n") for line in text)
+            for line in io.TextIOWrapper(source, "utf-8-sig", "replace"):
+                yield line.removesuffix("\n")
         else:
-            yield text.read()
+            yield source.read().decode("utf-8-sig", "replace")
 
 
 def _ids(text: str, vocab_size: int) -> list[int]:
@@ -122,7 +123,7 @@ def run_compare(
     if as_json:
         print(json_text([result.as_dict() for result in results]))
     else:
-        output().print(show.comparison_view(results))
+        output(markup=False).print(show.comparison_view(results))
 
 
 def run_extend(base: Tokenizer, texts: Iterable[str], n_new: int, limit: int) -> Extension:

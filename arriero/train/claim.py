@@ -10,11 +10,11 @@ from typing import Any
 
 from arriero import config as configs
 from arriero.checkpoint import native
-from arriero.checkpoint.files import read_json
 from arriero.distributed.mesh import Mesh
 from arriero.errors import ConfigError, DataError, UserError
 from arriero.files import locked
 from arriero.peers import peers_of_this_run
+from arriero.reading import read_json
 from arriero.train import attempts
 
 # What may differ when a run is resumed, beside `parallel`: how the same steps are made, kept and shown. Where the data

@@ -17,7 +17,6 @@ Any part may be missing: the report of an interrupted run shows what there is.
 from __future__ import annotations
 
 import base64
-import json
 import math
 import statistics
 import tomllib
@@ -29,8 +28,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from arriero.checkpoint import native
+from arriero.errors import CheckpointError
 from arriero.files import write_text
 from arriero.page import DARK, LIGHT, Theme, dress, png, template
+from arriero.reading import read_json
 from arriero.train.metrics import duration, surviving_records
 
 SMOOTHING = 0.8  # weight of a step in the mean at its neighbour
@@ -258,6 +259,6 @@ def _text(path: Path) -> str:
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one when the file is missing or was cut short by a kill."""
     try:
-        return json.loads(_text(path) or "{}")
-    except json.JSONDecodeError:
+        return read_json(path, missing={})
+    except CheckpointError:
         return {}

@@ -492,7 +492,7 @@ def test_an_incomplete_or_damaged_copy_does_not_verify(tmp_path, small, capsys):
     written = progress.read_text()
     for damaged in (written[:-9], "[]", "{}", '{"parts": 3}'):
         progress.write_text(damaged)
-        with refused("out/progress.json: damaged"):
+        with refused("out/progress.json: (damaged|not valid JSON|holds a JSON list).*(copy it again|object)"):
             verify(tmp_path / "out")
     progress.write_text(written)
     shutil.rmtree(tmp_path / "out/tokenizer")
@@ -641,7 +641,7 @@ def test_sets_that_are_not_whole_or_not_there_are_refused(tmp_path):
     ("text", "message"),
     [
         ('{"format": "arriero-shards-9"}', "its format is 'arriero-shards-9', this version reads 'arriero-shards-1'"),
-        ("[]", "its format is 'list'"),
+        ("[]", "holds a JSON list; an object is expected"),
         ('{"format": ', "not valid JSON"),
     ],
 )

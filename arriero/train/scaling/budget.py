@@ -10,7 +10,6 @@ C FLOPs, N parameters, D tokens.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from arriero.errors import ConfigError, DataError, did_you_mean
 from arriero.files import json_text
 from arriero.model.config import SHAPES
 from arriero.paths import as_path, hint, lies_here
+from arriero.reading import read_json
 from arriero.train.scaling.laws import (
     PUBLISHED_LAWS,
     Law,
@@ -188,8 +188,8 @@ def open_law(name: str) -> Known:
         raise ConfigError(
             f"{name}: neither a published law ({', '.join(PUBLISHED_LAWS)}) nor a sweep with a fit.json{remedy}"
         )
+    found = read_json(file, remedy="run `arriero scaling fit` again", refusal=DataError)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
         refused = found.get("refused")
         power = None if refused else PowerLaw(**_values(found["power_law"]))
         loss = LossLaw(**_values(found["loss_law"])) if "loss_law" in found else None

@@ -27,14 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 from arriero import config as configs
-from arriero.checkpoint.files import read_json
 from arriero.checkpoint.hf import save_hf
 from arriero.data.shards import fingerprints, open_splits
 from arriero.errors import ConfigError, TrainingError
 from arriero.files import locked, write_json, write_jsonl, write_text
 from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig
-from arriero.terminal import notes
+from arriero.reading import read_json
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.train import pretrain
 from arriero.train.claim import refuse_changed
@@ -73,7 +72,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Outcome | None
 
     Raises a `UserError` before the first step for data, settings and budgets that cannot be used.
     """
-    console = console or notes()
+    console = console or Console(stderr=True)
     out = Path(config.out)
     sources, held_out = open_splits(config.data)
     if not held_out:

@@ -33,11 +33,11 @@ class Fields(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def whole(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+    def whole(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number of at least `least`."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
-            raise self._wrong(name, value, f"a whole number from 1 to {LARGEST:,}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
+            raise self._wrong(name, value, f"a whole number from {least} to {LARGEST:,}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

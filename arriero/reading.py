@@ -1,0 +1,87 @@
+"""What a file holds, read so that a bad file is a refusal and never a traceback: calls into libraries, and JSON.
+
+The entries of a JSON object are then read by type (fields.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from arriero.errors import CheckpointError, UserError
+
+AGAIN = "copy or download it again"
+
+
+@contextmanager
+def reading(
+    file: object,
+    fault: str = "damaged or cut short",
+    remedy: str = AGAIN,
+    refusal: type[UserError] = CheckpointError,
+) -> Iterator[None]:
+    """Within it, whatever a library raises is the file's fault, and becomes a `refusal` that names file and remedy.
+
+    Libraries raise errors of their own, bare Exception (tokenizers), KeyError or a Rust panic, which is no Exception.
+    So it stands around calls into a library and nothing else: code of ours within it would have its mistakes blamed
+    on the file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise refusal(f"{file}: {fault} (it asks for more memory than there is); {remedy}") from error
+    except OSError as error:
+        raise refusal(f"{file}: cannot be read ({error.strerror or error}); {remedy}") from error
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Ctrl-C, and the end of the process
+        raise refusal(f"{file}: {fault} ({in_a_line(error)}); {remedy}") from error
+
+
+def in_a_line(error: BaseException) -> str:
+    """What an error says, in one line that is not too long, or its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def read_text(file: Path, remedy: str = AGAIN, refusal: type[UserError] = CheckpointError) -> str:
+    """The text of a UTF-8 file, without its byte order mark."""
+    with reading(file, "not UTF-8", remedy, refusal):
+        return file.read_bytes().decode("utf-8-sig")
+
+
+def parse_json(
+    text: str | bytes, where: object, remedy: str = AGAIN, refusal: type[UserError] = CheckpointError
+) -> Any:
+    """The value in a text of JSON. where: what messages begin with, such as the file."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise refusal(f"{where}: its JSON is nested too deeply; {remedy}") from error
+    except ValueError as error:  # broken UTF-8, broken JSON, and numbers of thousands of digits
+        raise refusal(f"{where}: not valid JSON ({in_a_line(error)}); {remedy}") from error
+
+
+def read_json(
+    file: Path,
+    missing: dict[str, Any] | None = None,
+    remedy: str = AGAIN,
+    refusal: type[UserError] = CheckpointError,
+) -> dict[str, Any]:
+    """The object in a JSON file. missing: what to return where there is no file; None refuses.
+
+    Raises `refusal` for whatever is not readable, and no JSON object.
+    """
+    if not file.is_file():
+        if missing is not None:
+            return missing
+        raise refusal(f"{file}: no such file")
+    value = parse_json(read_text(file, remedy, refusal), file, remedy, refusal)
+    if not isinstance(value, dict):
+        raise refusal(f"{file}: holds a JSON {type(value).__name__}; an object is expected")
+    return value
