@@ -102,9 +102,13 @@ class Comparison:
 
     @property
     def verdict(self) -> Literal["better", "worse", "unclear"]:
-        """Better or worse only where the interval of the difference leaves out zero; a tie is neither."""
+        """Better or worse only where the interval of the difference leaves out zero; a tie is neither.
+
+        Nor is a difference that the digits shown do not show: rounding has a sign of its own.
+        """
         sign = self.difference.sign if self.measure.better == "higher" else -self.difference.sign
-        if not sign or not self.sound:
+        shown = self.measure.shown(abs(self.difference.value)) != self.measure.shown(0.0)
+        if not (sign and shown and self.sound):
             return "unclear"
         return "better" if sign > 0 else "worse"
 

@@ -50,6 +50,17 @@ def test_an_interval_that_holds_zero_is_unclear():
     assert compare(BEFORE, BEFORE, resamples=200, seed=0)["bits_per_token"].verdict == "unclear"
 
 
+def test_a_difference_of_rounding_is_a_tie():
+    rounded = results(
+        "same", [0.1 + 0.01 * (i % 7) for i in range(37)], [3.0 + 0.1 * (i % 5) - 1e-6 for i in range(37)]
+    )
+    assert {line.verdict for line in compare(BEFORE, rounded, 200, 0).values()} == {"unclear"}
+    better = results(
+        "better", [0.1 + 0.01 * (i % 7) for i in range(37)], [3.0 + 0.1 * (i % 5) - 1e-3 for i in range(37)]
+    )
+    assert compare(BEFORE, better, 200, 0)["bits_per_token"].verdict == "better"
+
+
 def test_tables_show_numbers_and_leave_brackets_in_answers_alone():
     text = shown(comparison_table(BEFORE, AFTER, compare(BEFORE, AFTER, 200, 0)))
     assert "-1.000 (-1.000 to -1.000)" in text

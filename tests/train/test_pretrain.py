@@ -211,6 +211,18 @@ def test_the_timetable_counts_rows_by_hand():
     assert count_steps(replace(config, loop=LoopConfig(epochs=2.0, batch_rows=4)), 3520) == 10
 
 
+def test_other_prompts_on_resume_cost_no_report(shards, tmp_path):
+    config = settings(shards, tmp_path / "run")
+    config = replace(config, loop=replace(config.loop, steps=2, validate_every=1), prompts=("The", "A"))
+    main(config)
+    (tmp_path / "run" / "report.html").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    main(replace(config, resume=True, prompts=("One\u2028", "The", "Two")))
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert page.count("<dt>step 0</dt>") == 1 and "One\u2028" in page and "Two" in page
+    assert [len(record["samples"]) for record in records(tmp_path / "run", "validation")] == [2, 2, 3]
+
+
 def test_going_on_with_a_model_keeps_its_weights_and_takes_a_longer_context(shards, tmp_path):
     main(settings(shards, tmp_path / "first"))
     config = settings(shards, tmp_path / "second", model=str(tmp_path / "first" / "model"), rope_theta=5e5)
