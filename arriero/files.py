@@ -10,7 +10,6 @@ what else `str.splitlines` splits at (U+2028 stands within sentences).
 
 from __future__ import annotations
 
-import codecs
 import json
 import math
 import os
@@ -109,7 +108,7 @@ def read_text(path: Path) -> str:
 def decoded(data: bytes, name: str) -> str:
     """The text that bytes in UTF-8 hold, as `read_text` reads it; `name` is what an error calls them."""
     try:
-        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from error
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -57,7 +58,9 @@ def dress(axes: Iterable[Axes], theme: Theme) -> None:
 def png(figure: Figure) -> bytes:
     """A figure as a picture."""
     out = io.BytesIO()
-    figure.savefig(out, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a model's name, which is drawn as boxes then
+        figure.savefig(out, format="png")
     return out.getvalue()
 
 

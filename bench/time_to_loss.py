@@ -41,10 +41,12 @@ from rich.console import Console
 from torch import nn
 
 from arriero.data.documents import DataStage, PretrainLoader
+from arriero.data.loader import IGNORED
 from arriero.data.shards import Shards, open_sources
 from arriero.model.llama import Llama
 from arriero.optim.build import decay_groups
 from arriero.optim.schedule import lr_factor
+from arriero.tokenizer import load_tokenizer
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig
 from arriero.train.objectives import lm_loss
 from arriero.train.pretrain import build
@@ -130,16 +132,18 @@ def train(arm: Arm, shards: Path, seed: int, steps: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def bits_per_byte(model: Any, held_out: Mapping[str, Shards], packing: Literal["best-fit", "concat"]) -> float:
-    """Over the first rows of the held-out documents; nats a token times the tokens a byte of all of them."""
+    """Over the first rows of the held-out documents, and the bytes of the tokens that these predict."""
     ((name, shards),) = held_out.items()
     loader = PretrainLoader(held_out, [DataStage(0, SEQ_LEN, {name: 1.0})], 0, packing)
     rows = [loader.row(i) for i in range(min(HELD_OUT_ROWS, loader.rows_in_epoch(name)))]
-    nats, count = 0.0, 0
+    tokenizer = load_tokenizer(shards.tokenizer_directory)
+    nats, n_bytes = 0.0, 0.0
     with torch.compiler.set_stance("force_eager"):  # type: ignore[no-untyped-call]
         for start in range(0, len(rows), ROWS):
             batch = loader.collate(rows[start : start + ROWS])
-            nats, count = nats + lm_loss(model, batch).item(), count + batch.n_trained
-    return nats / count / math.log(2) * shards.n_predicted / shards.n_bytes
+            nats += lm_loss(model, batch).item()
+            n_bytes += tokenizer.text_bytes(batch.targets[batch.targets != IGNORED].numpy()).sum()
+    return nats / math.log(2) / n_bytes
 
 
 def make_shards(work: Path) -> Path:

@@ -7,17 +7,17 @@ A tensor that the settings do not call for is refused: PEFT would leave it out w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from arriero.checkpoint.files import replaced_directory
 from arriero.checkpoint.peft_config import CONFIG, PeftConfig, read_peft_config
 from arriero.checkpoint.source import resolve
-from arriero.checkpoint.tensor_file import Entry, safetensors_entries, tensor_reader, write_safetensors
+from arriero.checkpoint.tensor_file import Entry, check_finite, safetensors_entries, tensor_reader, write_safetensors
 from arriero.errors import CheckpointError
 from arriero.files import write_json
 from arriero.model.config import LINEARS, LoraConfig
@@ -50,27 +50,35 @@ def save_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig, base
 def load_adapter(model: nn.Module, directory: str | Path, base: str | Path | None = None) -> LoraConfig:
     """Wrap `model` with the adapter of a PEFT directory (or Hub id), in place; returns what it adapts and how.
 
-    base: what the model is called, to warn where the adapter names another. Raises `CheckpointError` for adapters that
-    are no plain LoRA, damaged, or made for a model of another shape.
+    base: what the model is called, to warn where the adapter names another. Raises what `read_adapter` raises.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    lora, tensors = read_adapter(linears, directory, base)
+    add_lora(model, lora)
+    with torch.no_grad():
+        for name, parameter in lora_state(model).items():
+            parameter.copy_(tensors[name])
+    return lora
+
+
+def read_adapter(
+    linears: Mapping[str, nn.Linear], directory: str | Path, base: str | Path | None = None
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """What an adapter does to the linears of a model, and its tensors by name (`lora_state`), fp32.
+
+    Raises `CheckpointError` for adapters that are no plain LoRA, damaged, or made for a model of another shape.
     """
     directory = resolve(directory)
     config = read_peft_config(directory)
     file = _weights_file(directory)
     entries = safetensors_entries(file)
-    keys = _keys(file, entries, model)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    keys = _keys(file, entries, linears)
     ranks = _ranks(config, file, {name: entries[key].shape for name, key in keys.items()}, linears)
     lora = _settings(config, ranks)
     if base is not None and config.base is not None and not _alike(str(base), config.base):
         warn_once(f"{config.file}: the adapter was trained on {config.base}, and it is put on {base}")
-    add_lora(model, lora)
     read = tensor_reader(file)
-    with torch.no_grad():
-        for name, parameter in lora_state(model).items():
-            parameter.copy_(read(keys[name]))
-            if not bool(parameter.isfinite().all()):
-                raise CheckpointError(f"{file}: {name} holds NaN or infinite values; its training diverged")
-    return lora
+    return lora, {name: check_finite(file, name, read(key).float()) for name, key in keys.items()}
 
 
 def adapter_base(directory: str | Path) -> str:
@@ -114,9 +122,8 @@ def _weights_file(directory: Path) -> Path:
     raise CheckpointError(f"{file}: no such file; an adapter's weights are read from safetensors only")
 
 
-def _keys(file: Path, entries: Mapping[str, Entry], model: nn.Module) -> dict[str, str]:
+def _keys(file: Path, entries: Mapping[str, Entry], known: Collection[str]) -> dict[str, str]:
     """Name of a tensor in the adapted model -> its key in the file, of every tensor there."""
-    known = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     keys: dict[str, str] = {}
     for key in entries:
         match = _KEY.fullmatch(key)

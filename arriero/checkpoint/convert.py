@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from arriero.checkpoint.beside import Beside, read_beside, warn_of_losses, warn_of_tokenizer_ids
 from arriero.checkpoint.gguf import Kind, write_gguf
@@ -21,10 +20,11 @@ from arriero.checkpoint.hf import write_hf
 from arriero.checkpoint.load import TOKENIZER_FILES, has_tokenizer, load_tokenizer_at, open_weights
 from arriero.checkpoint.meta import write_meta
 from arriero.checkpoint.source import resolve
+from arriero.checkpoint.verify import check_written
 from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError, did_you_mean
 from arriero.paths import as_path
-from arriero.terminal import warn_once
+from arriero.terminal import label, notes, warn_once
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
@@ -33,7 +33,12 @@ Format = Literal["hf", "meta", "gguf"]
 NumberType = Literal["f32", "f16", "bf16", "q8_0"]
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-_KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
+_KINDS: dict[torch.dtype | str, Kind] = {
+    torch.float32: Kind.F32,
+    torch.float16: Kind.F16,
+    torch.bfloat16: Kind.BF16,
+    "q8_0": Kind.Q8_0,
+}
 
 
 def convert(
@@ -56,9 +61,21 @@ def convert(
     warn_of_losses(source, beside, to)
     if tokenizer is None:
         warn_once(f"{source}: no tokenizer is there ({', '.join(TOKENIZER_FILES)}), so {dst} has none{_without(to)}")
+
+    def check(written: Path) -> None:
+        check_written(source, written, number, called=dst)
+
+    number = _number_of(weights, dtype, to)
     with tensor_bar(f"{source.name} -> {to}", len(weights.entries)) as progress:
-        _write(weights, dst, to, dtype, tokenizer, beside, progress)
+        _write(weights, dst, to, number, tokenizer, beside, progress, check)
     return dst
+
+
+def _number_of(weights: Weights, dtype: NumberType | None, to: Format) -> torch.dtype | str:
+    """The type to write: as asked for, else the stored one, where the format has it."""
+    if dtype is not None:
+        return _DTYPES.get(dtype, dtype)
+    return weights.dtype if to != "gguf" or weights.dtype in _KINDS else torch.float32
 
 
 def _without(to: str) -> str:
@@ -68,8 +85,8 @@ def _without(to: str) -> str:
 @contextmanager
 def tensor_bar(title: str, n_tensors: int) -> Iterator[Callable[[str], None]]:
     """A progress bar; yields what to call with the name of each tensor."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = (label(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=notes(), transient=True) as bar:
         task = bar.add_task(title, total=n_tensors)
         yield lambda name: bar.advance(task)
 
@@ -103,19 +120,21 @@ def _write(
     weights: Weights,
     dst: Path,
     to: str,
-    dtype: str | None,
+    number: torch.dtype | str,
     tokenizer: Tokenizer | None,
     beside: Beside,
     progress: Callable[[str], None],
+    check: Callable[[Path], None],
 ) -> None:
     if to == "gguf":
         from arriero.tokenizer.gguf import tokenizer_to_gguf
 
-        stored = next((name for name, torch_dtype in _DTYPES.items() if torch_dtype == weights.dtype), "f32")
         entries = {} if tokenizer is None else tokenizer_to_gguf(tokenizer)
-        kind = _KINDS[dtype or stored]
-        write_gguf(weights, dst, kind=kind, tokenizer=entries, name=dst.stem, beside=beside, progress=progress)
+        kind = _KINDS[number]
+        write_gguf(
+            weights, dst, kind=kind, tokenizer=entries, name=dst.stem, beside=beside, progress=progress, check=check
+        )
         return
+    assert isinstance(number, torch.dtype)
     write = write_hf if to == "hf" else write_meta
-    number = _DTYPES[dtype] if dtype else None
-    write(weights, dst, dtype=number, tokenizer=tokenizer, beside=beside, progress=progress)
+    write(weights, dst, dtype=number, tokenizer=tokenizer, beside=beside, progress=progress, check=check)

@@ -24,7 +24,7 @@ from torch import Tensor
 from arriero.checkpoint.beside import NOTHING, Beside
 from arriero.checkpoint.gguf_rope import ROPE_FREQS, read_scaling, rope_factors, scaling_entries, shortest
 from arriero.checkpoint.tensor_file import Entry
-from arriero.checkpoint.weights import Weights, checked, rotary_heads, to_halves, to_pairs
+from arriero.checkpoint.weights import Weights, check_sizes, opened, rotary_heads, to_halves, to_pairs
 from arriero.errors import CheckpointError
 from arriero.fields import Fields, shown
 from arriero.files import replaced_file
@@ -123,6 +123,7 @@ def read_config(file: Path) -> LlamaConfig:
             tied_embeddings="output.weight" not in stored,
             head_dim=head_dim,
         )
+        check_sizes(file, config, {name: tensor.shape for name, tensor in stored.items()}, "blk.")
         return replace(config, rope_scaling=read_scaling(fields, config, factors))
 
 
@@ -145,7 +146,7 @@ def open_gguf(file: Path) -> Weights:
         heads = _paired_heads(name, config)
         return to_halves(array, heads) if heads else array
 
-    return checked(file, config, entries, read)
+    return opened(file, config, entries, read)
 
 
 def write_gguf(

@@ -17,13 +17,14 @@ from torch import Tensor
 from arriero.checkpoint.beside import NOTHING, Beside
 from arriero.checkpoint.files import replaced_directory
 from arriero.checkpoint.tensor_file import Entry, Reader, safetensors_entries, tensor_reader, write_safetensors
-from arriero.checkpoint.weights import Weights, checked, from_model
+from arriero.checkpoint.weights import Weights, check_sizes, from_model, opened
 from arriero.errors import CheckpointError
 from arriero.files import write_json
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.paths import as_path
 from arriero.reading import read_json
+from arriero.terminal import warn_once
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
@@ -45,33 +46,81 @@ def open_hf(directory: Path) -> Weights:
     Raises `CheckpointError` for a missing or damaged file and for tensors that do not fit config.json.
     """
     config = read_config(directory)
-    if (directory / INDEX).is_file():
-        places = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-            raise CheckpointError(f"{directory / INDEX}: no 'weight_map' of file names; copy or download it again")
-        files = sorted({directory / name for name in places.values()})
-    elif (directory / WEIGHTS).is_file():
-        files = [directory / WEIGHTS]
-    elif any(directory.glob("pytorch_model*.bin")):
-        raise CheckpointError(
-            f"{directory}: the weights are pickled (pytorch_model.bin); that may run code when opened, so it is not "
-            "read: ask for the model's safetensors version"
-        )
-    else:
-        raise CheckpointError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
     readers: dict[str, Reader] = {}
     entries: dict[str, Entry] = {}
-    for file in files:
+    holders: dict[str, Path] = {}
+    for file, named in _places(directory).items():
         found = safetensors_entries(file)
+        if lacking := sorted(named - found.keys()):
+            raise CheckpointError(
+                f"{file}: {lacking[0]} is not in it, though {INDEX} says so; copy or download both again"
+            )
+        if twice := sorted(found.keys() & entries.keys()):
+            raise CheckpointError(
+                f"{file}: {twice[0]} is in it and in {holders[twice[0]].name} too; copy or download the model again"
+            )
         entries |= found
+        holders |= dict.fromkeys(found, file)
         readers |= dict.fromkeys(found, tensor_reader(file))
-    return checked(
+    check_sizes(directory, config, {name: entry.shape for name, entry in entries.items()}, "model.layers.")
+    return opened(
         directory,
         config,
         entries,
         lambda name: readers[name](name),
         lambda name, start, stop: readers[name](name, start, stop),
     )
+
+
+def _places(directory: Path) -> dict[Path, set[str]]:
+    """The files that hold the weights, each with the tensors that the index names there: transformers' choice.
+
+    model.safetensors goes before an index, which is then named if it tells of other files.
+    """
+    index = directory / INDEX
+    if (directory / WEIGHTS).is_file():
+        if index.is_file() and set(_weight_map(index).values()) != {WEIGHTS}:
+            warn_once(
+                f"{index}: tells of other files than {WEIGHTS}, which lies beside it and is used, as in transformers"
+            )
+        return {directory / WEIGHTS: set()}
+    if index.is_file():
+        places: dict[Path, set[str]] = {}
+        for tensor, name in sorted(_weight_map(index).items(), key=lambda item: item[1]):
+            places.setdefault(_within(index, name), set()).add(tensor)
+        return places
+    if any(directory.glob("pytorch_model*.bin")):
+        raise CheckpointError(
+            f"{directory}: the weights are pickled (pytorch_model.bin); that may run code when opened, so it is not "
+            "read: ask for the model's safetensors version"
+        )
+    raise CheckpointError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index}: no 'weight_map' of file names; copy or download it again")
+    return places
+
+
+def _within(index: Path, name: str) -> Path:
+    """The file beside the index that it names; raises CheckpointError for one that lies elsewhere.
+
+    Links may lead into the Hub's cache, which holds a snapshot's files as `models--*/blobs`.
+    """
+    directory, parts = index.parent.resolve(), name.replace("\\", "/").split("/")
+    allowed = [directory]
+    if directory.parent.name == "snapshots":
+        allowed.append(directory.parents[1] / "blobs")
+    if "" in parts or ".." in parts or ":" in parts[0] or "\0" in name or name != name.strip():
+        raise CheckpointError(f"{index}: names the file {name!r}; only files beside it are read: copy them there")
+    file = (index.parent / name).resolve()
+    if not any(file.is_relative_to(place) for place in allowed):
+        raise CheckpointError(
+            f"{index.parent / name}: a link to {file}, out of the model's directory; copy the file itself there"
+        )
+    return index.parent / name
 
 
 def write_hf(

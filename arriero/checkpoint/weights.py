@@ -12,18 +12,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from arriero.checkpoint.tensor_file import Entry
+from arriero.checkpoint.tensor_file import Entry, check_finite
 from arriero.errors import CheckpointError
 from arriero.model.build import empty_model
 from arriero.model.config import LlamaConfig
-from arriero.model.llama import HEAD, Llama
+from arriero.model.llama import EMBEDDINGS, HEAD, Llama
+from arriero.terminal import warn_once
+
+_COMPARED = 1 << 22  # values of two matrices that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Weights:
     """A checkpoint of any format as the Hugging Face layout would have it, in the order of `names(config)`.
 
     source: the file or directory, for messages. read(name) returns a tensor of `entries[name]`'s shape and type
-    that nothing else holds; read_rows(name, start, stop) likewise some of its rows, of formats that can.
+    that nothing else holds; read_rows(name, start, stop) likewise some of its rows, of formats that can. Both refuse
+    values of a file that are NaN or infinite.
     """
 
     source: Path
@@ -67,6 +71,79 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
+def opened(
+    source: Path,
+    config: LlamaConfig,
+    entries: Mapping[str, Entry],
+    read: Callable[[str], Tensor],
+    read_rows: Callable[[str, int, int], Tensor] | None = None,
+) -> Weights:
+    """`Weights` of a file, checked as `checked` does, whose values are finite, and tied as the file has it.
+
+    A head beside embeddings that the config calls tied: the config is right where the two are equal, else the file,
+    with a warning. A head in their place is taken for both. (All as in transformers.)
+    """
+    if config.tied_embeddings and HEAD in entries and EMBEDDINGS not in entries:
+        entries = {EMBEDDINGS if name == HEAD else name: entry for name, entry in entries.items()}
+        read, read_rows = _renamed(read), _renamed(read_rows) if read_rows else None
+
+    def finite(name: str) -> Tensor:
+        return check_finite(source, name, read(name))
+
+    def finite_rows(name: str, start: int, stop: int) -> Tensor:
+        assert read_rows is not None
+        return check_finite(source, name, read_rows(name, start, stop))
+
+    weights = Weights(source, config, entries, finite, finite_rows if read_rows else None)
+    if config.tied_embeddings and HEAD in entries and not _equal(weights, EMBEDDINGS, HEAD):
+        warn_once(
+            f"{source}: the config says that head and embeddings are one (tie_word_embeddings is true), and the file "
+            f"holds a {HEAD} that differs from {EMBEDDINGS}; the two are kept apart, as in transformers"
+        )
+        config = replace(config, tied_embeddings=False)
+    return checked(source, config, entries, finite, weights.read_rows)
+
+
+def _renamed(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda name, *rows: read(HEAD if name == EMBEDDINGS else name, *rows)
+
+
+def _equal(weights: Weights, a: str, b: str) -> bool:
+    """Whether two matrices have the same values; a few rows of both are held at a time, where the format can."""
+    shape = weights.entries[a].shape
+    if weights.entries[b].shape != shape:
+        return False
+    rows = _COMPARED // max(1, prod(shape[1:])) + 1
+    pieces = ((slice(i, min(i + rows, shape[0])), slice(None)) for i in range(0, shape[0], rows))
+    return all(bool((weights.part(a, shape, box) == weights.part(b, shape, box)).all()) for box in pieces)
+
+
+def check_sizes(source: Path, config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], layers: str) -> None:
+    """Refuse a config whose model is larger than the file can hold, before anything of such a size is made.
+
+    shapes: of the file's tensors, by its own names, in which a layer's begin with `layers` and its number.
+    """
+    numbers = {name.removeprefix(layers).partition(".")[0] for name in shapes if name.startswith(layers)}
+    found = sum(number.isdecimal() for number in numbers)
+    if config.n_layers != found:
+        raise CheckpointError(
+            f"{source}: the config says {config.n_layers:,} layers, and the tensors are of {found:,}; one of the two "
+            "is of another model: copy or download both again"
+        )
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    for what, size in {
+        "vocabulary": config.vocab_size,
+        "width": config.dim,
+        "feed-forward width": config.ffn_dim,
+        "heads times their width": config.n_heads * config.head_dim,
+    }.items():
+        if size > largest:
+            raise CheckpointError(
+                f"{source}: the config says {what} {size:,}, and no tensor is wider than {largest:,}; one of the two "
+                "is of another model: copy or download both again"
+            )
+
+
 def checked(
     source: Path,
     config: LlamaConfig,
@@ -83,6 +160,8 @@ def checked(
     ignored = {HEAD, *(name for name in entries if name.endswith("rotary_emb.inv_freq"))}
     unexpected = [name for name in entries if name not in expected and name not in ignored]
     problems = [f"missing: {_some(missing)}"] if (missing := [n for n in expected if n not in entries]) else []
+    if missing == [HEAD]:
+        problems = [f"missing: {HEAD} (tie_word_embeddings is false: set it to true if the head is the embeddings)"]
     if unexpected:
         problems.append(f"unexpected: {_some(unexpected)}")
     for name, shape in expected.items():

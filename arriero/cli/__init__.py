@@ -17,6 +17,7 @@ from arriero.cli import data, recipes, scaling, tokenizer, train, use
 from arriero.cli.parsing import call, description
 from arriero.errors import UserError, did_you_mean
 from arriero.limits import FULL, TOO_MANY, raise_open_files, remedy
+from arriero.terminal import complain, prepare_streams
 
 MISUSED = 2
 
@@ -54,13 +55,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code, 2 for misuse."""
     raise_open_files()
+    prepare_streams()
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # so that a closed pipe shows here, not in the interpreter's shutdown
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(3)  # what all processes find is said by the first; torchrun ends the others before they do
-        print(f"arriero: {error}", file=sys.stderr)
+        complain(f"arriero: {error}")
         return MISUSED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None and error.errno not in FULL + TOO_MANY:
             raise
         file = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
-        print(f"arriero: {file}{error.strerror}; {remedy(error)}", file=sys.stderr)
+        complain(f"arriero: {file}{error.strerror}; {remedy(error)}")
         return MISUSED
     return 0
 

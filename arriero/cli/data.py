@@ -10,7 +10,7 @@ from arriero import presets
 from arriero.cli.tokenizer import open_tokenizer
 from arriero.errors import ConfigError
 from arriero.paths import PathText
-from arriero.terminal import output
+from arriero.terminal import label, notes, output, say
 
 
 def curate(
@@ -47,8 +47,6 @@ def curate(
         workers: Processes; 0 means one per core.
         ray: Address of a Ray cluster that shares the file system, or "local".
     """
-    from rich.console import Console
-
     from arriero.curate.config import KINDS, CurateConfig
     from arriero.curate.engine import curate as start
     from arriero.curate.report import funnel_table
@@ -71,11 +69,11 @@ def curate(
         table = step.replace("-", "_")
         if step not in settings.steps and getattr(settings, table, None) != getattr(config, table, None):
             raise ConfigError(f"{table} was set, but steps has no {step!r}; name it in --steps, or leave that out")
-    console = Console(stderr=True)
+    console = notes()
     manifest = start(settings, console)
     console.print(funnel_table(manifest))
     written = changes.get("out", config.out)
-    print(f"{written} written: {manifest['documents']:,} documents; look at {Path(written) / 'report.html'}")
+    say(f"{written} written: {manifest['documents']:,} documents; look at {Path(written) / 'report.html'}")
 
 
 def curate_classifier(
@@ -107,9 +105,11 @@ def curate_classifier(
 
     report = train(good, against, out, epochs=epochs, held_out=held_out, seed=seed, text_key=text_key).report
     n_good, n_random = report["held_out"]["good"], report["held_out"]["random"]
-    print(
+    low, high = report["accuracy_interval_95"]
+    say(
         f"{out} written; on {n_good:,} good and {n_random:,} random documents held out: balanced accuracy "
-        f"{report['accuracy']:.1%}, area under the curve {report['auc']:.3f}"
+        f"{report['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, chance 50%), area under the curve "
+        f"{report['auc']:.3f} (chance 0.5)"
     )
 
 
@@ -149,7 +149,7 @@ def shard(
         by_source=by_source,
         workers=workers,
     )
-    output(markup=False).print(summary_table(sets))
+    output().print(summary_table(sets))
 
 
 def inspect(
@@ -185,19 +185,19 @@ def verify(directory: Path) -> None:
     Args:
         directory: What `arriero shard` wrote, or one of the sets in it.
     """
-    from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
     from arriero.data.shards import find_sets, verify_tokenizer
 
     sets = find_sets(directory)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    columns = (label(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=notes(), transient=True) as bar:
         task = bar.add_task("reading", total=sum(shards.size for shards in sets))
         for shards in sets:
             shards.verify(progress=lambda size: bar.advance(task, size))
     verify_tokenizer(sets)
     for shards in sets:
-        print(f"{shards.directory}: {shards.n_documents:,} documents, {shards.n_tokens:,} tokens, as they were written")
+        say(f"{shards.directory}: {shards.n_documents:,} documents, {shards.n_tokens:,} tokens, as they were written")
 
 
 def build_docstrings(

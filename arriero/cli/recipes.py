@@ -10,6 +10,7 @@ from arriero import config as configs
 from arriero import presets
 from arriero.cli.train import module_of, start
 from arriero.errors import ConfigError
+from arriero.terminal import notes, say
 
 
 def ls(what: Literal["models", "presets", "steps"]) -> None:
@@ -62,7 +63,7 @@ def cp(preset: str, file: Path, force: bool = False) -> None:
     if not file.parent.is_dir():
         raise ConfigError(f"{file}: the directory {file.parent} does not exist; make it first")
     file.write_text(configs.to_toml(config, recipe), encoding="utf-8")
-    print(f"{file} written; edit it, then: arriero run {file}")
+    say(f"{file} written; edit it, then: arriero run {file}")
 
 
 def run(recipe: str, config: Any) -> None:
@@ -82,12 +83,10 @@ def validate(recipe: str, config: Any) -> None:
         arriero validate mine.toml
         arriero validate mine.toml --data other.jsonl
     """
-    from rich.console import Console
-
     from arriero.train.claim import begun_with, check_named, refuse_changed
 
     check_named(config, recipe)
     recorded = begun_with(config, recipe)
-    planned = module_of(recipe).build(config, Console(stderr=True))
+    planned = module_of(recipe).build(config, notes())
     refuse_changed(recorded, planned.fingerprints(), f"run {config.out}")
-    print(planned.summary())
+    say(planned.summary())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from arriero.errors import ConfigError, check
 from arriero.paths import PathText, as_path
-from arriero.terminal import output
+from arriero.terminal import output, say
 
 if TYPE_CHECKING:
     from arriero.curate.document import Document
@@ -51,8 +51,8 @@ def train(
     train.check_empty(out, force)
     with replaced_directory(out) as temporary:
         report = train.train((d.text for d in _documents(sources, text_key)), config, temporary)
-    output(markup=False).print(show.training_view(report))
-    print(f"{out} written; try: arriero tokenizer encode {out} --show 'some text'")
+    output().print(show.training_view(report))
+    say(f"{out} written; try: arriero tokenizer encode {out} --show 'some text'")
 
 
 def encode(
@@ -180,7 +180,7 @@ def extend(
             extension.tokenizer.save(temporary)
     else:
         resize(model, out, old, extension)
-    print(f"{out} written: {old.vocab_size:,} ids became {extension.tokenizer.vocab_size:,}")
+    say(f"{out} written: {old.vocab_size:,} ids became {extension.tokenizer.vocab_size:,}")
 
 
 def _documents(sources: Sequence[str], text_key: str) -> Iterator[Document]:

@@ -8,6 +8,7 @@ from typing import Literal
 from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.infer.config import ChatConfig, GenerateConfig
 from arriero.paths import PathText
+from arriero.terminal import say
 
 NumberType = Literal["f32", "f16", "bf16"]
 StoredType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -62,7 +63,7 @@ def needle(config: NeedleConfig) -> None:
 
 
 def merge(model: PathText, adapter: Path, out: Path, *, dtype: NumberType | None = None, force: bool = False) -> None:
-    """Fold a LoRA adapter into its model, and check that the result gives the same logits.
+    """Fold a LoRA adapter into its model, and check what was written against the files of both.
 
     Example:
         arriero merge smollm2-135m out/mine/adapter out/merged
@@ -79,10 +80,10 @@ def merge(model: PathText, adapter: Path, out: Path, *, dtype: NumberType | None
     from arriero.checkpoint.merge import merge as fold
 
     types = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-    report = fold(model, adapter, out, dtype=types[dtype] if dtype else None, force=force)
-    print(
-        f"{out} written; its logits differ from model plus adapter by at most {report.max_difference:.2g} "
-        f"(largest logit {report.largest_logit:.1f}), same most probable token at {report.same_choice:.1%} of positions"
+    found = fold(model, adapter, out, dtype=types[dtype] if dtype else None, force=force)
+    say(
+        f"{out} written and read back: all {found.n_tensors} tensors are those of model plus adapter, the largest "
+        f"difference by rounding {found.largest_difference:.2g} of a tensor's largest value"
     )
 
 
@@ -104,4 +105,4 @@ def convert(
     """
     from arriero.checkpoint.convert import convert as write
 
-    print(f"{write(src, dst, to=to, dtype=dtype, force=force)} written")
+    say(f"{write(src, dst, to=to, dtype=dtype, force=force)} written")

@@ -38,6 +38,7 @@ from arriero.errors import DataError
 from arriero.files import json_text, replaced_file
 from arriero.paths import as_path, hint
 from arriero.reading import parse_json, reading
+from arriero.terminal import notes
 
 FORMAT = "arriero quality classifier 1"
 BITS = 20  # of a bucket: 2**20 weights
@@ -107,7 +108,7 @@ def train(
 
     Raises DataError where a kind has too few documents, or `held_out`, `epochs`, `seed` or `out` make no sense.
     """
-    console = console or Console(stderr=True)
+    console = console or notes()
     if not 0 < held_out < 1 or epochs < 1 or seed < 0:
         raise DataError(
             f"held_out is {held_out}, epochs {epochs} and seed {seed}; give a share between 0 and 1, at least 1 epoch, "
@@ -133,12 +134,17 @@ def train(
     weights, bias = _fit(documents, label, np.flatnonzero(~test), epochs, seed, console)
     buckets, first = _joined([documents[i] for i in np.flatnonzero(test)])
     score, truth = _sigmoid(_logits(weights, bias, buckets, first)), label[test] == 1
+    right = [
+        (int((score[truth] >= 0.5).sum()), int(truth.sum())),
+        (int((score[~truth] < 0.5).sum()), int((~truth).sum())),
+    ]
     report = {
         "good": [str(source) for source in good],
         "random": [str(source) for source in against],
         "trained_on": {"good": int((label[~test] == 1).sum()), "random": int((label[~test] == 0).sum())},
         "held_out": {"good": int(truth.sum()), "random": int((~truth).sum())},
-        "accuracy": round(float((np.mean(score[truth] >= 0.5) + np.mean(score[~truth] < 0.5)) / 2), 4),
+        "accuracy": round(sum(k / n for k, n in right) / 2, 4),  # balanced, so that chance is a half
+        "accuracy_interval_95": balanced_interval(right),
         "auc": round(area_under_curve(score, truth), 4),
         "epochs": epochs,
         "seed": seed,
@@ -217,6 +223,17 @@ def _fit(
     return weights, float(bias)
 
 
+def balanced_interval(right: Sequence[tuple[int, int]]) -> list[float]:
+    """95% of the mean of proportions k / n, by Agresti and Caffo's rule: a right and a wrong answer more in each.
+
+    Unlike the plain normal interval it is not a point where all answers are right (American Statistician 54, 2000).
+    """
+    shares = [((k + 1) / (n + 2), n + 2) for k, n in right]
+    middle = sum(p for p, _ in shares) / len(shares)
+    half = 1.96 * math.sqrt(sum(p * (1 - p) / n for p, n in shares)) / len(shares)
+    return [round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4)]
+
+
 def area_under_curve(score: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
     """The probability that a good document scores above a random one, ties counting half (Mann and Whitney)."""
     _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
@@ -248,12 +265,13 @@ def load(path: str) -> Classifier:
     metadata = parse_json(described, path, again, DataError)
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise DataError(f"{path}: not a quality classifier; `arriero curate classifier` writes one")
-    bias, report, weights = metadata.get("bias"), metadata.get("report"), tensors.get("weights")
+    bias, report, weights = metadata.get("bias"), metadata.get("report"), tensors.get("weights", np.zeros(0))
     if (
-        weights is None
-        or (weights.shape, weights.dtype) != ((2**BITS,), np.float32)
-        or not (isinstance(bias, float) and isinstance(report, dict))
-        or not (np.isfinite(weights).all() and math.isfinite(bias))
+        not (isinstance(bias, float) and isinstance(report, dict))
+        or weights.dtype != np.float32
+        or weights.shape != (2**BITS,)
     ):
-        raise DataError(f"{path}: damaged: it does not hold 2^{BITS} weights and a bias that are finite; {again}")
+        raise DataError(f"{path}: damaged: it does not hold 2^{BITS} weights, a bias and a report; {again}")
+    if not (np.isfinite(weights).all() and math.isfinite(bias)):
+        raise DataError(f"{path}: its weights are not finite, so it judges nothing; train it again")
     return Classifier(weights, bias, report)

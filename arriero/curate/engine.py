@@ -51,6 +51,7 @@ from arriero.curate.steps.corpus import KeyFile
 from arriero.curate.tasks import ERRORS_SHOWN, MB, decision_path, finish_shard, read_unit, reduce_range, take_stage
 from arriero.errors import ConfigError
 from arriero.files import LOCK, locked, write_json, write_jsonl, write_text
+from arriero.terminal import label, notes
 
 FORMAT = 1  # of the work directory and manifest
 
@@ -58,7 +59,7 @@ FORMAT = 1  # of the work directory and manifest
 def curate(config: CurateConfig, console: Console | None = None) -> Json:
     """Curate the sources into `config.out`, or go on where an earlier run of the same plan ended; returns the
     manifest."""
-    console = console or Console(stderr=True)
+    console = console or notes()
     if not config.sources:
         raise ConfigError("no sources; give files, directories, 'stdlib' or Hub data set ids")
     if not config.out:
@@ -70,7 +71,7 @@ def curate(config: CurateConfig, console: Console | None = None) -> Json:
         raise ConfigError(f"all sources lie in {out}, where the result goes; give another --out")
     if passed_over:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in passed_over.most_common(10))
-        console.print(f"passed over in directories: {kinds}", highlight=False)
+        console.print(f"passed over in directories: {kinds}", highlight=False, markup=False)
     refuse_what_is_not_ours(out)
     busy = ConfigError(f"{out} is in use by another `arriero curate`; wait for it, or give another --out")
     with locked(out, busy):
@@ -168,11 +169,19 @@ class Run:
 
     def _summary(self, directory: Path, names: Sequence[str]) -> Json:
         """The records of all parts, added up."""
-        total: Json = {"parts": [], "counts": {}, "steps": {}, "examples": {}, "errors": {}, "hits": []}
+        total: Json = {
+            "parts": [],
+            "counts": {},
+            "steps": {},
+            "examples": {},
+            "errors": {},
+            "passed_over": {},
+            "hits": [],
+        }
         for name in names:
             record = read_json(directory / f"{name}.json")
             total["parts"].append({key: record[key] for key in ("name", "documents", "characters", "bytes", "keys")})
-            for key in ("counts", "steps", "errors"):
+            for key in ("counts", "steps", "errors", "passed_over"):
                 add(total[key], record[key])
             best_examples(total["examples"], record["examples"], self.config.examples)
             total["hits"] += record["hits"]
@@ -216,6 +225,7 @@ class Run:
             "read": first["counts"],
             "kept": last["counts"],
             "unreadable": first["errors"],
+            "passed_over": dict(sorted(first["passed_over"].items(), key=lambda item: (-item[1], item[0]))),
             **({"contaminated": contaminated} if "decontaminate" in self.config.steps else {}),
             "steps": [{"step": name, **unreached, **steps.get(name, {})} for name in self.config.steps],
             "plan": {key: value for key, value in self.plan.items() if key != "files"},
@@ -232,7 +242,7 @@ class Run:
         """Run a function on all tasks, with a progress bar; each leaves files, and one that finds them is done at
         once."""
         columns = (
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            label(), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[done]:,} of {task.fields[of]:,} pieces"), *more, TimeElapsedColumn(),
             TimeRemainingColumn(),
         )  # fmt: skip

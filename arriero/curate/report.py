@@ -32,6 +32,7 @@ def write_report(out: Path, manifest: Json, examples: Json, config: str) -> None
         lengths=both_themes(lambda theme: lengths_png(manifest, theme)) if read["documents"] else None,
         sources=list(_sources(manifest)),
         unreadable=_unreadable(unreadable) if unreadable.get("count") else [],
+        passed_over=_passed_over(manifest),
         steps=[_step(entry, examples.get(entry["step"], {})) for entry in manifest["steps"]],
         config=config,
     )
@@ -59,6 +60,7 @@ def funnel_table(manifest: Json) -> Table:
         f"{kept['characters']:,} of {read['characters']:,} characters ({_share(kept, read, 'characters')}) in "
         f"{_counted(len(manifest['shards']), 'shard')}"
         + (f"; {_counted(unreadable, 'row')} could not be read" if unreadable else "")
+        + (f"; passed over: {', '.join(_passed_over(manifest)[:8])}" if manifest["passed_over"] else "")
     )
     return table
 
@@ -114,6 +116,11 @@ def _sources(manifest: Json) -> Iterator[dict[str, str]]:
 def _unreadable(errors: Json) -> list[str]:
     more = errors["count"] - len(errors["first"])
     return [*errors["first"], *([f"and {more:,} more"] if more else [])]
+
+
+def _passed_over(manifest: Json) -> list[str]:
+    """What is no document in web archives, the most frequent first."""
+    return [f"{count:,} {reason}" for reason, count in manifest["passed_over"].items()]
 
 
 def _reasons(entry: Json) -> list[tuple[str, str]]:

@@ -31,10 +31,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from arriero.curate.document import Document
-from arriero.curate.web import Extractor, decoded, main_text, unpacked, valid
+from arriero.curate.warc import BLANK_LINE, PassedOver, content_of
+from arriero.curate.web import Extractor, decoded, main_text, valid
 from arriero.errors import DataError, require
 from arriero.fields import shown
 from arriero.paths import as_path, hint, lies_here
@@ -114,12 +115,18 @@ def read_from(
     reading: Reading = Reading(),
     *,
     on_error: Callable[[DataError], object] | None = None,
+    on_passed: Callable[[PassedOver], object] = lambda passed: None,
 ) -> Iterator[tuple[Document, Position]]:
-    """Stream the documents after `start`, each with the position at which reading goes on after it."""
+    """Stream the documents after `start`, each with the position at which reading goes on after it.
+
+    on_passed: gets each record of a web archive that is no document.
+    """
     for index in range(start.file, len(files)):
         for row, found in read_file(files[index], start.row if index == start.file else 0, reading):
             if isinstance(found, Document):
                 yield found, Position(index, row)
+            elif isinstance(found, PassedOver):
+                on_passed(found)
             elif on_error is None:
                 raise found
             else:
@@ -128,7 +135,7 @@ def read_from(
 
 def read_file(
     file: SourceFile, after: int = 0, reading: Reading = Reading()
-) -> Iterator[tuple[int, Document | DataError]]:
+) -> Iterator[tuple[int, Document | PassedOver | DataError]]:
     """Each row of a file after the one numbered `after`: its number, and its document or why there is none."""
     reader = {"rows": _read_rows, "warc": _read_warc, "topics": _read_topics}.get(file.kind, _read_whole)
     row = after
@@ -321,7 +328,8 @@ def _stem(name: str) -> str:
 
 # Readers: (row, document or error) for each row after `after`
 
-Rows = Iterator[tuple[int, Document | DataError]]
+Found = Document | PassedOver | DataError
+Rows = Iterator[tuple[int, Found]]
 
 
 def _read_rows(file: SourceFile, after: int, reading: Reading) -> Rows:
@@ -418,22 +426,22 @@ def _read_topics(file: SourceFile, after: int, reading: Reading) -> Rows:
 
 
 def _read_warc(file: SourceFile, after: int, reading: Reading) -> Rows:
-    """Responses with HTML or plain text, and the texts of WET files; other records are no documents."""
+    """Each record: a document, or why it is none."""
     warc = require("fastwarc.warc", "data")
-    kinds = warc.WarcRecordType.response | warc.WarcRecordType.conversion
     number, begins, found = 0, 0, None
     with open(file.path, "rb") as stream:
-        records = warc.ArchiveIterator(stream, record_types=kinds, parse_http=True)
-        for number, record in enumerate(records, start=1):
+        every = warc.WarcRecordType.any_type
+        for number, record in enumerate(
+            warc.ArchiveIterator(stream, record_types=every, parse_http=False, quirks_mode=True), start=1
+        ):
             begins = record.stream_pos
             if number > after:
                 found = _from_warc(record, file, number, reading)
-                if found is not None:
-                    yield number, found
+                yield number, found
     if not isinstance(found, DataError) and _is_cut(file.path, begins):
-        raise DataError(f"{file.path}: the file ends within a record, after response {number}; fetch it again")
+        raise DataError(f"{file.path}: the file ends within a record, after record {number}; fetch it again")
     if number == 0:
-        raise DataError(f"{file.path}: the file holds no response; fetch it again or remove it")
+        raise DataError(f"{file.path}: the file holds no record; fetch it again or remove it")
 
 
 def _is_cut(path: Path, begins: int) -> bool:
@@ -444,8 +452,7 @@ def _is_cut(path: Path, begins: int) -> bool:
     size = path.stat().st_size
     with open(path, "rb") as file:
         if path.suffix.lower() != ".gz":
-            file.seek(max(0, size - 4))
-            return size > 0 and not file.read().endswith((b"\r\n\r\n", b"\n\n"))
+            return size > 0 and not _ends_after_record(file, begins)
         for start in (begins % max(1, size), 0):
             file.seek(start)
             try:
@@ -460,33 +467,33 @@ def _is_cut(path: Path, begins: int) -> bool:
     return False
 
 
-def _from_warc(record: Any, file: SourceFile, number: int, reading: Reading) -> Document | DataError | None:
-    headers, http = record.headers, record.http_headers
-    is_http = "application/http" in (headers.get("Content-Type") or "")
-    kind = (
-        ((record.http_content_type if is_http else headers.get("Content-Type")) or "").partition(";")[0].strip().lower()
-    )
-    if is_http and http is not None and (http.status_code != 200 or kind not in WEB_TEXT):
-        return None
-    expected = record.content_length
-    data = record.reader.read()
-    if (is_http and http is None) or len(data) < expected:  # fastwarc ends in silence at a cut
-        return DataError(f"row {number} of {file.path}: the file ends within this record; fetch it again")
-    if kind not in WEB_TEXT:
-        return None
+def _ends_after_record(file: IO[bytes], begins: int) -> bool:
+    """Whether nothing but blank lines follows the record that begins there, which fastwarc has read whole."""
+    file.seek(begins)
+    head = file.read(1 << 20)
+    blank = BLANK_LINE.search(head, len(head) - len(head.lstrip()))
+    length = re.search(rb"^content-length[ \t]*:[ \t]*(\d+)", head, re.IGNORECASE | re.MULTILINE)
+    if blank is None or length is None:
+        return False
+    file.seek(begins + blank.end() + int(length[1]))
+    return not file.read(1 << 20).strip()
+
+
+def _from_warc(record: Any, file: SourceFile, number: int, reading: Reading) -> Found:
+    headers = record.headers
     url = headers.get("WARC-Target-URI") or ""
+    url = url.strip("<>")  # as some tools write it, by an error of the standard
     try:
-        data = unpacked(data, http) if is_http else data
-        if "html" in kind:
-            text = main_text(data, reading.html, url, record.http_charset)
-        elif is_http:
-            text = decoded(data, record.http_charset)
-        else:  # of a WET file, which is UTF-8 by definition
-            text = data.decode("utf-8-sig", "replace")
+        content = content_of(record)
+        if isinstance(content, PassedOver):
+            return content
+        if content.is_html:
+            text = main_text(content.data, reading.html, url, content.charset)
+        elif str(record.record_type) == "conversion":  # UTF-8 by definition
+            text = content.data.decode("utf-8-sig", "replace")
+        else:
+            text = decoded(content.data, content.charset)
     except DataError as error:
         return DataError(f"row {number} of {file.path}: {error}")
     id_ = (record.record_id or "").strip("<>") or f"{file.name}:{number}"
     return Document(text, id_, file.source, url, headers.get("WARC-Date") or "")
-
-
-WEB_TEXT = ("text/html", "application/xhtml+xml", "text/plain")

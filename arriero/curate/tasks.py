@@ -8,6 +8,7 @@ NAME.npy (the keys for a corpus step) and last NAME.json, its record; a part wit
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,15 +59,29 @@ def read_unit(config: CurateConfig, directory: Path, number: int, files: Sequenc
             raise DataError(f"{error} (--on-error skip counts such rows and goes on)")
         errors.append(str(error))
 
-    documents = read_from(files, position, Reading(config.text_key, config.html), on_error=skip)
-    while _fill_part(config, directory / f"{number:06d}-{part:06d}", documents, errors):
+    passed_over: Counter[str] = Counter()
+    documents = read_from(
+        files,
+        position,
+        Reading(config.text_key, config.html),
+        on_error=skip,
+        on_passed=lambda passed: passed_over.update([passed.reason]),
+    )
+    while _fill_part(config, directory / f"{number:06d}-{part:06d}", documents, errors, passed_over):
         part += 1
 
 
 def _fill_part(
-    config: CurateConfig, base: Path, documents: Iterator[tuple[Document, Position]], errors: list[str]
+    config: CurateConfig,
+    base: Path,
+    documents: Iterator[tuple[Document, Position]],
+    errors: list[str],
+    passed_over: Counter[str],
 ) -> bool:
-    """Fill one part with the next documents; returns whether there may be more. `errors` are those met on the way."""
+    """Fill one part with the next documents; returns whether there may be more.
+
+    errors, passed_over: what is met on the way, until it is written down.
+    """
     counts: Json = {}
     after: Position | None = None
     with new_part(base.with_suffix(".arrow")) as writer:
@@ -85,13 +100,15 @@ def _fill_part(
         writer.write(batch)
         count_documents(counts, batch)
     found = {"count": len(errors), "first": errors[:ERRORS_SHOWN]} if errors else {}
-    _finish_part(base, writer, {"counts": counts, "errors": found, "next": after})
+    record = {"counts": counts, "errors": found, "passed_over": dict(passed_over), "next": after}
+    _finish_part(base, writer, record)
     errors.clear()
+    passed_over.clear()
     return after is not None
 
 
 def _finish_part(base: Path, writer: PartWriter, record: Json) -> None:
-    empty = {"counts": {}, "steps": {}, "examples": {}, "errors": {}, "hits": [], "keys": 0}
+    empty = {"counts": {}, "steps": {}, "examples": {}, "errors": {}, "passed_over": {}, "hits": [], "keys": 0}
     size = {"documents": writer.documents, "characters": writer.characters, "bytes": writer.bytes}
     write_json(base.with_suffix(".json"), {"name": base.name, **size, **empty, **record})
 

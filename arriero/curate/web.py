@@ -1,61 +1,16 @@
-"""Text out of what a web server sent: its packing undone, its encoding found, a page's menus left out."""
+"""Text out of a web page: its encoding found, its menus left out."""
 
 from __future__ import annotations
 
 import codecs
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from arriero.curate.depth import flattened
 from arriero.curate.encodings import codec_of, decode, fits_all
 from arriero.errors import DataError, UserError, require
 
 Extractor = Literal["resiliparse", "trafilatura"]
-
-ENCODINGS = "Transfer-Encoding", "Content-Encoding"  # as they are undone
-CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,8}\r\n")
-NO_TEXT = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
-
-
-def unpacked(body: bytes, http: Any) -> bytes:
-    """A response's body without its transfer and content encodings.
-
-    Crawlers often store the body with one or both undone under the old header, so what cannot be undone is taken for
-    undone already, unless it still looks packed. fastwarc could unpack while it reads, but would give up the file at
-    the first such response.
-    """
-    failed = []
-    for name in ENCODINGS:
-        if name in http:
-            try:
-                body = _without(body, f"{name}: {http[name]}")
-            except OSError as error:
-                failed.append(f"{name}: {http[name]}: {error}")
-    if failed and _looks_packed(body):
-        raise DataError(f"the body is not what its header says ({', '.join(failed)}); remove the record")
-    return body
-
-
-def _looks_packed(body: bytes) -> bool:
-    if CHUNK_SIZE.match(body):
-        return True
-    try:
-        body.decode()
-        return False
-    except UnicodeDecodeError:
-        return NO_TEXT.search(body) is not None
-
-
-def _without(body: bytes, encoding: str) -> bytes:
-    """The body without one encoding, given as its header; raises OSError where it does not have that."""
-    warc = require("fastwarc.warc", "data")
-    record = warc.WarcRecord()
-    record.init_headers(warc.WarcRecordType.response)
-    record.is_http = True
-    record.set_bytes_content(f"HTTP/1.1 200 OK\r\n{encoding}\r\n\r\n".encode() + body)
-    record.parse_http(auto_decode="all")
-    unpacked: bytes = record.reader.read()
-    return unpacked
 
 
 def main_text(data: bytes, extractor: Extractor, where: str, charset: str | None = None) -> str:

@@ -34,6 +34,7 @@ from arriero.curate.sources import STDLIB, python_files
 from arriero.errors import DataError
 from arriero.files import json_bytes, write_json, write_text
 from arriero.paths import as_path, hint, lies_here
+from arriero.terminal import notes
 
 PROMPT = "Write the one-sentence docstring of this Python function.\n\n```python\n{code}\n```"
 SIMILARITY = 0.7  # Jaccard similarity of shingle sets from which two functions are the same to us
@@ -94,7 +95,7 @@ def build_docstrings(
     and test. max_pairs: training pairs at most, drawn by the seed. max_lines: longest function, without its docstring.
     Raises DataError when the source does not exist or yields no pairs in one of the splits.
     """
-    console = console or Console(stderr=True)
+    console = console or notes()
     is_own = str(source) == STDLIB and not lies_here(STDLIB, "Python's standard library")
     root = Path(sysconfig.get_paths()["stdlib"]) if is_own else as_path(source)
     if not 0 < held_out < 0.5:

@@ -23,6 +23,7 @@ from arriero.data.formats import Conversation, parse_record, read_records, sourc
 from arriero.data.pack import pack
 from arriero.data.sft_cache import INDEX, cache_directory, cache_key, encode_files, write_cache
 from arriero.errors import DataError
+from arriero.terminal import notes
 from arriero.tokenizer.base import Tokenizer
 
 
@@ -123,7 +124,7 @@ def build_dataset(
     `max_truncated`. workers: processes, 0 for one per core. cache_dir: default `data` in
     Arriero's cache (paths.py). Raises DataError, naming file and row, for rows that cannot be learned from.
     """
-    console = console or Console(stderr=True)
+    console = console or notes()
     files = source_files(source)
     directory = cache_directory(cache_dir) / cache_key(files, tokenizer)
     if not directory.is_dir():
@@ -151,7 +152,7 @@ def build_splits(
     conversations all on one side. From a file, conversations that are also in the validation file are left out
     of training.
     """
-    console = console or Console(stderr=True)
+    console = console or notes()
 
     def build(source: str | Path) -> SftDataset:
         return build_dataset(

@@ -38,6 +38,7 @@ from arriero.data.formats import Conversation, Record, parse_record, read_record
 from arriero.errors import DataError
 from arriero.files import temporary_name
 from arriero.pool import in_order
+from arriero.terminal import label
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_training
 
@@ -86,6 +87,8 @@ def encode_conversation(tokenizer: Tokenizer, conversation: Conversation) -> tup
         encoded = encode_training(tokenizer, conversation.messages, conversation.tools)
     except DataError as error:
         raise DataError(f"{conversation.where}: {error}") from error
+    except RecursionError as error:
+        raise DataError(f"{conversation.where}: a message is nested too deeply; flatten it or drop the row") from error
     if not any(encoded.trained[1:]):  # nothing precedes the first token, so nothing predicts it
         raise DataError(
             f"{conversation.where}: nothing to learn: no token is trained; check the answers or drop the row"
@@ -149,7 +152,7 @@ def encode_files(files: Sequence[Path], tokenizer: Tokenizer, workers: int, cons
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        label(),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[rows]:,} rows, {task.fields[rate]:,.0f} rows/s"),

@@ -32,6 +32,7 @@ from rich.table import Table
 
 from arriero.curate.document import Document
 from arriero.curate.sources import Position, Reading, SourceFile, from_record, list_files, read_documents, read_file
+from arriero.curate.warc import PassedOver
 from arriero.data.shard_writer import MarkedDocuments, SetName, ShardWriter, State
 from arriero.data.shards import (
     FORMAT,
@@ -48,6 +49,7 @@ from arriero.limits import remedy
 from arriero.paths import as_path
 from arriero.pool import in_order
 from arriero.records import Record, read_records
+from arriero.terminal import label, notes
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.parallel import DocumentEncoder
 
@@ -190,7 +192,7 @@ def text_hash(text: str) -> int:
 class Item:
     """Something that a worker makes a document of, and the position after it."""
 
-    what: Document | SourceFile | tuple[SourceFile, Record]
+    what: Document | PassedOver | SourceFile | tuple[SourceFile, Record]
     size: int  # bytes of source, or characters
     position: Position
     done: float = 0.0  # share of the position's file that has been read
@@ -221,7 +223,8 @@ def read_items(files: Sequence[SourceFile], start: Position, reading: Reading, n
             for row, found in read_file(file, after, reading):
                 if isinstance(found, DataError):
                     raise found
-                yield Item(found, len(found.text), Position(i, row), 0.0, held_out)
+                size = 0 if isinstance(found, PassedOver) else len(found.text)
+                yield Item(found, size, Position(i, row), 0.0, held_out)
 
 
 def chunked(items: Iterable[Item], part_size: int) -> Iterator[Chunk]:
@@ -266,6 +269,9 @@ class Encode:
         left_out: dict[str, int] = {}
         for item in chunk.items:
             document = self._document(item)
+            if isinstance(document, PassedOver):
+                left_out[document.reason] = left_out.get(document.reason, 0) + 1
+                continue
             split = self._split(document.text, item.held_out)
             if split in SPLITS:
                 name = document.source if self.by_source and document.source else ONE_SOURCE
@@ -275,8 +281,8 @@ class Encode:
         encoded = {name: self._encode(texts) for name, texts in by_set.items()}
         return Result(encoded, left_out, sum(int(e.text_bytes.sum()) for e in encoded.values()))
 
-    def _document(self, item: Item) -> Document:
-        if isinstance(item.what, Document):
+    def _document(self, item: Item) -> Document | PassedOver:
+        if isinstance(item.what, Document | PassedOver):
             return item.what
         if isinstance(item.what, SourceFile):
             [(_, found)] = read_file(item.what, reading=self.reading)
@@ -331,7 +337,7 @@ def _shard(
     try:
         with (
             ShardWriter(out, encode.tokenizer, request, encode.by_source) as writer,
-            _progress(console or Console(stderr=True)) as progress,
+            _progress(console or notes()) as progress,
         ):
             bar = progress.add_task("sharding", total=sum(sizes) or None, rate=0.0)
             n_bytes = 0
@@ -351,6 +357,9 @@ def _shard(
                     writer.discard()
                     raise DataError(f"{out}: {refusal}")
                 writer.finish()
+            if left_out := writer.state.left_out:
+                counted = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
+                progress.console.print(f"left out: {counted}", highlight=False, markup=False)
     except OSError as error:
         if error.errno in (None, errno.EPIPE):
             raise
@@ -374,7 +383,7 @@ def _refusal(state: State, encode: Encode) -> str:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        label(),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]:.1f} MB/s of text"),

@@ -11,8 +11,8 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from arriero.curate.sources import read_documents
 from arriero.errors import ConfigError
@@ -70,7 +70,7 @@ def run_needle(config: NeedleConfig, console: Console | None = None) -> NeedleRe
         write_json(out / "needle.json", {results.model: _record(results) for results in models})
         with replaced_file(out / "needle.png") as path:
             path.write_bytes(needle_png(models))
-        console.print(f"written: {config.out}/needle.png, needle.json, results.json, samples.jsonl")
+        console.print(f"written: {config.out}/needle.png, needle.json, results.json, samples.jsonl", markup=False)
     refuse_not_finite(before, after)
     return after
 
@@ -78,8 +78,8 @@ def run_needle(config: NeedleConfig, console: Console | None = None) -> NeedleRe
 def needle_table(results: NeedleResults) -> Table:
     """Keys found by length and depth, the scores of each length, and what prose costs up to it."""
     lengths, depths = _axes(results)
-    title = f"{escape(results.model)}: keys found, by length and depth (context {results.context:,})"
-    table = Table(title=title, title_justify="left")
+    title = f"{results.model}: keys found, by length and depth (context {results.context:,})"
+    table = Table(title=Text(title, "table.title"), title_justify="left")
     for column in ("tokens", *(f"{depth:.0%}" for depth in depths), "all", "1 of 10", BITS.name, PROSE.name):
         table.add_column(column, justify="right")
     for length in lengths:
@@ -87,7 +87,7 @@ def needle_table(results: NeedleResults) -> Table:
         shares = [results.share(length, depth) for depth in depths]
         table.add_row(
             f"{length:,}" + ("*" if length > results.context else ""),
-            *(f"[{'green' if share > 0.5 else 'red'}]{share:.0%}[/]" for share in shares),
+            *(Text(f"{share:.0%}", "green" if share > 0.5 else "red") for share in shares),
             f"{_mean(f.found for f in here):.0%}",
             f"{_mean(f.chosen for f in here):.0%}",
             BITS.shown(_mean(f.bits for f in here)),
@@ -114,7 +114,7 @@ def needle_png(models: Sequence[NeedleResults], theme: Theme = LIGHT) -> bytes:
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], color=theme.text)
         axes.set_xlabel("tokens", color=theme.text)
         axes.set_ylabel("depth of the needle", color=theme.text)
-        axes.set_title(f"{results.model}: keys found", color=theme.text, fontsize=9)
+        axes.set_title(f"{results.model}: keys found", color=theme.text, fontsize=9, parse_math=False)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     return png(figure)

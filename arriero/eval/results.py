@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +19,7 @@ from arriero import __version__
 from arriero.errors import CheckpointError
 from arriero.eval.bootstrap import Interval, Ratio, difference, interval
 from arriero.files import split_lines, write_json, write_jsonl
+from arriero.terminal import clean
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def measures_table(before: Results | None, after: Results, resamples: int, seed:
 def results_table(results: Results, resamples: int, seed: int) -> Table:
     """One model's numbers, each with its interval."""
     table = Table(
-        title=f"{escape(results.model)}: {results.rows:,} rows in {results.seconds:.0f} s", title_justify="left"
+        title=Text(f"{results.model}: {results.rows:,} rows in {results.seconds:.0f} s", "table.title"),
+        title_justify="left",
     )
     for column in ("", "value", "95% interval"):
         table.add_column(column, justify="left" if not column else "right")
@@ -146,7 +147,7 @@ def results_table(results: Results, resamples: int, seed: int) -> Table:
 
 def comparison_table(before: Results, after: Results, compared: dict[str, Comparison]) -> Table:
     """Before and after, the difference with its paired interval, and a verdict in words."""
-    title = escape(f"{after.rows:,} rows\nbefore: {before.model}\nafter:  {after.model}")
+    title = Text(f"{after.rows:,} rows\nbefore: {before.model}\nafter:  {after.model}", "table.title")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", "before", "after", "difference (95% interval)", "verdict"):
         table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
@@ -159,7 +160,7 @@ def comparison_table(before: Results, after: Results, compared: dict[str, Compar
             measure.shown(line.before),
             measure.shown(line.after),
             f"{measure.shown(change.value, '+')} ({_span(measure, change, '+')})",
-            f"[{colour}]{line.verdict}[/{colour}]",
+            Text(line.verdict, colour),
         )
     return table
 
@@ -176,9 +177,9 @@ def examples_table(before: Results, after: Results | None, count: int) -> Table:
         if after:
             answers.append(("after", after.samples[i].answer))
         text = Text("\n").join(
-            Text.assemble((f"{name:>6}  ", "bold"), _clip(answer, 4) or "(nothing)") for name, answer in answers
+            Text.assemble((f"{name:>6}  ", "bold"), clean(_clip(answer, 4)) or "(nothing)") for name, answer in answers
         )
-        table.add_row(Text(_clip(old.prompt, 11)), text)
+        table.add_row(Text(clean(_clip(old.prompt, 11))), text)
     return table
 
 

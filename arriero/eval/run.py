@@ -31,7 +31,7 @@ from arriero.model.llama import Llama
 from arriero.model.lora import merge_lora
 from arriero.paths import hint
 from arriero.records import parse_row
-from arriero.terminal import output
+from arriero.terminal import label, notes, output
 from arriero.tokenizer.base import Tokenizer, utf8
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -59,7 +59,8 @@ def run_eval(config: EvalConfig, console: Console | None = None) -> Results:
         console.print(examples_table(before or after, after if before else None, config.examples))
     if config.out:
         save(Path(config.out), asdict(config), before, after)
-        console.print(f"written: {config.out}/results.json" + (", samples.jsonl" if after.samples else ""))
+        samples = ", samples.jsonl" if after.samples else ""
+        console.print(f"written: {config.out}/results.json{samples}", markup=False)
     refuse_not_finite(before, after)
     return after
 
@@ -146,8 +147,8 @@ def _text(record: Record) -> str:
 @contextmanager
 def bar(name: str, total: float) -> Iterator[Callable[[float], None]]:
     """A progress bar with the time left; yields what to call with each amount done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    console = Console(stderr=True)
+    columns = (label(), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    console = notes()
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(f"measuring {name}", total=total)
         yield lambda amount: progress.advance(task, amount)

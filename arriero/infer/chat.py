@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import torch
-from rich.console import Console
 from rich.text import Text
 
 from arriero.checkpoint.beside import read_beside, sampling_of, unused_settings
@@ -29,12 +28,11 @@ from arriero.infer.generate import Session, stream
 from arriero.infer.sample import Sampler
 from arriero.model.llama import Llama
 from arriero.paths import as_path
-from arriero.terminal import warn_once
+from arriero.terminal import check_input, notes, say, warn_once
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_chat
 
 BLOCK = '"""'  # begins and ends a message of several lines
-CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GREEDY, SAMPLED = SamplingConfig(), SamplingConfig(temperature=0.6, top_p=0.9)  # models that do not say how
 
@@ -67,9 +65,9 @@ def run_generate(config: GenerateConfig) -> None:
         ids = encode_chat(tokenizer, [*_opening(config.system), {"role": "user", "content": prompt}])
     try:
         for piece in stream(model, tokenizer, ids, sampling, config.max_new_tokens):
-            print(piece, end="", flush=True)
+            say(piece, end="")
     finally:
-        print()
+        say()
 
 
 def run_chat(config: ChatConfig) -> None:
@@ -93,16 +91,15 @@ class Screen:
 
     def __init__(self) -> None:
         self.typed = sys.stdin.isatty()
-        self.out, self.notes = Console(highlight=False), Console(stderr=True, highlight=False)
+        self.notes = notes()
 
     def note(self, text: str, style: str = "dim") -> None:
         """One line that is not part of any answer."""
-        self.notes.print(Text(text, style), soft_wrap=True)
+        self.notes.print(Text(text, style), soft_wrap=True, highlight=False)
 
     def answer(self, piece: str) -> None:
         """Part of an answer, as it comes; a terminal gets no control characters, which could rewrite its screen."""
-        self.out.file.write(piece.translate(CONTROLS) if self.out.is_terminal else piece)
-        self.out.file.flush()
+        say(piece, end="")
 
     def messages(self) -> Iterator[str]:
         """What the user says, message by message, until the input ends."""
@@ -164,6 +161,7 @@ class Chat:
 
     def take(self, message: str) -> bool:
         """Answer a message or obey a command; returns whether to go on. "//..." is a message beginning with a slash."""
+        check_input(message)
         if not message.startswith("/") or message.startswith("//"):
             self.say(message.removeprefix("/") if message.startswith("//") else message)
             return True

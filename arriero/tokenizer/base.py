@@ -82,6 +82,7 @@ class Tokenizer(ABC):
         self.chat_template = chat_template  # may be replaced
         self._special_texts = {i: text for text, i in self.special_ids.items()}
         longest_first = sorted(self.special_ids, key=len, reverse=True)
+        self._lost: dict[str, bool] = {}  # characters that have been tried
         self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     # What a family provides.
@@ -220,6 +221,34 @@ class Tokenizer(ABC):
             sizes[first] -= 1
             return sizes
         return sizes * (total / max(1.0, sizes.sum()))
+
+    def lost(self, text: str) -> set[str]:
+        """The characters of a text that the vocabulary cannot say.
+
+        Libraries drop the bytes that a vocabulary lacks, or put the token for unknown characters, and say nothing.
+        """
+        if self._lacking is None or not self._lacking.search(utf8(text)):
+            return set()
+        return {c for c in set(text) if self._is_lost(c)}
+
+    @cached_property
+    def _lacking(self) -> re.Pattern[bytes] | None:
+        """Bytes that no id stands for alone: only a character with one of them can be lost."""
+        alone = {token for token in self._bytes if len(token) == 1}
+        lacking = [re.escape(b) for b in map(bytes, zip(range(256), strict=True)) if b not in alone]
+        return re.compile(b"[" + b"".join(lacking) + b"]") if lacking else None
+
+    def _is_lost(self, character: str) -> bool:
+        if character not in self._lost:
+            assert self._lacking is not None
+            lost = False
+            if self._lacking.search(utf8(character)):
+                ids = self.encode(character)
+                said = b"".join(self._bytes[i] for i in ids)
+                unknown = self.special_ids.get(self.special.unk or "") in ids
+                lost = unknown or not said.strip() or b"\xef\xbf\xbd" in said.decode("utf-8", "replace").encode()
+            self._lost[character] = lost
+        return self._lost[character]
 
     def holds(self, other: Tokenizer) -> bool:
         """Whether every id of `other` stands for the same bytes here, so that a model of ours can read its ids."""

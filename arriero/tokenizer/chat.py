@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,7 @@ def encode_training(
         except DataError:
             without = None
         check_tools(whole, without, guard.tools)
+    _check_spelled(tokenizer, whole, messages)
 
     pieces = [whole[a:b] for a, b in itertools.pairwise(cuts)]  # prompt, answer, prompt, ..., rest
     encoded = tokenizer.encode_pieces(pieces, sentinel=guard.sentinel)
@@ -122,6 +124,18 @@ def _is_answer(message: Message, i: int) -> bool:
         return is_trained(message)
     except DataError as error:
         raise DataError(f"message {i} ({message.get('role')}): {error}") from error
+
+
+def _check_spelled(tokenizer: Tokenizer, whole: str, messages: Sequence[Message]) -> None:
+    """Refuse a character of a message that the vocabulary lacks."""
+    lost = tokenizer.lost(whole)
+    for i, message in enumerate(messages if lost else ()):
+        for text in _strings([plain(value) for name, value in message.items() if name != "role"]):
+            if found := next((c for c in text if c in lost), None):
+                raise DataError(
+                    f"message {i} ({message.get('role')}) holds U+{ord(found):04X}, for which this tokenizer's "
+                    "vocabulary has no token, so that it would be lost; take it out, or spell it otherwise"
+                )
 
 
 def _end_of_answer(tokenizer: Tokenizer, text: str, start: int, i: int) -> int:
@@ -211,9 +225,9 @@ def _check_parts(tokenizer: Tokenizer, message: dict[str, Any], i: int) -> None:
         texts = part_texts(content)
     except DataError as error:
         raise DataError(f"message {i} ({message.get('role')}): {error}") from error
-    at_joints = set(itertools.accumulate(map(len, texts)))
+    joints = list(itertools.accumulate(map(len, texts)))
     joined = "".join(texts)
-    if any(m.start() < joint < m.end() for m in tokenizer.special_pattern.finditer(joined) for joint in at_joints):
+    if any(joints[bisect_right(joints, m.start())] < m.end() for m in tokenizer.special_pattern.finditer(joined)):
         message["content"] = [{"type": "text", "text": joined}]
 
 

@@ -8,11 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from arriero.errors import DataError, check
 from arriero.files import json_text, split_lines
-from arriero.terminal import output
+from arriero.terminal import output, say
 from arriero.tokenizer import show
 from arriero.tokenizer.base import Tokenizer, utf8
 from arriero.tokenizer.compare import By, compare, group_of
@@ -37,7 +35,7 @@ def run_encode(
     texts = _texts(words, file, lines or view == "decode")
     if view == "decode":
         for text in texts:
-            print(tokenizer.decode(_ids(text, tokenizer.vocab_size), skip_special=not special))
+            say(tokenizer.decode(_ids(text, tokenizer.vocab_size), skip_special=not special))
         return
     before = [tokenizer.bos_id] if bos else []
     after = [tokenizer.eos_id] if eos else []
@@ -58,12 +56,14 @@ def run_encode(
 
 
 def _show(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> None:
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(show.token_view(tokenizer, ids, colour=console.is_terminal))
-    console.print(" ".join(map(str, ids)))
+    console = output()
+    console.print(show.token_view(tokenizer, ids, colour=console.is_terminal), soft_wrap=True, highlight=False)
+    console.print(" ".join(map(str, ids)), soft_wrap=True, highlight=False)
     n_bytes = len(text.encode("utf-8", "replace"))
     console.print(
-        f"{len(ids)} tokens, {len(text)} characters, {n_bytes} bytes ({n_bytes / max(len(ids), 1):.2f} a token)"
+        f"{len(ids)} tokens, {len(text)} characters, {n_bytes} bytes ({n_bytes / max(len(ids), 1):.2f} a token)",
+        soft_wrap=True,
+        highlight=False,
     )
 
 
@@ -77,12 +77,11 @@ def _texts(words: Sequence[str], file: Path | None, lines: bool) -> Iterator[str
         source = sys.stdin.buffer if file is None else file.open("rb")
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); check the path") from error
-    with source:
+    with io.TextIOWrapper(source, "utf-8-sig", "replace", newline=None if lines else "") as text:
         if lines:
-            for line in io.TextIOWrapper(source, "utf-8-sig", "replace"):
-                yield line.removesuffix("\n")
+            yield from (line.removesuffix("\n") for line in text)
         else:
-            yield source.read().decode("utf-8-sig", "replace")
+            yield text.read()
 
 
 def _ids(text: str, vocab_size: int) -> list[int]:
@@ -123,7 +122,7 @@ def run_compare(
     if as_json:
         print(json_text([result.as_dict() for result in results]))
     else:
-        output(markup=False).print(show.comparison_view(results))
+        output().print(show.comparison_view(results))
 
 
 def run_extend(base: Tokenizer, texts: Iterable[str], n_new: int, limit: int) -> Extension:

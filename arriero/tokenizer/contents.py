@@ -37,6 +37,7 @@ _ANY_MARK = UNCLEAR_MARKS.union(MARKS)
 _TRUTH = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "-0.0": False, "false": False}
 
 _UNSEEN = frozenset("\u2028\u2029\u2800\u115f\u1160\u3164\uffa0")  # separators, and letters without a shape
+_RESULTS = ("tool", "ipython", "function")  # roles of what a call gave
 _LINKS = frozenset(["id", "type", "index"])  # of a call: they tie it to its result and are not read as text
 
 
@@ -121,7 +122,7 @@ def _texts(message: Message) -> Iterator[_Text]:
     """Every text in a message as templates are given it, contents first."""
     content = message.get("content")
     # A tool's result may be written as JSON.
-    spell = _in_json if message.get("role") in ("tool", "ipython", "function") else _as_it_is
+    spell = _in_json if message.get("role") in _RESULTS else _as_it_is
     for text in part_texts(content) if isinstance(content, list) else [content]:
         if isinstance(text, str) and text.strip():
             yield _Text("content", spell(text.strip()))
@@ -180,6 +181,22 @@ def check_written(whole: str, messages: Sequence[dict[str, Any]], answers: Seque
         end = answers[k // 2] + k % 2 if k // 2 < len(answers) else len(messages)
         _check_stretch(whole[low:high], {i: list(_texts(messages[i])) for i in range(begin, end)}, messages)
         begin = end
+    for i, message in enumerate(messages):
+        if len(message.get("tool_calls") or ()) > 1:
+            _check_results(whole, messages, i)
+
+
+def _check_results(whole: str, messages: Sequence[dict[str, Any]], i: int) -> None:
+    """Refuse results in another order than message i's calls where the template does not write the ids that tell."""
+    results = list(itertools.takewhile(lambda m: m.get("role") in _RESULTS, messages[i + 1 :]))
+    links = [result["tool_call_id"] for result in results if result.get("tool_call_id")]
+    calls = [call.get("id") for call in messages[i]["tool_calls"] if isinstance(call, dict) and call.get("id") in links]
+    free = _Places(whole)
+    if links != calls and not all(free.take(str(link), alone=True) for link in [*calls, *links]):
+        raise DataError(
+            f"message {i + 1} ({results[0]['role']}): the results come in another order than the calls, and the chat "
+            "template does not write the ids that tell them apart; put them in the order of the calls"
+        )
 
 
 def _check_stretch(stretch: str, texts: dict[int, list[_Text]], messages: Sequence[dict[str, Any]]) -> None:

@@ -7,19 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.progress import (
     DownloadColumn,
     Progress,
     ProgressColumn,
     SpinnerColumn,
-    TextColumn,
     TimeElapsedColumn,
     TransferSpeedColumn,
 )
 from rich.table import Table
 from rich.text import Text
 
+from arriero.terminal import label, notes
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.compare import ALL, Comparison, Measure
 
@@ -115,9 +115,9 @@ def training_view(report: Mapping[str, Any]) -> Table:
 @contextmanager
 def showing(task: str, unit: bool = False) -> Iterator[Callable[[int], None]]:
     """Show a line while the block runs, with the bytes read so far if `unit`; yield the function that counts them."""
-    columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+    columns: list[ProgressColumn] = [SpinnerColumn(), label(), TimeElapsedColumn()]
     if unit:
         columns += [DownloadColumn(), TransferSpeedColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=notes(), transient=True) as bar:
         handle = bar.add_task(task, total=None)
         yield lambda n: bar.advance(handle, n)

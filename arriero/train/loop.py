@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from arriero.checkpoint import native
@@ -33,6 +32,7 @@ from arriero.errors import CheckpointError, TrainingError
 from arriero.optim.build import build_optimizer, empty_state
 from arriero.optim.schedule import lr_factor, share_of_steps
 from arriero.peers import peers_of_this_run
+from arriero.terminal import notes
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.guard import SpikeGuard
 from arriero.train.in_backward import InBackward
@@ -210,7 +210,7 @@ class Trainer:
         validate_every, save_every = self.loop.validate_every or tenth, self.loop.save_every or tenth
         p = self.progress
         saved_at = p.step
-        console = Console(stderr=True, quiet=self.engine.mesh.rank > 0)
+        console = notes(quiet=self.engine.mesh.rank > 0)
         watch = Watch(self.checkpoints.peers)
         with watch, _signals() as stop, LiveLine(self.total_steps, p.step, console) as line:
             if p.step == 0:

@@ -38,6 +38,7 @@ from rich.text import Text
 
 from arriero.errors import require
 from arriero.files import json_line, replaced_file
+from arriero.terminal import notes
 
 PROJECT = "arriero"  # at W&B and in trackio
 SMOOTHING = 0.9  # weight of the past in the running mean of the loss
@@ -211,7 +212,7 @@ class LiveLine:
 
     def __init__(self, total: int, start: int = 0, console: Console | None = None) -> None:
         self._total, self._start = total, start
-        self._console = console or Console(file=sys.stderr)
+        self._console = console or notes()
         self._live = Live(console=self._console, refresh_per_second=4) if self._console.is_terminal else None
         self._loss = self._weight = 0.0  # sums of losses and ones, each step's 0.9 of that of the step after it
         self._began = self._printed = time.monotonic()

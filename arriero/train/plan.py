@@ -34,6 +34,7 @@ from arriero.errors import ConfigError, DataError, UserError
 from arriero.files import json_text, split_lines
 from arriero.model.config import LADDER, LINEARS, SHAPES, LlamaConfig, named_shape
 from arriero.paths import hint
+from arriero.terminal import notes
 from arriero.train.config import RECIPES, PretrainConfig, SftConfig
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -100,7 +101,7 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
     if config.parallel.cpu_offload:
         raise ConfigError("a rehearsal offloads nothing; plan cpu_offload by arithmetic: leave --data out")
     recipe = next(name for name, cls in RECIPES.items() if type(config) is cls)
-    console = console or Console(stderr=True)
+    console = console or notes()
     with console.status("rehearsing: everything that the run will do, once"), tempfile.TemporaryDirectory() as work:
         file = Path(work) / "config.toml"
         file.write_text(configs.to_toml(dataclasses.replace(config, out=str(Path(work) / "run")), recipe), "utf-8")

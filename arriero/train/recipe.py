@@ -30,6 +30,7 @@ from arriero.files import write_json, write_text
 from arriero.model.initial import initial_adapter
 from arriero.model.lora import is_adapter
 from arriero.optim.schedule import warmup_steps
+from arriero.terminal import notes
 from arriero.train import attempts
 from arriero.train.claim import check_named, claimed, refuse_changed
 from arriero.train.config import LoopConfig, OptimConfig
@@ -90,7 +91,7 @@ def _execute(
 
     recorded: fingerprints of the data of the run that goes on; None where one begins.
     """
-    console = Console(stderr=True, quiet=mesh.rank > 0)
+    console = notes(quiet=mesh.rank > 0)
     run_dir = Path(config.out)
     run = build(config, console, mesh)
     refuse_changed(recorded, run.fingerprints(), f"run {run_dir}")

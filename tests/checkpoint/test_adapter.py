@@ -150,7 +150,7 @@ def test_adapter_tensors_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"up_proj\.lora_B\S+ and \S+up_proj\.lora_B\S+ are the same tensor"):
         load_adapter(toy_model("llama3-8b"), tmp_path)
     save_file(state | {key: torch.full_like(state[key], torch.nan)}, file)
-    with pytest.raises(CheckpointError, match=r"up_proj\.lora_B\.weight holds NaN or infinite values"):
+    with pytest.raises(CheckpointError, match=r"up_proj\.lora_B\.weight holds 321 values that are NaN or infinite"):
         load_adapter(toy_model("llama3-8b"), tmp_path)
     save_file(state | {key: state[key].T.contiguous()}, file)
     with pytest.raises(CheckpointError, match=r"up_proj\.lora_B\.weight is \[3, 107\], this model needs \[107, 3\]"):
@@ -175,9 +175,9 @@ def test_merge_writes_a_model_with_the_adapted_models_logits(lora, tmp_path):
     model = adapted(lora)
     save_hf(toy_model("llama3-8b"), tmp_path / "base")
     save_adapter(model, tmp_path / "adapter", lora, "base")
-    report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    assert report.max_difference < 2e-5 * report.largest_logit
-    assert report.same_choice == 1.0
+    found = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert found.n_tensors == len(model.state_dict()) - len(lora_state(model))
+    assert 0 < found.largest_difference <= 2.0**-22
     tokens = torch.randint(211, (2, 13), generator=torch.Generator().manual_seed(3))
     merged = load_model(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(tokens), model.eval()(tokens), atol=1e-4, rtol=1e-4)
@@ -193,6 +193,6 @@ def test_merge_refuses_a_type_that_cannot_hold_the_sum_and_leaves_nothing(tmp_pa
     lora = LoraConfig(rank=3, alpha=3_000_000.0, targets=("up_proj",))
     save_hf(base, tmp_path / "base")
     save_adapter(adapted(lora), tmp_path / "adapter", lora, "base")
-    with pytest.raises(CheckpointError, match="not written: the merged model's logits differ by up to"):
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight holds weights beyond F16's 65,504"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -64,15 +64,15 @@ def test_the_gguf_package_reads_what_we_write(tmp_path):
 
 
 def random_blocks(kind: Kind) -> np.ndarray:
-    """Bytes of a 256 x 256 matrix of a quantised type: any bytes are a valid block."""
+    """Bytes of a 256 x 256 matrix of a quantised type. Any bytes are a block; without that bit scales are finite."""
     per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(int(kind))
-    return rng.integers(0, 256, size=256 * 256 // per_block * block_bytes, dtype=np.uint8)
+    return rng.integers(0, 256, size=256 * 256 // per_block * block_bytes, dtype=np.uint8) & ~np.uint8(0x40)
 
 
 @pytest.mark.parametrize("kind", [k for k in gguf.quants._type_traits if k is not Kind.BF16], ids=lambda k: k.name)
 def test_every_type_that_the_gguf_package_dequantises_is_read(kind, tmp_path):
-    """One matrix of a small model is of the type under test; the bytes are random, so infinities may occur."""
+    """One matrix of a small model is of the type under test; the bytes are random."""
     config = LlamaConfig(256, 1, 4, 2, 256, 11, 64)
     file = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(file, "llama")
@@ -111,8 +111,8 @@ def test_every_type_that_the_gguf_package_dequantises_is_read(kind, tmp_path):
         expected = gguf.quants.dequantize(tensor.data, kind)
         got = open_gguf(file).read("model.layers.0.mlp.up_proj.weight")
     assert got.dtype == torch.float32
-    assert np.array_equal(got.numpy(), expected, equal_nan=True)
-    assert np.unique(expected[np.isfinite(expected)]).size > 2
+    assert np.array_equal(got.numpy(), expected)
+    assert np.unique(expected).size > 2
 
 
 def test_q8_0_is_within_half_a_step_of_each_block(tmp_path):
@@ -166,8 +166,8 @@ def small_file(tmp_path, **changes):
         ({"llama.rope.scaling.type": "longrope"}, 'RoPE scaling "longrope"; computed here are'),
         ({"llama.feed_forward_length": [107, 109, 113]}, r"'llama\.feed_forward_length' differs between layers"),
         ({"llama.rope.dimension_count": 4}, "RoPE turns 4 of 8 dimensions"),
-        ({"llama.block_count": 4}, "missing: model.layers.3"),
-        ({"llama.block_count": 2}, r"unexpected: blk\.2\."),
+        ({"llama.block_count": 4}, "the config says 4 layers, and the tensors are of 3"),
+        ({"llama.block_count": 2}, "the config says 2 layers, and the tensors are of 3"),
         ({"split.count": 3}, "one of 3 parts"),
     ],
 )

@@ -156,9 +156,9 @@ def test_yarn_that_llama_cpp_cannot_compute_is_refused_and_dynamic_is_said(tmp_p
         with pytest.raises(CheckpointError, match=r"llama\.cpp computes it with 32, 1 and true only: convert to hf"):
             convert(tmp_path / "hf", tmp_path / "m.gguf", to="gguf")
     save_hf(toy_model(replace(SHAPE, rope_scaling=DynamicScaling(4.0))), tmp_path / "dynamic")
-    assert fresh_warnings() == []
+    assert not any("dynamic'" in said for said in fresh_warnings())
     convert(tmp_path / "dynamic", tmp_path / "m.gguf", to="gguf")
-    assert "'dynamic', which llama.cpp has not; the GGUF file says none" in fresh_warnings()[0]
+    assert any("'dynamic', which llama.cpp has not; the GGUF file says none" in said for said in fresh_warnings())
     assert read_config(tmp_path / "m.gguf").rope_scaling is None
     with pytest.raises(CheckpointError, match=r"Meta's params\.json has no place for the RoPE scaling"):
         convert(tmp_path / "dynamic", tmp_path / "meta", to="meta")

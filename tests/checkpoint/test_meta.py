@@ -10,10 +10,12 @@ import torch
 from helpers.toys import equal_weights, toy_config, toy_model
 
 from arriero.checkpoint import meta
+from arriero.checkpoint.convert import convert
 from arriero.checkpoint.load import load_model
 from arriero.checkpoint.meta import open_meta, write_meta
 from arriero.checkpoint.weights import from_model
 from arriero.errors import CheckpointError
+from arriero.fields import Fields
 from arriero.model.config import PUBLISHED
 from arriero.model.scaling import Llama3Scaling
 
@@ -56,6 +58,7 @@ def test_shards_are_joined_as_meta_splits_them(n_ranks, rows, tmp_path):
     back = load_model(tmp_path)
     assert back.config == config
     assert equal_weights(model, back)
+    convert(tmp_path, tmp_path / "hf", to="hf")  # whose check joins the shards by other code
 
 
 def test_writing_over_shards_leaves_none_of_them(tmp_path):
@@ -103,9 +106,9 @@ def test_params_as_meta_published_them_are_read(tmp_path):
 
     small = replace(toy_config("llama3.2-1b"), dim=2048, n_layers=16, n_heads=32, head_dim=64, n_kv_heads=8, ffn_dim=2)
     assert meta._params(small).get("rope_scale_factor") is None
-    assert meta._factor(meta._params(small), 2048, 16) == 32.0
-    assert meta._factor({}, 4096, 32) == 8.0
-    assert meta._factor({"rope_scale_factor": 16}, 2048, 16) == 16.0
+    assert meta._factor(Fields(meta._params(small), ""), 2048, 16) == 32.0
+    assert meta._factor(Fields({}, ""), 4096, 32) == 8.0
+    assert meta._factor(Fields({"rope_scale_factor": 16}, ""), 2048, 16) == 16.0
 
 
 class Payload:
@@ -148,9 +151,10 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError, match="the config asks for"):
         open_meta(tmp_path)
     params = json.loads((tmp_path / "params.json").read_text())
-    (tmp_path / "params.json").write_text(json.dumps(params | {"dim": "wide"}))
-    with pytest.raises(CheckpointError, match=r"an entry of params\.json is of the wrong type"):
-        open_meta(tmp_path)
+    for wrong in ("wide", 0, -256, 256.0, True, 2**31, 10**40):
+        (tmp_path / "params.json").write_text(json.dumps(params | {"dim": wrong}))
+        with pytest.raises(CheckpointError, match=r"params\.json: dim is .*; it must be a whole number from 1 to"):
+            open_meta(tmp_path)
     (tmp_path / "consolidated.00.pth").unlink()
     with pytest.raises(CheckpointError, match=r"but no consolidated\.\*\.pth"):
         open_meta(tmp_path)

@@ -118,4 +118,5 @@ def test_a_classifier_is_trained_by_one_command_and_says_how_good_it_is(tmp_path
     assert cli.main([*map(str, argv), "--held-out", "0.3"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"{out} written; on ") and "balanced accuracy" in said
+    assert "chance 50%)" in said and "(chance 0.5)" in said and "95% interval" in said
     assert out.exists()

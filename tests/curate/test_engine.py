@@ -15,7 +15,7 @@ import pytest
 from arriero.curate import engine, sources
 from arriero.curate.config import CurateConfig
 from arriero.curate.engine import curate
-from arriero.curate.parts import json_line
+from arriero.curate.parts import document_line
 from arriero.errors import ConfigError, DataError, UserError
 from arriero.files import locked
 from arriero.records import read_records
@@ -344,4 +344,4 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 def test_the_lines_of_a_jsonl_shard_leave_out_what_is_empty(corpus, tmp_path):
     run(corpus, tmp_path / "out", steps=("normalise",))
     document = kept(tmp_path / "out")[17]
-    assert json.loads(json_line(document)) == {"id": "german", "text": document.text, "source": "raw"}
+    assert json.loads(document_line(document)) == {"id": "german", "text": document.text, "source": "raw"}

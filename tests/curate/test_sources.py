@@ -441,9 +441,9 @@ def test_a_crawl_that_is_cut_anywhere_is_named(tmp_path, packed):
         assert len(errors) == (size not in ends), size
 
 
-def test_a_crawl_without_a_response_is_refused_and_what_is_passed_over_is_counted(tmp_path):
+def test_a_crawl_without_a_record_is_refused_and_what_is_passed_over_is_counted(tmp_path):
     (tmp_path / "a.warc.gz").touch()
-    with pytest.raises(DataError, match=r"a\.warc\.gz: the file holds no response; fetch it again or remove it"):
+    with pytest.raises(DataError, match=r"a\.warc\.gz: the file holds no record; fetch it again or remove it"):
         list(read_documents([tmp_path]))
     for name in ("b.pdf", "c.pdf", "d.json", "LICENCE"):
         (tmp_path / name).touch()

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -327,6 +328,27 @@ def test_a_trained_classifier_tells_unseen_documents_apart(corpus, tmp_path):
     assert "quality … < 0.5" in dropped(manifest)["quality"]
     assert "noise" not in {d.id for d in kept(tmp_path / "out")}
     assert all(d.meta["quality"] >= 0.5 for d in kept(tmp_path / "out") if d.source != "code")
+
+
+def test_accuracy_has_an_interval_that_holds_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(3)
+    good, random_ = 0.93, 0.71
+    held = 0
+    for _ in range(2000):
+        low, high = classifier.balanced_interval([(rng.binomial(41, good), 41), (rng.binomial(67, random_), 67)])
+        held += low <= (good + random_) / 2 <= high
+    assert 0.93 < held / 2000 < 0.98
+    low, high = classifier.balanced_interval([(11, 11), (13, 13)])  # no point where all are right
+    assert low < 0.95 and high == 1
+
+
+def test_a_classifier_of_damaged_weights_is_refused(tmp_path):
+    trained = classifier.train(*kinds(tmp_path), tmp_path / "q.safetensors", epochs=1)
+    weights = trained.weights.copy()
+    weights[7] = np.nan
+    classifier.save(replace(trained, weights=weights), tmp_path / "nan.safetensors")
+    with pytest.raises(DataError, match=r"nan\.safetensors: its weights are not finite, so it judges nothing"):
+        classifier.load(str(tmp_path / "nan.safetensors"))
 
 
 def test_training_twice_gives_the_same_file(tmp_path):

@@ -266,6 +266,13 @@ def test_cells_of_tables_are_texts_numbers_and_lists(tmp_path):
     ]
 
 
+def test_a_member_that_is_nested_without_end_is_refused(tmp_path, tokenizer):
+    deep = "[" * 900 + "]" * 900
+    (tmp_path / "r.jsonl").write_text(json.dumps({"messages": TALK}).replace('"Yo"', f'"Yo", "notes": {deep}'))
+    with pytest.raises(DataError, match=r"row 1 of .*(nested too deeply|does not write)"):
+        build_dataset(tmp_path / "r.jsonl", tokenizer)
+
+
 # What is not used
 
 

@@ -107,6 +107,25 @@ def test_a_row_without_a_text_to_compare_with_is_refused(smollm2):
         answers(*smollm2, [row])
 
 
+def test_the_last_answer_is_measured_whatever_the_marks_for_training_say(smollm2):
+    row = conversations()[2]
+    marked = [{**row.messages[0], "train": 0}, {**row.messages[1], "weight": 1}, row.messages[2]]
+    marked.append({**row.messages[3], "loss": False})
+    found = [answers(*smollm2, [r], max_new_tokens=1) for r in (row, replace(row, messages=marked))]
+    assert len({f.ratios["bits_per_token"].over.tolist()[0] for f in found}) == 1
+    assert found[0].ratios["bits_per_token"].under == found[1].ratios["bits_per_token"].under
+
+
+def test_a_row_that_the_template_refuses_is_named(smollm2):
+    row = conversations()[0]
+    row.messages[1]["reasoning"] = "2 and 2"
+    calls = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    with pytest.raises(DataError, match=r"row 1 of rows\.jsonl: message 1 \(assistant\): .*reasoning"):
+        answers(*smollm2, [row])
+    with pytest.raises(DataError, match=r"row 1 of rows\.jsonl: its last message holds no text"):
+        answers(*smollm2, [replace(row, messages=[row.messages[0], calls])])
+
+
 def test_a_prompt_that_leaves_no_room_is_refused(smollm2):
     row = conversations()[0]
     with pytest.raises(DataError, match=r"row 1 of rows\.jsonl: its prompt of \d+ tokens leaves no room"):

@@ -10,8 +10,10 @@ from transformers import AutoTokenizer
 
 from arriero.errors import DataError
 from arriero.tokenizer import Tokenizer, load_tokenizer
+from arriero.tokenizer.base import SpecialTokens
 from arriero.tokenizer.chat import encode_chat, encode_training
 from arriero.tokenizer.contents import MARKS, UNCLEAR_MARKS, is_blank
+from arriero.tokenizer.sentencepiece import CONTROL, NORMAL, UNKNOWN, SentencePieceTokenizer, write_model
 from arriero.tokenizer.template import ChatTemplate
 
 
@@ -260,6 +262,50 @@ def test_the_name_of_a_tools_result_stands_in_its_call(smollm2):
     assert "11" in rendered(smollm2, talk)
     with pytest.raises(DataError, match=r"message 2 \(tool\): .*does not write 'name': 'other'"):
         encode_training(smollm2, [*talk[:2], {**talk[2], "name": "other"}, talk[3]])
+
+
+def test_results_in_another_order_than_their_calls_need_ids_that_are_written(smollm2):
+    two = [{**called(place=place), "id": f"c{k}"} for k, place in enumerate(["Cusco", "Puno"])]
+    results = [said("tool", "7", tool_call_id="c0"), said("tool", "9", tool_call_id="c1")]
+    smollm2.chat_template = ChatTemplate(CALLS)
+    for given in (results, [{"role": "tool", "content": "7"}] * 2):
+        encode_training(
+            smollm2, [said("user", "a"), {"role": "assistant", "tool_calls": two}, *given, said("assistant", "b")]
+        )
+    talk = [said("user", "a"), {"role": "assistant", "tool_calls": two}, *results[::-1], said("assistant", "b")]
+    with pytest.raises(DataError, match=r"message 2 \(tool\): the results come in another order than the calls"):
+        encode_training(smollm2, talk)
+    with_ids = CALLS.replace("{{ m.content or ''", "{{ m.tool_call_id ~ ':' if m.tool_call_id }}{{ m.content or ''")
+    smollm2.chat_template = ChatTemplate(with_ids.replace("<tool_call>{{", "<tool_call>{{ c.id ~ ':' ~"))
+    encode_training(smollm2, talk)
+
+
+@pytest.mark.parametrize("lost", ["\x04", "\x1d", "\U00050000"])
+def test_a_character_that_the_vocabulary_lacks_is_refused_with_its_message(smollm2, lost):
+    assert lost not in smollm2.decode(smollm2.encode(f"a{lost}b"))
+    with pytest.raises(
+        DataError,
+        match=rf"message 1 \(assistant\) holds U\+{ord(lost):04X}, for which .* no token, so that it would be lo",
+    ):
+        encode_training(smollm2, [said("user", "a"), said("assistant", f"a{lost}b")])
+
+
+def test_characters_that_the_vocabulary_spells_are_kept(smollm2):
+    hard = "\0\x01é\ufffd😀\U000e0067\U0010ffff\ufdd0\u2028\r\n\x7f"
+    assert hard in rendered(smollm2, [said("user", "<|im_end|>"), said("assistant", hard)])
+
+
+def test_characters_that_become_the_unknown_token_are_refused():
+    pieces = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL), ("▁", -1.0, NORMAL)]
+    pieces += [(c, -2.0, NORMAL) for c in "ab:é"]
+    special = SpecialTokens({"<unk>": 0, "<s>": 1, "</s>": 2}, bos="<s>", eos="</s>", unk="<unk>")
+    tokenizer = SentencePieceTokenizer(write_model(pieces, {"unk": 0, "bos": 1, "eos": 2, "pad": -1}), special)
+    tokenizer.chat_template = ChatTemplate(
+        "{% for m in messages %}a:{{ m.content }}</s>{% endfor %}" + "{{ 'a:' if add_generation_prompt }}"
+    )
+    encode_training(tokenizer, [said("user", "a é"), said("assistant", "b")])
+    with pytest.raises(DataError, match=r"message 0 \(user\) holds U\+00F1"):
+        encode_training(tokenizer, [said("user", "a ñ"), said("assistant", "b")])
 
 
 # Marks

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from arriero.train.samples import Sample, write_samples
+from arriero.data.formats import Conversation
+from arriero.train.samples import Sample, _asked, write_samples
 
 ODD = ["a\u2028b", "c\u2029d", "e\x85f", "g\x0bh", "i\x0cj\x1ck", "l\r\nm", "n\ud83do"]
 
@@ -40,3 +41,11 @@ def test_answers_after_stand_alone_where_the_file_is_gone_or_cut(tmp_path):
     (tmp_path / "samples.jsonl").write_bytes(b'{"prompt": "\xff')
     write_samples(tmp_path, [Sample("?", "!", "x")], "after")
     assert written(tmp_path) == [{"prompt": "?", "reference": "!", "after": "x"}]
+
+
+def test_the_prompt_shown_is_a_text_or_nothing():
+    answer = {"role": "assistant", "content": "Yo"}
+    parts = {"role": "user", "content": [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]}
+    assert _asked(Conversation([parts, answer], None, "f", 1)) == "Hi there"
+    assert _asked(Conversation([answer], None, "f", 1)) == ""
+    assert _asked(Conversation([{"role": "assistant", "tool_calls": [{}]}, answer], None, "f", 1)) == ""

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from arriero import cli
 from arriero.errors import ConfigError, DataError
 from arriero.train.scaling.budget import PEAKS, THIS, make_plan, peak_of
-from arriero.train.scaling.fit import Runs, _objective, fit, fit_loss, fit_power, interval, read_runs
+from arriero.train.scaling.fit import (
+    Runs,
+    _objective,
+    at_bounds,
+    budgets_of,
+    fit,
+    fit_loss,
+    fit_power,
+    interval,
+    read_runs,
+)
 from arriero.train.scaling.laws import PUBLISHED_LAWS, LossLaw, PowerLaw, suggested_batch, suggested_lr
 
 LAW = LossLaw(floor=1.83, a=479.0, alpha=0.353, b=2081.0, beta=0.367)
@@ -260,6 +272,59 @@ def test_losses_from_elsewhere_are_read_and_a_bad_line_is_named(tmp_path: Path) 
         read_runs(file)
     with pytest.raises(DataError, match=r"no such file; `arriero scaling sweep --out .*none` writes it"):
         read_runs(tmp_path / "none")
+
+
+def rounded(batch: float, noise: float = 0.0) -> Runs:
+    """The sweep with tokens in whole batches, as a trainer counts them, and 6 N D of those."""
+    runs = measured(noise)
+    tokens = np.round(runs.tokens / batch) * batch
+    losses = np.array([LAW.loss(n, d) for n, d in zip(runs.params, tokens, strict=True)])
+    return Runs(6 * runs.params * tokens, runs.params, tokens, losses)
+
+
+@pytest.mark.parametrize("with_flops", [True, False])
+@pytest.mark.parametrize("batch", [2e5, 1e7])
+def test_budgets_that_differ_by_whole_batches_are_one(
+    tmp_path: Path, batch: float, with_flops: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = rounded(batch)
+    assert len(np.unique(runs.flops)) > 20
+    file = tmp_path / "losses.jsonl"
+    write_runs(file, runs, with_flops)
+    found = read_runs(file)
+    assert [int((found.flops == flops).sum()) for flops in found.budgets] == [7] * 4
+    assert found.budgets == pytest.approx(BUDGETS, rel=0.01)
+    assert (
+        f"{file}: 28 runs are taken for 4 budgets: runs are of one budget where the FLOPs of each lie within 3% of the"
+        in caplog.text
+    )
+    law = fit(found, resamples=2)
+    assert law.power.exponent == pytest.approx(fit(measured(0.0), resamples=2).power.exponent, abs=0.005)
+
+
+def test_near_budgets_follow_a_stated_rule() -> None:
+    assert budgets_of(np.array([3e18, 1e18, 1.02e18, 1.01e18])).tolist() == [3e18, 1.01e18, 1.01e18, 1.01e18]
+    assert budgets_of(np.array([1e18, 1.04e18])).tolist() == [1e18, 1.04e18]
+    assert budgets_of(np.array([1.2345678912345e18] * 3)).tolist() == [1.2345678912345e18] * 3
+    with pytest.raises(DataError, match=r"of 20 runs go from 1e\+18 to 1\.46e\+18 without a gap .*; give the FLOPs"):
+        budgets_of(1e18 * 1.02 ** np.arange(20))
+    runs = measured(0.0)
+    apart = Runs(runs.flops * np.tile([1, 1.04, 1.08, 1.13, 1.17, 1.2, 1.3], 4), runs.params, runs.tokens, runs.loss)
+    with pytest.raises(DataError, match=r"budget 1e\+18: models of 1 size; .* \(runs are of one budget where"):
+        fit(apart)
+
+
+def test_a_law_that_ends_at_a_bound_of_its_search_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    law = LossLaw(floor=1e-12, a=479.0, alpha=0.353, b=2081.0, beta=0.367)  # the runs ask for no floor at all
+    assert at_bounds(LAW) == [] and fit(measured(0.0), resamples=2).at_bounds == []
+    runs = measured(0.0, law=law)
+    found = fit(Runs(runs.flops, runs.params, runs.tokens, runs.loss * (runs.params**-0.01)), resamples=2)
+    assert found.at_bounds == ["floor"] == found.summary()["at_bounds"]
+    assert "the parametric law's floor ends at the bound of its search: the runs do not determine it" in caplog.text
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(found.view())
+    text = console.export_text()
+    assert "floor !" in text and "! at the bound of its search" in text
 
 
 # -- plans -------------------------------------------------------------------------------------------------------

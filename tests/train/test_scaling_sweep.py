@@ -201,6 +201,10 @@ def test_what_cannot_be_swept_is_refused_before_the_first_step(shards: Path, tmp
     [
         ({"budgets": (1e12,)}, r"budgets is \(1000000000000\.0,\); a power law needs at least two: --budgets 1e12"),
         ({"budgets": (1e12, -1.0)}, "budgets is .*; each must be above 0"),
+        ({"budgets": (1e12, math.inf)}, "budgets is inf; it must be a finite number"),
+        ({"budgets": (1e12, 3e12, 1.02e12)}, r"has 1e\+12 and 1\.02e\+12, which `arriero scaling fit` takes for one"),
+        ({"lr": math.nan}, "lr is nan; it must be a finite number"),
+        ({"tokens_per_param": math.nan}, "tokens_per_param is nan; it must be a finite number"),
         ({"sizes": 3}, r"sizes is 3; it must be in 4 \(three models always lie on a parabola\) to 24"),
         ({"spread": 1.0}, "spread is 1.0; it must be above 1"),
         ({"seeds": 0}, "seeds is 0; it must be at least 1"),

@@ -21,7 +21,9 @@ from arriero.curate.batch import Batch, Hit, Result
 from arriero.curate.rules.llama import _ngram_hashes
 from arriero.curate.sources import list_files, read_file
 from arriero.curate.spans import HAS_LETTER
+from arriero.curate.warc import PassedOver
 from arriero.errors import ConfigError, DataError
+from arriero.files import split_lines
 from arriero.paths import PathText
 from arriero.records import parse_row, read_records
 
@@ -132,7 +134,9 @@ def evaluation_texts(sources: tuple[str, ...]) -> Iterator[tuple[Item, str]]:
             for row, found in read_file(file):
                 if isinstance(found, DataError):
                     raise found
-                lines = found.text.split("\n") if file.kind == "prose" else [found.text]
+                if isinstance(found, PassedOver):
+                    continue
+                lines = split_lines(found.text) if file.kind == "prose" else [found.text]
                 for number, line in enumerate(lines, start=1):
                     yield Item(file.name, number if file.kind == "prose" else row), line
 

@@ -38,7 +38,7 @@ class Quality:
         return [
             (
                 with_meta(document, quality=round(score, 4)),
-                f"quality {score:.2f} < {self.min_score:g}" if score < self.min_score else None,
+                f"quality {score:.2f} < {self.min_score:g}" if not score >= self.min_score else None,
             )
             for document, score in zip(batch.documents, scores, strict=True)
         ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from arriero.config import settle
 from arriero.errors import ConfigError
 from arriero.paths import PathText
+from arriero.train.scaling.laws import NEAR
 
 
 @dataclass(frozen=True)
@@ -64,3 +66,9 @@ class SweepConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; {rule}")
         if len(set(self.budgets)) < 2:
             raise ConfigError(f"budgets is {self.budgets}; a power law needs at least two: --budgets 1e12 3e12 1e13")
+        for low, high in pairwise(sorted(set(self.budgets))):
+            if high <= (1 + NEAR) * low:
+                raise ConfigError(
+                    f"budgets has {low:g} and {high:g}, which `arriero scaling fit` takes for one (they lie within "
+                    f"{NEAR:.0%}); give budgets further apart, such as 1e12 3e12 1e13"
+                )

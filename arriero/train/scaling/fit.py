@@ -5,6 +5,9 @@ sizes follow D = A C^alpha, a line in log-log (Chinchilla, arXiv 2203.15556, app
 Parametric: L(N, D) = E + A/N^alpha + B/D^beta by Huber loss on log L, from a grid of beginnings (Chinchilla, approach
 3). Its optimizer has to be run to the end: stopped early it gave Chinchilla its own odd constants (arXiv 2404.10102).
 
+Runs are of one budget where their FLOPs lie within NEAR of each other, in a row: tokens are rounded to batches, so 6 N
+D of runs that were meant to cost the same differ.
+
 A sweep costs hours, so what can be said of it is: a budget whose losses have no minimum is left out of the isoFLOP law
 and kept for the parametric one, which needs none; without two minima only the parametric law is left.
 
@@ -30,18 +33,22 @@ from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from arriero.errors import ConfigError, DataError, require
 from arriero.files import json_bytes, json_text, replaced_file
 from arriero.paths import as_path, hint
 from arriero.records import endings, parse_row, read_records
-from arriero.terminal import output
-from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, LossLaw, PowerLaw
+from arriero.terminal import output, warn_once
+from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, NEAR, LossLaw, PowerLaw
 
 FIT, PICTURE = "fit.json", "fit.png"
+ROUNDING = 1e-6  # share by which FLOPs of one budget differ that nobody need hear of
+SPREAD = 1.25  # times by which the FLOPs of a budget may differ in all: budgets lie further apart, and laws need that
 LEVEL = 95  # per cent of the resamples that an interval holds
 HUBER = 1e-3  # residual of log L from which it counts by its size, not its square (Chinchilla)
 BEGINNINGS = 24  # of the grid's points, those of lowest objective that the search is begun from
+NEAR_RULE = f"runs are of one budget where the FLOPs of each lie within {NEAR:.0%} of the next one's"
 REMEDY = "run more --sizes, over a larger --spread, around other --tokens-per-param, or with more --seeds"
 BOUNDS = ((-20, 20), (-50, 100), (-1, 6), (-50, 100), (-1, 6))  # of e, a, alpha, b, beta; published laws lie far inside
 
@@ -114,6 +121,7 @@ class Fit:
             "minima": [dataclasses.asdict(minimum) for minimum in self.minima if minimum.found],
             "left_out": [minimum.flops for minimum in self.minima if not minimum.found],
             **({"refused": self.refused} if self.refused else {}),
+            **({"at_bounds": self.at_bounds} if self.at_bounds else {}),
             **{name: _with_intervals(law, resampled) for name, (law, resampled) in laws.items() if resampled},
             "resamples": {
                 "power_law": [list(dataclasses.astuple(law)) for law in self.powers],
@@ -121,6 +129,11 @@ class Fit:
                 "discarded": self.discarded,
             },
         }
+
+    @property
+    def at_bounds(self) -> list[str]:
+        """The constants of the parametric law that the runs leave open."""
+        return at_bounds(self.loss) if self.losses else []
 
     def view(self) -> RenderableType:
         """As people read it."""
@@ -175,14 +188,18 @@ class Fit:
             "parametric: L = floor + a / N^alpha + b / D^beta": (self.loss, self.losses),
         }
         for title, (law, resampled) in laws.items():
-            table.add_row(f"[bold]{title}[/bold]", "" if resampled else "none", "")
+            table.add_row(Text(title, "bold"), "" if resampled else "none", "")
             if not resampled:
                 continue
+            open_ends = self.at_bounds if isinstance(law, LossLaw) else []
             for name, value in dataclasses.asdict(law).items():
-                _add(table, name, value, [getattr(other, name) for other in resampled])
+                mark = " !" if name in open_ends else ""
+                _add(table, name + mark, value, [getattr(other, name) for other in resampled])
             _add(table, "N grows as C to the", _growth(law), [_growth(other) for other in resampled])
+        captions = ["! at the bound of its search: the runs do not determine it"] * bool(self.at_bounds)
         if self.discarded:
-            table.caption = f"{self.discarded} resamples were left out: a budget's losses had no minimum"
+            captions.append(f"{self.discarded} resamples were left out: a budget's losses had no minimum")
+        table.caption = "\n".join(captions) or None
         return table
 
 
@@ -207,17 +224,17 @@ def run_fit(path: Path, resamples: int, seed: int, as_json: bool = False) -> Fit
         plan = "" if found.refused else f"; plan with it: arriero scaling plan {directory} ..."
         console = output()
         console.print(found.view())
-        console.print(f"{directory / FIT} and {directory / PICTURE} written{plan}")
+        console.print(f"{directory / FIT} and {directory / PICTURE} written{plan}", markup=False)
     if found.refused:
         raise DataError(found.refused)
     return found
 
 
 def read_runs(path: Path) -> Runs:
-    """Read runs.jsonl, or that of a sweep's directory: lines with params, tokens, loss, and flops (else 6 N D to two
-    digits, since runs of one budget must have one number).
+    """Read runs.jsonl, or that of a sweep's directory: lines with params, tokens, loss, and flops (else 6 N D).
 
-    Raises `DataError` naming the line for what is missing or not a positive number.
+    The FLOPs of a run become those of its budget (`budgets_of`). Raises `DataError` naming the line for what is
+    missing or not a positive number.
     """
     path = as_path(path)
     file = path / "runs.jsonl" if path.is_dir() else path
@@ -231,13 +248,35 @@ def read_runs(path: Path) -> Runs:
         values: dict[str, Any] = {name: run.get(name) for name in ("params", "tokens", "loss", "flops")}
         for name, value in values.items():
             if value is None and name == "flops":
-                value = float(f"{FLOPS_PER_PARAMETER * values['params'] * values['tokens']:.1e}")
+                value = FLOPS_PER_PARAMETER * values["params"] * values["tokens"]
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise DataError(f"{file}, line {record.row}: {name} is {value!r}; it must be a number above 0")
             values[name] = value
         rows.append([values[name] for name in ("flops", "params", "tokens", "loss")])
-    columns = np.array(rows, dtype=np.float64).reshape(-1, 4).T
-    return Runs(*columns)
+    flops, params, tokens, loss = np.array(rows, dtype=np.float64).reshape(-1, 4).T
+    budgets = budgets_of(flops)
+    if (np.abs(flops / budgets - 1) > ROUNDING).any():
+        warn_once(f"{file}: {len(flops)} runs are taken for {len(np.unique(budgets))} budgets: {NEAR_RULE}")
+    return Runs(budgets, params, tokens, loss)
+
+
+def budgets_of(flops: Array) -> Array:
+    """The budget of each run: of those that lie within NEAR of each other, in a row, the median FLOPs.
+
+    Raises `DataError` where budgets cannot be told apart, since such a row goes on over more than SPREAD.
+    """
+    budgets = np.empty_like(flops)
+    order = np.argsort(flops, kind="stable")
+    ends = np.flatnonzero(flops[order][1:] > (1 + NEAR) * flops[order][:-1]) + 1
+    for part in np.split(order, ends):
+        low, high = flops[part[0]], flops[part[-1]]
+        if high > SPREAD * low:
+            raise DataError(
+                f"the FLOPs of {len(part)} runs go from {low:.3g} to {high:.3g} without a gap that tells budgets apart "
+                f'({NEAR_RULE}); give the FLOPs that each was meant for as its "flops", the same for all of a budget'
+            )
+        budgets[part] = low if low == high else float(f"{np.median(flops[part]):.6g}")
+    return budgets
 
 
 def fit(runs: Runs, resamples: int = 1000, seed: int = 0) -> Fit:
@@ -252,8 +291,15 @@ def fit(runs: Runs, resamples: int = 1000, seed: int = 0) -> Fit:
         if not minimum.found:
             _warn(runs, minimum.flops)
     loss = fit_loss(runs)
-    if min(loss.alpha, loss.beta) <= 0:  # then no size is the best
+    if not min(loss.alpha, loss.beta) > 0:  # then no size is the best
         loss = LossLaw(*[math.nan] * 5)
+    elif open_ends := at_bounds(loss):
+        log.warning(
+            "the parametric law's %s %s: the runs do not determine it, and what it foretells outside of them means "
+            "little; run models and tokens over a wider range",
+            " and ".join(open_ends),
+            "ends at the bound of its search" if len(open_ends) == 1 else "end at the bounds of their search",
+        )
     kept = [minimum for minimum in minima if minimum.found]
     discarded = 0
     if len(kept) < 2:
@@ -341,8 +387,19 @@ def fit_loss(runs: Runs, beginning: LossLaw | None = None) -> LossLaw:
     ends = [
         optimize.minimize(objective, p, jac=True, method="L-BFGS-B", bounds=BOUNDS, options=options) for p in beginnings
     ]
-    e, a, alpha, b, beta = min(ends, key=lambda end: end.fun).x
+    e, a, alpha, b, beta = min(ends, key=lambda end: end.fun if math.isfinite(end.fun) else math.inf).x
     return LossLaw(math.exp(e), math.exp(a), float(alpha), math.exp(b), float(beta))
+
+
+def at_bounds(law: LossLaw) -> list[str]:
+    """The constants of a law that lie at the bounds of their search, which ended there for want of anything better."""
+    point = (math.log(law.floor), math.log(law.a), law.alpha, math.log(law.b), law.beta)
+    names = [field.name for field in dataclasses.fields(law)]
+    return [
+        name
+        for name, value, (low, high) in zip(names, point, BOUNDS, strict=True)
+        if min(value - low, high - value) < 1e-6 * (high - low)
+    ]
 
 
 def _objective(p: Array, log_n: Array, log_d: Array, log_l: Array) -> tuple[float, Array]:
@@ -381,10 +438,10 @@ def _minimum(runs: Runs, flops: float) -> Minimum:
     x, y = np.log(runs.params[own]), runs.loss[own]
     middle = x.mean()
     curvature, slope, constant = np.polyfit(x - middle, y, 2)
-    if curvature <= 0:
+    if not curvature > 0:
         return Minimum(float(flops))
     offset = -slope / (2 * curvature)
-    if abs(offset) > np.ptp(x):
+    if not abs(offset) <= np.ptp(x):
         return Minimum(float(flops))
     at = float(middle + offset)
     loss = float(constant - curvature * offset**2)
@@ -417,14 +474,14 @@ def _check(runs: Runs) -> None:
     if len(runs.budgets) < 2:
         raise DataError(
             f"{len(runs)} runs of {len(runs.budgets)} budget{'' if len(runs.budgets) == 1 else 's'}; a law needs at "
-            "least two budgets: let the sweep finish, or give it more --budgets"
+            f"least two budgets: let the sweep finish, or give it more --budgets ({NEAR_RULE})"
         )
     for flops in runs.budgets:
         sizes = len(np.unique(runs.params[runs.flops == flops]))
         if sizes < 4:
             raise DataError(
-                f"budget {flops:.3g}: models of {sizes} sizes; a parabola needs at least 4: let the sweep finish, "
-                "or run more --sizes"
+                f"budget {flops:.3g}: models of {sizes} size{'' if sizes == 1 else 's'}; a parabola needs at least 4: "
+                f"let the sweep finish, or run more --sizes ({NEAR_RULE})"
             )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 FLOPS_PER_PARAMETER = 6  # and token: 2 forward, 4 backward
+NEAR = 0.03  # share by which the FLOPs of a run may exceed those of the next lower one of its budget
 TOKENS_PER_PARAMETER = 20  # what Chinchilla (arXiv 2203.15556) came to: the ladder's
 
 

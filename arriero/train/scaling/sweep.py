@@ -34,6 +34,7 @@ from arriero.files import locked, write_json, write_jsonl, write_text
 from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig
 from arriero.reading import read_json
+from arriero.terminal import notes
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.train import pretrain
 from arriero.train.claim import refuse_changed
@@ -72,7 +73,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Outcome | None
 
     Raises a `UserError` before the first step for data, settings and budgets that cannot be used.
     """
-    console = console or Console(stderr=True)
+    console = console or notes()
     out = Path(config.out)
     sources, held_out = open_splits(config.data)
     if not held_out:
