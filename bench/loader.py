@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from arriero.checkpoint.source import resolve
+from arriero.data.batch import Batch
 from arriero.data.documents import DataStage, PretrainLoader
-from arriero.data.loader import Batch
 from arriero.data.prefetch import Prefetched
 from arriero.data.shard_writer import MarkedDocuments, ShardWriter
 from arriero.data.shards import Shards, open_shards

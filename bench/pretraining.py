@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arriero.data.loader import Batch
+from arriero.data.batch import Batch
 from arriero.distributed.parallelize import prepare
 from arriero.model.config import LADDER, LlamaConfig
 from arriero.model.llama import Llama

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from arriero.data.loader import Batch, Row, collate
+from arriero.data.batch import Batch, Row, collate
 from arriero.data.mix import Schedule, integer_weights
 from arriero.data.order import WINDOW, BestFit, Concat, Run, Windows
 from arriero.data.shards import Shards

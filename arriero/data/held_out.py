@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arriero.data.loader import Row
+from arriero.data.batch import Row
 from arriero.data.order import BestFit, Pieces, Windows
 from arriero.data.shards import Shards
 from arriero.tokenizer.base import Tokenizer

@@ -30,7 +30,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from arriero.data.loader import Row
+from arriero.data.batch import Row
 from arriero.data.pack import Packing, count_rows, pack, random_order
 from arriero.data.shards import Shards
 

@@ -7,7 +7,6 @@ tokens of the whole GLOBAL batch, so any number of processes gives the losses an
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate
 
-from arriero.data.loader import IGNORED, Batch
-from arriero.distributed.context import held_tokens, padded, without_prefix
+from arriero.data.batch import Batch
+from arriero.distributed.context import HeldDocuments
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.pipeline import Pipeline
 from arriero.distributed.stage import MicroBatch, Objective, Stage
-from arriero.model.attention import document_positions
 from arriero.model.llama import EMBEDDINGS, Llama
 
 
@@ -141,7 +139,7 @@ class Engine:
             index = start + mesh.dp_rank
             batch = batch_of(min(index, n - 1))
             if index >= n:  # the others need company, not another batch
-                batch = dataclasses.replace(batch, targets=torch.full_like(batch.targets, IGNORED), n_trained=0)
+                batch = batch.untrained()
             total += self.loss([batch], objective).item()
             count += batch.n_trained
         return total, mesh.count(count)[0]
@@ -151,35 +149,27 @@ class Engine:
     ) -> list[MicroBatch]:
         given = [None] * len(micro_batches) if seeds is None else seeds
         parts = self._local(micro_batches)
-        micro = [MicroBatch(*part, seed) for part, seed in zip(parts, given, strict=True)]
+        micro = [MicroBatch(part, seed) for part, seed in zip(parts, given, strict=True)]
         for stage in self.stages:
             stage.micro_batches, stage.objective, stage.trained = micro, objective, trained
         return micro
 
-    def _local(self, batches: Sequence[Batch]) -> list[tuple[Batch, Tensor | None]]:
-        """This process's part of each batch, and where in their documents its tokens stand (None: the model knows).
+    def _local(self, batches: Sequence[Batch]) -> list[Batch]:
+        """This process's part of each batch.
 
-        `cu_seqlens` keeps to the whole batch. Batches are filled up to a length that can be split, and in a pipeline
-        to one length for all, since what a stage receives has one shape.
+        Batches are filled up to a length that can be split, and in a pipeline to one length for all, since what a stage
+        receives has one shape.
         """
         c = self.mesh.config
-        if c.cp > 1:
-            batches = [without_prefix(batch) for batch in batches]
         parts = 2 * c.cp * c.tp if c.cp > 1 else c.tp
-        lengths = [-(-batch.tokens.shape[1] // parts) * parts for batch in batches]
+        lengths = [-(-batch.n_tokens // parts) * parts for batch in batches]
         if c.pp > 1:
             lengths = [max(lengths)] * len(lengths)
-        batches = [padded(batch, length) for batch, length in zip(batches, lengths, strict=True)]
-        if c.cp == c.pp == 1:
-            return [(batch, None) for batch in batches]
-        positions = [document_positions(b.tokens, b.cu_seqlens, b.prefix) for b in batches]
+        batches = [batch.padded(length) for batch, length in zip(batches, lengths, strict=True)]
         if c.cp == 1:
-            return list(zip(batches, positions, strict=True))
-        held = [held_tokens(length, self.mesh.place("cp"), c.cp).to(self.mesh.device) for length in lengths]
-        return [
-            (dataclasses.replace(b, tokens=b.tokens[:, mine], targets=b.targets[:, mine]), at[:, mine])
-            for b, at, mine in zip(batches, positions, held, strict=True)
-        ]
+            return batches
+        layouts = [HeldDocuments(batch.documents, self.mesh.sub("cp").get_group()) for batch in batches]
+        return [batch.part(layout.held, layout) for batch, layout in zip(batches, layouts, strict=True)]
 
     def _summed(self, loss: Tensor) -> Tensor:
         """The loss summed over rows and parts of rows."""

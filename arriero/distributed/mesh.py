@@ -85,9 +85,7 @@ class Mesh:
 
     def share(self, n: int) -> range:
         """This process's share of n things that every data-parallel process has an equal and contiguous share of."""
-        each, rest = divmod(n, self.dp_size)
-        assert rest == 0, "ParallelConfig.check_batch has seen to it"
-        return range(self.dp_rank * each, (self.dp_rank + 1) * each)
+        return equal_share(n, self.dp_rank, self.dp_size)
 
     def leads(self, *dimensions: str) -> bool:
         """Whether this process is the first along all of `dimensions`, and so counts for its peers there."""
@@ -173,3 +171,10 @@ def init_mesh(config: ParallelConfig, device: str) -> Mesh:
             join(backend, fitted.timeout)
     degrees = tuple(getattr(fitted, name) for name in DIMENSIONS)
     return Mesh(fitted, here, init_device_mesh(here.type, degrees, mesh_dim_names=DIMENSIONS))
+
+
+def equal_share(n: int, rank: int, size: int) -> range:
+    """Which of n things process `rank` of `size` takes: neighbours, equally many each."""
+    each, rest = divmod(n, size)
+    assert rest == 0, "ParallelConfig.check_batch has seen to it"
+    return range(rank * each, (rank + 1) * each)

@@ -1,6 +1,6 @@
 """Wraps a model for many processes, from outside and in one readable order.
 
-Pipeline stages, tensor and sequence parallel, context parallel, checkpointed activations, per-block compilation,
+Pipeline stages, tensor and sequence parallel, checkpointed activations, per-block compilation,
 the sharding of all parameters (FSDP2; HSDP where the shards are replicated), and last the values of what is then left
 here. The model's files know nothing of this. A single process goes through the same function, which then only
 checkpoints, compiles and fills.
@@ -9,21 +9,18 @@ checkpoints, compiles and fills.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from arriero.distributed.config import Recompute
-from arriero.distributed.context import ContextAttention
 from arriero.distributed.materialise import Values, materialise
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.stage import Stage
 from arriero.distributed.tensor import split_matrices
-from arriero.model.llama import Llama
+from arriero.model.llama import Block, Llama
 
 
 def parallelize(
@@ -43,8 +40,6 @@ def parallelize(
     for stage in stages:
         if config.tp > 1:
             split_matrices(stage.model, mesh.sub("tp"))
-        if config.cp > 1:
-            split_tokens(stage.model, mesh)
         prepare(stage.model, recompute=recompute, compile=compile)
         if mesh.distributed:
             shard(stage, mesh)
@@ -63,24 +58,17 @@ def prepare(model: Llama, *, recompute: Recompute = "none", compile: bool = Fals
     """
     for block in blocks(model):
         if recompute == "full":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.recompute()
         elif recompute == "selective":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=_keep_costly)
+            block.recompute(context_fn=_keep_costly)
         if compile:
             block.compile()
     return model
 
 
-def split_tokens(model: Llama, mesh: Mesh) -> None:
-    """Let attention gather the keys and values of the tokens that other context-parallel processes hold."""
-    attend = ContextAttention(mesh.sub("cp").get_group())
-    for block in blocks(model):
-        block.self_attn.attend = attend  # type: ignore[union-attr]
-
-
-def blocks(model: Llama) -> list[nn.Module]:
+def blocks(model: Llama) -> list[Block]:
     """The blocks that lie on this process."""
-    return [block for block in model.model.layers if any(True for _ in block.parameters())]
+    return [block for block in model.model.layers if isinstance(block, Block)]
 
 
 def shard(stage: Stage, mesh: Mesh) -> None:
@@ -104,12 +92,6 @@ def shard(stage: Stage, mesh: Mesh) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-
-
-def any_number_of_documents(cu_seqlens: Tensor) -> Tensor:
-    """Tell the compiler that the next batch may hold more or fewer documents; the tensor itself is as it was."""
-    torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
-    return cu_seqlens
 
 
 _COSTLY = {

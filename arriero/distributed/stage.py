@@ -12,12 +12,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from arriero.data.loader import Batch
+from arriero.data.batch import Batch
 from arriero.model.build import empty_model
 from arriero.model.llama import EMBEDDINGS, HEAD, Llama
 
@@ -27,10 +26,9 @@ Objective = Callable[[nn.Module, Batch], Tensor]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """This process's part of a micro-batch. `positions` [1, n] within documents where it holds a part of the tokens."""
+    """This process's part of a micro-batch."""
 
     batch: Batch
-    positions: Tensor | None
     seed: int | None  # of dropout; None draws on
 
 
@@ -45,17 +43,15 @@ class Stage(nn.Module):
         self.objective: Objective | None = None
         self.trained = 1  # tokens that the loss is divided by
         self.micro_batches: list[MicroBatch] = []
-        self._positions: Tensor | None = None
-        self.model.model.register_forward_pre_hook(self._give_positions, with_kwargs=True)
 
     def forward(self, x: Tensor, index: int | Tensor) -> Tensor:
         """x: ids [1, n] on the first stage, hidden states [1, n, D] on others; index: which micro-batch."""
         micro = self.micro_batches[int(index)]
-        batch, self._positions = dataclasses.replace(micro.batch, tokens=x), micro.positions
+        batch = dataclasses.replace(micro.batch, tokens=x)
         if micro.seed is not None:
             torch.manual_seed(micro.seed + self.index)
         if not self.last:
-            hidden = self.model.model(batch.tokens, batch.cu_seqlens, batch.prefix)
+            hidden = self.model.model(batch.tokens, batch.layout)
             assert isinstance(hidden, Tensor)
             return hidden
         assert self.objective is not None
@@ -70,11 +66,6 @@ class Stage(nn.Module):
         """The parameters that lie here by their name in the whole model, which for a tied copy is the embeddings'."""
         for name, parameter in self.model.named_parameters():
             yield EMBEDDINGS if self.tied_copy and name == HEAD else name, parameter
-
-    def _give_positions(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        return None if self._positions is None else (args, kwargs | {"positions": self._positions})
 
 
 class PassThrough(nn.Module):

@@ -44,9 +44,7 @@ def split_matrices(model: Llama, mesh: DeviceMesh) -> None:
     feed_forward = ("gate_proj", "up_proj"), "down_proj"
     block: dict[str, ParallelStyle] = {
         "input_layernorm": SequenceParallel(),
-        "self_attn": PrepareModuleInput(
-            input_layouts=(SEQUENCE, *(None,) * 5), desired_input_layouts=(Replicate(), *(None,) * 5)
-        ),
+        "self_attn": PrepareModuleInput(input_layouts=(SEQUENCE,), desired_input_layouts=(Replicate(),)),
         "post_attention_layernorm": SequenceParallel(),
         "mlp": PrepareModuleInput(input_layouts=(SEQUENCE,), desired_input_layouts=(Replicate(),)),
     }

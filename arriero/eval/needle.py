@@ -126,7 +126,9 @@ class Reader:
         nats = [-logits.log_softmax(-1)[0, ids[0]].item()]
         for start in range(0, len(ids) - 1, CHUNK):
             inputs, targets = (ids[start + i : min(start + CHUNK, len(ids) - 1) + i] for i in (0, 1))
-            hidden = self.model.model(torch.tensor([inputs], device=self.model.device), cache=self.cache)[0]
+            tokens = torch.tensor([inputs], device=self.model.device)
+            hidden = self.model.model(tokens, self.cache.layout(len(inputs)))[0]
+            self.cache.advance(len(inputs))
             chunk = torch.tensor(targets, device=self.model.device)
             nats += (-token_logprobs(hidden, self.model.lm_head.weight, chunk)).tolist()
         self._forget()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Protocol, TypeVar
 
 import torch
 
 from arriero.losses.lm import token_logprobs
+from arriero.model.layout import Documents
 from arriero.model.llama import Llama
 
 
@@ -56,9 +57,9 @@ def _groups(examples: Iterable[E], budget: int) -> Iterator[list[E]]:
 @torch.inference_mode()
 def _bits(model: Llama, group: list[E]) -> list[float]:
     device = model.device
-    bounds = [0, *accumulate(len(example.inputs) for example in group)]
+    documents = Documents.of([len(example.inputs) for example in group]).to(device)
     tokens = torch.tensor([token for example in group for token in example.inputs], device=device)
     targets = torch.tensor([target for example in group for target in example.targets], device=device)
-    hidden = model.model(tokens[None], cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device))[0]
+    hidden = model.model(tokens[None], documents)[0]
     logprobs = token_logprobs(hidden, model.lm_head.weight, targets).double()
-    return [-logprobs[start:end].sum().item() / math.log(2) for start, end in pairwise(bounds)]
+    return [-logprobs[start:end].sum().item() / math.log(2) for start, end in pairwise(documents.bounds)]

@@ -58,7 +58,9 @@ def prefill(model: Llama, cache: KVCache, prompts: Sequence[Sequence[int]]) -> T
         row[: len(prompt)] = torch.tensor(prompt)
     last: Tensor | None = None
     for start in range(0, longest, CHUNK):
-        hidden = model.model(padded[:, start : start + CHUNK], cache=cache)
+        chunk = padded[:, start : start + CHUNK]
+        hidden = model.model(chunk, cache.layout(chunk.shape[1]))
+        cache.advance(chunk.shape[1])
         at = (lengths - 1 - start).clamp(0, hidden.shape[1] - 1)
         found = hidden[torch.arange(len(prompts), device=model.device), at]
         inside = (lengths > start)[:, None]  # a row that ended in an earlier chunk keeps what it found there
@@ -84,16 +86,14 @@ def keep_beginning(cache: KVCache, held: list[int], ids: Sequence[int]) -> int:
 
 
 def torch_step(model: Llama, cache: KVCache) -> Step:
-    """The slow twin of the C++ step, for every device and type: all rows go through, idle ones are put back."""
+    """The slow twin of the C++ step, for every device and type: all rows go through, idle ones are not counted."""
 
     @torch.inference_mode()
     def step(tokens: Tensor, rows: Tensor) -> Tensor:
         everyone = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=model.device)
         everyone[rows, 0] = tokens
-        after = cache.lengths.clone()
-        after[rows] += 1
-        logits = model(everyone, cache=cache)[rows, 0].float()
-        cache.lengths = after
+        logits = model(everyone, cache.layout(1))[rows, 0].float()
+        cache.lengths[rows] += 1
         return logits
 
     return step

@@ -43,7 +43,7 @@ constexpr int64_t kBytes = 16, kRows = 4;
 constexpr int64_t kLanes = kBytes / 4;
 constexpr int64_t kKeys = 64;  // a block
 constexpr float kLn2 = 0.69314718f;
-constexpr int64_t kStrands = 16;  // backward: documents are dealt to so many strands a KV head
+constexpr int64_t kStrands = 16;  // backward: documents that share leads are dealt to so many strands a KV head
 static_assert(kLanes % kRows == 0, "no kernel row crosses a block");
 
 typedef float Lanes __attribute__((vector_size(kBytes)));
@@ -338,8 +338,8 @@ class Buffer {
 };
 
 extern "C" struct Attention {
-    int64_t n_documents, n_heads, n_kv_heads, width, prefix, threads, bf16;
-    const int32_t* cu_seqlens;      // [n_documents + 1]
+    int64_t n_documents, n_heads, n_kv_heads, width, threads, bf16;
+    const int32_t *bounds, *leads;  // [n_documents + 1]; [n_documents], the document that each continues, or -1
     const void *q, *k, *v;          // [N, H, h], [N, K, h], [N, K, h]
     void* out;                      // [N, H, h]
     float* logsumexp;               // [N, H]
@@ -352,9 +352,12 @@ class Packed {
   public:
     explicit Packed(const Attention& a, bool backward)
         : a_(a), backward_(backward), width_(up(a.width, kWhole<Unit>)), units_(width_ / kPerUnit<Unit>),
-          scale_(1 / (kLn2 * std::sqrt(float(a.width)))), first_block_(a.n_documents + 1), order_(a.n_documents) {
-        for (int64_t d = 0; d < a.n_documents; ++d)
+          scale_(1 / (kLn2 * std::sqrt(float(a.width)))), first_block_(a.n_documents + 1), before_(a.n_documents),
+          order_(a.n_documents) {
+        for (int64_t d = 0; d < a.n_documents; ++d) {
             first_block_[d + 1] = first_block_[d] + (length(d) + kKeys - 1) / kKeys;
+            if (a.leads[d] >= 0) before_[d] = before_[a.leads[d]] + length(a.leads[d]);
+        }
         std::iota(order_.begin(), order_.end(), 0);
         std::stable_sort(order_.begin(), order_.end(), [&](int64_t x, int64_t y) { return length(x) > length(y); });
     }
@@ -373,30 +376,30 @@ class Packed {
     }
 
     void backward() {
-        const int64_t strands = std::min(kStrands, a_.n_documents);
-        const int64_t shared = up(a_.prefix, kKeys) * width_, longest = up(length(order_[0]), kKeys) * width_;
+        plan();
+        int64_t needed = 0;
+        for (Strand& strand : strands_) strand.sums = needed, needed += 2 * trees_[strand.tree].size;
         const Buffer<Unit> keys(packed_size()), keys_across(packed_size()), values(packed_size());
-        const Buffer<float> sums(2 * strands * a_.n_kv_heads * shared);
+        const Buffer<float> sums(a_.n_kv_heads * needed);
         keys_along_ = keys, keys_across_ = keys_across, values_across_ = values;
 #pragma omp parallel num_threads(int(a_.threads))
         {
             pack();
-            const Buffer<float> own(2 * longest);
+            const Buffer<float> own(2 * padded(order_[0]));
             const Tile tile(width_);
 #pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < strands * a_.n_kv_heads; ++i) {
-                float* lead = sums + 2 * i * shared;  // what this strand's documents ask of the prefix
-                std::fill(lead, lead + 2 * shared, 0.0f);
-                for (int64_t d = i / a_.n_kv_heads; d < a_.n_documents; d += strands)
-                    differentiate(order_[d], i % a_.n_kv_heads, lead, own, tile);
+            for (int64_t i = 0; i < int64_t(strands_.size()) * a_.n_kv_heads; ++i) {
+                const Strand& strand = strands_[i / a_.n_kv_heads];
+                const Tree& tree = trees_[strand.tree];
+                const int64_t kv = i % a_.n_kv_heads;
+                float* at_leads = sums + kv * needed + strand.sums;
+                std::fill(at_leads, at_leads + 2 * tree.size, 0.0f);
+                for (size_t j = strand.first; j < tree.documents.size(); j += tree.strands)
+                    differentiate(tree.documents[j], kv, {at_leads, at_leads + tree.size}, own, tile);
             }
-#pragma omp for
-            for (int64_t i = 0; i < a_.n_kv_heads; ++i) {
-                float* total = sums + 2 * i * shared;
-                for (int64_t s = 1; s < strands; ++s)
-                    for (int64_t j = 0; j < 2 * shared; ++j) total[j] += total[2 * s * a_.n_kv_heads * shared + j];
-                write_keys(0, a_.prefix, i, total, total + shared);
-            }
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < int64_t(trees_.size()) * a_.n_kv_heads; ++i)
+                add_up(trees_[i / a_.n_kv_heads], i % a_.n_kv_heads, sums + i % a_.n_kv_heads * needed);
         }
     }
 
@@ -406,7 +409,25 @@ class Packed {
     static_assert(kQueries % kWhole<Unit> == 0 && kKeys % kWhole<Unit> == 0);
 
     struct Block {
-        int64_t index, start, keys;  // in the packed copies; in the document, < 0 in the prefix; its keys
+        int64_t index, start, keys;  // in the packed copies; from the query's document, < 0 in a lead; its keys
+        int64_t place;               // of its gradients, among those of all leads of the tree or the document's own
+    };
+
+    struct Gradients {  // of keys and of values, in blocks [W, kKeys]
+        float *k, *v;
+    };
+
+    // Documents that hang together by leads. Many documents add to the gradients of a lead's keys, so a tree's documents
+    // are dealt to strands, each with sums of its own for all the tree's leads, which are added up in order at the end.
+    struct Tree {
+        std::vector<int64_t> documents;  // the longest first
+        int64_t pairs, size, strands;    // visible; floats of its leads' keys, one of two gradients; how many
+        size_t first_strand;
+    };
+
+    struct Strand {
+        size_t tree, first;  // of its documents, which are those of the tree `strands` apart
+        int64_t sums;        // where its sums begin, among those of a KV head
     };
 
     struct Tile {  // what a thread works in
@@ -426,8 +447,9 @@ class Packed {
         float *const scores, *const grad_weights, *const sums;          // twice that; of out or grad_q [kQueries, W]
     };
 
-    int64_t begin(int64_t d) const { return a_.cu_seqlens[d]; }
-    int64_t length(int64_t d) const { return a_.cu_seqlens[d + 1] - a_.cu_seqlens[d]; }
+    int64_t begin(int64_t d) const { return a_.bounds[d]; }
+    int64_t length(int64_t d) const { return a_.bounds[d + 1] - a_.bounds[d]; }
+    int64_t padded(int64_t d) const { return up(length(d), kKeys) * width_; }
     int64_t group() const { return a_.n_heads / a_.n_kv_heads; }
     int64_t at(int64_t kv, int64_t block) const { return (kv * first_block_.back() + block) * kKeys * units_; }
     int64_t packed_size() const { return at(a_.n_kv_heads, 0); }
@@ -479,14 +501,55 @@ class Packed {
         turn(up(count, kWhole<Unit>) / kPerUnit<Unit>, width_, tile.along, width_, to, kTileUnits);
     }
 
-    // visit(block) for the prefix's blocks, if d continues it, and for d's own up to the one that holds `last`.
+    // Trees and their strands: about kStrands in all, shared out by the pairs that are visible.
+    void plan() {
+        std::vector<int64_t> tree_of(a_.n_documents);
+        place_.assign(a_.n_documents, -1);
+        for (int64_t d = 0; d < a_.n_documents; ++d) {
+            const int64_t lead = a_.leads[d];
+            tree_of[d] = lead < 0 ? int64_t(trees_.size()) : tree_of[lead];
+            if (lead < 0) trees_.push_back({});
+            else place_[lead] = 0;
+        }
+        int64_t pairs = 0;
+        for (int64_t d : order_) {
+            Tree& tree = trees_[tree_of[d]];
+            tree.documents.push_back(d);
+            const int64_t seen = length(d) * (before_[d] + (length(d) + 1) / 2);
+            tree.pairs += seen, pairs += seen;
+        }
+        for (int64_t d = 0; d < a_.n_documents; ++d)
+            if (place_[d] == 0) place_[d] = trees_[tree_of[d]].size, trees_[tree_of[d]].size += padded(d);
+        for (size_t t = 0; t < trees_.size(); ++t) {
+            Tree& tree = trees_[t];
+            const int64_t share = kStrands * tree.pairs / std::max<int64_t>(pairs, 1);
+            tree.strands = std::clamp<int64_t>(share, 1, int64_t(tree.documents.size()));
+            tree.first_strand = strands_.size();
+            for (int64_t s = 0; s < tree.strands; ++s) strands_.push_back({t, size_t(s), 0});
+        }
+        std::stable_sort(strands_.begin(), strands_.end(), [&](const Strand& x, const Strand& y) {
+            return trees_[x.tree].pairs / trees_[x.tree].strands > trees_[y.tree].pairs / trees_[y.tree].strands;
+        });
+        for (size_t s = strands_.size(); s-- > 0;)
+            if (strands_[s].first == 0) trees_[strands_[s].tree].first_strand = s;  // a tree's strands stay neighbours
+    }
+
+    // visit(block) for the blocks of the documents that d continues, the first of them first.
+    template <class Visit>
+    void over_leads(int64_t lead, int64_t d, Visit& visit) const {
+        if (lead < 0) return;
+        over_leads(a_.leads[lead], d, visit);
+        for (int64_t start = 0; start < length(lead); start += kKeys)
+            visit(Block{first_block_[lead] + start / kKeys, before_[lead] + start - before_[d],
+                        std::min(kKeys, length(lead) - start), backward_ ? place_[lead] + start * width_ : 0});
+    }
+
+    // visit(block) for those, and for d's own up to the one that holds `last`.
     template <class Visit>
     void over_blocks(int64_t d, int64_t last, Visit visit) const {
-        if (a_.prefix && d > 0)
-            for (int64_t start = 0; start < a_.prefix; start += kKeys)
-                visit(Block{start / kKeys, start - a_.prefix, std::min(kKeys, a_.prefix - start)});
+        over_leads(a_.leads[d], d, visit);
         for (int64_t start = 0; start <= last; start += kKeys)
-            visit(Block{first_block_[d] + start / kKeys, start, std::min(kKeys, length(d) - start)});
+            visit(Block{first_block_[d] + start / kKeys, start, std::min(kKeys, length(d) - start), start * width_});
     }
 
     static int64_t seen(const Block& block, int64_t query) {  // how many keys of the block the query sees
@@ -545,20 +608,31 @@ class Packed {
         total += added;
     }
 
-    // One document and KV head: grad_q of its query heads, grad_k and grad_v of its own keys; the prefix's into `lead`.
-    void differentiate(int64_t d, int64_t kv, float* lead, float* own, const Tile& tile) const {
-        const int64_t shared = up(a_.prefix, kKeys) * width_, size = up(length(d), kKeys) * width_;
-        const bool is_prefix = a_.prefix && d == 0;
-        if (is_prefix) own = lead;
-        else std::fill(own, own + 2 * size, 0.0f);
+    // One document and KV head: grad_q of its query heads, grad_k and grad_v of the keys that they see. Those of leads
+    // are added to `at_leads`; a document that leads none writes its own keys', for which `room` is.
+    void differentiate(int64_t d, int64_t kv, Gradients at_leads, float* room, const Tile& tile) const {
+        Gradients own{room, room + padded(d)};
+        if (place_[d] >= 0) own = {at_leads.k + place_[d], at_leads.v + place_[d]};
+        else std::fill(room, room + 2 * padded(d), 0.0f);
         for (int64_t head = kv * group(); head < (kv + 1) * group(); ++head)
             for (int64_t start = 0; start < length(d); start += kQueries)
-                differentiate_tile(d, head, start, lead, lead + shared, own, own + size, tile);
-        if (!is_prefix) write_keys(begin(d), length(d), kv, own, own + size);
+                differentiate_tile(d, head, start, at_leads, own, tile);
+        if (place_[d] < 0) write_keys(begin(d), length(d), kv, own);
     }
 
-    void differentiate_tile(int64_t d, int64_t head, int64_t start, float* lead_k, float* lead_v, float* own_k,
-                            float* own_v, const Tile& tile) const {
+    // The sums of a tree's strands for one KV head, in order, to the gradients of its leads' keys.
+    void add_up(const Tree& tree, int64_t kv, float* sums) const {
+        if (!tree.size) return;
+        float* total = sums + strands_[tree.first_strand].sums;
+        for (int64_t s = 1; s < tree.strands; ++s)
+            for (int64_t j = 0; j < 2 * tree.size; ++j) total[j] += total[2 * s * tree.size + j];
+        for (int64_t d : tree.documents)
+            if (place_[d] >= 0)
+                write_keys(begin(d), length(d), kv, {total + place_[d], total + tree.size + place_[d]});
+    }
+
+    void differentiate_tile(int64_t d, int64_t head, int64_t start, Gradients at_leads, Gradients own,
+                            const Tile& tile) const {
         const int64_t count = std::min(kQueries, length(d) - start), token = begin(d) + start;
         const int64_t rows = up(count, kWhole<Unit>);  // with rows of zeros, whose weights do no harm
         float lse[kQueries] = {}, delta[kQueries] = {};  // log2 sum exp; rowsum(grad * out)
@@ -578,8 +652,8 @@ class Packed {
             multiply<false>(rows, n, a_.width, tile.grad, units_, values_across_ + from, kKeys, tile.grad_weights,
                             kKeys);
             for (int64_t r = 0; r < rows; r += kPerUnit<Unit>) weigh(tile, r, n, block, start, lse, delta);
-            const int64_t to = (block.start < 0 ? block.start + a_.prefix : block.start) * width_;
-            float *grad_v = (block.start < 0 ? lead_v : own_v) + to, *grad_k = (block.start < 0 ? lead_k : own_k) + to;
+            const Gradients& of = block.start < 0 ? at_leads : own;
+            float *grad_v = of.v + block.place, *grad_k = of.k + block.place;
             multiply<true>(width_, n, rows, tile.grad_turned, kTileUnits, tile.weights, kKeys, grad_v, kKeys);
             multiply<true>(width_, n, rows, tile.q_turned, kTileUnits, tile.slopes_along, kKeys, grad_k, kKeys);
             multiply<true>(rows, width_ / kLanes, n * kLanes, tile.slopes, kBlockUnits, keys_along_ + from, width_,
@@ -623,14 +697,14 @@ class Packed {
     }
 
     // The gradients of `count` keys and values, turned in blocks [W, kKeys].
-    void write_keys(int64_t token, int64_t count, int64_t kv, const float* grad_k, const float* grad_v) const {
+    void write_keys(int64_t token, int64_t count, int64_t kv, Gradients grad) const {
         const Buffer<float> row(width_);
         for (int64_t j = 0; j < count; ++j) {
             const int64_t from = j / kKeys * kKeys * width_ + j % kKeys;
             const int64_t to = ((token + j) * a_.n_kv_heads + kv) * a_.width;
-            for (int64_t i = 0; i < width_; ++i) row[i] = grad_k[from + i * kKeys];
+            for (int64_t i = 0; i < width_; ++i) row[i] = grad.k[from + i * kKeys];
             write_row(row, scale_ * kLn2, static_cast<T*>(a_.grad_k) + to);
-            for (int64_t i = 0; i < width_; ++i) row[i] = grad_v[from + i * kKeys];
+            for (int64_t i = 0; i < width_; ++i) row[i] = grad.v[from + i * kKeys];
             write_row(row, 1, static_cast<T*>(a_.grad_v) + to);
         }
     }
@@ -639,7 +713,11 @@ class Packed {
     const bool backward_;
     const int64_t width_, units_;               // W, in values and in units
     const float scale_;                         // of scores, to exponents of two
-    std::vector<int64_t> first_block_, order_;  // [documents + 1]; documents, longest first
+    std::vector<int64_t> first_block_;          // [documents + 1]
+    std::vector<int64_t> before_, order_;       // tokens that each document continues; documents, longest first
+    std::vector<int64_t> place_;                // backward: of each lead among the sums of its tree, else -1
+    std::vector<Tree> trees_;
+    std::vector<Strand> strands_;
     Unit *keys_along_ = nullptr, *keys_across_ = nullptr, *values_along_ = nullptr, *values_across_ = nullptr;
 };
 

@@ -11,17 +11,17 @@ Shapes: B batch, T tokens, D model width, H heads, K KV heads, h head width, F F
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from arriero.model.attention import cached_attention, document_attention, document_positions
-from arriero.model.cache import KVCache
 from arriero.model.config import LlamaConfig
 from arriero.model.initial import initial_weight, whole
-from arriero.model.rope import apply_rope, rope_tables
+from arriero.model.layout import Attend, Layout, Rows
+from arriero.model.rope import Rope, apply_rope, rope_tables
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one and the same where they are tied
 
@@ -51,12 +51,11 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention within documents: H query heads share K key-value heads."""
+    """Grouped-query attention: H query heads share K key-value heads. The layout says what a token sees (layout.py)."""
 
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        self.attend = document_attention  # over uncached tokens; replaced from outside where they lie elsewhere too
+        self.head_dim = config.head_dim
         self.q_proj = Linear(config.dim, config.n_heads * config.head_dim)
         self.k_proj = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.v_proj = Linear(config.dim, config.n_kv_heads * config.head_dim)
@@ -67,15 +66,9 @@ class Attention(nn.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         return self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, prefix: int, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, rope: Rope, attend: Attend) -> Tensor:
         q, k, v = self.project(x)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is None:
-            out = self.attend(q, k, v, cu_seqlens, prefix)
-        else:
-            out = cached_attention(q, k, v, cache, self.layer)
+        out = attend(apply_rope(q, *rope), apply_rope(k, *rope), v)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
 
@@ -95,17 +88,26 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer: x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, config: LlamaConfig, layer: int, attention: type[Attention]) -> None:
+    def __init__(self, config: LlamaConfig, attention: type[Attention]) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.self_attn = attention(config, layer)
+        self.self_attn = attention(config)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
+        self._recompute: dict[str, Any] | None = None
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, prefix: int, cache: KVCache | None
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, prefix, cache)
+    def recompute(self, **how: Any) -> None:
+        """Keep only the input, and run the layer again in the backward pass; how: arguments of torch's `checkpoint`."""
+        self._recompute = how
+
+    def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        if self._recompute is None:
+            return self._layer(x, rope, attend)
+        again: Tensor = checkpoint(self._layer, x, rope, attend, use_reentrant=False, **self._recompute)
+        return again
+
+    def _layer(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope=rope, attend=attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -117,37 +119,16 @@ class Decoder(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # None: the type that the embeddings are stored in
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, layer, attention) for layer in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        cu_seqlens: Tensor | None = None,
-        prefix: int = 0,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        """Run the decoder.
-
-        tokens: ids [B, T]. cu_seqlens: int32 [n_documents + 1], the document boundaries over the B*T tokens
-        laid end to end (row boundaries included); positions restart and attention stops at each. None: each
-        row is one document. prefix: length of the first document when every later one continues it, else 0
-        (see attention.py). cache: keys and values of earlier tokens, extended by these (inference only).
-        positions: [B, T] within documents, for whoever passes a part of the tokens; else they follow from the rest.
-        """
-        if cache is not None:
-            if cu_seqlens is not None:
-                raise ValueError("cu_seqlens and cache exclude each other: a cached row is one document")
-            positions = cache.positions(tokens.shape[1])
-        elif positions is None:
-            positions = document_positions(tokens, cu_seqlens, prefix)
-        cos, sin = rope_tables(self.config, positions)
+    def forward(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
+        """tokens: ids [B, T]. layout: where they stand and what they see; None: each row is one document."""
+        layout = Rows.of(tokens) if layout is None else layout
+        rope = rope_tables(self.config, layout.positions)
         x = self.embed_tokens(tokens).to(self.compute_dtype)
-        for block in self.layers:
-            x = block(x, cos, sin, cu_seqlens, prefix, cache)
-        if cache is not None:
-            cache.advance(tokens.shape[1])
+        for layer, block in enumerate(self.layers):
+            x = block(x, rope, layout.attention(layer))
         return self.norm(x)
 
 
@@ -178,11 +159,9 @@ class Llama(nn.Module):
         self.model.compute_dtype = dtype
         return self
 
-    def forward(
-        self, tokens: Tensor, cu_seqlens: Tensor | None = None, prefix: int = 0, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
         """Logits [B, T, V] in the compute type; arguments as in `Decoder.forward`."""
-        return self.lm_head(self.model(tokens, cu_seqlens, prefix, cache))
+        return self.lm_head(self.model(tokens, layout))
 
     @torch.no_grad()
     def init_weights(self, std: float = 0.02, seed: int = 0, *, depth_scaled: bool = False) -> Self:

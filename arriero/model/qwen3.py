@@ -19,8 +19,8 @@ from arriero.model.llama import Attention, Llama, RMSNorm
 class NormedAttention(Attention):
     """Llama's attention over normalised queries and keys."""
 
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
-        super().__init__(config, layer)
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 

@@ -16,6 +16,9 @@ from torch import Tensor
 from arriero.model.config import LlamaConfig
 from arriero.model.scaling import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling
 
+Rope = tuple[Tensor, Tensor]
+"""cos and sin of position x frequency, fp32 [B, T, 1, h/2]."""
+
 
 def rope_frequencies(config: LlamaConfig, device: torch.device | str | None = None) -> Tensor:
     """Return the angular frequencies f_i = theta^(-2i/h), fp32 [h/2], scaled where the config says so.
@@ -61,7 +64,7 @@ def rope_attention(config: LlamaConfig) -> float:
     return config.rope_scaling.attention_factor if isinstance(config.rope_scaling, YarnScaling) else 1.0
 
 
-def rope_tables(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rope_tables(config: LlamaConfig, positions: Tensor) -> Rope:
     """Return cos and sin of position x frequency, fp32 [B, T, 1, h/2], for positions [B, T].
 
     Raises ConfigError for positions that the scaling does not reach: `LlamaConfig.check_length`.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from arriero.data.loader import Batch
+from arriero.data.batch import Batch
 from arriero.distributed.engine import Engine
 from arriero.distributed.stage import Objective
 from arriero.errors import ConfigError

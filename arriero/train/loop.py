@@ -25,7 +25,7 @@ from torch import Tensor
 
 from arriero.checkpoint import native
 from arriero.checkpoint.sharded import Checkpoints
-from arriero.data.loader import Batch
+from arriero.data.batch import Batch
 from arriero.distributed.engine import Engine
 from arriero.distributed.stage import Objective
 from arriero.errors import CheckpointError, TrainingError

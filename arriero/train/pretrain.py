@@ -25,9 +25,9 @@ from arriero.checkpoint.beside import NOTHING, Beside, read_beside
 from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import has_tokenizer, load_tokenizer_at, open_model
 from arriero.checkpoint.source import resolve
+from arriero.data.batch import Batch, collate, row_groups
 from arriero.data.documents import DataStage, PretrainLoader
 from arriero.data.held_out import HeldOutRows, first_rows
-from arriero.data.loader import Batch, collate
 from arriero.data.prefetch import Prefetched
 from arriero.data.shards import Shards, fingerprints, open_splits
 from arriero.distributed.engine import Engine
@@ -210,10 +210,8 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
     def batches(step: int) -> list[Batch]:
         phase = phases[bisect.bisect_right(starts, step) - 1]
         first = phase.first_row + (step - phase.first_step) * phase.batch_rows
-        mine = mesh.share(phase.batch_rows // loop.micro_rows)
-        starts_of_groups = (first + index * loop.micro_rows for index in mine)
-        groups = (range(start, start + loop.micro_rows) for start in starts_of_groups)
-        pad_to = loop.micro_rows * phase.seq_len  # one shape, see `SftLoader.collate`
+        groups = row_groups(first, loop.micro_rows, mesh.share(phase.batch_rows // loop.micro_rows))
+        pad_to = loop.micro_rows * phase.seq_len  # one shape, see `batch.collate`
         return [loader.collate([loader.row(i) for i in rows], pad_to).to(device) for rows in groups]
 
     validate = Validation(config, engine, tokenizer, held_out_rows(data, held_out, tokenizer), prompts)
@@ -337,7 +335,7 @@ def seconds_at_peak(shape: LlamaConfig, device: str, dtype: torch.dtype) -> Call
     def seconds(batches: Sequence[Batch]) -> float:
         flops = 0.0
         for batch in batches:
-            lengths = batch.cu_seqlens.diff().double()
+            lengths = torch.tensor(batch.documents.lengths, dtype=torch.float64)
             context = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())  # causal, within documents
             flops += batch.n_trained * shape.flops_per_token(context)
         return flops / peak

@@ -18,7 +18,8 @@ from arriero.checkpoint.adapter import save_adapter
 from arriero.checkpoint.beside import Beside, read_beside
 from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import load_tokenizer_at, open_model
-from arriero.data.loader import Batch, SftLoader
+from arriero.data.batch import Batch, row_groups
+from arriero.data.loader import SftLoader
 from arriero.data.sft import SftDataset, build_splits, data_stats
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh
@@ -141,14 +142,13 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     compiled = compiles(loop, steps * loop.batch_rows * config.data.seq_len)
     values = first_values(weights.part, loop.seed)
     engine = Engine(parallelize(model, mesh, values=values, recompute=loop.recompute, compile=compiled), mesh)
-    row = config.data.seq_len if compiled or config.data.packing else None  # see `SftLoader.collate`
+    row = config.data.seq_len if compiled or config.data.packing else None  # see `batch.collate`
 
     def batches(step: int) -> list[Batch]:
         first = step * loop.batch_rows
-        mine = mesh.share(loop.batch_rows // loop.micro_rows)
-        starts = (first + index * loop.micro_rows for index in mine)
-        rows = ([loader.row(i) for i in range(start, start + loop.micro_rows)] for start in starts)
-        return [loader.collate(micro, row and loop.micro_rows * row).to(device) for micro in rows]
+        groups = row_groups(first, loop.micro_rows, mesh.share(loop.batch_rows // loop.micro_rows))
+        pad_to = row and loop.micro_rows * row
+        return [loader.collate([loader.row(i) for i in rows], pad_to).to(device) for rows in groups]
 
     validate = None
     if validation is not None:

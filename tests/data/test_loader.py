@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from arriero.data.loader import IGNORED, SftLoader, collate, next_token_targets, shared_prefix
+from arriero.data.batch import IGNORED, collate, next_token_targets
+from arriero.data.loader import SftLoader, shared_prefix
 from arriero.data.sft import SftDataset, build_dataset
 from arriero.errors import DataError
 from arriero.model.config import LlamaConfig
@@ -76,15 +77,16 @@ def test_a_batch_lays_rows_end_to_end_with_the_bounds_of_their_documents(dataset
     loader = SftLoader(dataset, 256, seed=3)
     rows = [loader.row(i) for i in range(3)]
     batch = loader.collate(rows)
-    n = batch.prefix + sum(len(row.tokens) for row in rows)
-    assert batch.prefix == len(loader.prefix) > 8
+    p = len(loader.prefix)
+    n = p + sum(len(row.tokens) for row in rows)
+    assert p > 8 and batch.documents.leads == (-1, *[0] * (len(batch.documents.lengths) - 1))
     assert batch.tokens.shape == batch.targets.shape == (1, n)
-    assert batch.tokens.dtype == batch.targets.dtype == torch.int64 and batch.cu_seqlens.dtype == torch.int32
-    assert batch.cu_seqlens.diff().tolist() == np.concatenate([[batch.prefix], *(row.lengths for row in rows)]).tolist()
+    assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+    assert list(batch.documents.lengths) == np.concatenate([[p], *(row.lengths for row in rows)]).tolist()
     assert batch.tokens[0].tolist() == np.concatenate([loader.prefix, *(row.tokens for row in rows)]).tolist()
     assert batch.n_trained == int((batch.targets != IGNORED).sum()) > 0
     # No document predicts the first token of the next.
-    assert (batch.targets[0, batch.cu_seqlens[1:].long() - 1] == IGNORED).all()
+    assert (batch.targets[0, torch.tensor(batch.documents.bounds[1:]) - 1] == IGNORED).all()
     trained = batch.targets[0, :-1] != IGNORED
     assert torch.equal(batch.targets[0, :-1][trained], batch.tokens[0, 1:][trained])
 
@@ -105,9 +107,10 @@ def test_padding_is_an_untrained_document_of_its_own(dataset):
     n = plain.tokens.shape[1]
     assert padded.tokens.shape == (1, 557)
     assert torch.equal(padded.tokens[:, :n], plain.tokens) and torch.equal(padded.targets[:, :n], plain.targets)
-    assert padded.cu_seqlens.tolist() == [*plain.cu_seqlens.tolist(), 557]
+    assert padded.documents.bounds == (*plain.documents.bounds, 557) and padded.documents.leads[-1] == -1
+    assert padded.documents.positions[0, n:].tolist() == list(range(557 - n))
     assert (padded.targets[0, n:] == IGNORED).all() and padded.n_trained == plain.n_trained
-    assert torch.equal(collate(rows, pad_to=n).cu_seqlens, plain.cu_seqlens)
+    assert collate(rows, pad_to=n).documents.bounds == plain.documents.bounds
 
 
 def test_examples_longer_than_a_row_are_refused_with_the_remedy(dataset):
@@ -143,7 +146,7 @@ def test_packed_padded_and_unpacked_rows_have_the_same_loss_for_every_token(data
         for k in range(loader.rows_in_epoch(0)):
             batch = loader.collate([loader.row(k)], pad_to)
             with torch.no_grad():
-                logits = model(batch.tokens, batch.cu_seqlens, batch.prefix)
+                logits = model(batch.tokens, batch.layout)
             trained = batch.targets[0] != IGNORED
             found += F.cross_entropy(logits[0][trained], batch.targets[0][trained], reduction="none").tolist()
         return sorted(found)
@@ -156,5 +159,5 @@ def test_packed_padded_and_unpacked_rows_have_the_same_loss_for_every_token(data
 def test_a_batch_moved_to_a_device_keeps_its_shared_prefix(dataset):
     loader = SftLoader(dataset, 512, seed=3)
     batch = loader.collate([loader.row(0)])
-    assert batch.prefix > 8
-    assert batch.to("cpu").prefix == batch.prefix
+    assert 0 in batch.documents.leads
+    assert batch.to("cpu").documents.leads == batch.documents.leads

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from arriero.data.loader import IGNORED, Batch, Row, collate, next_token_targets
+from arriero.data.batch import IGNORED, Batch, Row, collate, next_token_targets
 from arriero.distributed.config import ParallelConfig
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh, init_mesh
@@ -88,11 +88,12 @@ def toy_batch(seed: int, prefix: int = 0) -> Batch:
     """Three documents of 2 to 23 tokens, some of them untrained, behind a shared beginning of `prefix` tokens."""
     rng = np.random.default_rng(seed)
     lead = np.random.default_rng(7).integers(0, SHAPE.vocab_size, prefix).astype(np.int32)
-    rows = [Row(lead, np.full(prefix, IGNORED), np.array([prefix]))] if prefix else []
+    behind = Row(lead, np.full(prefix, IGNORED), np.array([prefix])) if prefix else None
+    rows = []
     for length in rng.integers(2, 24, 3):
         tokens = rng.integers(0, SHAPE.vocab_size, length).astype(np.int32)
         rows.append(Row(tokens, next_token_targets(tokens, rng.random(length) < 0.7), np.array([length])))
-    return dataclasses.replace(collate(rows), prefix=prefix)
+    return collate(rows, behind=behind)
 
 
 def toy_model(case: Case) -> Llama:

@@ -8,7 +8,8 @@ import torch
 
 from arriero.cpp import load_cpp
 from arriero.model import attention
-from arriero.model.attention import document_attention, naive_attention
+from arriero.model.attention import naive_attention
+from arriero.model.layout import Documents
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86-64")
 
@@ -22,30 +23,32 @@ def older_cpu(request, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("older_cpu")
-@pytest.mark.parametrize("prefix", [0, 67])
+@pytest.mark.parametrize("leads", [(-1,) * 5, (-1, 0, 0, 0, 0), (-1, 0, 1, 0, -1)], ids=["apart", "prompt", "tree"])
 @pytest.mark.parametrize("width", [6, 64, 80])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 3.5e-3)], ids=str)
-def test_attention_on_older_cpus_equals_the_naive_twin(dtype, bound, width, prefix):
-    compare(dtype, bound, width, prefix)
+def test_attention_on_older_cpus_equals_the_naive_twin(dtype, bound, width, leads):
+    compare(dtype, bound, width, leads)
 
 
 @pytest.mark.parametrize("width", [6, 64, 80])
 @pytest.mark.parametrize("lengths", [(67, 131, 1, 63, 65), (1, 2, 3, 33, 7)], ids=str)
 def test_odd_documents_fill_pairs_with_nothing(width, lengths):
-    compare(torch.bfloat16, 3.5e-3, width, 0, lengths)
+    compare(torch.bfloat16, 3.5e-3, width, (-1,) * 5, lengths)
 
 
-def compare(dtype, bound, width, prefix, lengths=(67, 131, 1, 64, 65)):
+def compare(dtype, bound, width, leads, lengths=(67, 131, 1, 64, 65)):
     """Relative errors in norm of the output and three gradients, against the twin in fp32, are below `bound`."""
     g = torch.Generator().manual_seed(1)
-    cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    documents = Documents.of(lengths, leads)
     q, grad = torch.randn(2, 1, sum(lengths), 6, width, generator=g).to(dtype)
     k, v = torch.randn(2, 1, sum(lengths), 2, width, generator=g).to(dtype)
     runs = []
-    for attend in (document_attention, naive_attention):
-        wide = torch.float32 if attend is naive_attention else dtype
+    for wide in (dtype, torch.float32):
         leaves = [x.to(wide, copy=True).requires_grad_() for x in (q, k, v)]
-        out = attend(*leaves, cu, prefix)
+        if not runs:
+            out = documents.attention(0)(*leaves)
+        else:
+            out = naive_attention(*leaves, documents.bounds, documents.leads)
         runs.append((out.detach(), *torch.autograd.grad(out, leaves, grad.to(wide))))
     for ours, naive in zip(*runs, strict=True):
         assert ours.dtype == dtype

@@ -1,12 +1,15 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from arriero.distributed.parallelize import prepare
 from arriero.model import attention
-from arriero.model.attention import document_attention, document_positions, naive_attention
+from arriero.model.attention import PieceByPiece, naive_attention
 from arriero.model.build import build_model
 from arriero.model.cache import KVCache
 from arriero.model.config import LlamaConfig, Qwen3Config
+from arriero.model.layout import Documents, Rows
 from arriero.model.llama import Llama, RMSNorm
 
 CONFIG = LlamaConfig(dim=66, n_layers=3, n_heads=11, n_kv_heads=1, ffn_dim=29, vocab_size=101, max_context=64)
@@ -25,8 +28,15 @@ def ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(101, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def boundaries(*lengths: int) -> torch.Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+APART, PROMPT = (-1,) * 5, (-1, 0, 0, 0, 0)
+LEADS = {
+    "apart": APART,
+    "prompt": PROMPT,  # one document leads all others
+    "pairs": (-1, 0, 0, -1, 3),  # two prompts with their answers
+    "tree": (-1, 0, 1, 0, -1),  # a lead has a lead
+    "chain": (-1, 0, 1, 2, 3),
+}
+leads_of_five = pytest.mark.parametrize("leads", LEADS.values(), ids=LEADS)
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -40,54 +50,82 @@ def path(request, monkeypatch) -> str:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-@pytest.mark.parametrize("prefix", [0, 17])
-@pytest.mark.parametrize("lengths", [(17, 24, 30, 11), (17, 1, 0, 29, 1, 34), (17, *[1] * 24, 41)], ids=str)
-def test_attention_and_its_gradients_equal_the_naive_twin(path, kv_heads, prefix, lengths):
-    check_attention(kv_heads, boundaries(*lengths), prefix)
+@leads_of_five
+@pytest.mark.parametrize("lengths", [(17, 24, 30, 11, 3), (17, 1, 0, 29, 1), (0, 1, 41, 1, 1)], ids=str)
+def test_attention_and_its_gradients_equal_the_naive_twin(path, kv_heads, leads, lengths):
+    check_attention(kv_heads, Documents.of(lengths, leads))
+
+
+@pytest.mark.parametrize(
+    "leads", [(-1,) * 25, (-1, *(0,) * 24), tuple(range(-1, 24))], ids=["apart", "prompt", "chain"]
+)
+def test_attention_of_many_short_documents_equals_the_naive_twin(path, leads):
+    check_attention(2, Documents.of((17, *[1] * 23, 41), leads))
 
 
 @pytest.mark.parametrize("width", [6, 16, 64, 80, 128])  # 6 and 80 leave vectors, and pairs of them, unfilled
-@pytest.mark.parametrize("prefix", [0, 67])
-def test_attention_of_documents_longer_than_a_tile_equals_the_naive_twin(path, width, prefix):
-    check_attention(2, boundaries(67, 131, 1, 64, 65), prefix, width)
+@leads_of_five
+def test_attention_of_documents_longer_than_a_tile_equals_the_naive_twin(path, width, leads):
+    check_attention(2, Documents.of((67, 131, 1, 64, 65), leads), width)
 
 
-@pytest.mark.parametrize("prefix", [0, 67])
-def test_attention_in_bf16_is_within_its_rounding_of_the_naive_twin_in_fp32(path, prefix):
-    cu, inputs = boundaries(67, 131, 1, 64, 65), [x.bfloat16() for x in attention_inputs(1, 328, 6, 2, 64)]
-    ours = output_and_gradients(document_attention, inputs, cu, prefix)
-    naive = output_and_gradients(naive_attention, [x.float() for x in inputs], cu, prefix)
-    for a, b in zip(ours, naive, strict=True):
+@leads_of_five
+def test_attention_piece_by_piece_equals_the_naive_twin(leads):
+    documents = Documents.of((67, 31, 0, 64, 5), leads)
+    check_attention(2, documents, attend=PieceByPiece(documents.pieces, documents.device))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_attention_of_any_forest_of_documents_equals_the_naive_twin(data):
+    n = data.draw(st.integers(1, 12))
+    lengths = [data.draw(st.integers(0, 70)) for _ in range(n)]
+    lengths[-1] += 1
+    check_attention(2, Documents.of(lengths, [data.draw(st.integers(-1, d - 1)) for d in range(n)]))
+
+
+@leads_of_five
+def test_attention_in_bf16_is_within_its_rounding_of_the_naive_twin_in_fp32(path, leads):
+    documents = Documents.of((67, 131, 1, 64, 65), leads)
+    inputs = [x.bfloat16() for x in attention_inputs(1, 328, 6, 2, 64)]
+    ours = output_and_gradients(documents.attention(0), inputs)
+    expected = output_and_gradients(naive(documents), [x.float() for x in inputs])
+    for a, b in zip(ours, expected, strict=True):
         assert a.dtype == torch.bfloat16
         difference = float((a.float() - b).norm() / b.norm())
         assert difference < (3e-3 if path == "native" else 1e-2)  # rounding the result alone: 1.7e-3
 
 
 def test_attention_in_half_precision_goes_through_torch():
-    cu, inputs = boundaries(17, 24), [x.half() for x in attention_inputs(1, 41, 6, 2, 16)]
-    ours = output_and_gradients(document_attention, inputs, cu, 17)
-    naive = output_and_gradients(naive_attention, [x.float() for x in inputs], cu, 17)
-    for a, b in zip(ours, naive, strict=True):
+    documents, inputs = Documents.of((17, 24), (-1, 0)), [x.half() for x in attention_inputs(1, 41, 6, 2, 16)]
+    ours = output_and_gradients(documents.attention(0), inputs)
+    expected = output_and_gradients(naive(documents), [x.float() for x in inputs])
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a.float(), b, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_repeats_bit_for_bit_on_any_number_of_threads(dtype):
     assert attention.load_library() is not None
-    inputs, cu = [x.to(dtype) for x in attention_inputs(1, 328, 6, 2, 64)], boundaries(67, 131, 1, 64, 65)
+    inputs, leads = [x.to(dtype) for x in attention_inputs(1, 328, 6, 2, 64)], LEADS["tree"]
+    attend = Documents.of((67, 131, 1, 64, 65), leads).attention(0)
     threads, runs = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3, 2):
             torch.set_num_threads(n)
-            runs.append(output_and_gradients(document_attention, inputs, cu, 67))
+            runs.append(output_and_gradients(attend, inputs))
     finally:
         torch.set_num_threads(threads)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
-def test_attention_without_boundaries_equals_the_naive_twin():
-    check_attention(2, None, 0)
+def test_attention_of_rows_equals_the_naive_twin_of_each():
+    inputs = attention_inputs(2, 41, 6, 2, 16)
+    ours = output_and_gradients(Rows(2, 41, torch.device("cpu")).attention(0), inputs)
+    apart = [output_and_gradients(naive(Documents.of([41])), [x[row : row + 1] for x in inputs]) for row in range(2)]
+    for a, b in zip(ours, map(torch.cat, zip(*apart, strict=True)), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
 
 
 def attention_inputs(batch, length, heads, kv_heads, width):
@@ -97,39 +135,50 @@ def attention_inputs(batch, length, heads, kv_heads, width):
     return q, k, v, grad
 
 
-def output_and_gradients(attend, inputs, cu, prefix):
+def output_and_gradients(attend, inputs):
     leaves = [x.clone().requires_grad_() for x in inputs[:3]]
-    out = attend(*leaves, cu, prefix)
+    out = attend(*leaves)
     return out.detach(), *torch.autograd.grad(out, leaves, inputs[3])
 
 
-def check_attention(kv_heads, cu, prefix, width=16):
-    inputs = attention_inputs(2, 41 if cu is None else int(cu[-1]) // 2, 6, kv_heads, width)
-    ours, naive = (output_and_gradients(f, inputs, cu, prefix) for f in (document_attention, naive_attention))
-    for a, b in zip(ours, naive, strict=True):
+def naive(documents):
+    return lambda q, k, v: naive_attention(q, k, v, documents.bounds, documents.leads)
+
+
+def check_attention(kv_heads, documents, width=16, attend=None):
+    inputs = attention_inputs(1, documents.n_tokens, 6, kv_heads, width)
+    ours = output_and_gradients(attend or documents.attention(0), inputs)
+    for a, b in zip(ours, output_and_gradients(naive(documents), inputs), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
 
 
 def test_the_packed_operator_passes_torchs_own_checks(path):
     q, k = torch.randn(19, 4, 8, requires_grad=True), torch.randn(19, 2, 8, requires_grad=True)
-    torch.library.opcheck(torch.ops.arriero.packed_attention_cpu.default, (q, k, k.detach(), boundaries(7, 12), 7))
+    attend = Documents.of((7, 12), (-1, 0)).attention(0)
+    torch.library.opcheck(
+        torch.ops.arriero.packed_attention_cpu.default, (q, k, k.detach(), attend.bounds, attend.leads)
+    )
 
 
 def test_positions_restart_at_documents():
-    positions = document_positions(torch.zeros(2, 6, dtype=torch.long), boundaries(4, 2, 5, 1))
-    assert positions.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 0]]
+    assert Documents.of((4, 2, 5, 1)).positions.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 0]]
+
+
+def test_positions_go_on_where_leads_end():
+    documents = Documents.of((4, 2, 3, 1, 2), (-1, 0, 1, 0, -1))
+    assert documents.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 0, 1]]
 
 
 def test_packed_documents_equal_each_document_alone(model):
     documents = [ids(1, n, seed=n) for n in (5, 13, 2, 17)]
-    packed = model(torch.cat(documents, dim=1), boundaries(5, 13, 2, 17))
+    packed = model(torch.cat(documents, dim=1), Documents.of((5, 13, 2, 17)))
     alone = torch.cat([model(d) for d in documents], dim=1)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_of_packed_documents_are_the_sum_of_those_alone(model):
     documents = [ids(1, n, seed=n) for n in (5, 13, 7)]
-    model(torch.cat(documents, dim=1), boundaries(5, 13, 7)).square().sum().backward()
+    model(torch.cat(documents, dim=1), Documents.of((5, 13, 7))).square().sum().backward()
     packed = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for d in documents:
@@ -140,7 +189,7 @@ def test_gradients_of_packed_documents_are_the_sum_of_those_alone(model):
 
 def test_documents_that_share_a_prefix_equal_each_document_whole(model):
     shared, own = ids(1, 7), [ids(1, n, seed=n) for n in (5, 13, 2)]
-    packed = model(torch.cat([shared, *own], dim=1), boundaries(7, 5, 13, 2), prefix=7)
+    packed = model(torch.cat([shared, *own], dim=1), Documents.of((7, 5, 13, 2), (-1, 0, 0, 0)))
     alone = [model(torch.cat([shared, tokens], dim=1)) for tokens in own]
     torch.testing.assert_close(packed[:, :7], alone[0][:, :7], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(packed[:, 7:], torch.cat([out[:, 7:] for out in alone], dim=1), atol=1e-5, rtol=1e-5)
@@ -158,8 +207,10 @@ def test_cached_equals_uncached(model):
     tokens = ids(3, 23)
     whole = model(tokens)
     cache = KVCache(model.config, batch=3, capacity=23)
-    steps = [model(tokens[:, :7], cache=cache), model(tokens[:, 7:12], cache=cache)]
-    steps += [model(tokens[:, t : t + 1], cache=cache) for t in range(12, 23)]
+    steps = []
+    for start, end in [(0, 7), (7, 12), *((t, t + 1) for t in range(12, 23))]:
+        steps.append(model(tokens[:, start:end], cache.layout(end - start)))
+        cache.advance(end - start)
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=1e-5)
     assert cache.lengths.tolist() == [23] * 3
 
@@ -168,10 +219,10 @@ def test_rows_of_different_length_share_a_cache(model):
     lengths = torch.tensor([3, 11, 7])
     tokens = ids(3, 11)
     cache = KVCache(model.config, batch=3, capacity=19)
-    model(tokens, cache=cache)
+    model(tokens, cache.layout(11))
     cache.lengths = lengths.clone()  # forget the padding behind each row
     following = ids(3, 5, seed=9)
-    ragged = model(following, cache=cache)
+    ragged = model(following, cache.layout(5))
     for row, length in enumerate(lengths):
         alone = model(torch.cat([tokens[row, :length], following[row]])[None])
         torch.testing.assert_close(ragged[row], alone[0, length:], atol=1e-5, rtol=1e-5)
@@ -179,7 +230,7 @@ def test_rows_of_different_length_share_a_cache(model):
 
 def test_a_full_cache_is_refused(model):
     with pytest.raises(ValueError, match="12 tokens do not fit its capacity of 11"):
-        model(ids(1, 12), cache=KVCache(model.config, batch=1, capacity=11))
+        KVCache(model.config, batch=1, capacity=11).layout(12)
 
 
 def test_wide_weights_compute_in_the_chosen_type_and_get_wide_gradients(model):
@@ -203,11 +254,11 @@ def test_rms_norm_by_hand():
 @pytest.mark.parametrize("options", [{"compile": True}, {"recompute": "full"}, {"recompute": "selective"}], ids=str)
 @pytest.mark.parametrize("config", [GROUPED, pytest.param(NORMED, marks=pytest.mark.slow)], ids=["llama", "qwen3"])
 def test_prepared_blocks_equal_plain_ones(config, options):
-    tokens, cu = ids(1, 37), boundaries(11, 13, 13)
+    tokens, documents = ids(1, 37), Documents.of((11, 13, 13), (-1, 0, 0))
     results = []
     for prepared in ({}, options):
         model = prepare(build_model(config).init_weights(std=0.2, seed=5), **prepared)
-        out = model(tokens, cu, prefix=11)
+        out = model(tokens, documents)
         out.square().mean().backward()
         results.append([out, *(p.grad for p in model.parameters())])
     for ours, plain in zip(*results, strict=True):
