@@ -17,21 +17,26 @@ from unittest.mock import patch
 import torch
 
 from arriero.model import attention
+from arriero.model.layout import Documents
 
 HEADS, KV_HEADS, WIDTH = 9, 3, 64
-ROWS = {  # name: document lengths, prefix
-    "155": ([155], 0),
-    "340": ([340], 0),
-    "1024": ([1024], 0),
-    "6 x 155": ([155] * 6, 0),
-    "400 + 600": ([400, 600], 0),
-    "7 x 140 that share 41": ([41] + [140] * 7, 41),
+ROWS = {
+    "155": Documents.of([155]),
+    "340": Documents.of([340]),
+    "1024": Documents.of([1024]),
+    "6 x 155": Documents.of([155] * 6),
+    "400 + 600": Documents.of([400, 600]),
+    "7 x 140 that share 41": Documents.of([41] + [140] * 7, [-1] + [0] * 7),
+    "4 groups of 8 x 24 that share 48": Documents.of(
+        ([48] + [24] * 8) * 4, [9 * g if i else -1 for g in range(4) for i in range(9)]
+    ),
 }
 
 
-def measure(lengths: list[int], prefix: int, repeats: int) -> dict[str, list[float]]:
+def measure(documents: Documents, repeats: int) -> dict[str, list[float]]:
     """Seconds of each run: keys "C++ forward", "torch forward", ..."""
-    total, cu = sum(lengths), torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    total, where = documents.n_tokens, documents.attention(0)
+    assert isinstance(where, attention.PackedOnCpu)
     q, grad = torch.randn(2, total, HEADS, WIDTH).bfloat16()
     k, v = torch.randn(2, total, KV_HEADS, WIDTH).bfloat16()
     seconds: dict[str, list[float]] = {}
@@ -40,9 +45,9 @@ def measure(lengths: list[int], prefix: int, repeats: int) -> dict[str, list[flo
         for name, found in (("C++", library), ("torch", None)):
             with patch.object(attention, "load_library", lambda found=found: found):
                 started = time.perf_counter()
-                out, logsumexp = attention._packed_cpu(q, k, v, cu, prefix)
+                out, logsumexp = attention._packed_cpu(q, k, v, where.bounds, where.leads)
                 middle = time.perf_counter()
-                attention._packed_cpu_backward(grad, q, k, v, out, logsumexp, cu, prefix)
+                attention._packed_cpu_backward(grad, q, k, v, out, logsumexp, where.bounds, where.leads)
                 seconds.setdefault(f"{name} forward", []).append(middle - started)
                 seconds.setdefault(f"{name} backward", []).append(time.perf_counter() - middle)
     return seconds
@@ -56,9 +61,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     assert attention.load_library() is not None, "attention.cpp did not compile here"
     report: dict[str, object] = {"bench": "attention", "threads": args.threads, "torch": torch.__version__}
-    for name, (lengths, prefix) in ROWS.items():
-        pairs = sum(n * (n + 1) / 2 + (prefix * n if i else 0) for i, n in enumerate(lengths))
-        medians = {key: statistics.median(runs) for key, runs in measure(lengths, prefix, args.repeats).items()}
+    for name, documents in ROWS.items():
+        each = zip(documents.lengths, documents.before, strict=True)
+        pairs = sum(n * (n + 1) / 2 + before * n for n, before in each)
+        medians = {key: statistics.median(runs) for key, runs in measure(documents, args.repeats).items()}
         row = {f"{key} ms": round(seconds * 1e3, 2) for key, seconds in medians.items()}
         for way, products in (("forward", 2), ("backward", 5)):
             row[f"C++ {way} GFLOP/s"] = round(products * 2 * pairs * WIDTH * HEADS / medians[f"C++ {way}"] / 1e9)

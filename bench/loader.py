@@ -32,7 +32,7 @@ from arriero.data.shards import Shards, open_shards
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.tokenizer import load_tokenizer
-from arriero.train.objectives import lm_loss
+from arriero.train.objectives import next_token
 
 ROWS, SEQ_LEN, VOCAB = 8, 512, 4096
 SHAPE = LlamaConfig(dim=256, n_layers=4, n_heads=4, n_kv_heads=4, ffn_dim=688, vocab_size=VOCAB, max_context=SEQ_LEN)
@@ -89,7 +89,7 @@ def train(make: dict[str, Callable[[int], Batch]], steps: int) -> dict[str, dict
                 began = time.perf_counter()
                 batch = batches(step)
                 waited = time.perf_counter() - began
-                (lm_loss(model, batch) / batch.n_trained).backward()
+                (next_token().sums(model, batch)["loss"] / batch.n_trained).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 if block >= 0 and step % 10:  # a block's first step finds nothing made ahead in either way

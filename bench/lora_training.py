@@ -35,7 +35,7 @@ from arriero.model.config import LoraConfig
 from arriero.model.lora import add_lora, lora_state
 from arriero.train.hardware import matmul_peak
 from arriero.train.metrics import memory_bytes
-from arriero.train.objectives import lm_loss
+from arriero.train.objectives import next_token
 
 POOL, EXAMPLES, LR, RANK, SEQ_LEN = 128, 32, 2e-4, 16, 1024
 PEER_BATCH = 8  # faster than 16 here
@@ -58,7 +58,7 @@ def arriero_step(dataset: SftDataset, compile: bool = True) -> tuple[Step, Calla
         batches = [loader.collate([row], SEQ_LEN) for row in rows]
         trained = sum(batch.n_trained for batch in batches)
         for batch in batches:
-            (lm_loss(model, batch) / trained).backward()
+            (next_token().sums(model, batch)["loss"] / trained).backward()
         optimizer.step()
         optimizer.zero_grad()
         examples = sum(len(row.lengths) for row in rows)
@@ -68,7 +68,7 @@ def arriero_step(dataset: SftDataset, compile: bool = True) -> tuple[Step, Calla
     @torch.no_grad()
     def evaluate() -> float:
         batches = [rest.collate([rest.row(i)], SEQ_LEN) for i in range(rest.rows_in_epoch(0))]
-        return sum(lm_loss(model, b).item() for b in batches) / sum(b.n_trained for b in batches)
+        return sum(next_token().sums(model, b)["loss"].item() for b in batches) / sum(b.n_trained for b in batches)
 
     return step, evaluate
 

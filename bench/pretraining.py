@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from arriero.data.batch import Batch
 from arriero.distributed.parallelize import prepare
 from arriero.model.config import LADDER, LlamaConfig
+from arriero.model.layout import Documents
 from arriero.model.llama import Llama
 from arriero.optim.build import build_optimizer
 from arriero.train.hardware import keep_freed_memory, matmul_peak
-from arriero.train.objectives import lm_loss
+from arriero.train.objectives import next_token
 
 Step = Callable[[], float]
 BF16 = torch.bfloat16
@@ -47,9 +48,9 @@ def arriero(shape: LlamaConfig, parts: Sequence[Tensor], dtype: torch.dtype, com
     batches = []
     for rows in parts:
         inputs, targets = rows[:, :-1].reshape(1, -1), rows[:, 1:].reshape(1, -1)
-        bounds = torch.arange(0, inputs.numel() + 1, rows.shape[1] - 1, dtype=torch.int32)
-        batches.append(Batch(inputs, targets, bounds, inputs.numel()))
-    return stepper(model, [lambda b=b: lm_loss(model, b, compile=compiled) / b.n_trained for b in batches])  # type: ignore
+        batches.append(Batch(inputs, targets, Documents.of([rows.shape[1] - 1] * len(rows)), inputs.numel()))
+    objective = next_token(compile=compiled)
+    return stepper(model, [lambda b=b: objective.sums(model, b)["loss"] / b.n_trained for b in batches])  # type: ignore
 
 
 def transformers(shape: LlamaConfig, parts: Sequence[Tensor], dtype: torch.dtype, compiled: bool) -> Step:

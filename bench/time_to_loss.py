@@ -48,7 +48,7 @@ from arriero.optim.build import decay_groups
 from arriero.optim.schedule import lr_factor
 from arriero.tokenizer import load_tokenizer
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig
-from arriero.train.objectives import lm_loss
+from arriero.train.objectives import next_token
 from arriero.train.pretrain import build
 
 MODEL, SEQ_LEN, VOCABULARY, HELD_OUT_ROWS = "10m", 512, 4096, 256
@@ -141,7 +141,7 @@ def bits_per_byte(model: Any, held_out: Mapping[str, Shards], packing: Literal["
     with torch.compiler.set_stance("force_eager"):  # type: ignore[no-untyped-call]
         for start in range(0, len(rows), ROWS):
             batch = loader.collate(rows[start : start + ROWS])
-            nats += lm_loss(model, batch).item()
+            nats += next_token().sums(model, batch)["loss"].item()
             n_bytes += tokenizer.text_bytes(batch.targets[batch.targets != IGNORED].numpy()).sum()
     return nats / math.log(2) / n_bytes
 

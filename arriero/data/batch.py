@@ -72,6 +72,15 @@ class Batch:
         assert isinstance(self.layout, Documents)
         return self.layout
 
+    def document_sums(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """values [1, N] summed over each document, [n], and 1 for each that this process adds to a loss, else 0.
+
+        Where a batch is the part of a row that a context-parallel process holds, the sums are of whole documents all
+        the same, and one of the processes adds them.
+        """
+        layout: Any = self.layout
+        return layout.sums(values), layout.counted
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         return dataclasses.replace(

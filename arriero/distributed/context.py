@@ -56,6 +56,16 @@ class HeldDocuments:
         chunks = whole.view(self.size, 2, -1, *part.shape[1:])
         return torch.cat((chunks[:, 0], chunks[:, 1].flip(0))).flatten(0, 1)
 
+    def sums(self, values: Tensor) -> Tensor:
+        """values [1, n] summed over the tokens of each document, here and on the other processes, [documents]."""
+        own = values.new_zeros(len(self.documents.lengths))
+        return _Sum.apply(own.index_add(0, self.documents.document[self.held], values[0]), self.group)
+
+    @property
+    def counted(self) -> Tensor:
+        """1 for each document whose sums this process adds to a loss: all on the first process, none on others."""
+        return self.documents.counted * float(self.rank == 0)
+
     @cached_property
     def _pieces(self) -> PieceByPiece:
         """Each part of a document that lies here, in order, with the keys up to its last query."""
@@ -85,3 +95,19 @@ class _Gather(torch.autograd.Function):
         part = grad.new_empty(ctx.n, *grad.shape[1:])
         reduce_scatter(part, grad.contiguous(), group=ctx.group)
         return part, None
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over processes; what any of them does with the sum comes back to all."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, whole = group, part.clone()
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        whole = grad.contiguous().clone()
+        dist.all_reduce(whole, group=ctx.group)
+        return whole, None

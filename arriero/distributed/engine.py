@@ -1,15 +1,15 @@
-"""Runs the micro-batches of a step forward and backward, whatever the parallelism, and gives back the global loss.
+"""Runs the micro-batches of a step forward and backward, whatever the parallelism, and gives back the global sums.
 
-A training loop hands over its data-parallel share of a global batch and reads one number; how that share is padded,
-split over a row's processes, sent down a pipeline and reduced is decided here. The loss is divided by the trained
-tokens of the whole GLOBAL batch, so any number of processes gives the losses and gradients of one.
+A training loop hands over its data-parallel share of a global batch and reads sums; how that share is padded, split
+over a row's processes, sent down a pipeline and reduced is decided here. Each term of the loss is divided by its count
+over the whole GLOBAL batch (objective.py), so any number of processes gives the losses and gradients of one.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,9 @@ from torch.distributed.tensor.placement_types import Replicate
 from arriero.data.batch import Batch
 from arriero.distributed.context import HeldDocuments
 from arriero.distributed.mesh import Mesh
+from arriero.distributed.objective import Objective, Totals
 from arriero.distributed.pipeline import Pipeline
-from arriero.distributed.stage import MicroBatch, Objective, Stage
+from arriero.distributed.stage import MicroBatch, Stage
 from arriero.model.llama import EMBEDDINGS, Llama
 
 
@@ -63,28 +64,28 @@ class Engine:
     # -- loss and gradients --------------------------------------------------------------------------------------
 
     def forward_backward(
-        self, micro_batches: Sequence[Batch], objective: Objective, trained: int, seeds: Sequence[int] | None = None
-    ) -> Tensor:
-        """Add the gradient of the global batch to the parameters; returns its loss a trained token, fp32, detached.
+        self, micro_batches: Sequence[Batch], objective: Objective, seeds: Sequence[int] | None = None
+    ) -> Totals:
+        """Add the gradient of the global batch to the parameters; returns what the objective sums over it.
 
-        micro_batches: this data-parallel share's. trained: trained tokens of the whole batch (`Mesh.count`). seeds: of
-        each micro-batch's dropout. Every process has to call it, with equally many micro-batches.
+        micro_batches: this data-parallel share's. seeds: of each micro-batch's dropout. Every process has to call it,
+        with equally many micro-batches.
         """
-        micro = self._begin(micro_batches, objective, trained, seeds)
+        counts = self._counts(micro_batches, objective)
+        given = [None] * len(micro_batches) if seeds is None else seeds
+        parts = self._local(micro_batches)
+        micro = self._begin([MicroBatch(*part) for part in zip(parts, given, strict=True)], objective, counts)
         if self._pipeline is not None:
             assert all(p.grad is None for p in self.parameters.values()), "tied gradients are added up once"
-            total = self._pipeline.run(micro, backward=True)
+            self._pipeline.run(micro, backward=True)
             self._add_tied_gradients()
-            return self._summed(total)
+            return self._totals(objective, counts)
         stage, last = self.stages[0], len(micro) - 1
-        total = torch.zeros((), device=self.mesh.device)
         for index, one in enumerate(micro):
             if self.mesh.distributed:
                 stage.set_requires_gradient_sync(index == last or self.mesh.config.reduce_every)  # type: ignore[operator]
-            loss = stage(one.batch.tokens, index)
-            loss.backward()
-            total += loss.detach()
-        return self._summed(total)
+            stage(one.batch.tokens, index).backward()
+        return self._totals(objective, counts)
 
     @torch.no_grad()
     def _add_tied_gradients(self) -> None:
@@ -106,17 +107,48 @@ class Engine:
             ours += theirs
 
     @torch.no_grad()
-    def loss(self, micro_batches: Sequence[Batch], objective: Objective) -> Tensor:
-        """The loss of a global batch summed over its trained tokens, fp32, no gradient. Every process calls it."""
-        micro = self._begin(micro_batches, objective, 1, None)
-        if self._pipeline is not None:
-            total = self._pipeline.run(micro, backward=False)
-        else:
-            total = torch.zeros((), device=self.mesh.device)
-            for index, one in enumerate(micro):
-                total += self.stages[0](one.batch.tokens, index)
+    def measure(self, batch_of: Callable[[int], Batch], n: int, objective: Objective) -> Totals:
+        """What the objective sums over batches 0 to n - 1, without gradient. Every process has to call it.
+
+        The batches are shared out over the data-parallel processes, each of which makes its own only.
+        """
+        mesh = self.mesh
+        mine = [start + mesh.dp_rank for start in range(0, n, mesh.dp_size)]
+        counted: dict[str, float] = dict.fromkeys(objective.weights, 0.0)
+        sums: dict[str, Tensor] = {}
+        for index in mine:
+            batch = batch_of(min(index, n - 1))
+            micro = MicroBatch(self._local([batch])[0], counted=index < n)
+            self._forward(self._begin([micro], objective, {}))
+            for name, value in self.stages[-1].sums.items():
+                sums[name] = sums.get(name, 0) + value
+            if index < n:
+                for name, count in objective.counts(batch).items():
+                    counted[name] = counted.get(name, 0.0) + count
+        self.stages[-1].sums = sums
         self._reshard()
-        return self._summed(total)
+        return self._totals(objective, dict(zip(counted, mesh.count(*counted.values()), strict=True)))
+
+    def _forward(self, micro: Sequence[MicroBatch]) -> None:
+        if self._pipeline is not None:
+            self._pipeline.run(micro, backward=False)
+            return
+        for index, one in enumerate(micro):
+            self.stages[0](one.batch.tokens, index)
+
+    def _counts(self, batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
+        """What each sum is divided by, over the global batch of which these are this process's share."""
+        each = [objective.counts(batch) for batch in batches]
+        own = {name: sum(one[name] for one in each) for name in each[0]}
+        return dict(zip(own, self.mesh.count(*own.values()), strict=True))
+
+    def _totals(self, objective: Objective, counts: Mapping[str, float]) -> Totals:
+        """The sums of all processes, which only the last stage of a pipeline has."""
+        names, last = sorted(counts), self.stages[-1]
+        here = last.last and self.mesh.leads("tp")
+        zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        own = torch.stack([last.sums[name].double() if here else zero for name in names])
+        return Totals(dict(zip(names, self.mesh.sum(own).tolist(), strict=True)), counts, objective.weights)
 
     def _reshard(self) -> None:
         """Give back the weights that stay gathered for a backward pass, where none has come.
@@ -129,29 +161,9 @@ class Engine:
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
-    def total_loss(self, batch_of: Callable[[int], Batch], n: int, objective: Objective) -> tuple[float, int]:
-        """The loss over batches 0 to n - 1, summed over their trained tokens, and how many those are.
-
-        The batches are shared out over the data-parallel processes, each of which makes its own only.
-        """
-        total, count, mesh = 0.0, 0, self.mesh
-        for start in range(0, n, mesh.dp_size):
-            index = start + mesh.dp_rank
-            batch = batch_of(min(index, n - 1))
-            if index >= n:  # the others need company, not another batch
-                batch = batch.untrained()
-            total += self.loss([batch], objective).item()
-            count += batch.n_trained
-        return total, mesh.count(count)[0]
-
-    def _begin(
-        self, micro_batches: Sequence[Batch], objective: Objective, trained: int, seeds: Sequence[int] | None
-    ) -> list[MicroBatch]:
-        given = [None] * len(micro_batches) if seeds is None else seeds
-        parts = self._local(micro_batches)
-        micro = [MicroBatch(part, seed) for part, seed in zip(parts, given, strict=True)]
+    def _begin(self, micro: list[MicroBatch], objective: Objective, counts: Mapping[str, float]) -> list[MicroBatch]:
         for stage in self.stages:
-            stage.micro_batches, stage.objective, stage.trained = micro, objective, trained
+            stage.begin(micro, objective, counts)
         return micro
 
     def _local(self, batches: Sequence[Batch]) -> list[Batch]:
@@ -170,10 +182,6 @@ class Engine:
             return batches
         layouts = [HeldDocuments(batch.documents, self.mesh.sub("cp").get_group()) for batch in batches]
         return [batch.part(layout.held, layout) for batch, layout in zip(batches, layouts, strict=True)]
-
-    def _summed(self, loss: Tensor) -> Tensor:
-        """The loss summed over rows and parts of rows."""
-        return self.mesh.sum(loss if self.mesh.leads("tp") else torch.zeros_like(loss))
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:

@@ -104,11 +104,11 @@ class Mesh:
             dist.all_reduce(value)
         return value
 
-    def count(self, *numbers: int) -> list[int]:
+    def count(self, *numbers: float) -> list[float]:
         """Each number summed over the data-parallel shares; the other processes of a share hold the same."""
         if not self.distributed:
             return list(numbers)
-        own = torch.tensor(numbers, device=self.device)
+        own = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         return self.sum(own if self.leads("pp", "cp", "tp") else torch.zeros_like(own)).tolist()
 
     def any(self, flag: bool) -> bool:

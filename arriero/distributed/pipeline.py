@@ -28,15 +28,14 @@ class Pipeline:
         self.stages, self.mesh = stages, mesh
         self._kept: dict[bool, tuple[tuple[int, int], Schedule]] = {}
 
-    def run(self, micro: Sequence[MicroBatch], backward: bool) -> Tensor:
-        """All micro-batches forward, and backward where asked; the sum of their losses, or 0 without the last stage."""
+    def run(self, micro: Sequence[MicroBatch], backward: bool) -> None:
+        """All micro-batches forward, and backward where asked. The last stage gathers what the objective sums."""
         tokens = torch.cat([one.batch.tokens for one in micro])
         schedule = self._schedule(len(micro), tokens.shape[1], backward)
-        index, losses = torch.arange(len(micro)), list[Tensor]()
+        index = torch.arange(len(micro))
         run = schedule.step if backward else schedule.eval
         inputs = (tokens,) if self.stages[0].index == 0 else ()
-        run(*inputs, index=index, target=index, losses=losses, return_outputs=False)
-        return sum((loss.detach() for loss in losses), torch.zeros((), device=self.mesh.device))
+        run(*inputs, index=index, target=index, return_outputs=False)
 
     def _schedule(self, n_micro: int, length: int, backward: bool) -> Schedule:
         key = n_micro, length

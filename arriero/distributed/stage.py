@@ -10,18 +10,16 @@ Model and objective are one module because sharded weights are whole only inside
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from arriero.data.batch import Batch
+from arriero.distributed.objective import Objective
 from arriero.model.build import empty_model
 from arriero.model.llama import EMBEDDINGS, HEAD, Llama
-
-Objective = Callable[[nn.Module, Batch], Tensor]
-"""The loss of a batch, SUMMED over its trained tokens."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +27,32 @@ class MicroBatch:
     """This process's part of a micro-batch."""
 
     batch: Batch
-    seed: int | None  # of dropout; None draws on
+    seed: int | None = None  # of dropout; None draws on
+    counted: bool = True  # False: only to keep step with processes that have one more
 
 
 class Stage(nn.Module):
-    """Layers `layers` of a Llama. `forward` gives the next stage's input, and on the last stage the loss."""
+    """Layers `layers` of a Llama. `forward` gives the next stage's input, and on the last stage the loss.
+
+    What the objective sums is gathered in `sums`, by name, since `begin`.
+    """
 
     def __init__(self, model: Llama, index: int, layers: range) -> None:
         super().__init__()
         self.index, self.layers = index, layers
         self.last = layers.stop == model.config.n_layers
         self.model = model if len(layers) == model.config.n_layers else part_of(model, layers)
-        self.objective: Objective | None = None
-        self.trained = 1  # tokens that the loss is divided by
-        self.micro_batches: list[MicroBatch] = []
+        self.begin([], None, {})
+
+    def begin(
+        self, micro_batches: Sequence[MicroBatch], objective: Objective | None, counts: Mapping[str, float]
+    ) -> None:
+        """Before the forward passes of a step. counts: what the objective's terms are divided by; none: by 1."""
+        self.micro_batches, self.objective = micro_batches, objective
+        self.scales = {}
+        if objective is not None:
+            self.scales = {name: weight / (counts.get(name) or 1) for name, weight in objective.weights.items()}
+        self.sums: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor, index: int | Tensor) -> Tensor:
         """x: ids [1, n] on the first stage, hidden states [1, n, D] on others; index: which micro-batch."""
@@ -55,7 +65,10 @@ class Stage(nn.Module):
             assert isinstance(hidden, Tensor)
             return hidden
         assert self.objective is not None
-        return self.objective(self.model, batch) / self.trained
+        sums = {name: value * micro.counted for name, value in self.objective.sums(self.model, batch).items()}
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        return torch.stack([sums[name] * scale for name, scale in self.scales.items()]).sum()
 
     @property
     def tied_copy(self) -> bool:

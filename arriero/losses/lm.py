@@ -1,21 +1,28 @@
-"""Cross-entropy over a large vocabulary without ever holding [tokens x vocabulary].
+"""Log-probabilities of tokens over a large vocabulary without ever holding [tokens x vocabulary].
 
-Logits are made for a chunk of positions, reduced, and dropped; their gradient is formed in the same pass,
-while they are at hand. Positions with target -100 cost nothing: they are dropped before the first product.
-Price: the head's forward once (checkpointing would make it twice), one [chunk, V] buffer and one like the head.
+Logits are made for a chunk of positions, reduced, and dropped. Positions with target -100 cost nothing: they are left
+out before the first product. Two ways to a gradient, which share every pass:
+
+- `chunked_cross_entropy`, where what each position weighs is known beforehand: the gradient is formed while the logits
+  are at hand, so the head runs forward once (checkpointing would make it twice);
+- `token_logprobs`, where it comes from behind (ratios, preferences, distillation): the logits of a chunk are made
+  again in the backward pass. With a frozen head they are not: the gradient of hidden states is formed in the forward
+  pass for a gradient of 1, and the backward pass only scales its rows.
+
+Price beside the head's products: one [chunk, V] buffer and one like the head.
 Idea: Cut Your Losses (arXiv 2411.09009) and Liger's fused loss (2410.10989).
 
-Where the head is split over processes by vocabulary (a DTensor), each makes the logits of its part, and only three
-numbers a position are exchanged: the largest logit, the sum of exponentials and the target's logit.
+Where the head is split over processes by vocabulary (a DTensor), each makes the logits of its part, and only a few
+numbers a position are exchanged: the largest logit, the sum of exponentials, the target's logit, the entropy's sum.
 
-Twin: `F.cross_entropy` on whole logits. Shapes: N positions, D model width, V vocabulary.
+Twins: `F.cross_entropy` and `log_softmax` on whole logits. Shapes: N positions, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,39 +42,64 @@ def chunked_cross_entropy(
     chunk: int | None = None,
     z_loss: float = 0.0,
     compile: bool = False,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
-    """Sum over trained positions of -log softmax(hidden weight^T)[target], a fp32 scalar.
+    """Sum over trained positions of -w log softmax(hidden weight^T)[target], a fp32 scalar.
 
     hidden: final states [N, D]. weight: the head [V, D]; where it is split by vocabulary, hidden's gradient is of this
     process's part only and has to be summed. targets: ids [N], -100 where nothing is trained.
-    z_loss: adds z log^2 sum_v exp(logit_v) at each position, which keeps logits from drifting (PaLM, arXiv 2204.02311,
-    section 5; OLMo 2, 2501.00656).
+    token_weights: w, fp32 [N], through which no gradient flows; None: 1 everywhere.
+    z_loss: adds z w log^2 sum_v exp(logit_v) at each position, which keeps logits from drifting (PaLM, arXiv
+    2204.02311, section 5; OLMo 2, 2501.00656).
     compile: make one pass over each chunk's logits and one over their gradient, in compiled code. chunk: positions.
     Divide by the trained tokens of the whole global batch: the sum makes accumulation exact.
     """
+    head = _Head.of(weight, compile)
     kept = (targets != IGNORED).nonzero().squeeze(1)
-    vocabulary = Vocabulary.of(weight)
-    weight = weight.to_local() if isinstance(weight, DTensor) else weight
-    fused = compile and vocabulary.group is None
     if chunk is None:
-        chunk = min(4 * CHUNK, max(CHUNK, FUSED_LOGITS // len(weight))) if fused else CHUNK
+        chunk = CHUNK
+        if isinstance(head.passes, _CompiledPasses):
+            chunk = min(4 * CHUNK, max(CHUNK, FUSED_LOGITS // len(head.weight)))
+    weights = None if token_weights is None else token_weights.index_select(0, kept).to(_wide(hidden))[:, None]
     hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
-    passes = _CompiledPasses() if fused else _Passes(vocabulary)
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, z_loss, passes)
+    return _ChunkedCrossEntropy.apply(hidden, head.weight, targets, weights, chunk, z_loss, head.passes)
 
 
-@torch.no_grad()
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK) -> Tensor:
-    """log softmax(hidden weight^T)[target] for each position, fp32 [N]; 0 where the target is -100."""
-    out = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+class Logprobs(NamedTuple):
+    """Of each position, fp32 [N], 0 where the target is -100."""
+
+    chosen: Tensor  # log softmax(logits)[target]
+    entropy: Tensor  # -sum_v p_v log p_v in nats; zeros unless asked for
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy: bool = False, chunk: int = CHUNK
+) -> Logprobs:
+    """log softmax(hidden weight^T)[target] of each position, and the entropy there; differentiable.
+
+    Arguments as in `chunked_cross_entropy`, which is their negative sum.
+    """
+    head = _Head.of(weight)
     kept = (targets != IGNORED).nonzero().squeeze(1)
-    vocabulary = Vocabulary.of(weight)
-    weight = weight.to_local() if isinstance(weight, DTensor) else weight
-    for rows in kept.split(chunk):
-        logits = F.linear(hidden[rows], weight.to(hidden.dtype)).float()
-        logsumexp, chosen, _, _ = vocabulary.look_up(logits, targets[rows])
-        out[rows] = (chosen - logsumexp).squeeze(1)
-    return out
+    parts = _TokenLogprobs.apply(
+        hidden.index_select(0, kept), head.weight, targets.index_select(0, kept), entropy, chunk, head.passes
+    )
+    zeros = torch.zeros(targets.shape, dtype=_wide(hidden), device=hidden.device)
+    return Logprobs(*(zeros.index_put((kept,), part) for part in parts))
+
+
+class _Head(NamedTuple):
+    """The rows of the head that lie here, and the passes over their logits."""
+
+    weight: Tensor
+    passes: _Passes
+
+    @classmethod
+    def of(cls, weight: Tensor, compile: bool = False) -> _Head:
+        vocabulary = Vocabulary.of(weight)
+        fused = compile and vocabulary.group is None
+        own = weight.to_local() if isinstance(weight, DTensor) else weight
+        return cls(own, _CompiledPasses() if fused else _Passes(vocabulary))
 
 
 class Vocabulary:
@@ -101,6 +133,13 @@ class Vocabulary:
         dist.all_reduce(sums, group=self.group)
         return largest + sums[:, :1].log(), sums[:, 1:], picked, here.long()
 
+    def sum(self, values: Tensor) -> Tensor:
+        """values [n, V'] summed over the WHOLE vocabulary, [n, 1]."""
+        total = values.sum(1, keepdim=True)
+        if self.group is not None:
+            dist.all_reduce(total, group=self.group)
+        return total
+
 
 class _Passes:
     """The passes over a chunk's logits and the head's gradient that are not matrix products."""
@@ -108,18 +147,20 @@ class _Passes:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
 
-    def grade(self, logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
-        """The loss of a chunk summed over its positions; its gradient takes the logits' place."""
-        wide = logits.float()
+    def grade(self, logits: Tensor, targets: Tensor, z_loss: float, weights: Tensor | None) -> Tensor:
+        """The loss of a chunk summed over its positions; its gradient takes the logits' place. weights: [n, 1]."""
+        wide = logits.to(_wide(logits))
         logsumexp, chosen, picked, here = self.vocabulary.look_up(wide, targets)
-        loss = (logsumexp - chosen).sum() + z_loss * logsumexp.square().sum()
+        loss = logsumexp - chosen + z_loss * logsumexp.square()
         grad = wide.sub_(logsumexp).exp_()  # softmax
         if z_loss:
             grad *= 1 + 2 * z_loss * logsumexp
         grad.scatter_add_(1, picked, -here.to(grad.dtype))
+        if weights is not None:
+            loss, grad = loss * weights, grad.mul_(weights)
         if grad is not logits:
             logits.copy_(grad)
-        return loss
+        return loss.sum()
 
     def add(self, total: Tensor, part: Tensor) -> None:
         """total += part, in total's type."""
@@ -132,10 +173,10 @@ class _CompiledPasses(_Passes):
     def __init__(self) -> None:
         super().__init__(Vocabulary())
 
-    def grade(self, logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
-        for x in (logits, targets):
+    def grade(self, logits: Tensor, targets: Tensor, z_loss: float, weights: Tensor | None) -> Tensor:
+        for x in (logits, targets, *(() if weights is None else (weights,))):
             torch._dynamo.maybe_mark_dynamic(x, 0)  # the last chunk is shorter
-        return _compiled(_grade_whole)(logits, targets, z_loss)
+        return _compiled(_grade_whole)(logits, targets, z_loss, weights)
 
     def add(self, total: Tensor, part: Tensor) -> None:
         _compiled(_add)(total, part)
@@ -146,13 +187,16 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def _grade_whole(logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
-    wide, picked = logits.float(), targets[:, None]
+def _grade_whole(logits: Tensor, targets: Tensor, z_loss: float, weights: Tensor | None) -> Tensor:
+    wide, picked = logits.to(_wide(logits)), targets[:, None]
     logsumexp = wide.logsumexp(1, keepdim=True)
-    loss = (logsumexp - wide.gather(1, picked)).sum() + z_loss * logsumexp.square().sum()
+    loss = logsumexp - wide.gather(1, picked) + z_loss * logsumexp.square()
     hot = torch.arange(logits.shape[1], device=logits.device) == picked
-    logits.copy_((wide - logsumexp).exp() * (1 + 2 * z_loss * logsumexp) - hot.float())
-    return loss
+    grad = (wide - logsumexp).exp() * (1 + 2 * z_loss * logsumexp) - hot.to(wide.dtype)
+    if weights is not None:
+        loss, grad = loss * weights, grad * weights
+    logits.copy_(grad)
+    return loss.sum()
 
 
 def _add(total: Tensor, part: Tensor) -> None:
@@ -166,21 +210,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
+        weights: Tensor | None,
         chunk: int,
         z_loss: float,
         passes: _Passes,
     ) -> Tensor:
         computed = weight.to(hidden.dtype)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=_wide(weight)) if weight.requires_grad else None
         # Both large results of the products have one place for all chunks: fresh memory is faulted in page by page.
         logits = hidden.new_empty(min(chunk, len(targets)), len(weight))
         part = torch.empty_like(computed) if weight.requires_grad else None
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
             here = torch.mm(hidden[rows], computed.T, out=logits[: len(targets[rows])])
-            total += passes.grade(here, targets[rows], z_loss)
+            total += passes.grade(here, targets[rows], z_loss, None if weights is None else weights[rows])
             if grad_hidden is not None:
                 torch.mm(here, computed, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -189,13 +234,82 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors)
+        return (*scaled, None, None, None, None, None)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """(log p of the target, entropy), fp32 [n] each, of `hidden` [n, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool, chunk: int, passes: _Passes
+    ) -> tuple[Tensor, Tensor]:
+        computed, vocabulary = weight.to(hidden.dtype), passes.vocabulary
+        frozen = hidden.requires_grad and not weight.requires_grad
+        out = hidden.new_zeros(2, len(targets), dtype=_wide(hidden))
+        logsumexps = torch.empty_like(out[0])
+        slopes = [torch.empty_like(hidden) for _ in range(1 + entropy)] if frozen else []  # for gradients of 1
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            logits = F.linear(hidden[rows], computed).to(out.dtype)
+            logsumexp, chosen, picked, here = vocabulary.look_up(logits, targets[rows])
+            logsumexps[rows], out[0, rows] = logsumexp[:, 0], (chosen - logsumexp)[:, 0]
+            if not (entropy or frozen):
+                continue
+            logp = logits.sub_(logsumexp)
+            if entropy:
+                out[1, rows] = -vocabulary.sum(logp.exp() * logp)[:, 0]
+            for of, slope in enumerate(slopes):
+                ones = [torch.ones_like(logsumexp) if of == i else None for i in range(2)]
+                grad = _slope(logp, picked, here, out[1, rows, None], *ones)
+                torch.mm(grad.to(hidden.dtype), computed, out=slope[rows])
+        ctx.save_for_backward(hidden, weight, targets, logsumexps, out[1], *slopes)
+        ctx.chunk, ctx.vocabulary, ctx.entropy = chunk, vocabulary, entropy
+        return out[0].clone(), out[1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_chosen: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, logsumexps, entropies, *slopes = ctx.saved_tensors
+        grads = [grad_chosen[:, None], grad_entropy[:, None] if ctx.entropy else None]
+        if slopes:
+            parts = [
+                slope * grad.to(slope.dtype) for slope, grad in zip(slopes, grads, strict=False) if grad is not None
+            ]
+            return (functools.reduce(torch.add, parts), None, None, None, None, None)
+        computed = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=_wide(weight)) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(targets), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            logp = F.linear(hidden[rows], computed).to(logsumexps.dtype).sub_(logsumexps[rows, None])
+            picked = targets[rows, None] - ctx.vocabulary.first
+            here = (picked >= 0) & (picked < len(weight))
+            of = [None if grad is None else grad[rows] for grad in grads]
+            grad = _slope(logp, picked.where(here, 0), here, entropies[rows, None], *of).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, computed, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[rows]
+        return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The type of sums and statistics: fp32, or x's where that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _slope(
+    logp: Tensor, picked: Tensor, here: Tensor, entropy: Tensor, of_chosen: Tensor | None, of_entropy: Tensor | None
+) -> Tensor:
+    """The gradient of logits [n, V'] from those of the target's log p and of the entropy, [n, 1] each.
+
+    With p = exp(logp): d log p_t / d logit_v = [v = t] - p_v, and dH / d logit_v = -p_v (log p_v + H).
+    """
+    p = logp.exp()
+    grad = torch.zeros_like(p) if of_entropy is None else -p * (logp + entropy) * of_entropy
+    if of_chosen is not None:
+        grad -= p * of_chosen
+        grad.scatter_add_(1, picked, here * of_chosen)
+    return grad

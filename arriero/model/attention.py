@@ -122,6 +122,11 @@ def _behind(x: Tensor, piece: Piece) -> Tensor:
     return x[piece.keys[0]] if len(piece.keys) == 1 else torch.cat([x[s] for s in piece.keys])
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """The type of sums and statistics: fp32, or x's where that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _heads_first(x: Tensor) -> Tensor:
     """View x [T, H, h] as [1, H, T, h]."""
     return x.transpose(0, 1)[None]
@@ -163,7 +168,7 @@ def _arguments(q: Tensor, k: Tensor, bounds: Tensor, leads: Tensor, *tensors: Te
 def _packed_cpu(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, leads: Tensor) -> tuple[Tensor, Tensor]:
     """Output [N, H, h] and log-sum-exp fp32 [N, H] of causal attention, document by document."""
     out = torch.empty(q.shape, dtype=q.dtype)
-    logsumexp = torch.empty(q.shape[:2], dtype=torch.float32)
+    logsumexp = torch.empty(q.shape[:2], dtype=_wide(q))
     if native := _native(q, k, v):
         bounds, leads, *tensors = (x.contiguous() for x in (bounds, leads, q, k, v))
         native.arriero_attention_forward(_arguments(q, k, bounds, leads, *tensors, out, logsumexp))
@@ -179,7 +184,7 @@ def _packed_cpu(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, leads: Tensor) 
 
 @_packed_cpu.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, leads: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_wide(q))
 
 
 @torch.library.custom_op("arriero::packed_attention_cpu_backward", mutates_args=())
@@ -192,7 +197,7 @@ def _packed_cpu_backward(
         bounds, leads, *tensors = (x.contiguous() for x in (bounds, leads, q, k, v, out, logsumexp, grad))
         native.arriero_attention_backward(_arguments(q, k, bounds, leads, *tensors, *grads))
         return grads
-    grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))  # many documents ask of a lead
+    grad_k, grad_v = (torch.zeros(x.shape, dtype=_wide(x)) for x in (k, v))  # many documents ask of a lead
     for piece in pieces_of(bounds.tolist(), leads.tolist()):
         lead = _length(piece.keys[:-1])
         parts = _document_backward(lead, *(_behind(x, piece) for x in (grad, q, k, v, out, logsumexp)))

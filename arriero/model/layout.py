@@ -128,6 +128,20 @@ class Documents:
         return torch.from_numpy(np.arange(self.n_tokens) + np.repeat(shift, self.lengths))[None].to(self.device)
 
     @cached_property
+    def document(self) -> Tensor:
+        """The number of each token's document, [N]."""
+        return torch.from_numpy(np.repeat(np.arange(len(self.lengths)), self.lengths)).to(self.device)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """values [1, N] summed over the tokens of each document, [n]."""
+        return values.new_zeros(len(self.lengths)).index_add(0, self.document, values[0])
+
+    @property
+    def counted(self) -> Tensor:
+        """1 for each document whose sums this process adds to a loss, [n]: all of them."""
+        return torch.ones(len(self.lengths), device=self.device)
+
+    @cached_property
     def pieces(self) -> list[Piece]:
         """The documents that have tokens, each with the keys that it sees."""
         return pieces_of(self.bounds, self.leads)

@@ -78,5 +78,5 @@ def rope_tables(config: LlamaConfig, positions: Tensor) -> Rope:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the two halves of each head of x [B, T, H, h] (Hugging Face's order), in fp32; keeps x's dtype."""
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

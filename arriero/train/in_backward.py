@@ -12,18 +12,20 @@ other parameters are stepped.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from arriero.data.batch import Batch
 from arriero.distributed.engine import Engine
-from arriero.distributed.stage import Objective
+from arriero.distributed.objective import Objective
 from arriero.errors import ConfigError
+from arriero.model.llama import Llama
 from arriero.optim.build import Together, build_optimizer
 from arriero.train.config import OptimConfig
 
@@ -49,12 +51,13 @@ class InBackward(Together):
     def watched(self, objective: Objective) -> Objective:
         """The objective, heard by this optimizer: gradients of a loss that is not finite are not applied."""
 
-        def watched(model: nn.Module, batch: Batch) -> Tensor:
-            loss = objective(model, batch)
-            self._sound = bool(torch.isfinite(self.engine.mesh.sum(loss.detach().clone())))
-            return loss
+        def watched(model: Llama, batch: Batch) -> Mapping[str, Tensor]:
+            sums = objective.sums(model, batch)
+            total = torch.stack([sums[name].detach() for name in objective.weights]).sum()
+            self._sound = bool(torch.isfinite(self.engine.mesh.sum(total)))
+            return sums
 
-        return watched
+        return dataclasses.replace(objective, sums=watched)
 
     @torch.no_grad()
     def _take(self, optimizer: Optimizer, parameter: Tensor) -> None:

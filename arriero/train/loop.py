@@ -1,10 +1,10 @@
 """The one training loop; every recipe calls it with an objective, a source of batches and a run directory.
 
-A step is: the micro-batches of one global batch, their losses summed and divided by the trained tokens of the whole
-global batch (so 1 x 8 equals 8 x 1, and any number of processes equals one: distributed/engine.py runs them), a clipped
-gradient, one optimizer step. Data order, dropout and learning rate are pure functions of (seed, step): a checkpoint is
-weights, optimizer state and a few counters, and resuming is exact without saving any generator's state. A step whose
-loss or gradient is not finite is skipped and counted, and so is a spike where the settings say what one is.
+A step is: the micro-batches of one global batch, the terms of their losses summed and divided by their counts over the
+whole global batch (so 1 x 8 equals 8 x 1, and any number of processes equals one: distributed/engine.py runs them), a
+clipped gradient, one optimizer step. Data order, dropout and learning rate are pure functions of (seed, step): a
+checkpoint is weights, optimizer state and a few counters, and resuming is exact without saving any generator's state. A
+step whose loss or gradient is not finite is skipped and counted, and so is a spike where the settings say what one is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from arriero.checkpoint import native
 from arriero.checkpoint.sharded import Checkpoints
 from arriero.data.batch import Batch
 from arriero.distributed.engine import Engine
-from arriero.distributed.stage import Objective
+from arriero.distributed.objective import Objective, Totals
 from arriero.errors import CheckpointError, TrainingError
 from arriero.optim.build import build_optimizer, empty_state
 from arriero.optim.schedule import lr_factor, share_of_steps
@@ -118,20 +118,20 @@ class Trainer:
         micro_batches = self.batches(p.step)
         waited = time.perf_counter() - began
         mesh = self.engine.mesh
-        at_peak = 0.0 if self.seconds_at_peak is None else self.seconds_at_peak(micro_batches)
-        trained, tokens, nanoseconds = mesh.count(
+        trained, tokens, at_peak = mesh.count(
             sum(batch.n_trained for batch in micro_batches),
-            sum(batch.tokens.numel() for batch in micro_batches),
-            round(1e9 * at_peak),  # an integer, so that it is summed with the others
+            sum(batch.n_tokens for batch in micro_batches),
+            0.0 if self.seconds_at_peak is None else self.seconds_at_peak(micro_batches),
         )
         indices = mesh.share(len(micro_batches) * mesh.dp_size)
         seeds = [_mix(self.loop.seed, p.step, index) for index in indices]  # dropout, as a pure function of the step
         lr = self.optim.lr * self._lr_factor(p.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, grad_norm = self._loss_and_gradient(micro_batches, trained, seeds)
-        finite = bool(torch.isfinite(loss + grad_norm))
-        spike = finite and self.guard.is_spike(loss.item(), grad_norm.item())
+        totals, norm = self._loss_and_gradient(micro_batches, seeds)
+        loss, grad_norm = totals.loss, norm.item()
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        spike = finite and self.guard.is_spike(loss, grad_norm)
         if finite and not spike:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -140,13 +140,14 @@ class Trainer:
         if p.step >= self.average_from:
             self._average()
         seconds = time.perf_counter() - began
-        p.step, p.tokens, p.trained_tokens = p.step + 1, p.tokens + tokens, p.trained_tokens + trained
+        p.step, p.tokens, p.trained_tokens = p.step + 1, p.tokens + int(tokens), p.trained_tokens + int(trained)
         p.seconds += seconds
         metrics = {
             "step": p.step,
-            "loss": loss.item(),
+            "loss": loss,
+            **totals.metrics,
             "lr": lr,
-            "grad_norm": grad_norm.item(),
+            "grad_norm": grad_norm,
             "tokens": p.tokens,
             "trained_tokens": p.trained_tokens,
             "tokens_per_s": tokens / seconds,
@@ -156,20 +157,17 @@ class Trainer:
             "waited": waited,
         }
         if self.seconds_at_peak is not None:
-            metrics["mfu"] = nanoseconds / 1e9 / seconds / mesh.world
+            metrics["mfu"] = at_peak / seconds / mesh.world
         return metrics
 
-    def _loss_and_gradient(
-        self, micro_batches: Sequence[Batch], trained: int, seeds: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """The loss, and the norm of its gradient, which is clipped, or with `in_backward` applied and gone."""
+    def _loss_and_gradient(self, micro_batches: Sequence[Batch], seeds: Sequence[int]) -> tuple[Totals, Tensor]:
+        """What the objective sums, and the norm of the gradient, which is clipped, or with `in_backward` applied."""
         if self.in_backward is None:
-            loss = self.engine.forward_backward(micro_batches, self.objective, trained, seeds)
-            return loss, self.engine.clip_grad_norm_(self.optim.clip or math.inf)
+            totals = self.engine.forward_backward(micro_batches, self.objective, seeds)
+            return totals, self.engine.clip_grad_norm_(self.optim.clip or math.inf)
         assert len(micro_batches) == 1, "OptimConfig.check_batch has seen to it"
         objective = self.in_backward.watched(self.objective)
-        loss = self.engine.forward_backward(micro_batches, objective, trained, seeds)
-        return loss, self.in_backward.grad_norm()
+        return self.engine.forward_backward(micro_batches, objective, seeds), self.in_backward.grad_norm()
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -214,7 +214,7 @@ def rehearse(recipe: str, config: Any) -> dict[str, Any]:
 
 
 def _micro_batch(trainer: Any, batch: Any) -> None:
-    trainer.engine.forward_backward([batch], trainer.objective, max(batch.n_trained, 1))
+    trainer.engine.forward_backward([batch], trainer.objective)
 
 
 def _timed(action: Callable[[], Any]) -> tuple[Any, float]:

@@ -46,7 +46,7 @@ from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.train.config import PretrainConfig, PretrainDataConfig
 from arriero.train.hardware import keep_freed_memory, matmul_peak, refuse_what_cannot_fit
 from arriero.train.loop import Outcome, Trainer
-from arriero.train.objectives import lm_loss
+from arriero.train.objectives import next_token
 from arriero.train.recipe import DTYPES, alone, compiles, eagerly, execute, warmup_note
 
 SAMPLING = SamplingConfig(temperature=0.8, top_p=0.95, seed=0)
@@ -217,7 +217,7 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
     validate = Validation(config, engine, tokenizer, held_out_rows(data, held_out, tokenizer), prompts)
     trainer = Trainer(
         engine,
-        functools.partial(lm_loss, z_loss=config.z_loss, compile=compiled),
+        next_token(z_loss=config.z_loss, compile=compiled),
         Prefetched(batches, total_steps),
         total_steps,
         loop,
@@ -375,9 +375,9 @@ class Validation:
         def batch(index: int) -> Batch:
             return collate([rows.row(index)], self.config.data.seq_len).to(self.engine.mesh.device)
 
-        total, count = self.engine.total_loss(batch, rows.n_rows, lm_loss)
-        assert count == rows.n_tokens
-        return total
+        totals = self.engine.measure(batch, rows.n_rows, next_token())
+        assert totals.counts["loss"] == rows.n_tokens
+        return totals.sums["loss"]
 
     def _samples(self) -> list[str]:
         """Each prompt and how the model goes on."""

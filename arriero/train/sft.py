@@ -30,7 +30,7 @@ from arriero.model.lora import add_lora
 from arriero.tokenizer.base import Tokenizer
 from arriero.train.config import SftConfig
 from arriero.train.loop import Outcome, Trainer
-from arriero.train.objectives import lm_loss
+from arriero.train.objectives import next_token
 from arriero.train.recipe import DTYPES, alone, compiles, eagerly, execute, first_values, warmup_note
 from arriero.train.samples import answer, write_samples
 
@@ -157,7 +157,7 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     beside = read_beside(weights.source).for_training(tokenizer)
     files = None if config.method == "lora" else companions(model.config, tokenizer, beside)
     out = Path(config.out)
-    trainer = Trainer(engine, lm_loss, batches, steps, loop, config.optim, out, validate, companions=files)
+    trainer = Trainer(engine, next_token(), batches, steps, loop, config.optim, out, validate, companions=files)
     return SftRun(config, model, tokenizer, training, validation, loader, trainer, beside)
 
 
@@ -170,8 +170,7 @@ class Validation:
     pad_to: int | None
 
     def __call__(self) -> dict[str, Any]:
-        total, count = self.engine.total_loss(self._batch, self.loader.rows_in_epoch(0), lm_loss)
-        return {"loss": total / count}
+        return {"loss": self.engine.measure(self._batch, self.loader.rows_in_epoch(0), next_token()).loss}
 
     def _batch(self, index: int) -> Batch:
         return self.loader.collate([self.loader.row(index)], self.pad_to).to(self.engine.mesh.device)

@@ -15,6 +15,10 @@ TWO = [
     Case({"cp": 2}, prefix=11, recompute="full", micro_batches=4),
     Case({"pp": 2, "pp_light_ends": True}, micro_batches=4),
     Case({"pp": 2}, tied=True, micro_batches=4),
+    Case({"dp_shard": 2}, mixed=True, micro_batches=4),
+    Case({"cp": 2}, mixed=True, micro_batches=2),
+    Case({"tp": 2}, mixed=True, micro_batches=2),
+    Case({"pp": 2}, mixed=True, micro_batches=2),
 ]
 
 FOUR = [

@@ -29,6 +29,7 @@ from arriero.data.batch import IGNORED, Batch, Row, collate, next_token_targets
 from arriero.distributed.config import ParallelConfig
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh, init_mesh
+from arriero.distributed.objective import Objective
 from arriero.distributed.parallelize import parallelize
 from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig, LoraConfig, Qwen3Config
@@ -36,7 +37,8 @@ from arriero.model.initial import initial_adapter, initial_weight, whole
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
 from arriero.optim.build import decay_groups
-from arriero.train.objectives import lm_loss
+from arriero.train.objectives import next_token
+from helpers.objectives import mixed, mixed_row
 
 SHAPE = LlamaConfig(22, 5, 6, 2, 34, 106, 64, head_dim=10)
 STEPS = 10
@@ -57,6 +59,7 @@ class Case:
     dtype: str = "float32"
     dropout: float = 0.0
     micro_batches: int = MICRO_BATCHES
+    mixed: bool = False  # an objective with several denominators
 
     def name(self) -> str:
         """As a file may be called."""
@@ -66,6 +69,15 @@ class Case:
         return json.dumps(changed | {"parallel": self.parallel}, sort_keys=True).translate(
             {ord(c): "-" for c in ' {}":,'}
         )
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return mixed() if self.mixed else next_token()
+
+    def batch(self, seed: int) -> Batch:
+        """A micro-batch."""
+        return collate([mixed_row(seed, SHAPE.vocab_size)]) if self.mixed else toy_batch(seed, self.prefix)
 
     def alone(self) -> Case:
         """The same on one process."""
@@ -129,17 +141,16 @@ def train(case: Case, mesh: Mesh) -> Result:
     losses, norms, grads = [], [], []
     for step in range(STEPS):
         seeds = [step * case.micro_batches + i for i in mesh.share(case.micro_batches)]
-        share = [toy_batch(seed, case.prefix) for seed in seeds]
-        (trained,) = mesh.count(sum(batch.n_trained for batch in share))
-        losses.append(engine.forward_backward(share, lm_loss, trained, seeds).item())
+        share = [case.batch(seed) for seed in seeds]
+        losses.append(engine.forward_backward(share, case.objective, seeds).loss)
         if step in (0, STEPS - 1):
             grads.append({name: grad.clone() for name, grad in engine.full_gradients().items()})
         norms.append(engine.clip_grad_norm_(1.0).item())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     engine.train(False)
-    held_out = [toy_batch(10_000 + i, case.prefix) for i in mesh.share(case.micro_batches)]
-    validation = engine.loss(held_out, lm_loss).item()
+    held_out = case.micro_batches - 1  # not a multiple of the processes
+    validation = engine.measure(lambda i: case.batch(10_000 + i), held_out, case.objective).loss
     return Result(losses, norms, validation, *grads, engine.full_state_dict())
 
 

@@ -28,7 +28,7 @@ from arriero.model.initial import initial_weight
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.loop import Trainer
 from arriero.train.metrics import MetricsLog
-from arriero.train.objectives import lm_loss
+from arriero.train.objectives import next_token
 from helpers.parallel import run_processes
 from helpers.tokenizers import small_sentencepiece
 from helpers.training import toy_loader
@@ -71,12 +71,13 @@ def make_trainer(run: Run, mesh: Mesh) -> Trainer:
     )
 
     def validate() -> dict:
-        total, count = engine.total_loss(lambda i: loader.collate([loader.row(i)]), 3, lm_loss)
-        return {"loss": total / count}
+        return {"loss": engine.measure(lambda i: loader.collate([loader.row(i)]), 3, next_token()).loss}
 
     beside = companions(shape, small_sentencepiece())
     optim = OptimConfig(**{"lr": 1e-3} | run.optim)
-    return Trainer(engine, lm_loss, batches, run.steps, loop, optim, Path(run.run_dir), validate, companions=beside)
+    return Trainer(
+        engine, next_token(), batches, run.steps, loop, optim, Path(run.run_dir), validate, companions=beside
+    )
 
 
 def do(run: Run, mesh: Mesh) -> Trainer:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arriero.checkpoint import native
+from arriero.data.batch import row_groups
 from arriero.data.loader import SftLoader
 from arriero.distributed.engine import Engine
 from arriero.model.config import LlamaConfig, LoraConfig
@@ -19,7 +20,7 @@ from arriero.model.lora import add_lora
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig
 from arriero.train.loop import Trainer
 from arriero.train.metrics import surviving_records
-from arriero.train.objectives import lm_loss
+from arriero.train.objectives import next_token
 
 CONFIG = LlamaConfig(dim=44, n_layers=2, n_heads=11, n_kv_heads=11, ffn_dim=29, vocab_size=101, max_context=64)
 
@@ -70,14 +71,11 @@ def toy_trainer(
     loader = toy_loader(packing, loop.seed)
 
     def batches(step: int):
-        first = step * loop.batch_rows
-        return [
-            loader.collate([loader.row(i) for i in range(start, start + loop.micro_rows)])
-            for start in range(first, first + loop.batch_rows, loop.micro_rows)
-        ]
+        groups = row_groups(step * loop.batch_rows, loop.micro_rows, range(loop.batch_rows // loop.micro_rows))
+        return [loader.collate([loader.row(i) for i in rows]) for rows in groups]
 
     optim = optim or OptimConfig(lr=1e-2)
-    return Trainer(Engine.alone(model.train()), lm_loss, batches, steps, loop, optim, run_dir, validate)
+    return Trainer(Engine.alone(model.train()), next_token(), batches, steps, loop, optim, run_dir, validate)
 
 
 def whole_and_resumed(config: PretrainConfig, directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

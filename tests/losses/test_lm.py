@@ -55,7 +55,7 @@ def test_token_logprobs_are_log_softmax_at_the_target():
     hidden, weight, targets = inputs()
     expected = F.linear(hidden, weight).log_softmax(-1).gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
     expected[targets == -100] = 0
-    torch.testing.assert_close(token_logprobs(hidden, weight, targets, 7), expected)
+    torch.testing.assert_close(token_logprobs(hidden, weight, targets, chunk=7).chosen, expected)
 
 
 def test_the_vocabulary_is_never_held_for_all_tokens():
@@ -100,3 +100,52 @@ def test_the_compiled_passes_equal_the_plain_ones(z_loss):
     torch.testing.assert_close(loss, plain)
     for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), plain_grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def log_softmax_and_entropy(hidden, weight, targets):
+    logp = F.linear(hidden, weight.to(hidden.dtype)).log_softmax(-1)
+    chosen = logp.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    return [x.where(targets != -100, 0) for x in (chosen, -(logp.exp() * logp).sum(-1))]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("asked", [(1.0, 0.0), (0.0, 1.0), (0.7, -0.3)], ids=["chosen", "entropy", "both"])
+def test_gradients_of_logprobs_and_entropy_are_those_of_whole_logits(frozen, asked):
+    hidden, weight, targets = (x.double() if x.is_floating_point() else x for x in inputs())
+    weight = weight.detach().requires_grad_(not frozen)
+    leaves = [hidden] if frozen else [hidden, weight]
+    of = torch.randn(61, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def loss(parts):  # not linear, so that what comes from behind differs at each position
+        return sum((a * (of * part).sin()).sum() for a, part in zip(asked, parts, strict=True))
+
+    expected = torch.autograd.grad(loss(log_softmax_and_entropy(hidden, weight, targets)), leaves)
+    for chunk in (7, 1000):
+        ours = token_logprobs(hidden, weight, targets, entropy=True, chunk=chunk)
+        for a, b in zip(torch.autograd.grad(loss(ours), leaves), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
+
+
+def test_cross_entropy_is_the_negative_sum_of_logprobs_and_so_is_its_gradient():
+    hidden, weight, targets = inputs()
+    weights = torch.rand(61, generator=torch.Generator().manual_seed(5))
+    for given in (None, weights):
+        direct = chunked_cross_entropy(hidden, weight, targets, 11, token_weights=given)
+        behind = -(token_logprobs(hidden, weight, targets, chunk=11).chosen * (1 if given is None else given)).sum()
+        torch.testing.assert_close(direct, behind)
+        grads = [torch.autograd.grad(loss, (hidden, weight)) for loss in (direct, behind)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("default")  # dynamo itself looks at .grad of non-leaf tensors
+def test_compiled_passes_weigh_tokens_alike():
+    hidden, weight, targets = inputs()
+    weights = torch.rand(61, generator=torch.Generator().manual_seed(5))
+    losses = [
+        chunked_cross_entropy(hidden, weight, targets, 11, 0.1, compile, token_weights=weights)
+        for compile in (False, True)
+    ]
+    torch.testing.assert_close(*losses)
+    for a, b in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in losses), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -57,7 +57,7 @@ def test_packed_gradients_equal_unpacked_ones(tmp_path):
         epoch = [loader.collate([loader.row(i)]) for i in range(loader.rows_in_epoch(0))]
         total = sum(batch.n_trained for batch in epoch)
         for batch in epoch:
-            (trainer.objective(trainer.engine.model, batch) / total).backward()
+            (trainer.objective.sums(trainer.engine.model, batch)["loss"] / total).backward()
         grads.append({name: p.grad for name, p in trainer.parameters.items()})
     for name, packed in grads[0].items():
         torch.testing.assert_close(packed, grads[1][name], atol=1e-6, rtol=1e-4, msg=name)
