@@ -129,6 +129,34 @@ class Engine:
         self._reshard()
         return self._totals(objective, dict(zip(counted, mesh.count(*counted.values()), strict=True)))
 
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch], function: Callable[[Llama, Batch], Tensor]) -> list[Tensor]:
+        """What `function` says of each token of these batches, without gradient: fp32 [1, N] for each of them.
+
+        function(model, batch): values [1, n] of the tokens it is given (log-probabilities of a policy or a reference,
+        values, rewards), which are a part of a batch's on some meshes. batches: this data-parallel share's; all of the
+        share's processes get all values. Every process has to call it, with equally many batches.
+        """
+        found: list[Tensor] = []
+
+        def sums(model: Llama, batch: Batch) -> dict[str, Tensor]:
+            found.append(function(model, batch).float())
+            return {"loss": found[-1].new_zeros(())}
+
+        parts = self._local(batches)
+        self._forward(self._begin([MicroBatch(part) for part in parts], Objective(sums, lambda _: {"loss": 0}), {}))
+        self._reshard()
+        here = found or [torch.zeros(1, part.n_tokens, device=self.mesh.device) for part in parts]
+        if self.mesh.config.pp > 1:  # the last stage tells the others
+            group = self.mesh.sub("pp").get_group()
+            for values in here:
+                dist.broadcast(values, dist.get_global_rank(group, group.size() - 1), group=group)
+        whole = [
+            part.layout.gather(values[0])[None] if isinstance(part.layout, HeldDocuments) else values
+            for part, values in zip(parts, here, strict=True)
+        ]
+        return [values[:, : batch.n_tokens] for batch, values in zip(batches, whole, strict=True)]
+
     def _forward(self, micro: Sequence[MicroBatch]) -> None:
         if self._pipeline is not None:
             self._pipeline.run(micro, backward=False)

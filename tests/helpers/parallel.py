@@ -31,6 +31,7 @@ from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.distributed.objective import Objective
 from arriero.distributed.parallelize import parallelize
+from arriero.losses.lm import token_logprobs
 from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig, LoraConfig, Qwen3Config
 from arriero.model.initial import initial_adapter, initial_weight, whole
@@ -43,6 +44,7 @@ from helpers.objectives import mixed, mixed_row
 SHAPE = LlamaConfig(22, 5, 6, 2, 34, 106, 64, head_dim=10)
 STEPS = 10
 MICRO_BATCHES = 8  # of a global batch
+PARTS = ("first", "last", "weights")  # of a result: tensors by name
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Result:
     losses: list[float]
     norms: list[float]
     validation: float
+    logprobs: torch.Tensor  # of the tokens of some batches, which process 0 asked for
     first: dict[str, torch.Tensor]
     last: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
@@ -151,7 +154,15 @@ def train(case: Case, mesh: Mesh) -> Result:
     engine.train(False)
     held_out = case.micro_batches - 1  # not a multiple of the processes
     validation = engine.measure(lambda i: case.batch(10_000 + i), held_out, case.objective).loss
-    return Result(losses, norms, validation, *grads, engine.full_state_dict())
+    asked = [case.batch(20_000 + i) for i in mesh.share(2 * mesh.dp_size)]
+    logprobs = torch.cat(engine.evaluate(asked, logprobs_of_tokens), 1)
+    return Result(losses, norms, validation, logprobs, *grads, engine.full_state_dict())
+
+
+def logprobs_of_tokens(model: Llama, batch: Batch) -> torch.Tensor:
+    """log p of each trained token [1, n]."""
+    hidden = model.model(batch.tokens, batch.layout)
+    return token_logprobs(hidden.flatten(0, 1), model.lm_head.weight, batch.targets.flatten()).chosen[None]
 
 
 def run_alone(case: Case) -> Result:
@@ -168,9 +179,16 @@ def main(cases: str, out: str) -> None:
         if with_mesh.rank == 0:
             base = Path(out) / case.name()
             (base.parent / (base.name + ".json")).write_text(
-                json.dumps({"losses": result.losses, "norms": result.norms, "validation": result.validation})
+                json.dumps(
+                    {
+                        "losses": result.losses,
+                        "norms": result.norms,
+                        "validation": result.validation,
+                        "logprobs": result.logprobs.tolist(),
+                    }
+                )
             )
-            for part in ("first", "last", "weights"):
+            for part in PARTS:
                 tensors = {k: v.contiguous().clone() for k, v in getattr(result, part).items()}
                 save_file(tensors, base.parent / f"{base.name}.{part}")
             print(f"{time.perf_counter() - began:.1f} s {case}", flush=True)
@@ -186,8 +204,9 @@ def run_cases(cases: list[Case], world: int, out: Path, timeout: float = 280) ->
     for case in cases:
         base = out / case.name()
         numbers = json.loads((out / f"{base.name}.json").read_text())
-        tensors = (load_file(out / f"{base.name}.{part}") for part in ("first", "last", "weights"))
-        results[case.name()] = Result(numbers["losses"], numbers["norms"], numbers["validation"], *tensors)
+        tensors = (load_file(out / f"{base.name}.{part}") for part in PARTS)
+        numbers["logprobs"] = torch.tensor(numbers["logprobs"])
+        results[case.name()] = Result(**numbers, **dict(zip(PARTS, tensors, strict=True)))
     return results
 
 
@@ -227,7 +246,7 @@ def run_processes(command: list[str], world: int, timeout: float) -> str:
     """Run `command` once for each rank as torchrun would; returns rank 0's output. Fails when any of them does."""
     shared = os.environ | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]), "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     processes = [
         subprocess.Popen(
