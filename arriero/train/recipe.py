@@ -130,8 +130,8 @@ def _execute(
             )
             return outcome
         outcome = dataclasses.replace(outcome, result_loss=trainer.load_result(log))
+    final = run.export()  # first: what goes wrong after it costs no result
     run.sample("after")
-    final = run.export()
     if mesh.rank == 0:
         console.print(f"saved {final}\nreport {write_report(run_dir)}", markup=False, soft_wrap=True)
     mesh.wait()

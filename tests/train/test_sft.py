@@ -105,6 +105,18 @@ def test_a_start_that_was_cut_short_is_begun_again(toy_model, rows, tmp_path, mo
     assert main(config).interrupted is None
 
 
+def test_samples_that_fail_cost_no_result(toy_model, rows, tmp_path, monkeypatch):
+    def failing(self, when):
+        if when == "after":
+            raise OSError("no space left")
+
+    config = settings(toy_model, rows, tmp_path / "run")
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left"):
+        patched.setattr(SftRun, "sample", failing)
+        main(config)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_samples_with_any_character_and_another_number_of_them_survive_a_resume(toy_model, rows, tmp_path):
     text = rows.read_text().replace(" + 2?", " +\\u2028 2?\\u0085 \\ud83d")
     rows.write_text(text)
