@@ -3,7 +3,7 @@
     python bench/shared_prompts.py [--groups 4] [--rounds 7] [--layers 30]
 
 A group is 8 answers of 24 tokens to a prompt of 48, as a preference pair or a group of sampled answers is. The shape is
-SmolLM2-135M's with random weights, bf16, compiled blocks, all weights trained; a step is forward and backward of one row.
+SmolLM2-135M's with random weights, bf16, compiled blocks, all weights trained; a step is forward and backward of a row.
 Prints one JSON line: milliseconds of both (medians), and how many times as fast sharing is.
 """
 

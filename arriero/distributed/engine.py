@@ -94,7 +94,7 @@ class Engine:
         Equal gradients and moments keep the two copies equal to the bit, so they are never sent again.
         """
         mesh, tied = self.mesh, self.parameters.get(EMBEDDINGS)
-        if tied is None or tied.grad is None or not self.model.config.tied_embeddings:
+        if tied is None or tied.grad is None or not self.model.tied:
             return
         ours = _local(tied.grad)
         if ours.numel():

@@ -73,7 +73,7 @@ class Stage(nn.Module):
     @property
     def tied_copy(self) -> bool:
         """Whether the head here is a copy of the embedding matrix, which lies on another stage."""
-        return self.last and self.layers.start > 0 and self.model.config.tied_embeddings
+        return self.last and self.layers.start > 0 and self.model.tied
 
     def named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that lie here by their name in the whole model, which for a tied copy is the embeddings'."""
@@ -91,7 +91,7 @@ class PassThrough(nn.Module):
 
 def part_of(model: Llama, layers: range) -> Llama:
     """A Llama that holds `layers` of `model`, the embeddings with the first of them and norm and head with the last."""
-    part = empty_model(model.config)
+    part = empty_model(model.config, model.head_kind)
     part.train(model.training)
     part.model.compute_dtype = model.model.compute_dtype
     part.model.embed_tokens = model.model.embed_tokens if layers.start == 0 else PassThrough()  # type: ignore[assignment]
@@ -99,5 +99,5 @@ def part_of(model: Llama, layers: range) -> Llama:
         part.model.layers[index] = model.model.layers[index] if index in layers else PassThrough()
     last = layers.stop == model.config.n_layers
     part.model.norm = model.model.norm if last else PassThrough()  # type: ignore[assignment]
-    part.lm_head = model.lm_head if last else PassThrough()  # type: ignore[assignment]
+    part.set_head(model.head if last else PassThrough())
     return part

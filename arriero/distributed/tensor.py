@@ -37,7 +37,7 @@ def split_matrices(model: Llama, mesh: DeviceMesh) -> None:
     """Split the parts of `model` that lie here over `mesh`, in place. No values are sent: each process keeps its share.
 
     Afterwards the decoder takes whole tokens and gives whole hidden states, or between pipeline stages the process's
-    part of the sequence; `model.lm_head.weight` is a DTensor for `chunked_cross_entropy`.
+    part of the sequence; `model.head.weight` is a DTensor for `chunked_cross_entropy`.
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     attention = ("q_proj", "k_proj", "v_proj"), "o_proj"
@@ -60,12 +60,12 @@ def split_matrices(model: Llama, mesh: DeviceMesh) -> None:
     if here:
         style = Embeddings(input_layouts=Replicate(), output_layouts=SEQUENCE)
         parallelize_module(model.model.embed_tokens, mesh, style, src_data_rank=None)
-    if any(True for _ in model.lm_head.parameters()):
+    if any(True for _ in model.head.parameters()):
         parallelize_module(model.model.norm, mesh, WholeNorm(), src_data_rank=None)
-        if model.config.tied_embeddings and here:
+        if model.tied and here:
             model.tie_weights()
         else:
-            _place(model.lm_head, mesh, Shard(0))
+            _place(model.head, mesh, Shard(0))
     for name, p in model.named_parameters():
         p.requires_grad_(name in trained)  # torch's styles do not all keep frozen what was
 

@@ -130,7 +130,7 @@ class Reader:
             hidden = self.model.model(tokens, self.cache.layout(len(inputs)))[0]
             self.cache.advance(len(inputs))
             chunk = torch.tensor(targets, device=self.model.device)
-            nats += (-token_logprobs(hidden, self.model.lm_head.weight, chunk).chosen).tolist()
+            nats += (-token_logprobs(hidden, self.model.head.weight, chunk).chosen).tolist()
         self._forget()
         return [nat / math.log(2) for nat in nats]
 

@@ -61,5 +61,5 @@ def _bits(model: Llama, group: list[E]) -> list[float]:
     tokens = torch.tensor([token for example in group for token in example.inputs], device=device)
     targets = torch.tensor([target for example in group for target in example.targets], device=device)
     hidden = model.model(tokens[None], documents)[0]
-    logprobs = token_logprobs(hidden, model.lm_head.weight, targets).chosen.double()
+    logprobs = token_logprobs(hidden, model.head.weight, targets).chosen.double()
     return [-logprobs[start:end].sum().item() / math.log(2) for start, end in pairwise(documents.bounds)]

@@ -67,7 +67,7 @@ def prefill(model: Llama, cache: KVCache, prompts: Sequence[Sequence[int]]) -> T
         last = found if last is None else torch.where(inside, found, last)
     assert last is not None, "prefill needs at least one token"
     cache.lengths = before + lengths
-    return model.lm_head(last).float()
+    return model.head(last).float()
 
 
 def keep_beginning(cache: KVCache, held: list[int], ids: Sequence[int]) -> int:

@@ -63,7 +63,7 @@ def _fits(model: Llama, cache: KVCache) -> bool:
     Positions that the scaling of RoPE does not reach are refused by the torch step.
     """
     linears = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-    dtype = model.lm_head.weight.dtype
+    dtype = model.head.weight.dtype
     return (
         type(model) is Llama
         and not (isinstance(model.config.rope_scaling, DynamicScaling) and cache.capacity > model.config.max_context)
@@ -186,8 +186,8 @@ class NativeStep:
             linears = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj)
             self._matrices += [linear.weight.detach() for linear in linears]
             self._norms.append((self._pointer(norms[0].weight.float()), self._pointer(norms[1].weight.float())))
-        self._matrices.append(model.lm_head.weight.detach())
-        kind = WEIGHT_TYPES.index(model.lm_head.weight.dtype)
+        self._matrices.append(model.head.weight.detach())
+        kind = WEIGHT_TYPES.index(model.head.weight.dtype)
         self._plain = self._found([matrix.data_ptr() for matrix in self._matrices], kind)
         self._packed: tuple[PackedWeights, _Found] | None = None
         self._model = model

@@ -8,21 +8,21 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from arriero.model.config import LlamaConfig, Qwen3Config
-from arriero.model.llama import Llama
+from arriero.model.llama import HeadKind, Llama
 from arriero.model.qwen3 import Qwen3
 
 _MODELS: dict[type[LlamaConfig], type[Llama]] = {LlamaConfig: Llama, Qwen3Config: Qwen3}
 
 
-def build_model(config: LlamaConfig) -> Llama:
+def build_model(config: LlamaConfig, head: HeadKind = "logits") -> Llama:
     """A model of this shape, with torch's own first weights: load some, or call `init_weights`."""
-    return _MODELS[type(config)](config)
+    return _MODELS[type(config)](config, head)
 
 
-def empty_model(config: LlamaConfig) -> Llama:
+def empty_model(config: LlamaConfig, head: HeadKind = "logits") -> Llama:
     """A model of this shape on the meta device: no memory, no values."""
     with torch.device("meta"), _NoInit():
-        return build_model(config)
+        return build_model(config, head)
 
 
 class _NoInit(TorchFunctionMode):

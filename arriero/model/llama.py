@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, D model width, H heads, K KV heads, h head width, F F
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from arriero.model.layout import Attend, Layout, Rows
 from arriero.model.rope import Rope, apply_rope, rope_tables
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one and the same where they are tied
+
+HeadKind = Literal["logits", "score", "value"]
+_HEAD_NAMES = {"logits": "lm_head", "score": "score", "value": "value"}  # Hugging Face's, but for the last
 
 
 class Linear(nn.Linear):
@@ -133,26 +136,41 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder with its language-model head: token ids [B, T] -> logits [B, T, V].
+    """The decoder with a head: token ids [B, T] -> logits [B, T, V], or a score or a value of each token [B, T, 1].
 
     Training never calls `forward`: it takes `model(tokens)` from the decoder and lets the chunked loss apply
-    `lm_head.weight` at trained positions only (see losses/lm.py). A relative is a subclass in a file of its own
+    `head.weight` at trained positions only (see losses/lm.py). A relative is a subclass in a file of its own
     (qwen3.py); `build.py` chooses by the type of the config.
     """
 
     attention: type[Attention] = Attention
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, head: HeadKind = "logits") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.head_kind = config, head
         self.model = Decoder(config, self.attention)
-        self.lm_head = Linear(config.dim, config.vocab_size)
+        self.set_head(Linear(config.dim, config.vocab_size if head == "logits" else 1))
         self.tie_weights()
 
+    @property
+    def head(self) -> Linear:
+        """What turns hidden states into outputs; its weight's name is that of its kind (`lm_head.weight`)."""
+        head: Linear = getattr(self, _HEAD_NAMES[self.head_kind])
+        return head
+
+    def set_head(self, module: nn.Module) -> None:
+        """Put another module in the head's place."""
+        self.add_module(_HEAD_NAMES[self.head_kind], module)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding matrix."""
+        return self.config.tied_embeddings and self.head_kind == "logits"
+
     def tie_weights(self) -> None:
-        """Make the head the embedding matrix where the config says so, and both are here (again after `to_empty`)."""
-        if self.config.tied_embeddings and isinstance(self.model.embed_tokens, nn.Embedding):
-            self.lm_head.weight = self.model.embed_tokens.weight
+        """Make the head the embedding matrix where it is, and both are here (again after `to_empty`)."""
+        if self.tied and isinstance(self.model.embed_tokens, nn.Embedding):
+            self.head.weight = self.model.embed_tokens.weight
 
     def set_compute_dtype(self, dtype: torch.dtype) -> Self:
         """Compute activations and matmuls in `dtype`, whatever type the weights are stored in."""
@@ -160,8 +178,8 @@ class Llama(nn.Module):
         return self
 
     def forward(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
-        """Logits [B, T, V] in the compute type; arguments as in `Decoder.forward`."""
-        return self.lm_head(self.model(tokens, layout))
+        """The head's outputs in the compute type; arguments as in `Decoder.forward`."""
+        return self.head(self.model(tokens, layout))
 
     @torch.no_grad()
     def init_weights(self, std: float = 0.02, seed: int = 0, *, depth_scaled: bool = False) -> Self:

@@ -63,7 +63,8 @@ def add_lora(model: M, config: LoraConfig, seed: int = 0) -> M:
     seed: of the adapter's first values (`initial_adapter`), which on the meta device are left to come. Raises
     `ConfigError` when a target matches no linear, or the model is adapted already.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, Linear) and not n.endswith("lm_head")}
+    head = getattr(model, "head", None)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, Linear) and m is not head}
     if any(isinstance(m, LoraLinear) for m in linears.values()):
         raise ConfigError("lora: the model carries an adapter already; merge it first (arriero merge)")
     for target in config.targets:

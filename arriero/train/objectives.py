@@ -16,9 +16,7 @@ def next_token(z_loss: float = 0.0, compile: bool = False) -> Objective:
     def sums(model: Llama, batch: Batch) -> dict[str, Tensor]:
         hidden = model.model(batch.tokens, batch.layout)
         targets = batch.targets.flatten()
-        loss = chunked_cross_entropy(
-            hidden.flatten(0, 1), model.lm_head.weight, targets, z_loss=z_loss, compile=compile
-        )
+        loss = chunked_cross_entropy(hidden.flatten(0, 1), model.head.weight, targets, z_loss=z_loss, compile=compile)
         return {"loss": loss}
 
     return Objective(sums, lambda batch: {"loss": batch.n_trained})

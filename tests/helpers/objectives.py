@@ -37,7 +37,7 @@ def mixed() -> Objective:
 
     def sums(model, batch):
         hidden = model.model(batch.tokens, batch.layout).flatten(0, 1)
-        chosen, entropy = token_logprobs(hidden, model.lm_head.weight, batch.targets.flatten(), entropy=True)
+        chosen, entropy = token_logprobs(hidden, model.head.weight, batch.targets.flatten(), entropy=True)
         answers, counted = batch.document_sums(chosen[None])
         lengths, _ = batch.document_sums((batch.targets != IGNORED).to(chosen.dtype))
         pair, side, group = (batch.document_extras[name] for name in ("pair", "side", "group"))

@@ -162,7 +162,7 @@ def train(case: Case, mesh: Mesh) -> Result:
 def logprobs_of_tokens(model: Llama, batch: Batch) -> torch.Tensor:
     """log p of each trained token [1, n]."""
     hidden = model.model(batch.tokens, batch.layout)
-    return token_logprobs(hidden.flatten(0, 1), model.lm_head.weight, batch.targets.flatten()).chosen[None]
+    return token_logprobs(hidden.flatten(0, 1), model.head.weight, batch.targets.flatten()).chosen[None]
 
 
 def run_alone(case: Case) -> Result:
