@@ -1,7 +1,7 @@
 """A toy model and data for tests of the loop: primes as sizes, dropout on, packing on."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from arriero.checkpoint import native
 from arriero.data.batch import row_groups
 from arriero.data.loader import SftLoader
 from arriero.distributed.engine import Engine
+from arriero.distributed.objective import Objective
 from arriero.model.config import LlamaConfig, LoraConfig
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
@@ -105,3 +106,8 @@ def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def changed(objective: Objective, change: Callable[[Tensor], Tensor]) -> Objective:
+    """The objective with `change` of its loss."""
+    return replace(objective, sums=lambda model, batch: {"loss": change(objective.sums(model, batch)["loss"])})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.training import assert_same, losses, toy_loader, toy_trainer
+from helpers.training import assert_same, changed, losses, toy_loader, toy_trainer
 
 from arriero.checkpoint import native
 from arriero.cli.train import finish
@@ -150,7 +150,7 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
     trainer = toy_trainer(tmp_path, dropout=0.0)
     trainer.step()
     before, honest = weights(trainer), trainer.objective
-    trainer.objective = lambda model, batch: honest(model, batch) * float("nan")
+    trainer.objective = changed(honest, lambda loss: loss * float("nan"))
     metrics = trainer.step()
     assert metrics["skipped"] == 1
     assert_same(weights(trainer), before)
@@ -162,11 +162,7 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
 def test_many_non_finite_steps_in_a_row_stop_with_a_clear_error_and_keep_good_checkpoints(tmp_path):
     trainer = toy_trainer(tmp_path, max_skipped=4, save_every=1, keep_last=2)
     honest = trainer.objective
-
-    def objective(model, batch):
-        return honest(model, batch) * (float("inf") if trainer.progress.step >= 5 else 1.0)
-
-    trainer.objective = objective
+    trainer.objective = changed(honest, lambda loss: loss * (float("inf") if trainer.progress.step >= 5 else 1.0))
     message = r"not finite for 4 steps in a row \(max_skipped\); begin a new run with an lr below .*00000005/weights$"
     with pytest.raises(TrainingError, match=message):
         run(trainer, tmp_path)
@@ -176,11 +172,7 @@ def test_many_non_finite_steps_in_a_row_stop_with_a_clear_error_and_keep_good_ch
 def test_a_save_that_is_due_at_a_step_that_is_not_finite_waits_for_the_next_good_one(tmp_path):
     trainer = toy_trainer(tmp_path, steps=10, save_every=4, keep_last=9)
     honest = trainer.objective
-
-    def objective(model, batch):
-        return honest(model, batch) * (float("inf") if trainer.progress.step in (3, 4) else 1.0)
-
-    trainer.objective = objective
+    trainer.objective = changed(honest, lambda loss: loss * (float("inf") if trainer.progress.step in (3, 4) else 1.0))
     run(trainer, tmp_path)
     assert native.steps(tmp_path) == [6, 8, 10]
 
@@ -189,11 +181,7 @@ def test_weights_that_steps_are_not_finite_with_are_never_the_best(tmp_path):
     values = iter([3.0, 2.0, 1.0])
     trainer = toy_trainer(tmp_path, steps=8, validate=lambda: {"loss": next(values)}, validate_every=4)
     honest = trainer.objective
-
-    def objective(model, batch):
-        return honest(model, batch) * (float("inf") if trainer.progress.step >= 5 else 1.0)
-
-    trainer.objective = objective
+    trainer.objective = changed(honest, lambda loss: loss * (float("inf") if trainer.progress.step >= 5 else 1.0))
     run(trainer, tmp_path)
     assert trainer.progress.best_step == 4
 
@@ -298,7 +286,7 @@ def test_a_spike_is_skipped_counted_and_leaves_the_weights_alone(tmp_path):
     for _ in range(60):
         trainer.step()
     before, objective = weights(trainer), trainer.objective
-    trainer.objective = lambda model, batch: objective(model, batch) * 40
+    trainer.objective = changed(objective, lambda loss: loss * 40)
     assert trainer.step()["skipped"] == 1 and trainer.progress.spikes == 1
     assert_same(weights(trainer), before)
     trainer.objective = objective

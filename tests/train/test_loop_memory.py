@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.runs import SHAPE, Run, do_alone, do_together
-from helpers.training import assert_same, losses, toy_trainer
+from helpers.training import assert_same, changed, losses, toy_trainer
 from safetensors.torch import load_file
 
 from arriero.checkpoint import native
@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     state = {name: t.clone() for name, t in trainer._optimizer_tensors().items()}
     honest = trainer.objective
     for wrong in (lambda loss: loss * float("nan"), lambda loss: loss + float("inf")):  # with and without a gradient
-        trainer.objective = lambda model, batch, wrong=wrong: wrong(honest(model, batch))
+        trainer.objective = changed(honest, wrong)
         trainer.step()
     assert trainer.progress.skipped == 2
     assert_same(trainer.parameters, before)
