@@ -128,7 +128,10 @@ def _write(
 ) -> None:
     if to == "gguf":
         from arriero.tokenizer.gguf import tokenizer_to_gguf
+        from arriero.tokenizer.gguf_limits import differences
 
+        if tokenizer is not None and (told := differences(tokenizer)):
+            warn_once(f"{weights.source}: in llama.cpp some texts will have other ids: {'; '.join(told)}")
         entries = {} if tokenizer is None else tokenizer_to_gguf(tokenizer)
         kind = _KINDS[number]
         write_gguf(

@@ -17,8 +17,9 @@ from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError, did_you_mean
 from arriero.gguf_header import read_metadata
+from arriero.terminal import warn_once
 from arriero.tokenizer import llama3
-from arriero.tokenizer.base import SpecialTokens, Tokenizer
+from arriero.tokenizer.base import END_TOKENS, SpecialTokens, Tokenizer
 from arriero.tokenizer.files import role_texts
 from arriero.tokenizer.hf import HfTokenizer, with_bos
 from arriero.tokenizer.sentencepiece import (  # a token's type has the same number in a GGUF file
@@ -141,11 +142,15 @@ def tokenizer_to_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
     Raises CheckpointError for a tokenizer that llama.cpp has no name for.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
+        _check_is_bpe(tokenizer.is_bpe, "SentencePiece's unigram model")
         fields = _pieces_to_gguf(tokenizer.pieces())
+        if tokenizer.collapses_spaces:
+            fields["tokenizer.ggml.remove_extra_whitespaces"] = True
     else:
         assert isinstance(tokenizer, (HfTokenizer, llama3.TiktokenTokenizer))
         backend = tokenizer.backend if isinstance(tokenizer, HfTokenizer) else tokenizer.to_backend()
         state = json.loads(backend.to_str())
+        _check_is_bpe(state["model"]["type"] == "BPE", state["model"]["type"])
         byte_level = not isinstance(tokenizer, HfTokenizer) or tokenizer.byte_level
         fields = _byte_level_to_gguf(state) if byte_level else _pieces_to_gguf(pieces_of(state))
     special = tokenizer.special
@@ -153,12 +158,30 @@ def tokenizer_to_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
         text = getattr(special, role)
         if text in special.ids:
             fields[f"tokenizer.ggml.{key}_token_id"] = special.ids[text]
+    fields |= _ends(tokenizer)
     fields["tokenizer.ggml.add_bos_token"] = special.adds_bos
     fields["tokenizer.ggml.add_eos_token"] = False
     fields["tokenizer.ggml.add_space_prefix"] = tokenizer.prefix_rule != "never"
     if tokenizer.chat_template is not None:
         fields["tokenizer.chat_template"] = tokenizer.chat_template.source
     return fields
+
+
+def _check_is_bpe(is_bpe: bool, kind: str) -> None:
+    if not is_bpe:
+        raise CheckpointError(
+            f"this tokenizer is {kind}; a GGUF file for a Llama holds BPE, as which llama.cpp would give other ids: "
+            "convert to hf"
+        )
+
+
+def _ends(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids that end a turn beside eos, where llama.cpp does not know them by their text."""
+    known = {tokenizer.eos_id, *(tokenizer.special_ids.get(text) for text in END_TOKENS)}
+    others = sorted(tokenizer.stop_ids - known)
+    if lost := others[len(_END_KEYS) :]:
+        warn_once(f"a GGUF file names {1 + len(_END_KEYS)} ends of a turn; llama.cpp will not stop at the ids {lost}")
+    return {f"tokenizer.ggml.{key}_token_id": i for key, i in zip(_END_KEYS, others, strict=False)}
 
 
 def _byte_level_to_gguf(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,7 +192,8 @@ def _byte_level_to_gguf(state: Mapping[str, Any]) -> dict[str, Any]:
     if not names:
         raise CheckpointError(
             f"llama.cpp's name for this tokenizer's way of splitting text is not known ({json.dumps(split)[:200]}); "
-            f"Arriero can export: {', '.join(sorted(PRE_TOKENIZERS))}"
+            f"Arriero can export: {', '.join(sorted(PRE_TOKENIZERS))}. Under another name ids would differ: convert to "
+            "hf, which keeps it"
         )
     tokens, types = _tokens_of(state)
     return {

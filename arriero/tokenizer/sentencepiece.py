@@ -47,7 +47,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.model = model
         self.processor = _processor(model)
         self._continuing = _processor(model + _NO_DUMMY_PREFIX)
-        _, normalizer = _read_settings(model)
+        trainer, normalizer = _read_settings(model)
+        self.is_bpe = trainer.get(MODEL_TYPE) == BPE
+        self.normalises = bool(normalizer.get(CHARACTER_MAP))
+        self.collapses_spaces = bool(normalizer.get(REMOVE_EXTRA_SPACES, 1))
         self.strips_space = bool(normalizer.get(ADD_DUMMY_PREFIX, 1))
         self.prefix_rule = "always" if self.strips_space else "never"
 
@@ -170,12 +173,17 @@ def tokenizer_from_pieces(
         list(zip(tokens, map(float, scores), map(int, types), strict=True)),
         ids={role: special.ids.get(getattr(special, role) or "", -1) for role in ("unk", "bos", "eos", "pad")},
         dummy_prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
+        collapse_spaces=bool(fields.get("tokenizer.ggml.remove_extra_whitespaces", False)),
     )
     return SentencePieceTokenizer(model, special, template)
 
 
 def write_model(
-    pieces: Sequence[tuple[str, float, int]], ids: Mapping[str, int], *, dummy_prefix: bool = True
+    pieces: Sequence[tuple[str, float, int]],
+    ids: Mapping[str, int],
+    *,
+    dummy_prefix: bool = True,
+    collapse_spaces: bool = False,
 ) -> bytes:
     """Return a SentencePiece model file with Llama's settings: BPE, byte fallback, no normalisation."""
     body = b"".join(
@@ -185,7 +193,7 @@ def write_model(
     fallback = any(kind == BYTE for _, _, kind in pieces)
     roles = {UNK_ID: ids["unk"], BOS_ID: ids["bos"], EOS_ID: ids["eos"], PAD_ID: ids["pad"]}
     trainer = {MODEL_TYPE: BPE, BYTE_FALLBACK: int(fallback), **roles}
-    normalizer = {ADD_DUMMY_PREFIX: int(dummy_prefix), REMOVE_EXTRA_SPACES: 0, ESCAPE_SPACES: 1}
+    normalizer = {ADD_DUMMY_PREFIX: int(dummy_prefix), REMOVE_EXTRA_SPACES: int(collapse_spaces), ESCAPE_SPACES: 1}
     named = field(NAME, b"identity") + _message(normalizer)
     return body + field(TRAINER, _message(trainer)) + field(NORMALIZER, named)
 
