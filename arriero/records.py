@@ -1,30 +1,30 @@
 """Data files of any common container, read one row at a time: JSONL, JSON, CSV/TSV, Parquet and Arrow, plain or (the
-text ones) compressed with gzip or zstd; a directory of them; or a Hub data set, which `datasets` brings as Arrow files.
+text ones) compressed with gzip, zstd, bzip2 or xz; a directory of them; or a Hub data set, which `datasets` brings as
+Arrow files.
 
-What a row means is for others to say: a conversation (data/formats.py), a document (curate/sources.py). Only a .json
-array is read whole. Every refusal names the file, the row (for JSONL its line) and the remedy.
+What a row means is for others to say: a conversation (data/formats.py), a document (curate/sources.py). Bytes are
+`streams.py`'s matter, tables `tables.py`'s. Every refusal names the file, the row (for JSONL its line) and the remedy.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
-import gzip
 import io
 import itertools
 import json
 import re
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from arriero.errors import DataError, UserError, require
 from arriero.paths import as_path, hint
+from arriero.streams import COMPRESSED, CannotGoOn, Damaged, Opened, endings, opened
+from arriero.tables import TableRow, Wanted, read_arrow, read_parquet, refuse_twice, twice
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 Row = dict[str, Any]
 
 
@@ -36,6 +36,7 @@ class Record(NamedTuple):
     raw: bytes | Row  # a line of JSON, or the row itself
     done: float  # share of the file that has been read, for progress bars
     error: DataError | None = None  # why there is no row
+    unread: tuple[str, ...] = ()  # columns of a table that nobody asked for
 
 
 def source_files(source: str | Path) -> list[Path]:
@@ -58,21 +59,26 @@ def source_files(source: str | Path) -> list[Path]:
     )
 
 
-def read_records(path: Path, after: int = 0) -> Iterator[Record]:
+def every_column(name: str, holds_bytes: bool) -> bool:
+    """What is asked of a table where nothing else is."""
+    return True
+
+
+def read_records(path: Path, after: int = 0, wanted: Wanted = every_column) -> Iterator[Record]:
     """Stream the rows of one file, those numbered up to `after` left out; raises DataError for a damaged or empty one.
 
     Rows of Parquet are left out unread, by row groups; rows of Arrow and of text are passed over, which is many times
-    faster than parsing them.
+    faster than parsing them. wanted: which columns of a Parquet or Arrow file to read; others are not decoded.
     """
     reader = _reader(path)
     assert reader is not None, path
     row = 0
     try:
-        for record in reader(path, after):
+        for record in reader(path, after, wanted):
             row = record.row
             if row > after:
                 yield record
-    except (EOFError, gzip.BadGzipFile, zlib.error, _zstd_error()) as error:
+    except Damaged as error:
         raise DataError(
             f"{path}: damaged {COMPRESSED[endings(path)[1]]} data after row {row} ({error}); fetch the file again"
         ) from error
@@ -85,97 +91,131 @@ def is_readable(path: Path) -> bool:
     return _reader(path) is not None
 
 
-def endings(path: Path) -> tuple[str, str]:
-    """The ending of a name that says what the file holds, and that of its compression or nothing; in lower case."""
-    name = Path(path.name.lower())
-    return (Path(name.stem).suffix, name.suffix) if name.suffix in COMPRESSED else (name.suffix, "")
+def _reader(path: Path) -> Callable[[Path, int, Wanted], Iterator[Record]] | None:
+    ending, packing = endings(path)
+    return None if packing and ending in TABLES else _READERS.get(ending)
 
 
-def _reader(path: Path) -> Callable[[Path, int], Iterator[Record]] | None:
-    return _READERS.get(endings(path)[0])
+def _read_jsonl(path: Path, after: int, wanted: Wanted) -> Iterator[Record]:
+    with opened(path) as file:
+        for number, line in enumerate(file.stream, start=1):
+            file.row_ends()
+            if number <= after or line.strip():
+                yield Record(str(path), number, line, file.done())
 
 
-def _zstd_error() -> type[Exception]:
-    """What damaged zstd data raises; an error that nothing raises where the package is not even loaded."""
-    module = sys.modules.get("zstandard")
-    return module.ZstdError if module else gzip.BadGzipFile
+def _read_json(path: Path, after: int, wanted: Wanted) -> Iterator[Record]:
+    """An array of rows, or rows one after another on any number of lines; or JSON lines, which are common under this
+    ending and which workers can parse."""
+    if not _is_lines(path):
+        yield from _read_values(path)
+    else:
+        yield from _read_jsonl(path, after, wanted)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
-    """The file's bytes, unzipped, and a function that tells the share of the file read so far."""
-    size, packing = max(1, path.stat().st_size), endings(path)[1]
-    with open(path, "rb") as raw:
-        if packing == ".gz":
-            with gzip.GzipFile(fileobj=raw) as stream:
-                yield cast(IO[bytes], stream), lambda: raw.tell() / size
-        elif packing == ".zst":
-            with io.BufferedReader(_ZstdFrames(raw), buffer_size=1 << 20) as lines:
-                yield cast(IO[bytes], lines), lambda: raw.tell() / size
-        else:
-            yield raw, lambda: raw.tell() / size
-
-
-class _ZstdFrames(io.RawIOBase):
-    """The content of zstd frames, one after another; unlike the package's own reader, a cut file raises EOFError."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self.raw, self.content, self.zstandard = raw, memoryview(b""), require("zstandard", "data")
-        self.frame: Any = None  # the one being read
-
-    def readable(self) -> bool:
+def _is_lines(path: Path) -> bool:
+    """Whether the first line is a row, or nothing that JSON begins with."""
+    with opened(path) as file:
+        first = next((line for line in file.stream if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+    if first.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return False
+    try:
+        json.loads(first)
+        return True
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return next(_read_values(path), None) is None
+    except CannotGoOn:
+        raise
+    except DataError:
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        while not self.content:
-            rest = self.frame.unused_data if self.frame and self.frame.eof else b""
-            if self.frame is None or self.frame.eof:
-                rest = rest or self.raw.read(1 << 17)
-                if not rest:
-                    return 0
-                self.frame = self.zstandard.ZstdDecompressor().decompressobj()
-            elif not (rest := self.raw.read(1 << 17)):
-                raise EOFError("the last frame is incomplete")
-            self.content = memoryview(self.frame.decompress(rest))
-        count = min(len(buffer), len(self.content))
-        buffer[:count], self.content = self.content[:count], self.content[count:]
-        return count
 
-
-def _read_jsonl(path: Path, after: int) -> Iterator[Record]:
-    with _opened(path) as (stream, done):
-        for number, line in enumerate(stream, start=1):
-            if number <= after or line.strip():
-                yield Record(str(path), number, line, done())
-
-
-def _read_json(path: Path, after: int) -> Iterator[Record]:
-    """A JSON array of rows; or JSON lines under this ending, which are common."""
-    with _opened(path) as (stream, _):
-        start = next((line.lstrip(b"\xef\xbb\xbf \t\r\n") for line in stream if line.strip()), b"")
-    if not start.startswith(b"["):
-        yield from _read_jsonl(path, after)
-        return
-    with _opened(path) as (stream, _):
+def _read_values(path: Path) -> Iterator[Record]:
+    number = 0
+    with opened(path) as file:
         try:
-            rows = parse_json(stream.read())
-        except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, too deep
+            for number, (value, fault) in enumerate(_json_values(file), start=1):
+                try:
+                    if fault:
+                        raise DataError(f"row {number} of {path}: broken JSON: {fault}; mend or drop it")
+                    yield Record(str(path), number, as_row(value, path, number), file.done())
+                except DataError as error:
+                    yield Record(str(path), number, {}, file.done(), error)
+        except json.JSONDecodeError as error:
+            where = f"line {error.lineno}, column {error.colno}, counted from there"
             raise DataError(
-                f"{path}: broken JSON: {error}; mend the file, or write one object a line as .jsonl"
+                f"{path}: broken JSON behind row {number}: {error.msg} ({where}); mend the file, or write one object a "
+                "line as .jsonl"
             ) from error
-    for number, row in enumerate(rows, start=1):
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError, too deep
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f"{path}: broken JSON behind row {number}: {error}; mend the file, or write one object a line as .jsonl"
+            ) from error
+
+
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _json_values(file: Opened) -> Iterator[tuple[Any, str]]:
+    """The elements of an array, or values one after another; each with what is at fault in it, or nothing.
+
+    A value is parsed when it is there as a whole; what is read at a time doubles until then.
+    """
+    faults: list[str] = []
+    json_decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: _noting(pairs, faults))
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    text, at, has_more = "", 0, True
+
+    def read() -> None:
+        nonlocal text, at, has_more
+        data = file.stream.read(max(1 << 18, len(text) - at))
+        has_more = bool(data)
+        text, at = text[at:] + utf8.decode(data, not data), 0
+
+    def skip_space() -> str:
+        nonlocal at
+        while (at := SPACE.match(text, at).end()) == len(text) and has_more:  # type: ignore[union-attr]
+            read()
+        return text[at : at + 1]
+
+    in_array = skip_space() == "["
+    at += in_array
+    while (char := skip_space()) != "]" if in_array else (char := skip_space()):
+        if not char:
+            raise json.JSONDecodeError("the array does not end", text, at)
+        faults.clear()
         try:
-            yield Record(str(path), number, as_row(row, path, number), number / len(rows))
-        except DataError as error:
-            yield Record(str(path), number, {}, number / len(rows), error)
+            value, end = json_decoder.raw_decode(text, at)
+        except json.JSONDecodeError:
+            if not has_more:
+                raise
+            read()
+            continue
+        if end == len(text) and has_more:  # a number may go on
+            read()
+            continue
+        at = end
+        file.row_ends()
+        yield value, faults[0] if faults else ""
+        if in_array and (char := skip_space()) != "]":
+            if char != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+            at += 1
+    at += in_array
+    if skip_space():
+        raise json.JSONDecodeError("Extra data", text, at)
 
 
-def _read_csv(path: Path, after: int) -> Iterator[Record]:
+def _read_csv(path: Path, after: int, wanted: Wanted) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
     delimiter = "\t" if endings(path)[0] == ".tsv" else ","
     with (
-        _opened(path) as (stream, done),
-        io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
+        opened(path) as file,
+        io.TextIOWrapper(file.stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
     ):
         rows = csv.DictReader(text, delimiter=delimiter, strict=True)
         try:
@@ -188,69 +228,39 @@ def _read_csv(path: Path, after: int) -> Iterator[Record]:
             where = f"row {number} of {path}"
             try:
                 row = next(rows)
+                file.row_ends()
                 if None in row or None in row.values():
                     raise DataError(
                         f"{where}: it has {'more' if None in row else 'fewer'} fields than the header's {n_fields}; "
                         f"quote fields that hold a {delimiter!r} or a line break"
                     )
                 "".join([*row, *row.values()]).encode("utf-8", "surrogateescape").decode()
-                yield Record(str(path), number, row, done())
+                yield Record(str(path), number, row, file.done())
             except StopIteration:
                 return
+            except CannotGoOn:
+                raise
             except DataError as error:
-                yield Record(str(path), number, {}, done(), error)
+                yield Record(str(path), number, {}, file.done(), error)
             except (csv.Error, UnicodeDecodeError) as error:
-                yield Record(str(path), number, {}, done(), DataError(f"{where}: {_broken_csv(error)}"))
+                yield Record(str(path), number, {}, file.done(), DataError(f"{where}: {_broken_csv(error)}"))
 
 
 def _broken_csv(error: Exception) -> str:
     return f"broken CSV: {error}; write it as UTF-8 with quotes"
 
 
-def _read_parquet(path: Path, after: int) -> Iterator[Record]:
-    require("pyarrow", "data")
-    import pyarrow.lib
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            n_rows, passed, groups = file.metadata.num_rows, 0, range(file.num_row_groups)
-            while groups and passed + file.metadata.row_group(groups[0]).num_rows <= after:
-                passed += file.metadata.row_group(groups[0]).num_rows
-                groups = groups[1:]
-            yield from _arrow_records(path, file.iter_batches(batch_size=256, row_groups=list(groups)), n_rows, passed)
-    except (pyarrow.lib.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet ({error}); fetch the file again") from error
+def _read_parquet(path: Path, after: int, wanted: Wanted) -> Iterator[Record]:
+    yield from _table_records(path, read_parquet(path, after, wanted))
 
 
-def _read_arrow(path: Path, after: int) -> Iterator[Record]:
-    require("pyarrow", "data")
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
-            yield from _arrow_records(path, batches, 0, after=after)
-    except (pa.lib.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as an Arrow stream ({error}); fetch the file again") from error
+def _read_arrow(path: Path, after: int, wanted: Wanted) -> Iterator[Record]:
+    yield from _table_records(path, read_arrow(path, after, wanted))
 
 
-def _arrow_records(path: Path, batches: Any, n_rows: int, number: int = 0, after: int = 0) -> Iterator[Record]:
-    for batch in batches:
-        refuse_twice(batch.schema.names, path)
-        if number + batch.num_rows <= after:
-            number += batch.num_rows
-            continue
-        for row in batch.to_pylist():
-            number += 1
-            # A field of a struct is there for every row of the table; None means that this row has none.
-            row = {key: _without_none(value) for key, value in row.items()}
-            yield Record(str(path), number, row, number / n_rows if n_rows else 0.0)
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list) else value
+def _table_records(path: Path, rows: Iterator[TableRow]) -> Iterator[Record]:
+    for number, row, done, error, unread in rows:
+        yield Record(str(path), number, row, done, error, unread)
 
 
 def hub_files(name: str) -> list[Path]:
@@ -270,7 +280,8 @@ def hub_files(name: str) -> list[Path]:
     return [Path(file["filename"]) for file in table.cache_files]
 
 
-_READERS: Mapping[str, Callable[[Path, int], Iterator[Record]]] = {
+TABLES = (".parquet", ".arrow", ".feather", ".ipc")  # which are packed within
+_READERS: Mapping[str, Callable[[Path, int, Wanted], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
@@ -278,6 +289,8 @@ _READERS: Mapping[str, Callable[[Path, int], Iterator[Record]]] = {
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
+    ".feather": _read_arrow,
+    ".ipc": _read_arrow,
 }
 
 
@@ -293,7 +306,9 @@ def parse_row(record: Record) -> Row:
     except RecursionError as error:
         raise DataError(f"{where}: the JSON is nested too deeply; flatten it or drop the line") from error
     except ValueError as error:
-        raise DataError(f"{where}: broken JSON: {error}; mend or drop the line") from error
+        opens = record.raw.strip().endswith((b"{", b"[", b","))
+        remedy = "where an object goes on over several lines, call the file .json" if opens else "mend or drop the line"
+        raise DataError(f"{where}: broken JSON: {error}; {remedy}") from error
     return as_row(row, record.file, record.row)
 
 
@@ -304,22 +319,18 @@ def parse_json(text: str | bytes) -> Any:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys differ: Python would keep the last value of a key and say nothing of the others."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError(f"an object has the key {_twice(key for key, _ in pairs)!r} twice")
+    faults: list[str] = []
+    found = _noting(pairs, faults)
+    if faults:
+        raise ValueError(faults[0])
     return found
 
 
-def refuse_twice(names: Sequence[str], path: Path) -> None:
-    """Raise DataError where two columns of a table have one name, of which a row could keep only the last."""
-    if len(set(names)) != len(names):
-        raise DataError(f"{path}: two of its columns are called {_twice(names)!r}; rename or remove one")
-
-
-def _twice(names: Iterable[str]) -> str:
-    """The first name that comes a second time."""
-    seen: set[str] = set()
-    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+def _noting(pairs: list[tuple[str, Any]], faults: list[str]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        faults.append(f"an object has the key {twice(key for key, _ in pairs)!r} twice")
+    return found
 
 
 def as_row(value: Any, file: object, row: int) -> Row:
@@ -327,3 +338,11 @@ def as_row(value: Any, file: object, row: int) -> Row:
     if isinstance(value, dict):
         return value
     raise DataError(f"row {row} of {file}: expected a JSON object, found {type(value).__name__}; one object a row")
+
+
+def rows_within(row: Row) -> str:
+    """A hint for a row that may be a file's only one, with the rows inside: {"version": 1, "data": [{...}, ...]}."""
+    for key, value in row.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            return f"; {key!r} is a list of objects: if they are the rows, write one a line, as `jq -c '.{key}[]'` does"
+    return ""

@@ -2,11 +2,13 @@
 
     .txt .md .rst ...          a document each
     .html .htm                 the main text, found by resiliparse or trafilatura
-    .warc .warc.gz             a document for each response that is HTML or plain text, and for each text of a WET file
-    .jsonl(.gz/.zst) .parquet .arrow .json .csv      a document for each row, its text in the column `text_key`
+    .warc .warc.gz             a document for each response or resource that is HTML or plain text, and each text of WET
+    .jsonl .json .csv (.gz .zst .bz2 .xz) .parquet .arrow .feather    a document for each row, its text in the column
+                               `text_key`
     .py .c .rs ...             source code, a document each
-    a directory                these below it, sorted by path (.json and .csv only where named themselves, since they
-                               are seldom documents; links to directories are not followed); of one that
+    a directory                these below it, sorted by path (.json and .csv only compressed, or where named
+                               themselves, since they are seldom documents; links to directories are not followed);
+                               of one that
                                `arriero curate` wrote, there or below, its shards
     stdlib                     the running Python's standard library (a document each file) and its manual's topics
     owner/name[:config]        a Hub data set
@@ -28,7 +30,7 @@ import sysconfig
 import tokenize
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -40,7 +42,18 @@ from arriero.errors import DataError, require
 from arriero.fields import shown
 from arriero.paths import as_path, hint, lies_here
 from arriero.reading import read_json
-from arriero.records import HUB_ID, Record, as_row, endings, hub_files, is_readable, parse_row, read_records
+from arriero.records import (
+    HUB_ID,
+    Record,
+    as_row,
+    endings,
+    hub_files,
+    is_readable,
+    parse_row,
+    read_records,
+    rows_within,
+)
+from arriero.terminal import warn_once
 
 STDLIB = "stdlib"
 MANIFEST = "manifest.json"  # of a curated directory; lists its shards
@@ -55,6 +68,7 @@ CODE = frozenset({
     ".swift", ".cs", ".fs", ".hs", ".ml", ".mli", ".clj", ".ex", ".exs", ".erl", ".el", ".lisp", ".scm", ".sh", ".bash",
     ".zsh",    ".sql", ".proto", ".cmake", ".zig", ".d", ".dart", ".f90", ".asm", ".s", ".v", ".vhdl", ".css", ".scss",
 })  # fmt: skip
+PACKED = frozenset({".zip", ".tar", ".tgz", ".tbz", ".txz", ".7z", ".rar", ".lz4", ".br", ".z", ".lz", ".lzma", ".lzo"})
 SELDOM_DOCUMENTS = (".json", ".csv", ".tsv")
 SKIPPED_DIRECTORIES = frozenset({
     "site-packages", "dist-packages", "node_modules", "__pycache__", "build", "dist", "venv",
@@ -192,7 +206,7 @@ def _files_of(source: str | Path, name: str, passed_over: Counter[str]) -> list[
             raise DataError(f"{source}: a pipe or device, which cannot be read twice; write it to a file and give that")
         if kind is None:
             remedy = "rename plain text to .txt, or convert it to .jsonl or .parquet"
-            if endings(path)[1]:
+            if endings(path)[1] or path.suffix.lower() in PACKED:
                 remedy = "unpack it (only .jsonl, .json, .csv and .warc are read compressed)"
             raise DataError(f"{source}: files ending {''.join(path.suffixes[-2:])!r} are not read; {remedy}")
         return [SourceFile(path, name, _stem(name), kind)]
@@ -224,16 +238,24 @@ def _directory(root: Path, name: str, passed_over: Counter[str]) -> list[SourceF
                 n_curations += 1
             else:
                 passed_over["unfinished curations"] += 1
-        elif kind is not None and endings(path)[0] not in SELDOM_DOCUMENTS:
+        elif kind is not None and (endings(path)[0] not in SELDOM_DOCUMENTS or endings(path)[1]):
             files.append(SourceFile(path, inner, name, kind))
         else:
             passed_over["".join(endings(path)) or "without an ending"] += 1
     if not files and not n_curations:
         raise DataError(
-            f"{root}: no document in this directory; put .txt, .md, .html, .warc.gz, .jsonl, .parquet or source "
-            "files there"
+            f"{root}: no document in this directory{_found_instead(passed_over)}; put .txt, .md, .html, .warc.gz, "
+            ".jsonl, .parquet or source files there"
         )
     return files
+
+
+def _found_instead(passed_over: Counter[str]) -> str:
+    if not passed_over:
+        return ""
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in passed_over.most_common(5))
+    by_name = any(kind in SELDOM_DOCUMENTS for kind in passed_over)
+    return f" (passed over: {kinds}{'; name files of .json, .csv and .tsv themselves' if by_name else ''})"
 
 
 def is_curation(directory: Path) -> bool:
@@ -333,7 +355,13 @@ Rows = Iterator[tuple[int, Found]]
 
 
 def _read_rows(file: SourceFile, after: int, reading: Reading) -> Rows:
-    for record in read_records(file.path, after):
+    named = (reading.text_key, *OWN)
+    is_first = True
+    for record in read_records(file.path, after, lambda name, holds_bytes: not holds_bytes or name in named):
+        if is_first and record.unread:
+            columns = ", ".join(repr(name) for name in record.unread)
+            warn_once(f"{file.path}: bytes are no metadata, so these columns are left out: {columns}")
+        is_first = False
         try:
             yield record.row, from_record(record, file, reading)
         except DataError as error:
@@ -342,18 +370,24 @@ def _read_rows(file: SourceFile, after: int, reading: Reading) -> Rows:
 
 def from_record(record: Record, file: SourceFile, reading: Reading = Reading()) -> Document:
     """The document in a row that `read_records` gave; apart from reading, so that other processes can do it."""
-    return _from_row(parse_row(record), file, record.row, reading.text_key)
+    return _from_row(parse_row(record), file, record, reading.text_key)
 
 
-def _from_row(row: Mapping[str, Any], file: SourceFile, number: int, text_key: str) -> Document:
+OWN = ("id", "source", "url", "date")  # columns that are not metadata
+
+
+def _from_row(row: dict[str, Any], file: SourceFile, record: Record, text_key: str) -> Document:
+    number = record.row
     where = f"row {number} of {file.path}"
-    rest = dict(row)
+    rest = {key: _decoded(value, key, where) if key in (text_key, *OWN) else value for key, value in row.items()}
     text = rest.pop(text_key, None)
     if text is None:
         if text_key in row:
             raise DataError(f"{where}: {text_key!r} is null; fill it or drop the row")
-        columns = ", ".join(repr(name) for name in row) or "none"
-        raise DataError(f"{where}: no column {text_key!r} (there are: {columns}); name the text's with --text-key")
+        columns = ", ".join(repr(name) for name in (*row, *record.unread)) or "none"
+        raise DataError(
+            f"{where}: no column {text_key!r} (there are: {columns}); name the text's with --text-key{rows_within(row)}"
+        )
     if not isinstance(text, str):
         raise DataError(f"{where}: {text_key!r} is of type {type(text).__name__}; it must be a text")
     meta = rest.pop("meta", None) or {}
@@ -366,7 +400,7 @@ def _from_row(row: Mapping[str, Any], file: SourceFile, number: int, text_key: s
             raise DataError(f"{where}: {TOO_DEEP}") from error
     elif not isinstance(meta, dict):
         meta = {"meta": meta}
-    named = {key: _word(rest.pop(key, None)) for key in ("id", "source", "url", "date")}
+    named = {key: _word(rest.pop(key, None)) for key in OWN}
     return Document(
         valid(text),
         named["id"] or f"{file.name}:{number}",
@@ -375,6 +409,18 @@ def _from_row(row: Mapping[str, Any], file: SourceFile, number: int, text_key: s
         named["date"],
         _plain({**{key: value for key, value in rest.items() if value is not None}, **meta}, where),
     )
+
+
+def _decoded(value: Any, key: str, where: str) -> Any:
+    """Text that a table holds as bytes, as some writers of Parquet leave it."""
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: {key!r} holds bytes that are not UTF-8 ({error}); convert it or drop the row"
+        ) from error
 
 
 def _word(value: Any) -> str:
@@ -391,7 +437,7 @@ def _plain(value: Any, where: str, level: int = 0) -> Any:
         raise DataError(f"{where}: {TOO_DEEP}")
     if isinstance(value, dict):
         return {_word(key): _plain(item, where, level + 1) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(item, where, level + 1) for item in value]
     return value if value is None or isinstance(value, bool | int | float) else _word(value)
 
@@ -405,7 +451,9 @@ def _read_whole(file: SourceFile, after: int, reading: Reading) -> Rows:
         yield 1, Document(main_text(data, reading.html, str(file.path)), file.name, file.source)
         return
     try:
-        text = _decoded_code(data) if file.path.suffix.lower() == ".py" else data.decode("utf-8-sig")
+        encoding = json.detect_encoding(data[:4])  # by a byte order mark, or the zeros of UTF-16 and UTF-32
+        is_code = file.path.suffix.lower() == ".py" and encoding.startswith("utf-8")
+        text = _decoded_code(data) if is_code else data.decode("utf-8-sig" if encoding == "utf-8" else encoding)
     except (UnicodeError, SyntaxError, LookupError) as error:
         yield 1, DataError(f"{file.path}: not UTF-8 text ({error}); convert it, for example by iconv, or remove it")
         return

@@ -213,7 +213,9 @@ def read_items(files: Sequence[SourceFile], start: Position, reading: Reading, n
         file, after = files[i], start.row if i == start.file else 0
         held_out = i < n_held_out
         if file.kind == "rows":
-            for record in read_records(file.path, after):
+            for record in read_records(
+                file.path, after, lambda name, holds_bytes: name in (reading.text_key, "source")
+            ):
                 size = len(record.raw if isinstance(record.raw, bytes) else str(record.raw.get(reading.text_key)))
                 yield Item((file, record), size, Position(i, record.row), record.done, held_out)
         elif file.kind in ONE_DOCUMENT:

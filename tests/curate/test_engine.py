@@ -285,7 +285,7 @@ def test_an_output_directory_below_a_source_is_no_source(corpus, tmp_path, monke
 def test_a_file_is_opened_once_however_many_parts_it_makes(corpus, tmp_path, monkeypatch):
     """Each part from the beginning of its file would make a large one take quadratic time."""
     opened = []
-    monkeypatch.setattr(sources, "read_records", lambda path, after: opened.append(path) or read_records(path, after))
+    monkeypatch.setattr(sources, "read_records", lambda path, *rest: opened.append(path) or read_records(path, *rest))
     run(corpus, tmp_path / "out")
     assert opened == [corpus / "a.jsonl", corpus / "b.jsonl"]
 

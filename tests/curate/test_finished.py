@@ -34,5 +34,5 @@ def test_a_manifest_of_something_else_is_left_alone(corpus, tmp_path, manifest):
 
 def test_pieces_without_end_are_refused():
     for value in (float("nan"), float("inf")):
-        with pytest.raises(ConfigError, match=f"part_mb is {value}; it must be a number of at least"):
+        with pytest.raises(ConfigError, match=f"part_mb is {value}; it must be a (finite )?number"):
             CurateConfig(part_mb=value)

@@ -290,12 +290,13 @@ def test_endings_are_compared_in_lower_case_and_without_their_compression(tmp_pa
     (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(jsonl([{"text": "a"}])))
     (tmp_path / "B.TXT").write_text("b")
     (tmp_path / "C.PY").write_bytes("# coding: latin-1\n# José\n".encode("latin-1"))
-    (tmp_path / "d.json.gz").write_bytes(gzip.compress(b'[{"text": "no"}]'))
+    (tmp_path / "d.json.gz").write_bytes(gzip.compress(b'{"text": "d"}'))  # as C4 is published
+    (tmp_path / "d.json").write_bytes(b'[{"text": "no"}]')
     (tmp_path / "e.CSV").write_text("text\nno\n")
     passed_over = Counter()
     list_files([tmp_path], passed_over)
-    assert passed_over == {".json.gz": 1, ".csv": 1}
-    assert [d.text for d in read_documents([tmp_path])] == ["a", "b", "# coding: latin-1\n# José\n"]
+    assert passed_over == {".json": 1, ".csv": 1}
+    assert [d.text for d in read_documents([tmp_path])] == ["a", "b", "# coding: latin-1\n# José\n", "d"]
     assert [d.text for d in read_documents([tmp_path / "e.CSV"])] == ["no"]
 
 

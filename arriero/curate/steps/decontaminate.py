@@ -127,7 +127,7 @@ def evaluation_texts(sources: tuple[str, ...]) -> Iterator[tuple[Item, str]]:
     """Every text of every row, or every line of a plain text, with where it stands."""
     for file in list_files(sources):
         if file.kind == "rows":
-            for record in read_records(file.path):
+            for record in read_records(file.path, 0, lambda name, holds_bytes: not holds_bytes):
                 for text in _texts(parse_row(record)):
                     yield Item(file.name, record.row), text
         else:
