@@ -21,8 +21,7 @@ def toy_model(tmp_path_factory, smollm2_gguf) -> Path:
 
 
 @pytest.fixture
-def rows(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("ARRIERO_CACHE", str(tmp_path / "cache"))
+def rows(tmp_path, own_cache) -> Path:
     path = tmp_path / "rows.jsonl"
     lines = [
         {"messages": [{"role": "user", "content": f"{i} + 2?"}, {"role": "assistant", "content": f"{i} + 2 = {i + 2}"}]}
