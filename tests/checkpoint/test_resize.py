@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -95,10 +96,12 @@ def test_a_checkpoint_with_too_few_rows_is_refused(extension):
 
 def test_the_command_grows_tokenizer_and_checkpoint(base, tmp_path, capsys):
     save_hf(model(True), tmp_path / "old", base, dtype=torch.float32)
+    (tmp_path / "old" / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.7}')
     (tmp_path / "text.txt").write_text(python_source("inspect"))
     source, args = str(tmp_path / "old"), ["tokenizer", "extend", str(tmp_path / "old"), str(tmp_path / "text.txt")]
     assert cli.main([*args, "--vocab-size", "550", "--model", source, "--out", str(tmp_path / "new")]) == 0
     assert "503 ids became 550" in capsys.readouterr().out
+    assert json.loads((tmp_path / "new" / "generation_config.json").read_text())["temperature"] == 0.7
     grown, tokenizer = load(tmp_path / "new")
     assert tokenizer.vocab_size == grown.config.vocab_size == 550
     assert cli.main([*args, "--add", "17", "--out", str(tmp_path / "alone")]) == 0

@@ -1,6 +1,7 @@
 """The recipe from settings to files, on a toy model with the real tokenizer."""
 
 import json
+import shutil
 import sys
 import tomllib
 from dataclasses import replace
@@ -60,8 +61,15 @@ def test_a_run_leaves_a_complete_record_and_an_adapter_that_peft_opens(toy_model
 
 
 def test_full_fine_tuning_leaves_a_model_that_transformers_opens(toy_model, rows, tmp_path):
-    out = tmp_path / "run"
-    main(settings(toy_model, rows, out, method="full"))
+    out, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(toy_model, base)
+    said = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "eos_token_id": 0}
+    (base / "generation_config.json").write_text(json.dumps(said))
+    main(settings(base, rows, out, method="full"))
+    for directory in (out / "model", next((out / "checkpoints").iterdir()) / "weights"):
+        kept = transformers.GenerationConfig.from_pretrained(directory)
+        assert (kept.do_sample, kept.temperature, kept.top_p) == (True, 0.7, 0.8)
+        assert kept.eos_token_id == [0, 2]  # 2 ends an answer in the template that was trained with
     ours = load(out / "model")[0]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
     with torch.no_grad():
