@@ -20,7 +20,10 @@ Price: 20 microseconds a row and 5 a message, two hundredths of what tokenising 
 
 from __future__ import annotations
 
+import difflib
+import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -67,14 +70,18 @@ SPOKEN = READ | {
     *["functions", "function_call", "tool_calls", "choices", "options", "documents", "chat_template_kwargs"],
     *["image", "images", "audio", "audios", "video", "videos"],
 }
-TEXTS = frozenset(["name", "tool_call_id", *REASONING])  # members of a message that are texts
-MEMBERS = frozenset(["role", "content", "tool_calls", *TEXTS, *MARKS])
+TEXTS = frozenset(["name", *REASONING])  # members of a message that are texts
+MEMBERS = frozenset(["role", "content", "tool_calls", "tool_call_id", *TEXTS, *MARKS])
 # Members of messages that say where a message came from.
 PROVENANCE = frozenset(
     [
         *["id", "message_id", "parent_id", "turn_id", "turn_identifier", "uuid", "index", "hash", "hashed_ip", "url"],
         *["timestamp", "created", "created_at", "date", "time", "model", "source", "lang", "language", "country"],
     ]
+)
+# A list of parts as JSON or Python prints it.
+PRINTED_PARTS = re.compile(
+    r"""\s*\[\s*\{\s*(['"])(type\1\s*:\s*\1text\1\s*,\s*\1text|text\1\s*:.*\1type)\1\s*:""", re.S
 )
 EMPTY_JSON = ("[]", "{}", "null")  # a cell of a list, as tables write that there is none
 SHOWN = 20  # names of unused columns in a warning
@@ -194,9 +201,17 @@ def _layout(row: Row) -> tuple[list[Any], set[str]]:
                     "'label' says whether the answer is good, which fine-tuning does not learn; keep the good answers "
                     "and remove the column"
                 )
-            talk = _side("user", _asked(row[ask], ask), ask) + _side("assistant", row[answer], answer)
+            asked = [_given(m) for m in _side("user", _asked(row[ask], ask), ask)]
+            talk = asked + _side("assistant", row[answer], answer)
             return _history(row.get("history")) + talk, used | {ask, answer}
     raise _no_layout(row)
+
+
+def _given(message: Any) -> Any:
+    """A message of a prompt: an answer in it is context, as in TRL, unless it is marked."""
+    if not isinstance(message, dict) or message.get("role") != "assistant" or mark_of(_present(message)) is not None:
+        return message
+    return {**message, "train": 0}
 
 
 def _asked(prompt: Any, name: str) -> Any:
@@ -208,11 +223,18 @@ def _asked(prompt: Any, name: str) -> Any:
 
 def _no_layout(row: Row) -> DataError:
     columns = ", ".join(repr(name) for name in list(row)[:SHOWN]) or "none"
-    near = [f"{known!r} by {name!r}" for name in row if (known := _differs_in_case(name, READ))]
+    near = [f"{known!r} by {name!r}" for name in list(row)[:SHOWN] if (known := _nearest(name))]
     hint = f"; did you mean {', '.join(near)}?" if near else ""
     if "text" in row:
         hint += "; a 'text' alone is for pretraining: arriero shard"
     return DataError(f"no known layout in its columns ({columns}); rename them to one of: {LAYOUTS}{hint}")
+
+
+def _nearest(name: str) -> str | None:
+    """The known column that a name was perhaps meant to be."""
+    if known := _differs_in_case(name, READ):
+        return known
+    return next(iter(difflib.get_close_matches(name.lower(), READ - {name}, n=1, cutoff=0.85)), None)
 
 
 def _unused(row: Row, used: set[str], messages: list[dict[str, Any]]) -> Iterator[str]:
@@ -373,6 +395,10 @@ def _message(message: Any, i: int, unused: set[str]) -> dict[str, Any]:
 def _near(message: dict[str, Any]) -> str:
     """What an unknown role, or the member that should hold it, was perhaps meant to be."""
     role = message.get("role")
+    if role == "function_call":
+        return (
+            "; write a call as tool_calls of the assistant's message: [{type: function, function: {name, arguments}}]"
+        )
     if isinstance(role, str):
         plain = role.strip().lower()
         plain = ROLE_ALIASES.get(plain, plain)
@@ -401,6 +427,8 @@ def _checked(message: dict[str, Any], unused: set[str]) -> dict[str, Any]:
         raise DataError(
             f"it has content of type {type(content).__name__}; {remedy} or a list of {{type: text, text}} parts"
         )
+    if isinstance(content, str) and PRINTED_PARTS.match(content):
+        raise DataError("its content is a text of a list of parts; make it the list itself, or the text of the parts")
     text = content if isinstance(content, str) else "".join(part_texts(content))
     if role == "assistant" and not calls and is_blank(text):
         raise DataError("it is an empty answer; nothing to learn; write it or drop the row")
@@ -423,7 +451,7 @@ def _is_kept(name: str, value: Any, unused: set[str]) -> bool:
         raise DataError(f"its {name!r} is of type {type(value).__name__}; make it a text")
     if known := _differs_in_case(name, MEMBERS):
         raise DataError(f"it has the unknown member {name!r}; did you mean {known!r}?")
-    if name in PROVENANCE or (name not in TEXTS and isinstance(value, bool | int | float)):
+    if name in PROVENANCE or (name not in MEMBERS and isinstance(value, bool | int | float)):
         unused.add(f"{name!r} (in its messages)")
         return False
     return True
@@ -444,6 +472,7 @@ def _calls(value: Any) -> list[Any]:
         if isinstance(arguments, str) and not is_blank(arguments):
             try:
                 arguments = parse_json(arguments)
+                json.dumps(arguments, allow_nan=False)  # 1e400 is read as infinity, which JSON cannot say
             except (ValueError, RecursionError) as error:
                 raise DataError(f"the arguments of its call of {name!r} are not JSON ({error}); mend them") from error
         if not (isinstance(arguments, dict) or _is_empty(arguments)):

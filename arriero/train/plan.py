@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from arriero.errors import ConfigError, DataError, UserError
 from arriero.files import json_text, split_lines
 from arriero.model.config import LADDER, LINEARS, SHAPES, LlamaConfig, named_shape
 from arriero.paths import hint
-from arriero.terminal import notes
+from arriero.terminal import log, notes, warn_once
 from arriero.train.config import RECIPES, PretrainConfig, SftConfig
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -112,6 +113,8 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
     if done.returncode:
         raise RuntimeError(f"the rehearsal failed:\n{done.stderr}")
     measured = json.loads(split_lines(done.stdout)[-1])
+    for warning in measured.pop("warnings"):
+        warn_once(warning)
     shape = LlamaConfig.from_hf(measured.pop("shape"))
     return dataclasses.replace(by_arithmetic(shape, config), **measured)
 
@@ -236,9 +239,21 @@ def _duration(seconds: float) -> str:
     return duration(seconds)
 
 
+class _Warnings(logging.Handler):
+    """Keeps what the rehearsal warns of, for the process that asked for the plan to say."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
 if __name__ == "__main__":
+    log.addHandler(kept := _Warnings())
     try:
-        print(json_text(rehearse(*configs.load_recipe(RECIPES, sys.argv[1]))))
+        print(json_text(rehearse(*configs.load_recipe(RECIPES, sys.argv[1])) | {"warnings": kept.said}))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

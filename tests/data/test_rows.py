@@ -22,6 +22,7 @@ from arriero.tokenizer.template import ChatTemplate
 from .conftest import turns, write_rows
 
 TALK = turns("Hi", "Yo")
+TURNS = turns("a", "b", "c", "d")
 SYSTEM = {"role": "system", "content": "Be brief"}
 
 
@@ -57,6 +58,18 @@ USED = {
     ),
     "an empty context": ({"instruction": "Hi", "context": "", "response": "Yo"}, TALK),
     "an input that is JSON": ({"instruction": "Sort", "input": "[]", "output": "null"}, turns("Sort\n\n[]", "null")),
+    "answers in a prompt, which are given": (
+        {"prompt": [TURNS[0], {**TURNS[1], "train": None}, TURNS[2]], "completion": TURNS[3:]},
+        [TURNS[0], {**TURNS[1], "train": 0}, *TURNS[2:]],
+    ),
+    "answers in a prompt that are marked": (
+        {"prompt": [TURNS[0], {**TURNS[1], "weight": 1}, TURNS[2]], "completion": "d"},
+        [TURNS[0], {**TURNS[1], "weight": 1}, *TURNS[2:]],
+    ),
+    "an id that is a number": (
+        {"messages": [TALK[0], {"role": "tool", "content": "x", "tool_call_id": 7}, TALK[1]]},
+        [TALK[0], {"role": "tool", "content": "x", "tool_call_id": 7}, TALK[1]],
+    ),
     "zeros": ({"instruction": 0, "input": 0, "output": 0}, turns("0\n\n0", "0")),
     "numbers": ({"question": 12, "answer": -0.5}, turns("12", "-0.5")),
     "NaN for an empty cell": ({"instruction": "Sum", "input": math.nan, "output": "1"}, turns("Sum", "1")),
@@ -187,6 +200,10 @@ REFUSED = {
         calls({"function": {"name": "f", "arguments": '{"a": 1, "a": 2}'}}),
         "the arguments of its call of 'f' are not JSON .*an object has the key 'a' twice",
     ),
+    "a call of an infinite number": (
+        calls({"function": {"name": "f", "arguments": '{"a": 1e400}'}}),
+        "the arguments of its call of 'f' are not JSON .*Out of range",
+    ),
     "a call of a list": (
         calls({"function": {"name": "f", "arguments": "[1]"}}),
         "'f' are of type list; make them an obj",
@@ -223,6 +240,19 @@ REFUSED = {
     "an empty context answer": ({"messages": [TALK[0], {**TALK[1], "content": "", "train": 0}, *TALK]}, "empty answer"),
     "a role in capitals": ({"messages": [{**TALK[0], "role": "User"}]}, "unknown role 'User'; .*; did you mean 'user'"),
     "a role of ShareGPT": ({"messages": [{**TALK[0], "role": "human"}]}, "unknown role 'human'.*did you mean 'user'"),
+    "a call as a role": (
+        {"conversations": [{"from": "function_call", "value": "{}"}]},
+        "unknown role 'function_call'.*write a call as tool_calls of the assistant's message",
+    ),
+    "parts as JSON text": (
+        last(content=json.dumps([{"type": "text", "text": "x"}])),
+        "its content is a text of a list of",
+    ),
+    "parts as Python prints them": (
+        last(content=str([{"type": "text", "text": "x"}])),
+        "its content is a text of a list o",
+    ),
+    "a name that is nearly one": ({"conversation": TALK}, "did you mean 'conversations' by 'conversation'"),
     "a number for a role": ({"messages": [{**TALK[0], "role": 0}]}, "message 0 has the unknown role 0; use one of"),
     "a member in capitals": (
         {"messages": [{"Role": "user", "content": "x"}]},

@@ -64,7 +64,8 @@ def test_the_probe_raises_what_the_run_would(toy_model, tmp_path):
         plan(SftConfig(model=str(toy_model), data=DataConfig(train=str(tmp_path / "none.jsonl"))))
 
 
-def test_the_probe_foretells_the_runs_peak_memory(toy_model, rows, tmp_path):
+def test_the_probe_foretells_the_runs_peak_memory_and_says_its_warnings(toy_model, rows, tmp_path, caplog):
+    rows.write_text(rows.read_text().replace('{"messages"', '{"id": 1, "messages"', 1))
     config = SftConfig(
         model=str(toy_model),
         samples=0,
@@ -74,6 +75,7 @@ def test_the_probe_foretells_the_runs_peak_memory(toy_model, rows, tmp_path):
     )
     found = plan(config)
     assert found.steps == 4 and found.tokens == 4 * 2 * 128
+    assert f"columns 'id' of {rows} are not used" in caplog.messages
     file = tmp_path / "config.toml"
     file.write_text(configs.to_toml(config, "sft"))
     run = (
