@@ -68,6 +68,7 @@ READ = frozenset([*TALKS, *SYSTEM, *BESIDE_INSTRUCTION, "tools", "history", *MAR
 SPOKEN = READ | {
     *REASONING,
     *["functions", "function_call", "tool_calls", "choices", "options", "documents", "chat_template_kwargs"],
+    *["rationale", "cot", "chain_of_thought", "suffix"],
     *["image", "images", "audio", "audios", "video", "videos"],
 }
 TEXTS = frozenset(["name", *REASONING])  # members of a message that are texts
@@ -251,7 +252,7 @@ def _unused(row: Row, used: set[str], messages: list[dict[str, Any]]) -> Iterato
                 "{type: function, function: {name, description, parameters}}"
             )
         if name in SPOKEN and not _stands_in(value, messages):
-            beside = next(key for key in (*TALKS, *sum((*INSTRUCTED, *PAIRS), ())) if key in used)
+            beside = next(key for key in (*TALKS, *(ask for ask, _ in (*INSTRUCTED, *PAIRS))) if key in used)
             raise DataError(
                 f"{name!r} stands beside {beside!r}, and would be lost; put what it says into the conversation, or "
                 "remove the column"

@@ -154,6 +154,7 @@ REFUSED = {
     "two talks": ({"messages": TALK, "conversations": turns("a", "b")}, "'conversations' stands beside 'messages'"),
     "two answers": ({**ANSWERED, "response": "other"}, "'response' stands beside 'prompt'"),
     "reasoning in a column": ({**ANSWERED, "reasoning": "because"}, "'reasoning' stands beside 'prompt'"),
+    "thoughts beside a response": ({"prompt": "a", "response": "b", "cot": "c"}, "'cot' stands beside 'prompt'"),
     "choices": ({"question": "a", "choices": ["x"], "answer": 0}, "'choices' stands beside 'question'"),
     "images": ({**ANSWERED, "images": ["x.png"]}, "'images' stands beside 'prompt'"),
     "preferences": (
