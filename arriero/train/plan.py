@@ -251,9 +251,9 @@ class _Warnings(logging.Handler):
 
 
 if __name__ == "__main__":
-    log.addHandler(kept := _Warnings())
+    log.addHandler(warned := _Warnings())
     try:
-        print(json_text(rehearse(*configs.load_recipe(RECIPES, sys.argv[1])) | {"warnings": kept.said}))
+        print(json_text(rehearse(*configs.load_recipe(RECIPES, sys.argv[1])) | {"warnings": warned.said}))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
