@@ -2,7 +2,7 @@
 
 A value that Python cannot hold, such as bytes that are no UTF-8 in a text, or a date beyond the year 9999, costs its
 row, which is named with the column; a time of nanoseconds is a text. Parquet is read by row groups, in batches of at
-most 256 rows and some 16 MB.
+most 64 rows and some 16 MB.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from arriero.errors import DataError, require
 from arriero.reading import reading
 
-ROWS, BYTES = 256, 16_000_000  # of a batch
-MOST, RATIO = 64_000_000, 100  # of a row group's column: unpacked bytes, or for each packed one
+ROWS, BYTES = 64, 16_000_000  # of a batch
+MOST, RATIO = 32_000_000, 100  # of a row group's column: unpacked bytes, or for each packed one
 
 PARQUET, ARROW = "Parquet", "an Arrow stream or file"
 Wanted = Callable[[str, bool], bool]

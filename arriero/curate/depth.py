@@ -31,14 +31,17 @@ FLAT = (
 )
 WALLS = b"applet button caption marquee object table template"  # no end tag reaches out of them
 DEEPEST = 128  # levels of elements
+MOST_TAGS = 500_000  # a parsed page takes some 500 bytes for each
 MOST_ATTRIBUTES = 2_000  # of one tag: parsers compare each with all before it
 
 
 def flattened(page: str, deepest: int = DEEPEST) -> str:
     """The page with at most `deepest` elements within one another: tags of deeper ones become line breaks.
 
-    Raises `DataError` for a tag with more attributes than any page has.
+    Raises `DataError` for more tags than any page has, and for more attributes of one.
     """
+    if (n_tags := page.count("<")) > MOST_TAGS:
+        raise DataError(f"it has {n_tags:,} tags; {MOST_TAGS:,} are too many")
     data, library = page.encode(), load_library()
     if library is not None and not library.exceeds(
         data, ctypes.c_int64(len(data)), ctypes.c_int64(deepest), ctypes.c_int64(MOST_ATTRIBUTES), FLAT, WALLS

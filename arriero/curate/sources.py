@@ -14,7 +14,7 @@
     owner/name[:config]        a Hub data set
 
 A source is listed once as `SourceFile`s; reading starts at any `Position` in that list, and yields each document with
-the position after it. Nothing is held but one row (for text, HTML and code one file, for Parquet 256 rows). A row that
+the position after it. Nothing is held but one row (for text, HTML and code one file, for Parquet 64 rows). A row that
 cannot be used raises `DataError`, which names it, or is handed to `on_error` and passed over.
 """
 

@@ -85,6 +85,11 @@ def test_a_tag_with_very_many_attributes_is_refused():
         main_text(tag.encode(), "resiliparse", "page 5")
 
 
+def test_a_page_with_very_many_tags_is_refused():
+    with pytest.raises(DataError, match=r"^page 5: it has 500,001 tags; 500,000 are too many; remove the page$"):
+        main_text(b"<i>" * 500_001, "resiliparse", "page 5")
+
+
 SOUP = """<a> <b> </b> </a> <i><u> </u> </div> </DIV> <p> <td> </td> <table> </table> <br/> <!-- --> <!---> <script>
 <scripty> <title> </title <x/y> < <1> </ <é> <aé> <style <xmp_> > text"""
 PIECES = [*SOUP.split(), "<div id=x>", "</script >", "\0", "<a\x0bb>"]
