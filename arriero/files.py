@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from arriero.errors import ConfigError, DataError, UserError
+from arriero.paths import hint
 
 LOCK = ".lock"
 _LINE_END = re.compile(r"\r\n|[\r\n]")
@@ -127,7 +128,7 @@ def make_output(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = "it is a file" if directory.is_file() else error.strerror
+        reason = "it is a file" if directory.is_file() else f"{error.strerror}{hint(directory)}"
         raise ConfigError(f"{directory}: nothing can be written there ({reason}); give another --out") from error
     if not os.access(directory, os.W_OK):
         raise ConfigError(f"{directory}: nothing can be written there (no permission); give another --out")

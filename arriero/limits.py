@@ -9,10 +9,13 @@ FEW = 256  # open files, where the system does not say: a Mac's default
 MANY = (2**16, 10_240)  # open files to ask for; the second is the most that some Macs give
 FULL = (errno.ENOSPC, errno.EDQUOT)
 TOO_MANY = (errno.EMFILE, errno.ENFILE)
+BROKEN = (errno.EIO, errno.ESTALE)
+NAMELESS = FULL + TOO_MANY + BROKEN  # what may come without a file's name, and is no mistake of ours
 _REMEDIES = {
     **dict.fromkeys(FULL, "free disk space, or write elsewhere"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or give another path"),
     **dict.fromkeys(TOO_MANY, "let the process have more of them (ulimit -n 65536), or give fewer --workers"),
+    **dict.fromkeys(BROKEN, "the disk, or the server that it is on, fails: copy the file elsewhere, or fetch it again"),
     errno.ENOTDIR: "a part of the path is a file; give another path",
     errno.EISDIR: "give a file",
     errno.ENAMETOOLONG: "a file system takes 255 bytes in a name; give a shorter one",

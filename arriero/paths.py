@@ -70,12 +70,23 @@ def hint(path: str | Path) -> str:
     """What to say at the end of a message that `path` is not there: where its link leads, or names like it, if any."""
     path = Path(path)
     try:
-        if path.is_symlink():
+        if path.is_symlink() and not path.exists():
             return f" (it is a link to {os.readlink(path)!r}, which is not there)"
         near = did_you_mean(path.name, (other.name for other in path.parent.iterdir()))
     except OSError:  # no such directory either, or one that may not be read
         return " (environment variables are not expanded)" if "$" in str(path) else ""
     return near
+
+
+def files_below(directory: Path) -> list[Path]:
+    """Every file below a directory, sorted; links to directories are not followed. Raises OSError where one of the
+    directories cannot be read, which `rglob` passes over."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    walk = os.walk(directory, onerror=refuse)
+    return sorted(Path(folder, name) for folder, _, names in walk for name in names if Path(folder, name).is_file())
 
 
 def lies_here(name: str, built_in: str) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from arriero.errors import DataError, UserError, require
-from arriero.paths import as_path, hint
+from arriero.paths import as_path, files_below, hint
 from arriero.streams import COMPRESSED, CannotGoOn, Damaged, Opened, endings, opened
 from arriero.tables import TableRow, Wanted, read_arrow, read_parquet, refuse_twice, twice
 
@@ -43,7 +43,7 @@ def source_files(source: str | Path) -> list[Path]:
     """The data files that `source` names, in order: itself, those in the directory, or the Hub data set's."""
     path = as_path(source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _reader(p) and not p.name.startswith("."))
+        files = [p for p in files_below(path) if _reader(p) and not p.name.startswith(".")]
         if not files:
             raise DataError(f"{source}: no data file in this directory; put {', '.join(_READERS)} files there")
         return files

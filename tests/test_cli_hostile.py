@@ -140,7 +140,8 @@ def test_what_cannot_be_used_is_named(
         (errno.ENOTDIR, "a part of the path is a file; give another path"),
         (errno.ENAMETOOLONG, "a file system takes 255 bytes in a name; give a shorter one"),
         (errno.EMFILE, "let the process have more of them (ulimit -n 65536), or give fewer --workers"),
-        (errno.EIO, "check the path"),
+        (errno.EIO, "the disk, or the server that it is on, fails: copy the file elsewhere, or fetch it again"),
+        (errno.EBUSY, "check the path"),
     ],
 )
 def test_what_the_system_refuses_is_told_with_a_remedy(

@@ -22,6 +22,7 @@ from arriero.curate.config import CurateConfig
 from arriero.curate.sources import list_files
 from arriero.errors import ConfigError, DataError, UserError
 from arriero.eval.config import EvalConfig, NeedleConfig
+from arriero.files import make_output
 from arriero.infer.config import ChatConfig, GenerateConfig
 from arriero.model.config import SHAPES, named_shape
 from arriero.paths import PathText, as_path, expand, hint
@@ -34,6 +35,13 @@ CONFIGS = (SftConfig, PretrainConfig, GenerateConfig, ChatConfig, EvalConfig, Ne
 PATH_FIELDS = {  # of all configurations; a new one that names a file has to be PathText, and enters here
     "model", "out", "data.train", "data.validation", "adapter", "compare_with", "data", "haystack", "sources",
     "quality.model", "decontaminate.against",
+}  # fmt: skip
+
+
+OTHER_TEXTS = {
+    "lora.targets", "lora.rank_pattern", "lora.alpha_pattern", "prompts", "data.weights", "data.max_epochs", "prompt",
+    "system", "steps", "text_key", "code_sources", "ray", "language.keep", "gopher_quality.stop_words", "c4.line_ends",
+    "dirty_words.words", "licence.keep", "scrub.email", "scrub.ip",
 }  # fmt: skip
 
 
@@ -77,6 +85,8 @@ def test_a_tilde_is_the_home_and_a_users_name_its_home(home: Path) -> None:
 def test_every_path_of_a_configuration_is_expanded_from_a_file_from_flags_and_in_python(cls: Any, home: Path) -> None:
     marked = {name for name, kind in leaves(cls) if kind is PathText or PathText in get_args(kind)}
     assert marked == {name for name, _ in leaves(cls)} & PATH_FIELDS
+    texts = {name for name, kind in leaves(cls) if kind is str or (kind is not PathText and str in get_args(kind))}
+    assert texts <= OTHER_TEXTS, "is it a path (PathText), or other text?"
     values = {name: "~/x" if kind is PathText else ("~/x", "y") for name, kind in leaves(cls) if name in marked}
     want = {name: f"{home}/x" if isinstance(value, str) else (f"{home}/x", "y") for name, value in values.items()}
     built = config.apply_overrides(cls(), values)
@@ -162,8 +172,34 @@ def test_a_path_that_is_not_there_is_told_with_names_like_it_or_where_its_link_l
     assert hint("no/such/directory") == hint("qqqq") == ""
     with pytest.raises(DataError, match=r"shrads\.jsonl: no such file or directory; .*did you mean 'shards'\?"):
         list_files(["shrads.jsonl"])
-    with pytest.raises(UserError, match="no model 'broken'"):
+    with pytest.raises(
+        UserError, match=r"no model 'broken': .* \(it is a link to 'nowhere/at all', which is not there"
+    ):
         resolve("broken")
+    with pytest.raises(
+        ConfigError, match=r"broken: nothing can be written there \(File exists \(it is a link to 'nowhere"
+    ):
+        make_output(Path("broken"))
+
+
+def test_a_directory_below_that_cannot_be_read_is_named_and_not_passed_over(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("data/open", "data/closed"):
+        write_shards(Path(folder), [5, 7])
+        (Path(folder) / "rows.jsonl").write_text("{}\n")
+    scan = os.scandir
+
+    def closed(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    for words in (["data", "verify", "data"], ["eval", "m", "--data", "data"]):
+        assert cli.main(words) == 2
+        said = capsys.readouterr().err
+        assert "data/closed: Permission denied; change its permissions, or give another path" in said, words
 
 
 def test_a_directory_of_a_built_in_name_is_the_directory_and_that_is_said_once(

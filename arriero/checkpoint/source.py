@@ -21,7 +21,7 @@ from pathlib import Path
 
 from arriero.errors import CheckpointError, did_you_mean
 from arriero.files import json_text, replaced_file, write_text
-from arriero.paths import as_path, cache_dir, lies_here
+from arriero.paths import as_path, cache_dir, hint, lies_here
 from arriero.terminal import complain
 
 
@@ -58,7 +58,7 @@ def resolve(name: str | Path) -> Path:
     fetched.
     """
     path = as_path(name)
-    built_in = BUILT_IN.get(str(name))
+    built_in = BUILT_IN.get(str(name).rstrip("/"))
     if path.exists() if built_in is None else lies_here(str(name), "the built-in model"):
         if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
             return path
@@ -70,9 +70,10 @@ def resolve(name: str | Path) -> Path:
     neighbours = (
         [str(p) for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".gguf"] if path.parent.is_dir() else []
     )
+    near = did_you_mean(str(path), [*BUILT_IN, *neighbours]) or hint(path)
     raise CheckpointError(
         f"no model {str(path)!r}: it is no directory, no .gguf file, no Hub id (org/name), and not one of the built-in "
-        f"names ({', '.join(BUILT_IN)}){did_you_mean(str(path), [*BUILT_IN, *neighbours])}"
+        f"names ({', '.join(BUILT_IN)}){near}"
     )
 
 
@@ -135,6 +136,7 @@ def _from_hub(name: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    near = did_you_mean(name, BUILT_IN) or hint(name)
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
     except GatedRepoError as error:
@@ -142,13 +144,11 @@ def _from_hub(name: str) -> Path:
             f"{name}: its licence must be accepted on its Hub page first; then run `hf auth login`, or set HF_TOKEN"
         ) from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{name}: the Hub has no such model, or your token may not see it{did_you_mean(name, BUILT_IN)}"
-        ) from error
+        raise CheckpointError(f"{name}: the Hub has no such model, or your token may not see it{near}") from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"{name}: not in the local Hub cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE); "
-            f"go online once to fetch it, or give a directory{did_you_mean(name, BUILT_IN)}"
+            f"go online once to fetch it, or give a directory{near}"
         ) from error
     except HfHubHTTPError as error:
         raise CheckpointError(f"{name}: the Hub answered: {error}; running it again continues the download") from error

@@ -16,7 +16,7 @@ from arriero import __version__
 from arriero.cli import data, recipes, scaling, tokenizer, train, use
 from arriero.cli.parsing import call, description
 from arriero.errors import UserError, did_you_mean
-from arriero.limits import FULL, TOO_MANY, raise_open_files, remedy
+from arriero.limits import NAMELESS, raise_open_files, remedy
 from arriero.terminal import complain, prepare_streams
 
 MISUSED = 2
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a file that no command looked at beforehand: the path or the disk is to blame, not us
-        if error.filename is None and error.errno not in FULL + TOO_MANY:
+        if error.filename is None and error.errno not in NAMELESS:
             raise
         file = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
         complain(f"arriero: {file}{error.strerror}; {remedy(error)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,7 +64,7 @@ def cp(preset: str, file: Path, force: bool = False) -> None:
     if not file.parent.is_dir():
         raise ConfigError(f"{file}: the directory {file.parent} does not exist; make it first")
     file.write_text(configs.to_toml(config, recipe), encoding="utf-8")
-    say(f"{file} written; edit it, then: arriero run {file}")
+    say(f"{file} written; edit it, then: arriero run {shlex.quote(str(file))}")
 
 
 def run(recipe: str, config: Any) -> None:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from arriero.errors import DataError
 from arriero.handles import MappedArray
-from arriero.paths import as_path, hint
+from arriero.paths import as_path, files_below, hint
 from arriero.reading import read_json
 from arriero.tokenizer import load_tokenizer
 
@@ -296,7 +296,8 @@ def find_sets(directory: str | Path) -> list[Shards]:
     Also where one is missing that progress.json tells of.
     """
     directory = as_path(directory)
-    found = [Shards(path.parent) for path in sorted(directory.rglob(MANIFEST))]
+    files = files_below(directory) if directory.is_dir() else []
+    found = [Shards(path.parent) for path in files if path.name == MANIFEST]
     if not found:
         raise DataError(
             f"{directory}: no token shards here (no {MANIFEST}); `arriero shard` makes them{_absent(directory)}"

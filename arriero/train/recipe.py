@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -117,7 +118,7 @@ def _execute(
         if outcome.interrupted is not None:
             step, from_step = outcome.progress.step, next(reversed(native.steps(run_dir)), 0)
             lost = f" (which was not finite, so step {from_step} is the last saved)" if from_step < step else ""
-            command = f"arriero run {run_dir / 'config.toml'} --resume"
+            command = f"arriero run {shlex.quote(str(run_dir / 'config.toml'))} --resume"
             if mesh.distributed:
                 local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world))
                 nodes = f"--nnodes {mesh.world // local} ... " if local < mesh.world else ""
