@@ -19,6 +19,7 @@ from arriero.checkpoint.gguf import Kind, write_gguf
 from arriero.checkpoint.hf import write_hf
 from arriero.checkpoint.load import TOKENIZER_FILES, has_tokenizer, load_tokenizer_at, open_weights
 from arriero.checkpoint.meta import write_meta
+from arriero.checkpoint.rows import check_rows, with_unused_tokens
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.verify import check_written
 from arriero.checkpoint.weights import Weights
@@ -56,6 +57,8 @@ def convert(
     check_destination(source, dst, force)
     weights = open_weights(source)
     tokenizer = load_tokenizer_at(source) if has_tokenizer(source) else None
+    if tokenizer is not None:
+        check_rows(source, weights.config.vocab_size, tokenizer)
     beside = read_beside(source, same_model=True)
     warn_of_tokenizer_ids(source, beside, tokenizer)
     warn_of_losses(source, beside, to)
@@ -132,7 +135,8 @@ def _write(
 
         if tokenizer is not None and (told := differences(tokenizer)):
             warn_once(f"{weights.source}: in llama.cpp some texts will have other ids: {'; '.join(told)}")
-        entries = {} if tokenizer is None else tokenizer_to_gguf(tokenizer)
+        rows = weights.config.vocab_size
+        entries = {} if tokenizer is None else with_unused_tokens(tokenizer_to_gguf(tokenizer), rows)
         kind = _KINDS[number]
         write_gguf(
             weights, dst, kind=kind, tokenizer=entries, name=dst.stem, beside=beside, progress=progress, check=check

@@ -15,6 +15,7 @@ from arriero.checkpoint.adapter import load_adapter
 from arriero.checkpoint.gguf import open_gguf
 from arriero.checkpoint.hf import open_hf
 from arriero.checkpoint.meta import open_meta
+from arriero.checkpoint.rows import check_rows
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError
@@ -92,7 +93,9 @@ def load(
     model = load_model(path, dtype=dtype, device=device)
     if adapter is not None:
         load_adapter(model, adapter, base=name)
-    return model, load_tokenizer_at(path)
+    tokenizer = load_tokenizer_at(path)
+    check_rows(path, model.config.vocab_size, tokenizer)
+    return model, tokenizer
 
 
 def has_tokenizer(path: Path) -> bool:

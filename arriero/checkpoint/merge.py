@@ -18,6 +18,7 @@ from arriero.checkpoint.beside import read_beside
 from arriero.checkpoint.convert import check_destination, tensor_bar
 from arriero.checkpoint.hf import write_hf
 from arriero.checkpoint.load import has_tokenizer, load_tokenizer_at, open_weights
+from arriero.checkpoint.rows import check_rows
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.verify import Verdict, check_written
 from arriero.checkpoint.weights import Weights
@@ -50,6 +51,8 @@ def merge(
         verdicts.append(check_written(source, written, dtype, adapter=directory, called=dst))
 
     tokenizer = load_tokenizer_at(source) if has_tokenizer(source) else None
+    if tokenizer is not None:
+        check_rows(source, weights.config.vocab_size, tokenizer)
     with tensor_bar(f"{source.name} + {directory.name}", len(weights.entries)) as progress:
         beside = read_beside(source)
         write_hf(folded, dst, dtype=dtype, tokenizer=tokenizer, beside=beside, progress=progress, check=check)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from arriero.errors import DataError
 from arriero.infer.generate import CHUNK, decode_step, keep_beginning, new_cache, prefill
+from arriero.infer.sample import usable
 from arriero.losses.lm import token_logprobs
 from arriero.model.llama import Llama
 from arriero.tokenizer.base import Tokenizer
@@ -111,12 +112,13 @@ class Reader:
         return logits
 
     @torch.inference_mode()
-    def answer(self, logits: Tensor, n_tokens: int) -> list[int]:
+    def answer(self, logits: Tensor, n_tokens: int, tokenizer: Tokenizer | None = None) -> list[int]:
         """The `n_tokens` most probable tokens, one after the other, that follow what was read."""
-        row, answer = torch.zeros(1, dtype=torch.long, device=self.model.device), [int(logits.argmax())]
+        row = torch.zeros(1, dtype=torch.long, device=self.model.device)
+        answer = [int(usable(logits, tokenizer).argmax())]
         while len(answer) < n_tokens:
             logits = self._step(torch.tensor(answer[-1:], device=self.model.device), row)
-            answer.append(int(logits.argmax()))
+            answer.append(int(usable(logits, tokenizer).argmax()))
         self._forget()
         return answer
 
@@ -239,7 +241,7 @@ def _ask(
 ) -> Finding:
     logits = reader.read(text + _ids(tokenizer, needle.question))
     costs = {key: sum(reader.bits(logits, _ids(tokenizer, " " + key))) for key in candidates}
-    answer = tokenizer.decode(reader.answer(logits, len(_ids(tokenizer, f" {needle.key}.")))).strip()
+    answer = tokenizer.decode(reader.answer(logits, len(_ids(tokenizer, f" {needle.key}.")), tokenizer)).strip()
     digits = re.match(r"\d*", answer)
     found = digits is not None and digits[0] == needle.key
     others = (cost for key, cost in costs.items() if key != needle.key)

@@ -149,7 +149,7 @@ class Chat:
     ) -> None:
         self.tokenizer, self.config, self.screen = tokenizer, config, screen
         self.session = Session(model, config.context)
-        self.sampler = Sampler(sampling)
+        self.sampler = Sampler(sampling, tokenizer=tokenizer)
         self.system = config.system
         self.turns: list[dict[str, str]] = []  # user and assistant, by turns
         encode_chat(tokenizer, [{"role": "user", "content": "x"}])  # refuse a model without a template now
@@ -270,7 +270,7 @@ class Chat:
         old = self.sampler.config
         new = from_dict(SamplingConfig, {k: v for k, v in vars(old).items() if v is not None} | changes, "/params")
         if "seed" in changes:
-            self.sampler = Sampler(new)
+            self.sampler = Sampler(new, tokenizer=self.tokenizer)
         self.sampler.config = new  # the generator goes on where it was
         self.screen.note(" ".join(f"{f.name}={getattr(new, f.name)}" for f in dataclasses.fields(new)))
 

@@ -126,7 +126,7 @@ def generate(
         _check_room(f"prompt {i}", len(prompt), model.config.max_context)
     model = _merged(model)
     stops = tokenizer.stop_ids if stop_ids is None else stop_ids
-    sampler = Sampler(sampling, range(len(prompts)))
+    sampler = Sampler(sampling, range(len(prompts)), tokenizer)
     answers: list[Completion | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch):
@@ -238,7 +238,7 @@ def stream(
     stops = tokenizer.stop_ids if stop_ids is None else stop_ids
     session = Session(model, min(len(prompt) + max_new_tokens, model.config.max_context))
     text = tokenizer.stream()
-    for token in session.tokens(prompt, Sampler(sampling), max_new_tokens, stops):
+    for token in session.tokens(prompt, Sampler(sampling, tokenizer=tokenizer), max_new_tokens, stops):
         if token not in stops and (piece := text.push(token)):
             yield piece
     if rest := text.flush():

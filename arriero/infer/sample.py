@@ -16,8 +16,18 @@ import torch
 from torch import Tensor
 
 from arriero.infer.config import SamplingConfig
+from arriero.tokenizer.base import Tokenizer
 
 _HEAD = 512  # most probable tokens that top-p looks at before it sorts the whole vocabulary
+
+
+def usable(logits: Tensor, tokenizer: Tokenizer | None) -> Tensor:
+    """Logits [B, n] of the tokenizer's ids: rows that pad the vocabulary are cut off, ids without a token at -inf."""
+    if tokenizer is None:
+        return logits
+    logits = logits[:, : tokenizer.vocab_size]
+    holes = [i for i in tokenizer.unused_ids if i < logits.shape[1]]
+    return logits.index_fill(1, torch.tensor(holes, device=logits.device), float("-inf")) if holes else logits
 
 
 def repetition_penalty(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
@@ -78,17 +88,20 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Chooses tokens for rows 0, 1, ...; row i draws from its own generator, seeded with seed + i."""
+    """Chooses tokens for rows 0, 1, ...; row i draws from its own generator, seeded with seed + i.
 
-    def __init__(self, config: SamplingConfig, rows: range = range(1)) -> None:
-        self.config = config
+    tokenizer: of its ids alone, and of those only such as have a token; a model may have more rows.
+    """
+
+    def __init__(self, config: SamplingConfig, rows: range = range(1), tokenizer: Tokenizer | None = None) -> None:
+        self.config, self._tokenizer = config, tokenizer
         self._generators = {row: torch.Generator() for row in rows}
         for row, generator in self._generators.items():
             generator.seed() if config.seed is None else generator.manual_seed(config.seed + row)
 
     def __call__(self, logits: Tensor, rows: Sequence[int], seen: Sequence[Sequence[int]]) -> Tensor:
         """The next id of each row: logits [B, V], the rows' indices, and the ids they hold so far; returns ids [B]."""
-        logits = logits.float()
+        logits = usable(logits.float(), self._tokenizer)
         if self.config.repetition_penalty != 1:
             logits = repetition_penalty(logits, seen, self.config.repetition_penalty)
         if self.config.temperature == 0:

@@ -250,6 +250,11 @@ class Tokenizer(ABC):
             self._lost[character] = lost
         return self._lost[character]
 
+    @cached_property
+    def unused_ids(self) -> list[int]:
+        """Ids below `vocab_size` that no token has."""
+        return [i for i, token in enumerate(self._bytes) if not token and i not in self._special_texts]
+
     def holds(self, other: Tokenizer) -> bool:
         """Whether every id of `other` stands for the same bytes here, so that a model of ours can read its ids."""
         n = other.vocab_size

@@ -76,6 +76,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
 
     Raises CheckpointError where there is none, or where its kind or pre-tokenizer is unknown.
     """
+    fields = _without_padding(fields)
     kind = fields.get("tokenizer.ggml.model")
     if kind == "gpt2":
         return _byte_level_from(fields)
@@ -86,6 +87,19 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     raise CheckpointError(
         f"tokenizer.ggml.model is {kind!r}; Arriero reads 'gpt2' and 'llama' (Llama-family) tokenizers"
     )
+
+
+def _without_padding(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leave out the unused tokens "[PAD261]", "[PAD262]" ... at the end, which converters write for padded rows."""
+    tokens, types = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
+        return fields
+    named = {value for key, value in fields.items() if key.endswith("_token_id")}
+    n = len(tokens)
+    while n and types[n - 1] == UNUSED and tokens[n - 1] == f"[PAD{n - 1}]" and n - 1 not in named:
+        n -= 1
+    lists = {f"tokenizer.ggml.{key}" for key in ("tokens", "token_type", "scores")}
+    return fields if n == len(tokens) else {k: v[:n] if k in lists else v for k, v in fields.items()}
 
 
 def _byte_level_from(fields: Mapping[str, Any]) -> HfTokenizer:

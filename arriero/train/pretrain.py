@@ -24,6 +24,7 @@ from rich.console import Console
 from arriero.checkpoint.beside import NOTHING, Beside, read_beside
 from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import has_tokenizer, load_tokenizer_at, open_model
+from arriero.checkpoint.rows import check_rows
 from arriero.checkpoint.source import resolve
 from arriero.data.batch import Batch, collate, row_groups
 from arriero.data.documents import DataStage, PretrainLoader
@@ -286,12 +287,15 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> tu
         if near and "/" not in config.model and not Path(config.model).exists():
             raise ConfigError(f"no shape or model {config.model!r}{near} (arriero ls models lists the shapes)")
         path = resolve(config.model)
-        if has_tokenizer(path) and not load_tokenizer_at(path).holds(tokenizer):
+        own = load_tokenizer_at(path) if has_tokenizer(path) else None
+        if own is not None and not own.holds(tokenizer):
             raise ConfigError(
                 f"the shards' ids are not those of {config.model}: its own tokenizer reads them as other text; "
                 "shard the data with it (arriero shard --tokenizer), or begin with a shape instead of a model"
             )
         model, weights = open_model(path, torch.float32)
+        if own is not None:
+            check_rows(path, model.config.vocab_size, own)
         _check_vocabulary(config.model, model.config.vocab_size, tokenizer)
         changes: dict[str, Any] = {"max_context": max(seq_len, model.config.max_context)}
         if config.rope_theta:

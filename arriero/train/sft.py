@@ -18,6 +18,7 @@ from arriero.checkpoint.adapter import save_adapter
 from arriero.checkpoint.beside import Beside, read_beside
 from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import load_tokenizer_at, open_model
+from arriero.checkpoint.rows import check_rows
 from arriero.data.batch import Batch, row_groups
 from arriero.data.loader import SftLoader
 from arriero.data.sft import SftDataset, build_splits, data_stats
@@ -124,6 +125,7 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     model, weights = open_model(config.model, stored)
     model.config.check_length(config.data.seq_len)
     tokenizer = load_tokenizer_at(weights.source)
+    check_rows(weights.source, model.config.vocab_size, tokenizer)
     with mesh.one_before_others():  # who come later find the tokens in the cache
         training, validation = build_splits(
             config.data.train,

@@ -30,7 +30,7 @@ SETTINGS = {
     "max_length": 4096,
     "transformers_version": "4.40.0",
 }
-SHAPE = LlamaConfig(44, 3, 11, 11, 107, 277, 64)
+SHAPE = LlamaConfig(44, 3, 11, 11, 107, 278, 64)
 
 
 @pytest.fixture(autouse=True)
