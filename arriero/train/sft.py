@@ -28,6 +28,7 @@ from arriero.distributed.parallelize import parallelize
 from arriero.model.build import build_model
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
+from arriero.model.scaling import DynamicScaling
 from arriero.tokenizer.base import Tokenizer
 from arriero.train.config import SftConfig
 from arriero.train.loop import Outcome, Trainer
@@ -145,6 +146,8 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     values = first_values(weights.part, loop.seed)
     engine = Engine(parallelize(model, mesh, values=values, recompute=loop.recompute, compile=compiled), mesh)
     row = config.data.seq_len if compiled or config.data.packing else None  # see `batch.collate`
+    if isinstance(model.config.rope_scaling, DynamicScaling):
+        row = None  # what fills a batch up may be longer than any text, and than the positions that the model has
 
     def batches(step: int) -> list[Batch]:
         first = step * loop.batch_rows

@@ -9,6 +9,7 @@ from helpers.toys import toy_model
 
 from arriero.errors import CheckpointError, ConfigError
 from arriero.model.config import LlamaConfig
+from arriero.model.layout import Documents
 from arriero.model.llama import Llama
 from arriero.model.rope import rope_attention, rope_frequencies
 from arriero.model.scaling import DynamicScaling
@@ -159,5 +160,5 @@ def test_dynamic_scaling_goes_as_far_as_plain_rope_and_no_further():
         torch.testing.assert_close(model(tokens[:, :31]), expected, atol=2e-5, rtol=0)
         with pytest.raises(ConfigError, match=r"a text of 32 tokens.*'dynamic' beyond 31.*'yarn' or 'linear'"):
             model(tokens)
-        packed = model(torch.cat([tokens, tokens], 1)[:, :62], torch.tensor([0, 31, 62], dtype=torch.int32))
+        packed = model(torch.cat([tokens, tokens], 1)[:, :62], Documents.of([31, 31]))
         torch.testing.assert_close(packed[:, :31], expected, atol=2e-5, rtol=0)
