@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,10 +98,19 @@ def _reader(path: Path) -> Callable[[Path, int, Wanted], Iterator[Record]] | Non
 
 def _read_jsonl(path: Path, after: int, wanted: Wanted) -> Iterator[Record]:
     with opened(path) as file:
-        for number, line in enumerate(file.stream, start=1):
+        for number, line in enumerate(_lines(file.stream), start=1):
             file.row_ends()
             if number <= after or line.strip():
                 yield Record(str(path), number, line, file.done())
+
+
+def _lines(stream: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines that end at \\n, \\r\\n or \\r; within a text JSON writes these as escapes."""
+    for line in stream:
+        if line.find(b"\r", 0, len(line) - 2) < 0:
+            yield line
+        else:
+            yield from line.splitlines(keepends=True)  # of bytes: at these three alone
 
 
 def _read_json(path: Path, after: int, wanted: Wanted) -> Iterator[Record]:

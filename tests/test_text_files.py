@@ -26,6 +26,7 @@ def as_csv(texts, delimiter=","):
 FILES = {
     "a.jsonl": lambda texts: b"".join(json.dumps({"text": t}, ensure_ascii=False).encode() + b"\n" for t in texts),
     "crlf.jsonl": lambda texts: b"".join(json.dumps({"text": t}, ensure_ascii=False).encode() + b"\r\n" for t in texts),
+    "cr.jsonl": lambda texts: b"".join(json.dumps({"text": t}, ensure_ascii=False).encode() + b"\r" for t in texts),
     "a.json": lambda texts: json.dumps([{"text": t} for t in texts], ensure_ascii=False).encode(),
     "a.csv": as_csv,
     "a.tsv": lambda texts: as_csv(texts, "\t"),
