@@ -7,7 +7,7 @@ A tensor that the settings do not call for is refused: PEFT would leave it out w
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,17 @@ _KEY = re.compile(
 )  # some savers leave PEFT's adapter name in
 
 
-def save_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig, base_name: str) -> None:
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    lora: LoraConfig,
+    base_name: str,
+    save_beside: Callable[[Path], None] = lambda directory: None,
+) -> None:
     """Write the adapter in `model` as PEFT does, all or nothing.
 
     base_name: what the adapter was trained on (path, Hub id or built-in name), for `base_model_name_or_path`.
+    save_beside(directory) adds what else belongs to it: the chat template that it was trained with.
     """
     state = lora_state(model)
     if not state:
@@ -45,6 +52,7 @@ def save_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig, base
     with replaced_directory(as_path(directory), replaces=WEIGHTS) as temporary:
         write_safetensors(temporary / WEIGHTS, entries, lambda name: state[name.removeprefix(PREFIX)].detach())
         write_json(temporary / CONFIG, _to_peft(lora, base_name))
+        save_beside(temporary)
 
 
 def load_adapter(model: nn.Module, directory: str | Path, base: str | Path | None = None) -> LoraConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from arriero.checkpoint.beside import Beside, read_beside, warn_of_losses, warn_of_tokenizer_ids
 from arriero.checkpoint.gguf import Kind, write_gguf
 from arriero.checkpoint.hf import write_hf
-from arriero.checkpoint.load import TOKENIZER_FILES, has_tokenizer, load_tokenizer_at, open_weights
+from arriero.checkpoint.load import has_tokenizer, load_tokenizer_at, open_weights
 from arriero.checkpoint.meta import write_meta
 from arriero.checkpoint.rows import check_rows, with_unused_tokens
 from arriero.checkpoint.source import resolve
@@ -26,9 +26,7 @@ from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError, did_you_mean
 from arriero.paths import as_path
 from arriero.terminal import label, notes, warn_once
-
-if TYPE_CHECKING:
-    from arriero.tokenizer.base import Tokenizer
+from arriero.tokenizer.base import TOKENIZER_FILES, Tokenizer
 
 Format = Literal["hf", "meta", "gguf"]
 NumberType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -43,20 +41,27 @@ _KINDS: dict[torch.dtype | str, Kind] = {
 
 
 def convert(
-    src: str | Path, dst: str | Path, *, to: Format, dtype: NumberType | None = None, force: bool = False
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: Format,
+    dtype: NumberType | None = None,
+    chat_template: str = "",
+    force: bool = False,
 ) -> Path:
     """Write the model `src` (path, Hub id or built-in name) at `dst` in another format; returns `dst`.
 
     to: "hf" and "meta" make a directory, "gguf" a file ending in .gguf. dtype: None keeps the stored type (quantised
-    weights become f32); q8_0 is for gguf only. The tokenizer and chat template come along where `src` has them.
+    weights become f32); q8_0 is for gguf only. The tokenizer and chat templates come along where `src` has them;
+    chat_template: another one, by name or file (as in `load_tokenizer_at`).
     Raises `CheckpointError` when `dst` exists (unless `force`), or cannot hold what `src` holds. Nothing is left at
     `dst` by a conversion that fails.
     """
     source, dst = resolve(src), as_path(dst)
     _check_request(dst, to, dtype)
     check_destination(source, dst, force)
+    tokenizer = tokenizer_to_write(source, chat_template=chat_template)
     weights = open_weights(source)
-    tokenizer = load_tokenizer_at(source) if has_tokenizer(source) else None
     if tokenizer is not None:
         check_rows(source, weights.config.vocab_size, tokenizer)
     beside = read_beside(source, same_model=True)
@@ -83,6 +88,18 @@ def _number_of(weights: Weights, dtype: NumberType | None, to: Format) -> torch.
 
 def _without(to: str) -> str:
     return ", and llama.cpp does not load a file without one" if to == "gguf" else ""
+
+
+def tokenizer_to_write(source: Path, *, adapter: str | Path | None = None, chat_template: str = "") -> Tokenizer | None:
+    """The checkpoint's tokenizer with the chat template to write, or None where it has none."""
+    if has_tokenizer(source):
+        return load_tokenizer_at(source, adapter=adapter, chat_template=chat_template)
+    if chat_template:
+        raise CheckpointError(
+            f"{source}: a chat template is given ({chat_template}), and there is no tokenizer to write it with; put "
+            "the model's tokenizer files beside its weights"
+        )
+    return None
 
 
 @contextmanager

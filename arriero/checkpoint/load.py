@@ -22,11 +22,10 @@ from arriero.errors import CheckpointError
 from arriero.gguf_header import read_metadata
 from arriero.model.build import empty_model
 from arriero.model.llama import Llama
+from arriero.tokenizer.base import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def best_device() -> str:
@@ -87,13 +86,17 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     adapter: str | Path | None = None,
+    chat_template: str = "",
 ) -> tuple[Llama, Tokenizer]:
-    """Load a model and its tokenizer by path, Hub id or built-in name, with a PEFT adapter on it when given."""
+    """Load a model and its tokenizer by path, Hub id or built-in name, with a PEFT adapter on it when given.
+
+    chat_template: as in `load_tokenizer_at`.
+    """
     path = resolve(name)
     model = load_model(path, dtype=dtype, device=device)
     if adapter is not None:
         load_adapter(model, adapter, base=name)
-    tokenizer = load_tokenizer_at(path)
+    tokenizer = load_tokenizer_at(path, adapter=adapter, chat_template=chat_template)
     check_rows(path, model.config.vocab_size, tokenizer)
     return model, tokenizer
 
@@ -105,11 +108,20 @@ def has_tokenizer(path: Path) -> bool:
     return any((path / name).is_file() for name in TOKENIZER_FILES)
 
 
-def load_tokenizer_at(path: Path) -> Tokenizer:
-    """The tokenizer of the checkpoint at `path`."""
-    from arriero.tokenizer import load_tokenizer  # here: a model alone needs no tokenizer library
-    from arriero.tokenizer.gguf import tokenizer_from_gguf
+def load_tokenizer_at(path: Path, *, adapter: str | Path | None = None, chat_template: str = "") -> Tokenizer:
+    """The tokenizer of the checkpoint at `path`, with the chat template that is to be used.
 
-    if path.is_file():
-        return tokenizer_from_gguf(read_metadata(path))
-    return load_tokenizer(path)
+    chat_template: a built-in template's name, one of the model's own by name, or a file; empty takes the adapter's,
+    which it was trained with, and where that has none the model's.
+    """
+    from arriero.tokenizer import load_tokenizer  # here: a model alone needs no tokenizer library
+    from arriero.tokenizer.files import read_chat_template
+    from arriero.tokenizer.gguf import tokenizer_from_gguf
+    from arriero.tokenizer.template import named_template
+
+    tokenizer = tokenizer_from_gguf(read_metadata(path)) if path.is_file() else load_tokenizer(path)
+    if adapter is not None and (own := read_chat_template(resolve(adapter), tokenizer.special)) is not None:
+        tokenizer.chat_template = own
+    if chat_template:
+        tokenizer.chat_template = named_template(chat_template, tokenizer)
+    return tokenizer

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from arriero.checkpoint.adapter import read_adapter
 from arriero.checkpoint.beside import read_beside
-from arriero.checkpoint.convert import check_destination, tensor_bar
+from arriero.checkpoint.convert import check_destination, tensor_bar, tokenizer_to_write
 from arriero.checkpoint.hf import write_hf
-from arriero.checkpoint.load import has_tokenizer, load_tokenizer_at, open_weights
+from arriero.checkpoint.load import open_weights
 from arriero.checkpoint.rows import check_rows
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.verify import Verdict, check_written
@@ -33,12 +33,15 @@ def merge(
     dst: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    chat_template: str = "",
     force: bool = False,
 ) -> Verdict:
     """Fold `adapter` into the model, write the result as a Hugging Face directory at `dst`, and check it.
 
-    dtype: type of the written weights; None keeps the model's stored type. Raises `CheckpointError` when `dst` exists
-    (unless `force`), or when a written tensor is not W + s B A to within rounding; nothing is left at `dst` then.
+    dtype: type of the written weights; None keeps the model's stored type. chat_template: what is written as the
+    result's (a name or file, as in `load_tokenizer_at`); empty writes the one that the adapter was trained with.
+    Raises `CheckpointError` when `dst` exists (unless `force`), or when a written tensor is not W + s B A to within
+    rounding; nothing is left at `dst` then.
     """
     source, directory, dst = resolve(model_name), resolve(adapter), as_path(dst)
     check_destination(source, dst, force)
@@ -50,7 +53,7 @@ def merge(
     def check(written: Path) -> None:
         verdicts.append(check_written(source, written, dtype, adapter=directory, called=dst))
 
-    tokenizer = load_tokenizer_at(source) if has_tokenizer(source) else None
+    tokenizer = tokenizer_to_write(source, adapter=directory, chat_template=chat_template)
     if tokenizer is not None:
         check_rows(source, weights.config.vocab_size, tokenizer)
     with tensor_bar(f"{source.name} + {directory.name}", len(weights.entries)) as progress:

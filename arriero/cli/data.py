@@ -153,7 +153,14 @@ def shard(
 
 
 def inspect(
-    file: PathText, *, model: PathText, rows: int = 3, first: int = 0, seq_len: int = 2048, workers: int = 0
+    file: PathText,
+    *,
+    model: PathText,
+    chat_template: PathText | None = None,
+    rows: int = 3,
+    first: int = 0,
+    seq_len: int = 2048,
+    workers: int = 0,
 ) -> None:
     """Print rows as the model sees them, the trained tokens coloured, and the lengths and masks of all in numbers.
 
@@ -164,6 +171,8 @@ def inspect(
     Args:
         file: A file (JSONL, JSON, CSV, Parquet), a directory of them, or a Hub data set id.
         model: The model whose tokenizer and chat template are applied.
+        chat_template: A template's name (chatml, llama2, llama3, llama3.1, or one of the model's own) or a .jinja file;
+            when not given, the model's own.
         rows: Rows to print.
         first: Number of the first row to print, counted from 0.
         seq_len: Tokens in a packed row; longer examples are counted.
@@ -172,8 +181,12 @@ def inspect(
     from arriero.checkpoint.source import resolve
     from arriero.data.inspect import inspect as show
     from arriero.tokenizer import load_tokenizer
+    from arriero.tokenizer.template import named_template
 
-    show(file, load_tokenizer(resolve(model)), rows, seq_len=seq_len, first=first, workers=workers)
+    tokenizer = load_tokenizer(resolve(model))
+    if chat_template:
+        tokenizer.chat_template = named_template(chat_template, tokenizer)
+    show(file, tokenizer, rows, seq_len=seq_len, first=first, workers=workers)
 
 
 def verify(directory: Path) -> None:

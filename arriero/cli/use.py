@@ -62,7 +62,15 @@ def needle(config: NeedleConfig) -> None:
     run_needle(config)
 
 
-def merge(model: PathText, adapter: Path, out: Path, *, dtype: NumberType | None = None, force: bool = False) -> None:
+def merge(
+    model: PathText,
+    adapter: Path,
+    out: Path,
+    *,
+    dtype: NumberType | None = None,
+    chat_template: PathText | None = None,
+    force: bool = False,
+) -> None:
     """Fold a LoRA adapter into its model, and check what was written against the files of both.
 
     Example:
@@ -73,6 +81,8 @@ def merge(model: PathText, adapter: Path, out: Path, *, dtype: NumberType | None
         adapter: Directory of the adapter.
         out: Directory for the merged model, in the Hugging Face layout.
         dtype: Type of the written weights; the model's own when not given.
+        chat_template: A template's name (chatml, llama2, llama3, llama3.1, or one of the model's own) or a .jinja file;
+            when not given, the one that the adapter was trained with.
         force: Overwrite what is there.
     """
     import torch
@@ -80,7 +90,8 @@ def merge(model: PathText, adapter: Path, out: Path, *, dtype: NumberType | None
     from arriero.checkpoint.merge import merge as fold
 
     types = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-    found = fold(model, adapter, out, dtype=types[dtype] if dtype else None, force=force)
+    number, template = types[dtype] if dtype else None, chat_template or ""
+    found = fold(model, adapter, out, dtype=number, chat_template=template, force=force)
     say(
         f"{out} written and read back: all {found.n_tensors} tensors are those of model plus adapter, the largest "
         f"difference by rounding {found.largest_difference:.2g} of a tensor's largest value"
@@ -88,7 +99,13 @@ def merge(model: PathText, adapter: Path, out: Path, *, dtype: NumberType | None
 
 
 def convert(
-    src: PathText, dst: Path, *, to: Literal["hf", "meta", "gguf"], dtype: StoredType | None = None, force: bool = False
+    src: PathText,
+    dst: Path,
+    *,
+    to: Literal["hf", "meta", "gguf"],
+    dtype: StoredType | None = None,
+    chat_template: PathText | None = None,
+    force: bool = False,
 ) -> None:
     """Write a model in another format, with its tokenizer and chat template.
 
@@ -101,8 +118,10 @@ def convert(
         dst: The directory, or for gguf the file, to write.
         to: Hugging Face directory, Meta directory, or GGUF file.
         dtype: Number type of the weights; the stored one when not given (q8_0 is for gguf only).
+        chat_template: A template's name (chatml, llama2, llama3, llama3.1, or one of the model's own) or a .jinja file;
+            when not given, the model's own.
         force: Overwrite what is there.
     """
     from arriero.checkpoint.convert import convert as write
 
-    say(f"{write(src, dst, to=to, dtype=dtype, force=force)} written")
+    say(f"{write(src, dst, to=to, dtype=dtype, chat_template=chat_template or '', force=force)} written")

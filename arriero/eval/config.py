@@ -22,6 +22,9 @@ class EvalConfig:
     """Directory of a LoRA adapter laid over the model; empty for none."""
     compare_with: PathText = ""
     """A second model, measured first on the same rows without the adapter: the "before" of the table."""
+    chat_template: PathText = ""
+    """For answers: a template's name (chatml, llama2, llama3, llama3.1, or one of the model's own) or a .jinja file, of
+    both models; empty takes each one's own, of an adapter the one that it was trained with."""
     out: PathText = ""
     """Directory for results.json and samples.jsonl; empty writes nothing."""
     task: Literal["auto", "perplexity", "answers"] = "auto"

@@ -73,9 +73,11 @@ def before_and_after(
         if name:
             resolve(name)  # a missing model is refused before the other one has been measured
 
+    chosen = config.chat_template if isinstance(config, EvalConfig) else ""
+
     def measured(name: str, adapter: str) -> R:
         dtype, device = DTYPES[config.precision], best_device()
-        model, tokenizer = load(name, dtype=dtype, device=device, adapter=adapter or None)
+        model, tokenizer = load(name, dtype=dtype, device=device, adapter=adapter or None, chat_template=chosen)
         return measure(merge_lora(model), tokenizer, f"{name} + {adapter}" if adapter else name)
 
     before = measured(config.compare_with, "") if config.compare_with else None
@@ -103,6 +105,8 @@ def _measurement(config: EvalConfig) -> Measurement:
 
 
 def _on_texts(config: EvalConfig, texts: list[str]) -> Measurement:
+    if config.chat_template:
+        raise ConfigError(f"{config.data}: texts are measured as they are; leave --chat-template out")
     total = sum(len(utf8(text)) for text in texts)
 
     def measure(model: Llama, tokenizer: Tokenizer, name: str) -> Results:

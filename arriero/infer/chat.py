@@ -40,7 +40,7 @@ GREEDY, SAMPLED = SamplingConfig(), SamplingConfig(temperature=0.6, top_p=0.9)  
 def load_chosen(config: GenerateConfig | ChatConfig) -> tuple[Llama, Tokenizer]:
     """The model that `config` names under its adapter, and its tokenizer; on the GPU if there is one (not measured)."""
     dtype, adapter = DTYPES[config.precision], config.adapter or None
-    return load(config.model, dtype=dtype, device=best_device(), adapter=adapter)
+    return load(config.model, dtype=dtype, device=best_device(), adapter=adapter, chat_template=config.chat_template)
 
 
 def sampling_for(config: GenerateConfig | ChatConfig, otherwise: SamplingConfig) -> SamplingConfig:
@@ -60,7 +60,7 @@ def run_generate(config: GenerateConfig) -> None:
     sampling = sampling_for(config, GREEDY)
     model, tokenizer = load_chosen(config)
     if config.raw:
-        ids = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
+        ids = [*tokenizer.begin_ids, *tokenizer.encode(prompt)]
     else:
         ids = encode_chat(tokenizer, [*_opening(config.system), {"role": "user", "content": prompt}])
     try:

@@ -89,6 +89,9 @@ class GenerateConfig:
     """Directory of a LoRA adapter laid over the model; empty for none."""
     system: str = ""
     """System prompt; empty leaves it to the chat template."""
+    chat_template: PathText = ""
+    """A template's name (chatml, llama2, llama3, llama3.1, or one of the model's own) or a .jinja file; empty takes the
+    adapter's, which it was trained with, else the model's."""
     raw: bool = False
     """Continue the prompt as plain text, without the chat template."""
     max_new_tokens: int = 512
@@ -104,6 +107,10 @@ class GenerateConfig:
             not (self.raw and self.system),
             "system is given with raw: a plain continuation has no system prompt; drop one",
         )
+        check(
+            not (self.raw and self.chat_template),
+            "chat_template is given with raw: a plain continuation has no template; drop one",
+        )
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,9 @@ class ChatConfig:
     """Directory of a LoRA adapter laid over the model; empty for none."""
     system: str = ""
     """System prompt; empty leaves it to the chat template."""
+    chat_template: PathText = ""
+    """A template's name (chatml, llama2, llama3, llama3.1, or one of the model's own) or a .jinja file; empty takes the
+    adapter's, which it was trained with, else the model's."""
     max_new_tokens: int = 1024
     """Longest answer, in tokens."""
     context: int = 0

@@ -1,7 +1,9 @@
 """The interface that every tokenizer family keeps to, and what the families share.
 
 Text reaches the model by two doors. `encode` is for text that somebody wrote: the characters "<|eot_id|>" in it stay
-characters. `encode_rendered` is for text that a chat template produced: there the same characters are the token.
+characters. `encode_rendered` is for text that a chat template produced: there the same characters are the token. Added
+tokens that are not special are words of the vocabulary, so both doors know them, as in transformers; of those, a token
+that ends generation is kept out of the messages of a conversation too (chat.py), or a user's text could end an answer.
 Splitting at special tokens, decoding, streaming and the fingerprint live here once; a family (`hf.py`, `llama3.py`,
 `sentencepiece.py`) only turns plain segments into ids and ids into bytes, each through the library that defines its
 format. Broken surrogates are treated as tiktoken treats them in every family: halves of a pair are joined, a lone
@@ -20,7 +22,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +36,7 @@ from arriero.paths import as_path, hint
 if TYPE_CHECKING:
     from arriero.tokenizer.template import ChatTemplate
 
-# Special tokens that end a turn or a text in the families that people run as Llamas; llama.cpp keeps a like list.
+# Added tokens that end a turn or a text in the families that people run as Llamas; llama.cpp keeps a like list.
 END_TOKENS = frozenset(
     ["</s>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>", "<|end|>", "<end_of_turn>"]
 )
@@ -46,10 +48,11 @@ PrefixRule = Literal["never", "first", "always"]
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What a tokenizer's files say about its special tokens, as text.
+    """What a tokenizer's files say about the tokens that are added to its vocabulary.
 
-    ids: every special token and its id. stop: further ends of a turn that the files name (generation_config.json).
-    adds_bos: whether the family's own `encode` puts `bos` before a text; kept for the files we write.
+    ids: every special token, by its text. words: added tokens that are not special, by their text. bos, eos, pad, unk:
+    the texts of those that have a role. stops: ids that the files say end a text, whatever token they are.
+    adds_bos: whether the family's own `encode` puts `bos` before a text.
     """
 
     ids: Mapping[str, int]
@@ -57,17 +60,22 @@ class SpecialTokens:
     eos: str | None = None
     pad: str | None = None
     unk: str | None = None
-    stop: frozenset[str] = frozenset()
+    stops: frozenset[int] = frozenset()
     adds_bos: bool = False
+    words: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for role in ("bos", "eos", "pad"):
             text = getattr(self, role)
-            if text is not None and text not in self.ids:
+            if text is not None and self.id_of(text) is None:
                 raise CheckpointError(
                     f"the tokenizer names {text!r} as its {role} token, but no special token has that text; "
                     "check tokenizer_config.json or the GGUF metadata against the vocabulary"
                 )
+
+    def id_of(self, text: str | None) -> int | None:
+        """Return the id of an added token, or None where there is none of that text."""
+        return None if text is None else self.ids.get(text, self.words.get(text))
 
 
 class Tokenizer(ABC):
@@ -79,11 +87,17 @@ class Tokenizer(ABC):
     def __init__(self, special: SpecialTokens, chat_template: ChatTemplate | None):
         self.special = special
         self.special_ids: dict[str, int] = dict(special.ids)
+        self.added_ids: dict[str, int] = {**special.words, **special.ids}
         self.chat_template = chat_template  # may be replaced
         self._special_texts = {i: text for text, i in self.special_ids.items()}
-        longest_first = sorted(self.special_ids, key=len, reverse=True)
         self._lost: dict[str, bool] = {}  # characters that have been tried
-        self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._added_texts = {i: text for text, i in self.added_ids.items()}
+        # Tokens that no text in a message may become: the special ones, and whatever ends an answer.
+        stops = self.stop_ids
+        self.control_ids = self.special_ids | {text: i for text, i in special.words.items() if i in stops}
+        self.control_stops = stops & set(self.control_ids.values())
+        self.control_pattern = _any_of(self.control_ids)
+        self._special_pattern = _any_of(self.special_ids)
 
     # What a family provides.
 
@@ -112,21 +126,26 @@ class Tokenizer(ABC):
 
     @property
     def bos_id(self) -> int | None:
-        return None if self.special.bos is None else self.special_ids[self.special.bos]
+        return self.special.id_of(self.special.bos)
 
     @property
     def eos_id(self) -> int | None:
-        return None if self.special.eos is None else self.special_ids[self.special.eos]
+        return self.special.id_of(self.special.eos)
 
     @property
     def pad_id(self) -> int | None:
-        return None if self.special.pad is None else self.special_ids[self.special.pad]
+        return self.special.id_of(self.special.pad)
+
+    @property
+    def begin_ids(self) -> list[int]:
+        """Ids that the family's own `encode` puts before a text: what a text that stands alone begins with."""
+        return [self.bos_id] if self.special.adds_bos and self.bos_id is not None else []
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end a turn or a text."""
-        names = {self.special.eos, *self.special.stop, *END_TOKENS}
-        return frozenset(i for text, i in self.special_ids.items() if text in names)
+        """Ids that end a turn or a text: those that the files name, eos, and added tokens known to be such."""
+        names = {self.special.eos, *END_TOKENS}
+        return self.special.stops | {i for text, i in self.added_ids.items() if text in names}
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Encode text that somebody wrote; the text of a special token in it stays plain text.
@@ -146,15 +165,21 @@ class Tokenizer(ABC):
         No special id comes out, save the one for unknown characters: a vocabulary from tokens and merges may well
         build "</s>" out of "</" and "s>", so a segment where that happens is encoded in parts.
         """
-        segments = [_well_formed(segment) for segment in segments]
+        return self._encode_without(self._special_texts, self._special_pattern, segments, at_start)
+
+    def _encode_without(
+        self, unwanted: Mapping[int, str], pattern: re.Pattern[str], segments: Sequence[str], at_start: Sequence[bool]
+    ) -> list[list[int]]:
+        """Encode plain segments so that none of the tokens `unwanted`, whose texts `pattern` matches, comes out."""
+        segments = [well_formed(segment) for segment in segments]
         encoded = self._encode_plain(segments, at_start) if segments else []
         for i, ids in enumerate(encoded):
-            if not self._special_texts.keys().isdisjoint(ids) and self.special_pattern.search(segments[i]):
-                encoded[i] = self._encode_in_parts(segments[i], at_start[i])
+            if not unwanted.keys().isdisjoint(ids) and pattern.search(segments[i]):
+                encoded[i] = self._encode_in_parts(pattern, segments[i], at_start[i])
         return encoded
 
-    def _encode_in_parts(self, segment: str, at_start: bool) -> list[int]:
-        cuts = [0, *(match.start() + 1 for match in self.special_pattern.finditer(segment)), len(segment)]
+    def _encode_in_parts(self, pattern: re.Pattern[str], segment: str, at_start: bool) -> list[int]:
+        cuts = [0, *(match.start() + 1 for match in pattern.finditer(segment)), len(segment)]
         parts = [segment[a:b] for a, b in itertools.pairwise(cuts)]
         encoded = self._encode_plain(parts, [at_start] + [False] * (len(parts) - 1))
         return list(itertools.chain.from_iterable(encoded))
@@ -171,16 +196,18 @@ class Tokenizer(ABC):
     def encode_pieces(self, pieces: Sequence[str], *, sentinel: str = "") -> list[list[int]]:
         """Encode the consecutive pieces of one rendered text; no token crosses from one piece into the next.
 
-        `sentinel` is a character that breaks special-token text which must stay plain; it is taken out before
+        `sentinel` is a character that breaks control-token text which must stay plain; it is taken out before
         encoding (see `chat.py`).
         """
         plain: list[str] = []
         at_start: list[bool] = []
-        layout: list[list[int | None]] = []  # per piece: a special id, or None for the next plain segment
+        layout: list[list[int | None]] = []  # per piece: an added token's id, or None for the next plain segment
         begins = True
         for piece in pieces:
             row: list[int | None] = []
-            for segment, special in self._split(piece):
+            at = 0
+            for start, stop, token in [*self._added_in(piece), (len(piece), len(piece), None)]:
+                segment = piece[at:start]
                 if sentinel:
                     segment = segment.replace(sentinel, "")
                 if segment:
@@ -188,18 +215,25 @@ class Tokenizer(ABC):
                     plain.append(segment)
                     at_start.append(begins)
                     begins = False
-                if special is not None:
-                    row.append(special)
+                if token is not None:
+                    row.append(token)
                     begins = self.prefix_rule == "always"
+                at = stop
             layout.append(row)
-        encoded = iter(self.encode_segments(plain, at_start=at_start))
+        unwanted = {i: text for text, i in self.control_ids.items()}
+        encoded = iter(self._encode_without(unwanted, self.control_pattern, plain, at_start))
         result = []
         for row in layout:
             ids: list[int] = []
-            for special in row:
-                ids.extend(next(encoded) if special is None else (special,))
+            for token in row:
+                ids.extend(next(encoded) if token is None else (token,))
             result.append(ids)
         return result
+
+    def _added_in(self, text: str) -> Iterable[tuple[int, int, int]]:
+        """Yield (start, stop, id) of the added tokens in a rendered text; a family may know white space around them."""
+        for match in self.control_pattern.finditer(text):
+            yield match.start(), match.end(), self.control_ids[match[0]]
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that an id stands for (special tokens: their text)."""
@@ -280,7 +314,7 @@ class Tokenizer(ABC):
             "special": sorted(self.special_ids.items()),
             "roles": [s.bos, s.eos, s.pad],
             "stop": sorted(self.stop_ids),
-            "template": self.chat_template and [self.chat_template.source, self.chat_template.tool_source],
+            "template": self.chat_template and self.chat_template.identity,
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -296,14 +330,6 @@ class Tokenizer(ABC):
     def _text_sizes(self) -> NDArray[np.float64]:
         special = self._special_texts
         return np.array([0 if i in special else len(data) for i, data in enumerate(self._bytes)], dtype=np.float64)
-
-    def _split(self, text: str) -> Iterable[tuple[str, int | None]]:
-        """Yield (plain text, the special id that follows it or None at the end)."""
-        at = 0
-        for match in self.special_pattern.finditer(text):
-            yield text[at : match.start()], self.special_ids[match[0]]
-            at = match.end()
-        yield text[at:], None
 
     def _marked(self, token_id: int | None, role: str, wanted: bool) -> list[int]:
         if not wanted:
@@ -339,7 +365,12 @@ class TokenStream:
         return self._decoder.decode(b"", final=True)
 
 
-def _well_formed(text: str) -> str:
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for any of the texts, the longest first; for none of them, one that matches nowhere."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def well_formed(text: str) -> str:
     """Return text that has a UTF-8 form: halves of surrogate pairs joined, lone ones replaced by U+FFFD."""
     try:
         text.encode()
@@ -353,7 +384,7 @@ def utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        return _well_formed(text).encode()
+        return well_formed(text).encode()
 
 
 def usable_threads() -> int:
@@ -361,28 +392,34 @@ def usable_threads() -> int:
     return 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else os.cpu_count() or 1
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them makes a directory a tokenizer's
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer of a Hugging Face directory, a tokenizer.json, a tokenizer.model or a .gguf file.
 
-    A tokenizer.model is SentencePiece (Llama 1 and 2) or tiktoken's format (Llama 3); its content tells which.
+    A tokenizer.model is SentencePiece (Llama 1 and 2) or tiktoken's format (Llama 3); its content tells which. Of a
+    directory with vocab.json and merges.txt only, tokenizer_config.json tells the class, and so the pipeline.
     Raises CheckpointError where there is none, or where it cannot be read.
     """
-    from arriero.tokenizer import gguf, hf, llama3, sentencepiece
+    from arriero.tokenizer import gguf, hf, llama3, sentencepiece, vocabulary
 
     path = as_path(path)
     if path.is_dir():
-        if (path / "tokenizer.json").is_file():
-            return hf.load_tokenizer_json(path / "tokenizer.json")
-        if (path / "tokenizer.model").is_file():
-            path = path / "tokenizer.model"
-        else:
-            raise CheckpointError(f"{path}: no tokenizer.json or tokenizer.model in this directory")
+        found = next((name for name in TOKENIZER_FILES if (path / name).is_file()), None)
+        if found is None:
+            raise CheckpointError(
+                f"{path}: no tokenizer.json or tokenizer.model in this directory, nor vocab.json with merges.txt"
+            )
+        path = path / found
     if not path.is_file():
         raise CheckpointError(
             f"{path}: no such file; give a model directory, tokenizer.json, tokenizer.model or .gguf{hint(path)}"
         )
     if path.suffix == ".gguf":
         return gguf.load_gguf_tokenizer(path)
+    if path.name == "vocab.json":
+        return vocabulary.load_vocab_and_merges(path.parent)
     if path.suffix == ".json":
         return hf.load_tokenizer_json(path)
     if llama3.is_tiktoken_file(path):

@@ -1,8 +1,8 @@
 """Conversations as ids, and which of those ids a model learns from.
 
-Text inside a message can never become a special token: before rendering (template.py), each special token's text in
-the messages is broken by a character that occurs nowhere else, and after the text has been split at the real special
-tokens that character is taken out again.
+Text inside a message can never become a special token, nor another one that stops generation: before rendering
+(template.py), the text of each such token in the messages is broken by a character that occurs nowhere else, and after
+the text has been split at the template's own tokens that character is taken out again.
 
 `encode_training` builds the loss mask by rendering, never by searching for role names. For each answer the template
 is rendered up to the generation prompt, and up to the answer's end; the whole conversation must begin with both texts,
@@ -17,13 +17,13 @@ from __future__ import annotations
 import itertools
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import DataError, UserError
-from arriero.tokenizer.contents import check_tools, check_written, is_trained, part_texts
-from arriero.tokenizer.template import ChatTemplate, Message, Tool, for_template, plain
+from arriero.tokenizer.contents import check_tools, check_written, first_text, is_trained, part_texts
+from arriero.tokenizer.template import REMEDY, ChatTemplate, Message, Tool, for_template, plain
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
@@ -49,11 +49,18 @@ def encode_chat(
 ) -> list[int]:
     """Return the ids of a conversation: transformers' `apply_chat_template`, with messages that stay plain text.
 
-    Raises DataError where the tokenizer has no chat template or the template refuses the conversation.
+    Raises DataError where the tokenizer has no chat template, the template refuses the conversation, or it has no
+    generation prompt and one is asked for.
     """
     template = _template_of(tokenizer)
     guard = _Guard.over(tokenizer, messages, tools, variables)
-    text = template.render_plain(guard.messages, guard.tools, add_generation_prompt, variables)
+
+    def render(shown: list[dict[str, Any]], prompt: bool) -> str:
+        return template.render_plain(shown, guard.tools, prompt, variables)
+
+    text = render(guard.messages, add_generation_prompt)
+    if add_generation_prompt and text == render(guard.messages, False):
+        _check_prompt(render, guard.messages, text)
     [ids] = tokenizer.encode_pieces([text], sentinel=guard.sentinel)
     return ids
 
@@ -78,35 +85,40 @@ def encode_training(
         raise DataError("nothing to learn: no message with role 'assistant' is trained; add an answer or drop the row")
     guard = _Guard.over(tokenizer, messages, tools, variables)
 
-    def render(n_messages: int, prompt: bool, tools: Any = guard.tools) -> str:
-        return template.render_plain(guard.messages[:n_messages], tools, prompt, variables)
+    def render(shown: list[dict[str, Any]], prompt: bool, tools: Any = guard.tools) -> str:
+        return template.render_plain(shown, tools, prompt, variables)
 
-    whole = render(len(messages), False)
+    whole = render(guard.messages, False)
     cuts = [0]
     for i in answers:
-        before = render(i, True)
+        before = render(guard.messages[:i], True)
         _check_history(whole, before, cuts[-1], i)
-        after = whole if i + 1 == len(messages) else render(i + 1, False)
+        after = whole if i + 1 == len(messages) else render(guard.messages[: i + 1], False)
         end = _end_of_answer(tokenizer, after, len(before), i)
         _check_history(whole, after[:end], len(before), i)
         cuts += [len(before), end]
     cuts.append(len(whole))
     check_written(whole, guard.messages, answers, cuts)
+    for k, i in enumerate(answers):
+        _check_header(render, guard.messages[: i + 1], whole[cuts[2 * k + 1] : cuts[2 * k + 2]])
     if guard.tools:
         try:
-            without = render(len(messages), False, None)
+            without = render(guard.messages, False, None)
         except DataError:
             without = None
         check_tools(whole, without, guard.tools)
     _check_spelled(tokenizer, whole, messages)
 
-    pieces = [whole[a:b] for a, b in itertools.pairwise(cuts)]  # prompt, answer, prompt, ..., rest
+    # Cut where answers begin only: the token that ends one may take up white space behind it, as in the whole text.
+    pieces = [whole[a:b] for a, b in itertools.pairwise([0, *cuts[1:-1:2], len(whole)])]
     encoded = tokenizer.encode_pieces(pieces, sentinel=guard.sentinel)
-    ids: list[int] = []
-    trained: list[bool] = []
-    for k, piece in enumerate(encoded):
+    ids, trained = list(encoded[0]), [False] * len(encoded[0])
+    for i, piece in zip(answers, encoded[1:], strict=True):
+        n_answer = next((k + 1 for k, token in enumerate(piece) if token in tokenizer.control_stops), None)
+        if n_answer is None:
+            raise _never_stops(tokenizer, whole, i)
         ids += piece
-        trained += [k % 2 == 1] * len(piece)
+        trained += [True] * n_answer + [False] * (len(piece) - n_answer)
     return TrainingTokens(ids, trained)
 
 
@@ -140,14 +152,57 @@ def _check_spelled(tokenizer: Tokenizer, whole: str, messages: Sequence[Message]
 
 def _end_of_answer(tokenizer: Tokenizer, text: str, start: int, i: int) -> int:
     """Return the offset just after the token that ends answer i, the last in `text`, where it begins at `start`."""
-    for match in tokenizer.special_pattern.finditer(text, start):
-        if tokenizer.special_ids[match[0]] in tokenizer.stop_ids:
+    for match in tokenizer.control_pattern.finditer(text, start):
+        if tokenizer.control_ids[match[0]] in tokenizer.control_stops:
             return match.end()
-    names = sorted(text for text, k in tokenizer.special_ids.items() if k in tokenizer.stop_ids)
-    raise DataError(
-        f"message {i} (assistant): the chat template ends this answer with {text[start:][-24:]!r}, which holds none "
+    raise _never_stops(tokenizer, text[start:], i)
+
+
+def _never_stops(tokenizer: Tokenizer, answer: str, i: int) -> DataError:
+    names = sorted(text for text, k in tokenizer.control_ids.items() if k in tokenizer.control_stops)
+    return DataError(
+        f"message {i} (assistant): the chat template ends this answer with {answer[-24:]!r}, which holds none "
         f"of the tokens that stop generation ({', '.join(names) or 'the tokenizer has none'}), so the model would "
-        "never learn to stop; use a template that writes one after each answer"
+        f"never learn to stop; use a template that writes one after each answer: {REMEDY}"
+    )
+
+
+Render = Callable[[list[dict[str, Any]], bool], str]
+_PROBE = "arriero"
+
+
+def _check_header(render: Render, messages: list[dict[str, Any]], answer: str) -> None:
+    """Refuse a template that leaves it to the model to write who speaks, before the own text of the last message.
+
+    Some templates need no generation prompt, since nothing marks an answer (Llama 2); others have the model write more
+    than its text (an empty thought, a channel), which is to be learned.
+    """
+    head = answer[: first_text(answer, messages[-1]) or 0]
+    if not head.strip():
+        return
+    if "assistant" in head.casefold():
+        raise _trains_header(head, len(messages) - 1)
+    prompt = render(messages[:-1], True)
+    if prompt == render(messages[:-1], False):
+        _check_prompt(render, messages[:-1], prompt)
+
+
+def _check_prompt(render: Render, messages: list[dict[str, Any]], prompt: str) -> None:
+    """Refuse a template that adds nothing for the generation prompt, and yet writes something before an answer."""
+    try:
+        text = render([*messages, {"role": "assistant", "content": _PROBE}], False)
+    except DataError:
+        return  # no answer can follow here, as where the last message is one
+    head = text[len(prompt) :].partition(_PROBE)[0] if text.startswith(prompt) else ""
+    if head.strip():
+        raise _trains_header(head, len(messages))
+
+
+def _trains_header(head: str, i: int) -> DataError:
+    return DataError(
+        f"message {i} (assistant): the chat template has no generation prompt, or less of one than stands before an "
+        f"answer: the header {head!r} would be trained, and the model asked without it; give a template that heeds "
+        f"add_generation_prompt: {REMEDY}"
     )
 
 
@@ -165,15 +220,13 @@ def _check_history(whole: str, part: str, at_least: int, i: int) -> None:
 
 def _template_of(tokenizer: Tokenizer) -> ChatTemplate:
     if tokenizer.chat_template is None:
-        raise DataError(
-            "this tokenizer has no chat template, so it cannot encode conversations; give one, e.g. 'chatml'"
-        )
+        raise DataError(f"this tokenizer has no chat template, so it cannot encode conversations; give one: {REMEDY}")
     return tokenizer.chat_template
 
 
 @dataclass(frozen=True)
 class _Guard:
-    """Messages and tools in which no special token's text is whole; `sentinel` is what breaks them ("": nothing)."""
+    """Messages and tools in which no control token's text is whole; `sentinel` is what breaks them ("": nothing)."""
 
     messages: list[dict[str, Any]]
     tools: Any
@@ -187,7 +240,7 @@ class _Guard:
         tools: Sequence[Tool] | None,
         variables: Mapping[str, Any],
     ) -> _Guard:
-        """Break the special-token text in all strings of messages and tools, however deep.
+        """Break the control-token text in all strings of messages and tools, however deep.
 
         An empty list of tools is as none. Raises DataError for contents that are not text.
         """
@@ -197,7 +250,7 @@ class _Guard:
             _check_parts(tokenizer, message, i)
         plain_messages = _template_of(tokenizer).readable(plain_messages, plain_tools, variables)
         strings = list(_strings([plain_messages, plain_tools]))
-        if not any(tokenizer.special_pattern.search(s) for s in strings):
+        if not any(tokenizer.control_pattern.search(s) for s in strings):
             return cls(plain_messages, plain_tools, "")
         sentinel = next((c for c in _NONCHARACTERS if not any(c in s for s in strings)), None)
         if sentinel is None:
@@ -208,7 +261,7 @@ class _Guard:
 
         def guard(value: Any) -> Any:
             if isinstance(value, str):
-                return tokenizer.special_pattern.sub(broken, value)
+                return tokenizer.control_pattern.sub(broken, value)
             if isinstance(value, dict):
                 return {guard(k): guard(v) for k, v in value.items()}
             return [guard(v) for v in value] if isinstance(value, list) else value
@@ -227,7 +280,7 @@ def _check_parts(tokenizer: Tokenizer, message: dict[str, Any], i: int) -> None:
         raise DataError(f"message {i} ({message.get('role')}): {error}") from error
     joints = list(itertools.accumulate(map(len, texts)))
     joined = "".join(texts)
-    if any(joints[bisect_right(joints, m.start())] < m.end() for m in tokenizer.special_pattern.finditer(joined)):
+    if any(joints[bisect_right(joints, m.start())] < m.end() for m in tokenizer.control_pattern.finditer(joined)):
         message["content"] = [{"type": "text", "text": joined}]
 
 

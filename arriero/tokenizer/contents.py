@@ -158,6 +158,12 @@ def _leaves(where: str, value: Any, called: bool) -> Iterator[_Text]:
         yield _Text(where, list(dict.fromkeys([json.dumps(value), str(value)])), alone=True)
 
 
+def first_text(rendered: str, message: Message) -> int | None:
+    """Where the first of a message's own texts stands in what a template wrote for it; None where none does."""
+    found = (rendered.find(spelling) for text in _texts(message) for spelling in text.spellings)
+    return min((at for at in found if at >= 0), default=None)
+
+
 def _as_it_is(text: str) -> list[str]:
     return [text]
 

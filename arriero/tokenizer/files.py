@@ -1,24 +1,33 @@
-"""A tokenizer's directory in Hugging Face's layout: its small JSON files read, all of it written.
+"""A tokenizer's directory in Hugging Face's layout: its small files read as transformers reads them, all of it written.
 
-tokenizer_config.json names the special tokens and may hold the chat template, special_tokens_map.json is its older
-form, chat_template.jinja its newer one, and generation_config.json lists every id that ends a text.
+tokenizer_config.json names the tokens that have a role and lists the added ones with their flags; where it does not
+list them (`added_tokens_decoder`), special_tokens_map.json has the last word on the roles, and added_tokens.json may
+add tokens. Chat templates lie in chat_template.jinja and additional_chat_templates/, else in tokenizer_config.json.
+generation_config.json and config.json list the ids that end a text.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
 from arriero.files import write_json
-from arriero.tokenizer.base import SpecialTokens
-from arriero.tokenizer.template import ChatTemplate
+from arriero.terminal import warn_once
+from arriero.tokenizer.base import SpecialTokens, Tokenizer
+from arriero.tokenizer.template import DEFAULT, ChatTemplate, read_template
 
 ROLES = ("bos", "eos", "pad", "unk")
+CONFIG, MAP, ADDED, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template"
+TEMPLATES = "additional_chat_templates"
+_ALL_ROLES = (*ROLES, "sep", "cls", "mask")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,49 +36,239 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # broken UTF-8 and broken JSON are both ValueErrors
         raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
+@dataclass(frozen=True)
+class Declared:
+    """What the files beside a vocabulary say of its added tokens.
+
+    roles: texts by role ("bos"). placed: tokens with the id that they must have, by id. named: tokens that have a role,
+    or are listed as special, and take the next ids where the vocabulary lacks them. directory: where it is said.
+    """
+
+    directory: Path
+    roles: dict[str, str | None]
+    placed: Mapping[int, AddedToken]
+    named: Mapping[str, AddedToken]  # by text
+
+
+def read_declared(directory: Path, defaults: Mapping[str, str] | None = None) -> Declared:
+    """Read the added tokens and roles that the files in a model directory declare, by transformers' rules.
+
+    defaults: roles that a class of transformers gives where the files give none, such as eos of GPT-2.
+    """
+    file = directory / CONFIG
+    config = read_json(file)
+    values = {key: value for key, value in config.items() if key.endswith("_token") and not isinstance(value, bool)}
+    for key, value in values.items():
+        if value is not None:
+            _token(file, key, value)
+    listed = _listed(file, config)
+    placed: dict[int, AddedToken] = {}
+    if "added_tokens_decoder" in config:
+        placed = _decoder(file, config["added_tokens_decoder"])
+    else:
+        older = directory / MAP
+        values = _overridden(older, values, file)
+        listed |= _listed(older, read_json(older))
+        special = {text for value in values.values() if (text := token_text(value))} | set(listed)
+        for text, token_id in read_json(directory / ADDED).items():
+            if not text or isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+                raise CheckpointError(f"{directory / ADDED}: {text!r} is {token_id!r}; every token has a whole id")
+            placed[token_id] = AddedToken(text, special=text in special, normalized=text not in special)
+    by_text = {token.content: token for token in placed.values()}
+    named: dict[str, AddedToken] = {}
+    roles: dict[str, str | None] = dict(defaults or {})
+    for key, value in values.items():
+        token = _token(file, key, value, special=True) if value is not None else None
+        role = key.removesuffix("_token")
+        if role in _ALL_ROLES:
+            roles[role] = None if token is None else token.content
+        if token is not None and (role in _ALL_ROLES or isinstance(value, str)):
+            named[token.content] = by_text.get(token.content, token)
+    return Declared(directory, roles, placed, named | listed)
+
+
 def token_text(value: Any) -> str | None:
     """Return a token's text from either spelling that is found: "<s>" or {"content": "<s>", ...}."""
-    return value.get("content") if isinstance(value, dict) else value
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
 
 
-def read_special_tokens(directory: Path, ids: Mapping[str, int], adds_bos: bool) -> SpecialTokens:
-    """Read the roles of the special tokens `ids` from the files in a model directory."""
-    config = read_json(directory / "tokenizer_config.json")
-    older = read_json(directory / "special_tokens_map.json")
-    generation = read_json(directory / "generation_config.json")
-    roles = {role: token_text(config.get(f"{role}_token", older.get(f"{role}_token"))) for role in ROLES}
-    texts = {i: text for text, i in ids.items()}
-    ends = generation.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
+def _overridden(older: Path, values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return the roles of tokenizer_config.json under those of special_tokens_map.json, as transformers lays them."""
+    later = {key: value for key, value in read_json(older).items() if key.endswith("_token")}
+    for key, value in later.items():
+        if values.get(key) is not None and token_text(values[key]) != token_text(value):
+            warn_once(
+                f"{file} says that {key} is {token_text(values[key])!r}, {older.name} says {token_text(value)!r}: the "
+                "latter is used, as in transformers"
+            )
+    return values | later
+
+
+def _listed(file: Path, config: Mapping[str, Any]) -> dict[str, AddedToken]:
+    """Return the tokens that a file lists as special without a role, by text."""
+    key = next((k for k in ("extra_special_tokens", "additional_special_tokens") if config.get(k)), None)
+    if key is None:
+        return {}
+    values = config[key]
+    if isinstance(values, dict):
+        values = list(values.values())
+    if not isinstance(values, list):
+        raise CheckpointError(f"{file}: {key} is {values!r:.60}; it must be a list of tokens")
+    tokens = [_token(file, key, value, special=True) for value in values]
+    return {token.content: token for token in tokens}
+
+
+def _decoder(file: Path, decoder: Any) -> dict[int, AddedToken]:
+    if not isinstance(decoder, dict) or not all(key.isdecimal() for key in decoder):
+        raise CheckpointError(f"{file}: added_tokens_decoder is {decoder!r:.60}; it must be an object of tokens by id")
+    return {int(key): _token(file, f"added_tokens_decoder {key}", decoder[key]) for key in sorted(decoder, key=int)}
+
+
+def _token(file: Path, key: str, value: Any, special: bool = False) -> AddedToken:
+    """Return a token as transformers makes it of either spelling."""
+    text = token_text(value)
+    flags = {name: value[name] for name in _FLAGS if name in value} if isinstance(value, dict) else {}
+    if not text or not all(isinstance(flag, bool) for flag in flags.values()):
+        raise CheckpointError(f"{file}: {key} is {value!r:.80}; a token is a text, or an object with its content")
+    try:
+        return AddedToken(text, **({"special": special} | flags))
+    except (TypeError, ValueError) as error:  # lone surrogates
+        raise CheckpointError(f"{file}: {key} is {value!r:.80}, which is no text ({error})") from error
+
+
+def add_declared(backend: Backend, declared: Declared) -> Backend:
+    """Give a pipeline the added tokens that the files declare, in place, flags and order as in transformers.
+
+    Raises CheckpointError where a token would get another id than the files say.
+    """
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    changed = [token for token in declared.placed.values() if _differs(known.get(token.content), token)]
+    backend.add_tokens(changed)
+    placed = {token.content for token in declared.placed.values()}
+    lacking = [token for text, token in declared.named.items() if text not in known and text not in placed]
+    in_words = [token for token in lacking if backend.token_to_id(token.content) is not None]
+    in_words += _with_rows(backend, declared, [token for token in lacking if token not in in_words])
+    backend.add_special_tokens(in_words)
+    for token_id, token in declared.placed.items():
+        found = backend.token_to_id(token.content)
+        if found != token_id:
+            raise CheckpointError(
+                f"{declared.directory}: {token.content!r} is declared as token {token_id}, but the vocabulary and the "
+                f"tokens before it make it token {found}; mend {CONFIG} or {ADDED}"
+            )
+    return backend
+
+
+def _with_rows(backend: Backend, declared: Declared, tokens: list[AddedToken]) -> list[AddedToken]:
+    """Return those of the tokens that a vocabulary lacks which may be added, as transformers adds all.
+
+    Not those without which a model works and for which it has no row: a "[PAD]" that was named and never trained.
+    """
+    rows = read_json(declared.directory / "config.json").get("vocab_size")
+    needed = {declared.roles.get(role): role for role in ("bos", "eos")}
+    after = backend.get_vocab_size(with_added_tokens=True)
+    added: list[AddedToken] = []
+    for token in tokens:
+        if token.content in needed:
+            raise CheckpointError(
+                f"{declared.directory}: the tokenizer names {token.content!r} as its {needed[token.content]} token, "
+                f"but no special token has that text; check {CONFIG} or {MAP} against the vocabulary"
+            )
+        if isinstance(rows, int) and after + len(added) >= rows:
+            warn_once(
+                f"{declared.directory}: the files name a token {token.content!r} that the vocabulary lacks; it would "
+                f"be token {after + len(added)}, and the model has {rows} rows: it is left out"
+            )
+        else:
+            added.append(token)
+    return added
+
+
+def _differs(old: AddedToken | None, new: AddedToken) -> bool:
+    return old is None or old.__getstate__() != new.__getstate__()
+
+
+def special_tokens_of(backend: Backend, declared: Declared, adds_bos: bool) -> SpecialTokens:
+    """Return the added tokens of a pipeline, with the roles and the ends that the files beside it name."""
+    added = backend.get_added_tokens_decoder()
+    roles = {role: declared.roles.get(role) for role in ROLES}
+    texts = {token.content for token in added.values()}
+    for role in ("pad", "unk"):  # left out by `_with_rows`, or of a class's default
+        roles[role] = roles[role] if roles[role] in texts else None
     return SpecialTokens(
-        ids=ids,
-        stop=frozenset(texts[i] for i in ends if i in texts),
-        adds_bos=bool(config.get("add_bos_token", adds_bos)),
+        ids={token.content: i for i, token in added.items() if token.special},
+        words={token.content: i for i, token in added.items() if not token.special},
+        stops=read_stops(declared.directory),
+        adds_bos=adds_bos,
         **roles,
     )
 
 
-def read_chat_template(directory: Path, special: SpecialTokens) -> ChatTemplate | None:
-    """Read chat_template.jinja, or the template in tokenizer_config.json (a text, or a list of named ones)."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return ChatTemplate(file.read_text(encoding="utf-8"), role_texts(special))
-    value = read_json(directory / "tokenizer_config.json").get("chat_template")
+def read_stops(directory: Path) -> frozenset[int]:
+    """Return every id that generation_config.json and config.json say ends a text."""
+    stops: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(directory / name).get("eos_token_id")
+        for token_id in value if isinstance(value, list) else [value]:
+            if token_id is not None and (isinstance(token_id, bool) or not isinstance(token_id, int)):
+                raise CheckpointError(
+                    f"{directory / name}: eos_token_id is {value!r:.60}; it must be an id (a whole number), or a list "
+                    "of ids"
+                )
+            if token_id is not None and token_id >= 0:  # -1 is written for none
+                stops.add(token_id)
+    return frozenset(stops)
+
+
+def read_flag(directory: Path, name: str, default: bool) -> bool:
+    """Return a true-or-false entry of tokenizer_config.json."""
+    value = read_json(directory / CONFIG).get(name)
     if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{directory / CONFIG}: {name} is {value!r:.60}; it must be true or false")
+    return value
+
+
+def read_chat_template(directory: Path, special: SpecialTokens) -> ChatTemplate | None:
+    """Read the chat templates in a directory: those in files of their own, else those in tokenizer_config.json."""
+    named: dict[str, str] = {}
+    if (directory / f"{TEMPLATE}.jinja").is_file():
+        named[DEFAULT] = read_template(directory / f"{TEMPLATE}.jinja")
+    if (directory / TEMPLATES).is_dir():
+        named |= {file.stem: read_template(file) for file in sorted((directory / TEMPLATES).glob("*.jinja"))}
+    return chat_template(named or _templates_in(directory / CONFIG), special)
+
+
+def chat_template(named: Mapping[str, str], special: SpecialTokens) -> ChatTemplate | None:
+    """Return templates by name as one, or None where there are none."""
+    if not named:
         return None
+    others = {name: source for name, source in named.items() if name != DEFAULT}
+    return ChatTemplate(named.get(DEFAULT), role_texts(special), others)
+
+
+def _templates_in(file: Path) -> dict[str, str]:
+    value = read_json(file).get(TEMPLATE)
+    if value is None:
+        return {}
     if isinstance(value, str):
-        return ChatTemplate(value, role_texts(special))
-    named = {entry["name"]: entry["template"] for entry in value}
-    if "default" not in named:
-        raise CheckpointError(f"{directory}: none of the chat templates {sorted(named)} is named 'default'")
-    return ChatTemplate(named["default"], role_texts(special), tool_source=named.get("tool_use"))
+        return {DEFAULT: value}
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        named = [(entry.get("name"), entry.get("template")) for entry in value]
+        if all(isinstance(part, str) for pair in named for part in pair):
+            return dict(named)
+    raise CheckpointError(
+        f"{file}: chat_template is {value!r:.60}; it must be a text, or a list of {{name, template}} objects of texts"
+    )
 
 
 def role_texts(special: SpecialTokens) -> dict[str, str]:
@@ -78,7 +277,7 @@ def role_texts(special: SpecialTokens) -> dict[str, str]:
 
 
 def write_tokenizer(directory: Path, backend: Backend, special: SpecialTokens, template: ChatTemplate | None) -> None:
-    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and the chat template.
+    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and the chat templates.
 
     The class named is the generic one, which takes tokenizer.json as it is: transformers 5 rebuilds a "LlamaTokenizer"
     from its vocabulary and so would lose the pre-tokenizer that tokenizer.json states.
@@ -96,10 +295,30 @@ def write_tokenizer(directory: Path, backend: Backend, special: SpecialTokens, t
         **roles,
     }
     if template is not None:
-        if template.tool_source is None:
-            (directory / "chat_template.jinja").write_text(template.source, encoding="utf-8")
-        else:
-            named = {"default": template.source, "tool_use": template.tool_source}
-            config["chat_template"] = [{"name": n, "template": t} for n, t in named.items()]
-    write_json(directory / "tokenizer_config.json", config)
-    write_json(directory / "special_tokens_map.json", roles)
+        config |= write_templates(directory, template)
+    write_json(directory / CONFIG, config)
+    write_json(directory / MAP, roles)
+
+
+def save_template(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write a tokenizer's chat templates alone, where `read_chat_template` finds them: beside an adapter."""
+    if tokenizer.chat_template is not None:
+        entries = write_templates(directory, tokenizer.chat_template)
+        if entries:
+            write_json(directory / CONFIG, entries)
+
+
+def write_templates(directory: Path, template: ChatTemplate) -> dict[str, Any]:
+    """Write the chat templates; returns what tokenizer_config.json has to say of them.
+
+    One, the default, is a file of its own, as transformers writes it. Several are a list in tokenizer_config.json,
+    which every version of transformers, vLLM and llama.cpp's converter read.
+    """
+    file = directory / f"{TEMPLATE}.jinja"
+    for other in (directory / TEMPLATES).glob("*.jinja"):  # of another tokenizer; they would have the last word
+        other.unlink()
+    if not template.others:
+        file.write_text(template.source or "", encoding="utf-8")
+        return {}
+    file.unlink(missing_ok=True)
+    return {TEMPLATE: [{"name": name, "template": source} for name, source in template.sources.items()]}

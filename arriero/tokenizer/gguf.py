@@ -8,6 +8,7 @@ or the SentencePiece model that these describe; writing states the same for llam
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from arriero.gguf_header import read_metadata
 from arriero.terminal import warn_once
 from arriero.tokenizer import llama3
 from arriero.tokenizer.base import END_TOKENS, SpecialTokens, Tokenizer
-from arriero.tokenizer.files import role_texts
+from arriero.tokenizer.files import chat_template
 from arriero.tokenizer.hf import HfTokenizer, with_bos
 from arriero.tokenizer.sentencepiece import (  # a token's type has the same number in a GGUF file
     CONTROL,
@@ -31,12 +32,12 @@ from arriero.tokenizer.sentencepiece import (  # a token's type has the same num
     pieces_of,
     tokenizer_from_pieces,
 )
-from arriero.tokenizer.template import ChatTemplate
-
-QWEN2_SPLIT = llama3.SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+from arriero.tokenizer.template import DEFAULT, ChatTemplate
+from arriero.tokenizer.vocabulary import QWEN2_SPLIT
 
 _ROLE_KEYS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 _END_KEYS = ("eot", "eom")
+_TEMPLATE = "tokenizer.chat_template"
 
 
 def _split_then_bytes(pattern: str) -> pre_tokenizers.PreTokenizer:
@@ -81,7 +82,8 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     if kind == "gpt2":
         return _byte_level_from(fields)
     if kind == "llama":
-        return tokenizer_from_pieces(fields, _special_tokens(fields), _template(fields))
+        special = _special_tokens(fields)
+        return tokenizer_from_pieces(fields, special, _template(fields, special))
     if kind is None:
         raise CheckpointError("the GGUF metadata holds no tokenizer (no tokenizer.ggml.model); convert the model again")
     raise CheckpointError(
@@ -111,7 +113,6 @@ def _byte_level_from(fields: Mapping[str, Any]) -> HfTokenizer:
             f"{', '.join(known)}){did_you_mean(pre, known)}; load the tokenizer from the model's Hugging Face directory"
         )
     tokens = fields["tokenizer.ggml.tokens"]
-    types = fields.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
@@ -123,31 +124,41 @@ def _byte_level_from(fields: Mapping[str, Any]) -> HfTokenizer:
     backend.decoder = decoders.ByteLevel()
     special = _special_tokens(fields)
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special.ids])
-    ordinary = [t for t, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED and t not in special.ids]
-    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in ordinary])
-    return HfTokenizer(with_bos(backend, special), special, _template(fields))
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in special.words])
+    return HfTokenizer(with_bos(backend, special), special, _template(fields, special))
 
 
 def _special_tokens(fields: Mapping[str, Any]) -> SpecialTokens:
+    """Return the added tokens as llama.cpp reads them: control tokens are special, user-defined ones are words."""
     tokens = fields["tokenizer.ggml.tokens"]
     types = fields.get("tokenizer.ggml.token_type", [])
     roles = {role: fields.get(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLE_KEYS.items()}
     ends = [fields.get(f"tokenizer.ggml.{key}_token_id") for key in _END_KEYS]
-    named = {role: tokens[i] for role, i in roles.items() if i is not None and i < len(tokens)}
-    ids = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=False)) if kind == CONTROL}
-    ids |= {text: roles[role] for role, text in named.items()}
+    named = {role: tokens[i] for role, i in roles.items() if i is not None and 0 <= i < len(tokens)}
+    kinds = {kind: {tokens[i]: i for i, k in enumerate(types) if k == kind} for kind in (CONTROL, USER_DEFINED)}
+    ids: dict[str, int] = dict(kinds[CONTROL])
+    ids |= {text: int(roles[role] or 0) for role, text in named.items() if text not in kinds[USER_DEFINED]}
     return SpecialTokens(
         ids=dict(sorted(ids.items(), key=lambda item: item[1])),
-        stop=frozenset(tokens[i] for i in ends if i is not None),
+        words=kinds[USER_DEFINED],
+        stops=frozenset(i for i in ends if i is not None and 0 <= i < len(tokens)),
         # llama.cpp adds bos to a SentencePiece vocabulary that does not say otherwise
         adds_bos=bool(fields.get("tokenizer.ggml.add_bos_token", fields["tokenizer.ggml.model"] == "llama")),
         **named,
     )
 
 
-def _template(fields: Mapping[str, Any]) -> ChatTemplate | None:
-    source = fields.get("tokenizer.chat_template")
-    return None if source is None else ChatTemplate(source, role_texts(_special_tokens(fields)))
+def _template(fields: Mapping[str, Any], special: SpecialTokens) -> ChatTemplate | None:
+    """Read "tokenizer.chat_template", and those with a name of their own: "tokenizer.chat_template.NAME"."""
+    named = {
+        key.removeprefix(_TEMPLATE).removeprefix(".") or DEFAULT: source
+        for key, source in fields.items()
+        if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")
+    }
+    wrong = [name for name, source in named.items() if not isinstance(source, str)]
+    if wrong:
+        raise CheckpointError(f"the GGUF metadata's chat template {wrong[0]!r} is no text; convert the model again")
+    return chat_template(named, special)
 
 
 def tokenizer_to_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -169,15 +180,20 @@ def tokenizer_to_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
         fields = _byte_level_to_gguf(state) if byte_level else _pieces_to_gguf(pieces_of(state))
     special = tokenizer.special
     for role, key in _ROLE_KEYS.items():
-        text = getattr(special, role)
-        if text in special.ids:
-            fields[f"tokenizer.ggml.{key}_token_id"] = special.ids[text]
+        token_id = special.id_of(getattr(special, role))
+        if token_id is not None:
+            fields[f"tokenizer.ggml.{key}_token_id"] = token_id
     fields |= _ends(tokenizer)
     fields["tokenizer.ggml.add_bos_token"] = special.adds_bos
     fields["tokenizer.ggml.add_eos_token"] = False
     fields["tokenizer.ggml.add_space_prefix"] = tokenizer.prefix_rule != "never"
+    if tokenizer.prefix_rule == "first":
+        warn_once(
+            "this tokenizer puts a space before a text only, llama.cpp also after each special token: in chats its ids "
+            "will differ from those that the model was trained on, where a text begins with a word"
+        )
     if tokenizer.chat_template is not None:
-        fields["tokenizer.chat_template"] = tokenizer.chat_template.source
+        fields |= _templates_to_gguf(tokenizer.chat_template)
     return fields
 
 
@@ -191,11 +207,24 @@ def _check_is_bpe(is_bpe: bool, kind: str) -> None:
 
 def _ends(tokenizer: Tokenizer) -> dict[str, int]:
     """The ids that end a turn beside eos, where llama.cpp does not know them by their text."""
-    known = {tokenizer.eos_id, *(tokenizer.special_ids.get(text) for text in END_TOKENS)}
+    known = {tokenizer.eos_id, *(tokenizer.added_ids.get(text) for text in END_TOKENS)}
     others = sorted(tokenizer.stop_ids - known)
     if lost := others[len(_END_KEYS) :]:
         warn_once(f"a GGUF file names {1 + len(_END_KEYS)} ends of a turn; llama.cpp will not stop at the ids {lost}")
     return {f"tokenizer.ggml.{key}_token_id": i for key, i in zip(_END_KEYS, others, strict=False)}
+
+
+def _templates_to_gguf(template: ChatTemplate) -> dict[str, Any]:
+    """Return the entries that gguf's `add_chat_template` writes: names, and each template under its own."""
+    fields: dict[str, Any] = {} if template.source is None else {_TEMPLATE: template.source}
+    names = [re.sub(r"[^A-Za-z0-9]", "_", name) for name in template.others]
+    if len({DEFAULT, *names}) <= len(names):
+        raise CheckpointError(
+            f"two of the chat templates {', '.join(template.sources)} have one name in GGUF; rename one"
+        )
+    if names:
+        fields[f"{_TEMPLATE}s"] = names
+    return fields | {f"{_TEMPLATE}.{name}": s for name, s in zip(names, template.others.values(), strict=True)}
 
 
 def _byte_level_to_gguf(state: Mapping[str, Any]) -> dict[str, Any]:

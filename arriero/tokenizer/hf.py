@@ -1,26 +1,32 @@
 """tokenizer.json, through the `tokenizers` library.
 
 The file states its whole pipeline, so the library decides every id; we only keep special tokens out of plain text.
+White space that an added token takes up, whole words only, and the rest of their flags are the library's too: a
+rendered text goes through it in one call, with special tokens switched on for as long as that takes.
 Two kinds occur among Llamas: byte-level BPE (Llama 3, SmolLM2), and SentencePiece's BPE rebuilt from tokens with a
 space marker and byte fallback (Llama 1 and 2).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, AnyStr
 
+from tokenizers import Encoding, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers import processors
 
 from arriero.errors import CheckpointError
 from arriero.paths import as_path
+from arriero.terminal import warn_once
 from arriero.tokenizer import files
-from arriero.tokenizer.base import PrefixRule, SpecialTokens, Tokenizer
+from arriero.tokenizer.base import PrefixRule, SpecialTokens, Tokenizer, well_formed
 from arriero.tokenizer.template import ChatTemplate
 
 SPACE_MARKER = "▁"
@@ -28,7 +34,7 @@ _FEW = 16  # the batch call starts a thread pool, which costs more than so few t
 
 
 class HfTokenizer(Tokenizer):
-    """A `tokenizers` pipeline; `backend` is never asked to add or parse special tokens."""
+    """A `tokenizers` pipeline; `backend` parses special tokens only while `_parse` holds the lock."""
 
     def __init__(self, backend: Backend, special: SpecialTokens, chat_template: ChatTemplate | None = None):
         super().__init__(special, chat_template)
@@ -36,14 +42,19 @@ class HfTokenizer(Tokenizer):
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
+        self._lock = threading.Lock()
         self._state = json.loads(backend.to_str())
         self.prefix_rule = _prefix_rule(self._state)
         self._continuing = backend if self.prefix_rule == "never" else _without_prefix(self._state)
         self.byte_level = _decodes_bytes(self._state)
         self.strips_space = any(step["type"] == "Strip" for step in _parts(self._state["decoder"], "decoders"))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._lock = threading.Lock()
         for backend in (self.backend, self._continuing):  # the library forgets this on its way to a worker process
             backend.encode_special_tokens = True
 
@@ -51,13 +62,63 @@ class HfTokenizer(Tokenizer):
     def vocab_size(self) -> int:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    @cached_property
+    def begin_ids(self) -> list[int]:  # type: ignore[override]
+        """Ids that the file's post-processor puts before a text."""
+        encoding = self.backend.encode("a")
+        marks = itertools.takewhile(
+            lambda pair: pair[1] == 1, zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        )
+        return [token for token, _ in marks]
+
     def _encode_plain(self, segments: Sequence[str], at_start: Sequence[bool]) -> list[list[int]]:
         result: list[list[int]] = [[]] * len(segments)
         for backend, wanted in ((self.backend, True), (self._continuing, False)):
             rows = [i for i, start in enumerate(at_start) if start is wanted]
-            for i, ids in zip(rows, _encode_many(backend, [segments[i] for i in rows]), strict=True):
+            with self._lock:
+                encoded = _encode_many(backend, [segments[i] for i in rows])
+            for i, ids in zip(rows, encoded, strict=True):
                 result[i] = ids
         return result
+
+    def encode_pieces(self, pieces: Sequence[str], *, sentinel: str = "") -> list[list[int]]:
+        """As `Tokenizer.encode_pieces`; by the library piece by piece, where no message holds a control token."""
+        if sentinel:
+            return super().encode_pieces(pieces, sentinel=sentinel)
+        result: list[list[int]] = []
+        begins = True
+        for piece in pieces:
+            ids = self._encode_piece(well_formed(piece), begins)
+            result.append(ids)
+            if piece:
+                begins = self.prefix_rule == "always" and bool(ids) and ids[-1] in self._added_texts
+        return result
+
+    def _encode_piece(self, text: str, begins: bool) -> list[int]:
+        if begins or self.prefix_rule == "never":
+            return self._parse(self.backend, text).ids
+        encoding = self._parse(self._continuing, text)
+        first = next((k for k, i in enumerate(encoding.ids) if i in self._added_texts), None)
+        if first is None:
+            return encoding.ids
+        # From its first added token on, a piece is encoded as it is anywhere.
+        start = encoding.offsets[first][0]
+        return encoding.ids[:first] + self._parse(self.backend, text[start:]).ids
+
+    def _added_in(self, text: str) -> Iterable[tuple[int, int, int]]:
+        encoding = self._parse(self.backend, text)
+        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token in self._added_texts:
+                yield start, stop, token
+
+    def _parse(self, backend: Backend, text: str) -> Encoding:
+        """Encode text in which special tokens are the tokens that they spell."""
+        with self._lock:
+            backend.encode_special_tokens = False
+            try:
+                return backend.encode(text, add_special_tokens=False)
+            finally:
+                backend.encode_special_tokens = True
 
     def _token_table(self) -> list[bytes]:
         table = [b""] * self.vocab_size
@@ -80,9 +141,18 @@ def load_tokenizer_json(path: Path) -> HfTokenizer:
         backend = Backend.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{path}: the tokenizers library cannot read it ({error})") from error
-    ids = {added.content: i for i, added in backend.get_added_tokens_decoder().items() if added.special}
-    special = files.read_special_tokens(path.parent, ids, adds_bos=_post_processor_adds(backend))
-    return HfTokenizer(backend, special, files.read_chat_template(path.parent, special))
+    declared = files.read_declared(path.parent)
+    files.add_declared(backend, declared)
+    special = files.special_tokens_of(backend, declared, adds_bos=False)
+    tokenizer = HfTokenizer(backend, special, files.read_chat_template(path.parent, special))
+    adds_bos = tokenizer.bos_id is not None and tokenizer.bos_id in tokenizer.begin_ids
+    tokenizer.special = replace(special, adds_bos=adds_bos)
+    if files.read_flag(path.parent, "add_bos_token", adds_bos) is not adds_bos:
+        warn_once(
+            f"{path.parent / files.CONFIG} says add_bos_token {str(not adds_bos).lower()}, the post-processor in "
+            f"{path.name} says otherwise and is followed, as in transformers"
+        )
+    return tokenizer
 
 
 def _encode_many(backend: Backend, texts: list[str]) -> list[list[int]]:
@@ -149,10 +219,6 @@ def with_bos(backend: Backend, special: SpecialTokens) -> Backend:
             special_tokens=[(special.bos, special.ids[special.bos])],
         )
     return backend
-
-
-def _post_processor_adds(backend: Backend) -> bool:
-    return len(backend.encode("", add_special_tokens=True).ids) > 0
 
 
 @lru_cache(maxsize=1)

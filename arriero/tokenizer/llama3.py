@@ -13,6 +13,7 @@ import binascii
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import tiktoken
@@ -23,7 +24,7 @@ from arriero.errors import CheckpointError
 from arriero.paths import as_path
 from arriero.tokenizer import files
 from arriero.tokenizer.base import SpecialTokens, Tokenizer, usable_threads
-from arriero.tokenizer.hf import byte_level_text, merges_into, with_bos
+from arriero.tokenizer.hf import HfTokenizer, byte_level_text, merges_into, with_bos
 from arriero.tokenizer.template import ChatTemplate
 
 SPLIT = (
@@ -128,7 +129,7 @@ def is_tiktoken_file(path: Path) -> bool:
         return re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\r?\n?", file.readline(4096)) is not None
 
 
-def load_tiktoken_model(path: Path) -> TiktokenTokenizer:
+def load_tiktoken_model(path: Path) -> Tokenizer:
     """Load Llama 3's tokenizer.model; a params.json beside it without `use_scaled_rope` marks version 3.0."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -146,7 +147,38 @@ def load_tiktoken_model(path: Path) -> TiktokenTokenizer:
     left = params.get("vocab_size", 0) - len(ranks)  # Meta's files say -1 where the tokenizer decides
     count = left if 0 < left < N_SPECIAL else N_SPECIAL
     special = special_tokens(len(ranks), version_3_0=version_3_0, count=count)
+    defaults = {"bos": special.bos, "eos": special.eos, "pad": special.pad}
+    declared = files.read_declared(path.parent, {role: text for role, text in defaults.items() if text})
+    if not all(_is_known(token, special, i) for i, token in declared.placed.items()) or not all(
+        _is_known(token, special, special.ids.get(text)) for text, token in declared.named.items()
+    ):
+        return _with_declared(ranks, special, declared)
+    roles = {role: declared.roles.get(role) for role in files.ROLES}
+    adds_bos = files.read_flag(path.parent, "add_bos_token", True)
+    special = replace(special, stops=files.read_stops(path.parent), adds_bos=adds_bos, **roles)  # type: ignore[arg-type]
     return TiktokenTokenizer(ranks, special, files.read_chat_template(path.parent, special))
+
+
+def _is_known(token: AddedToken, special: SpecialTokens, token_id: int | None) -> bool:
+    """Whether a declared token is one of the special block, which takes up no white space and is found as it is."""
+    flags = token.lstrip or token.rstrip or token.single_word or token.normalized or not token.special
+    return token_id is not None and special.ids.get(token.content) == token_id and not flags
+
+
+def _with_declared(ranks: Mapping[bytes, int], own: SpecialTokens, declared: files.Declared) -> HfTokenizer:
+    """Return a pipeline with what the files beside declare: other names in Meta's block, flags, further tokens."""
+    names = {i: text for text, i in own.ids.items()}
+    names |= {i: token.content for i, token in declared.placed.items() if i >= len(ranks)}
+    ids = {text: i for i, text in sorted(names.items())}
+    if len(ids) < len(names):
+        twice = next(text for i, text in names.items() if ids[text] != i)
+        raise CheckpointError(
+            f"{declared.directory}: {twice!r} is declared as another token than Llama 3 has it; mend {files.CONFIG}"
+        )
+    backend = TiktokenTokenizer(ranks, SpecialTokens(ids)).to_backend()
+    adds_bos = files.read_flag(declared.directory, "add_bos_token", True)
+    special = files.special_tokens_of(files.add_declared(backend, declared), declared, adds_bos)
+    return HfTokenizer(with_bos(backend, special), special, files.read_chat_template(declared.directory, special))
 
 
 def _tiktoken_file(ranks: Mapping[bytes, int]) -> bytes:

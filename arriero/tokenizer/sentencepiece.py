@@ -5,6 +5,10 @@ space. Meta encodes each stretch between special tokens as a text of its own, so
 `<s>` and `</s>`; llama.cpp and Llama 2's tokenizer.json do the same, and so do we. A segment that continues a text
 (an answer after its prompt) gets none: a second processor is loaded from the same model with the prefix switched off.
 
+That is so for a file alone, as Meta gives it. In a Hugging Face directory (with config.json or tokenizer_config.json) a
+tokenizer.model is what transformers' LlamaTokenizer makes of it: a `tokenizers` pipeline, in which the dummy prefix
+stands at the start of a text only (unless "legacy" is true), with the added tokens that the files declare.
+
 A model file is one protobuf message, which the library reads. We write one where a GGUF file gives pieces and scores.
 """
 
@@ -16,14 +20,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import sentencepiece
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
 from arriero.paths import as_path
 from arriero.tokenizer import files
 from arriero.tokenizer.base import SpecialTokens, Tokenizer, usable_threads
-from arriero.tokenizer.hf import BYTE_PIECE, SPACE_MARKER, marked_bytes, merges_into, with_bos
+from arriero.tokenizer.hf import BYTE_PIECE, SPACE_MARKER, HfTokenizer, marked_bytes, merges_into, with_bos
 from arriero.tokenizer.protobuf import field, fields
 from arriero.tokenizer.template import ChatTemplate
 
@@ -81,29 +85,50 @@ class SentencePieceTokenizer(Tokenizer):
 
     def to_backend(self) -> Backend:
         """Return the same vocabulary as a `tokenizers` pipeline; Llama 2's tokenizer.json is built like this."""
+        if any(kind == USER_DEFINED and piece not in self.special.words for piece, _, kind in self.pieces()):
+            raise CheckpointError(
+                "this SentencePiece model cannot be written as tokenizer.json: it has user-defined symbols, which the "
+                "tokenizers library would not find in the same places"
+            )
+        steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE_MARKER)]
+        if self.prefix_rule == "always":
+            steps.insert(0, normalizers.Prepend(SPACE_MARKER))
+        backend = self._pipeline(prefixed=self.prefix_rule == "always")
+        backend.normalizer = normalizers.Sequence(steps)
+        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in self.special_ids])
+        backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in self.special.words])
+        return with_bos(backend, self.special)
+
+    def to_llama_tokenizer(self, legacy: bool, prefixed: bool) -> Backend:
+        """Return the pipeline that transformers' LlamaTokenizer makes of the file."""
+        backend = self._pipeline(prefixed)
+        scheme = ("always" if legacy else "first") if prefixed else "never"
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE_MARKER, prepend_scheme=scheme, split=False)
+        kinds = {CONTROL: True, UNKNOWN: True, USER_DEFINED: False}
+        tokens = [(piece, kinds[kind]) for piece, _, kind in self.pieces() if kind in kinds]
+        backend.add_tokens([AddedToken(piece, special=special, normalized=False) for piece, special in tokens])
+        return backend
+
+    def _pipeline(self, prefixed: bool) -> Backend:
+        """Return vocabulary, merges and decoder, for a text in which "▁" stands for each space."""
         trainer, normalizer = _read_settings(self.model)
         pieces = self.pieces()
-        user_defined = [piece for piece, _, kind in pieces if kind == USER_DEFINED]
         changes_text = normalizer.get(CHARACTER_MAP) or normalizer.get(REMOVE_EXTRA_SPACES, 1)
-        if trainer.get(MODEL_TYPE) != BPE or changes_text or user_defined:
+        if trainer.get(MODEL_TYPE) != BPE or changes_text:
             raise CheckpointError(
                 "this SentencePiece model cannot be written as tokenizer.json: only BPE without normalisation, extra "
-                "whitespace kept, and without user-defined symbols can (Llama 1 and 2 are of this kind)"
+                "whitespace kept, can (Llama 1 and 2 are of this kind)"
             )
         vocabulary = {piece: i for i, (piece, _, _) in enumerate(pieces)}
         unknown = next(piece for piece, _, kind in pieces if kind == UNKNOWN)
         backend = Backend(
             models.BPE(vocab=vocabulary, merges=merges_of(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True)
         )
-        steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE_MARKER)]
         undo: list[decoders.Decoder] = [decoders.Replace(SPACE_MARKER, " "), decoders.ByteFallback(), decoders.Fuse()]
-        if self.prefix_rule == "always":
-            steps.insert(0, normalizers.Prepend(SPACE_MARKER))
+        if prefixed:
             undo.append(decoders.Strip(" ", 1, 0))
-        backend.normalizer = normalizers.Sequence(steps)
         backend.decoder = decoders.Sequence(undo)
-        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in self.special_ids])
-        return with_bos(backend, self.special)
+        return backend
 
     def save(self, directory: str | Path) -> None:
         files.write_tokenizer(as_path(directory), self.to_backend(), self.special, self.chat_template)
@@ -142,26 +167,70 @@ def pieces_of(state: Mapping[str, Any]) -> list[tuple[str, float, int]]:
     return pieces
 
 
-def load_sentencepiece_model(path: Path) -> SentencePieceTokenizer:
-    """Load a SentencePiece .model file; the files beside it may name other special tokens than the model does."""
+def load_sentencepiece_model(path: Path) -> Tokenizer:
+    """Load a SentencePiece .model file, by itself or with the files of a Hugging Face directory beside it."""
     model = path.read_bytes()
     try:
-        processor = _processor(model)
+        tokenizer = _by_itself(model)
+        return _with_files(tokenizer, path.parent)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    ids = {processor.id_to_piece(i): i for i in range(processor.get_piece_size()) if _is_special(processor, i)}
-    special = files.read_special_tokens(path.parent, ids, adds_bos=True)
+        raise error if str(path.parent) in str(error) else CheckpointError(f"{path}: {error}") from error
+
+
+def _by_itself(model: bytes) -> SentencePieceTokenizer:
+    processor = _processor(model)
+    pieces = [(processor.id_to_piece(i), i) for i in range(processor.get_piece_size())]
     own = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id(), "unk": processor.unk_id()}
-    for role, i in own.items():
-        if i >= 0 and getattr(special, role) is None:
-            special = replace(special, **{role: processor.id_to_piece(i)})  # type: ignore[arg-type]
-    return SentencePieceTokenizer(model, special, files.read_chat_template(path.parent, special))
+    special = SpecialTokens(
+        ids={piece: i for piece, i in pieces if processor.is_control(i) or processor.is_unknown(i)},
+        adds_bos=True,
+        **{role: processor.id_to_piece(i) for role, i in own.items() if i >= 0},  # type: ignore[arg-type]
+    )
+    return SentencePieceTokenizer(model, special)
+
+
+def _with_files(alone: SentencePieceTokenizer, directory: Path) -> Tokenizer:
+    """Return the tokenizer as the files in its directory would have it: see the module's text."""
+    defaults = {role: text for role in files.ROLES if (text := getattr(alone.special, role)) is not None}
+    declared = files.read_declared(directory, defaults)
+    config = files.read_json(directory / files.CONFIG)
+    beside = bool(config) or any((directory / name).is_file() for name in ("config.json", files.ADDED, files.MAP))
+    if beside and str(config.get("tokenizer_class", "LlamaTokenizer")).removesuffix("Fast") == "LlamaTokenizer":
+        return _llama_tokenizer(alone, declared)
+    ids, directory = alone.special.ids, declared.directory
+    further = [text for text in {t.content for t in declared.placed.values()} | set(declared.named) if text not in ids]
+    if further:
+        raise CheckpointError(
+            f"{directory}: the files declare {further[0]!r}, which tokenizer.model lacks, for a tokenizer_class "
+            f"{config['tokenizer_class']!r}; they are read for LlamaTokenizer, or where there is a tokenizer.json"
+        )
+    special = replace(
+        alone.special,
+        stops=files.read_stops(directory),
+        adds_bos=files.read_flag(directory, "add_bos_token", True),
+        **{role: declared.roles.get(role) for role in files.ROLES},  # type: ignore[arg-type]
+    )
+    return SentencePieceTokenizer(alone.model, special, files.read_chat_template(directory, special))
+
+
+def _llama_tokenizer(alone: SentencePieceTokenizer, declared: files.Declared) -> HfTokenizer:
+    """Return what transformers' LlamaTokenizer is with these files."""
+    directory = declared.directory
+    legacy = files.read_flag(directory, "legacy", False)
+    prefixed = files.read_flag(directory, "add_prefix_space", alone.prefix_rule == "always")
+    backend = files.add_declared(alone.to_llama_tokenizer(legacy, prefixed), declared)
+    special = files.special_tokens_of(backend, declared, adds_bos=files.read_flag(directory, "add_bos_token", True))
+    return HfTokenizer(with_bos(backend, special), special, files.read_chat_template(directory, special))
 
 
 def tokenizer_from_pieces(
     fields: Mapping[str, Any], special: SpecialTokens, template: ChatTemplate | None
-) -> SentencePieceTokenizer:
-    """Build a SentencePiece model from the tokens, scores and types in GGUF metadata."""
+) -> Tokenizer:
+    """Build a SentencePiece model from the tokens, scores and types in GGUF metadata.
+
+    With user-defined tokens it becomes a `tokenizers` pipeline, which splits at them as llama.cpp does: at the text as
+    it is written, the dummy prefix before each stretch between. SentencePiece itself has one text and one prefix.
+    """
     tokens = fields["tokenizer.ggml.tokens"]
     try:
         scores, types = fields["tokenizer.ggml.scores"], fields["tokenizer.ggml.token_type"]
@@ -175,7 +244,8 @@ def tokenizer_from_pieces(
         dummy_prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
         collapse_spaces=bool(fields.get("tokenizer.ggml.remove_extra_whitespaces", False)),
     )
-    return SentencePieceTokenizer(model, special, template)
+    tokenizer = SentencePieceTokenizer(model, special, template)
+    return HfTokenizer(tokenizer.to_backend(), special, template) if special.words else tokenizer
 
 
 def write_model(
@@ -210,10 +280,6 @@ def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
             "the sentencepiece library cannot read this as a model; give a model directory, tokenizer.json, "
             "tokenizer.model or .gguf, or fetch the file again"
         ) from error
-
-
-def _is_special(processor: sentencepiece.SentencePieceProcessor, i: int) -> bool:
-    return processor.is_control(i) or processor.is_unknown(i)
 
 
 def _read_pieces(model: bytes) -> Iterator[tuple[str, float, int]]:

@@ -1,7 +1,9 @@
 """A chat template: the Jinja program that turns a conversation into the text that a model was tuned on.
 
-It ships with the model, so it is somebody else's code: it runs in Jinja's immutable sandbox, with the helpers that
+It ships with the model, so it is somebody else's code: it runs in a sandbox (sandbox.py), with the helpers that
 transformers gives it, on copies of the messages that are made of JSON's types only.
+
+A model may have several by name. As in transformers, "tool_use" applies where tools are given, else "default".
 
 Price: compiling takes some milliseconds, once a process and template; a rendering some ten microseconds a message.
 """
@@ -9,6 +11,7 @@ Price: compiling takes some milliseconds, once a process and template; a renderi
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,12 +22,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
 import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from arriero.errors import CheckpointError, DataError, did_you_mean
 from arriero.paths import as_path, hint, lies_here
 from arriero.records import parse_json
 from arriero.tokenizer.contents import MARKS, REASONING
+from arriero.tokenizer.sandbox import BoundedEnvironment, RunawayTemplate, begin
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
@@ -34,24 +37,55 @@ Tool = Mapping[str, Any]
 
 # Templates that ship with Arriero, as files in templates/: the formats that the models were tuned on.
 BUILTIN_TEMPLATES = ("chatml", "llama2", "llama3", "llama3.1")
+DEFAULT, TOOL_USE = "default", "tool_use"
+REMEDY = f"--chat-template with one of {', '.join(BUILTIN_TEMPLATES)}, or with a .jinja file"
 
 _PROBE = "\ufdd0"  # a noncharacter: JSON leaves it as it is, and Python prints it otherwise
-# What a program may raise that meets data it was not written for.
-_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template's source, the special tokens it may name ({"bos_token": "<s>"}), and its variant for tools, if any."""
+    """A model's templates: the default one's source (None for none), those that have other names, and the special
+    tokens that they may name ({"bos_token": "<s>"})."""
 
-    source: str
+    source: str | None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
-    tool_source: str | None = None
+    others: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for source in (self.source, self.tool_source):
-            if source is not None:
+        for name, source in self.sources.items():
+            if name in (DEFAULT, TOOL_USE):
                 _compile(source)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Every template by its name."""
+        return {**({} if self.source is None else {DEFAULT: self.source}), **self.others}
+
+    @property
+    def identity(self) -> list[str | None]:
+        """What tells one from another: the default, the one for tools, then names and sources of the rest."""
+        rest = {name: source for name, source in sorted(self.others.items()) if name != TOOL_USE}
+        return [self.source, self.others.get(TOOL_USE), *(part for item in rest.items() for part in item)]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all templates."""
+        return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()
+
+    def source_for(self, tools: Any) -> str:
+        """Return the template that applies to a conversation with these tools, or without (None or empty).
+
+        Raises CheckpointError where none is the default.
+        """
+        if tools and TOOL_USE in self.others:
+            return self.others[TOOL_USE]
+        if self.source is None:
+            raise CheckpointError(
+                f"none of the model's chat templates ({', '.join(self.others)}) is named {DEFAULT!r}; "
+                f"choose one: --chat-template {next(iter(self.others))}"
+            )
+        return self.source
 
     def render(
         self,
@@ -63,7 +97,7 @@ class ChatTemplate:
         """Return the conversation as text, equal to transformers' `apply_chat_template(tokenize=False)`.
 
         `variables` reach the template by name (date_string, enable_thinking).
-        Raises DataError where the template refuses the conversation.
+        Raises DataError where the template refuses the conversation, CheckpointError where it runs away with it.
         """
         plain_tools = None if tools is None else plain(tools)
         readable = self.readable([for_template(m) for m in messages], plain_tools, variables)
@@ -102,7 +136,7 @@ class ChatTemplate:
         self, messages: Sequence[dict[str, Any]], tools: Any, add_generation_prompt: bool, variables: Mapping[str, Any]
     ) -> str:
         """As `render`, for messages that `for_template` made and tools that `plain` made."""
-        source = self.tool_source if tools and self.tool_source is not None else self.source
+        template = _compile(self.source_for(tools))
         names: dict[str, Any] = {
             **self.special_tokens,
             **variables,
@@ -111,38 +145,68 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
+        begin((messages, tools))
         try:
-            return _compile(source).render(names)
-        except _FAILURES as error:
+            return template.render(names)
+        except RunawayTemplate as error:
+            raise CheckpointError(f"the chat template is not used: {error}; give another: {REMEDY}") from error
+        except Exception as error:  # a program may raise anything where it meets data that it was not written for
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise DataError(
-                f"the chat template refuses this conversation: {error} (roles: {roles}); "
-                "change the messages, or give another chat template"
+                f"the chat template refuses this conversation: {error} (roles: {roles}); change the messages, or give "
+                f"another chat template: {REMEDY}"
             ) from error
 
 
 def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """Return a built-in template by name, or the template in a file, for the special tokens of a tokenizer.
+    """Return the template that `name` stands for, with the special tokens of `tokenizer`.
 
-    Raises CheckpointError for an unknown name, and where the template writes a special token the tokenizer lacks.
+    Tried in order: a file, one of the tokenizer's own by name, a built-in one. Raises CheckpointError for what is none
+    of these, and where a built-in one writes a token that the tokenizer lacks.
     """
-    from arriero.tokenizer.files import role_texts
-
-    if name in BUILTIN_TEMPLATES and not (as_path(name).is_file() and lies_here(name, "the built-in chat template")):
-        file = Path(__file__).parent / "templates" / f"{name}.jinja"
-    elif (file := as_path(name)).is_file() is False:
+    file = as_path(name)
+    own = {} if tokenizer.chat_template is None else tokenizer.chat_template.sources
+    if file.is_file() and (name not in {*own, *BUILTIN_TEMPLATES} or lies_here(name, "the chat template of that name")):
+        return ChatTemplate(read_template(file), _role_texts(tokenizer))
+    if name in own:
+        return ChatTemplate(own[name], _role_texts(tokenizer))
+    if name not in BUILTIN_TEMPLATES:
+        its_own = f", none of the model's own ({', '.join(own)})" if own else ""
         raise CheckpointError(
-            f"no chat template {name!r}: neither a file nor one of {', '.join(BUILTIN_TEMPLATES)}"
-            f"{did_you_mean(name, BUILTIN_TEMPLATES) or hint(name)}"
+            f"no chat template {name!r}: it is no file{its_own} and none of {', '.join(BUILTIN_TEMPLATES)}"
+            f"{did_you_mean(name, [*own, *BUILTIN_TEMPLATES]) or hint(file)}"
         )
-    source = file.read_text(encoding="utf-8")
-    lacking = sorted(set(re.findall(r"<\|\w+\|>", source)) - set(tokenizer.special_ids))
-    if lacking and name in BUILTIN_TEMPLATES:
+    return builtin_template(name, tokenizer)
+
+
+def builtin_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """Return a built-in template. Raises CheckpointError where it writes a token that the tokenizer lacks."""
+    source = read_template(Path(__file__).parent / "templates" / f"{name}.jinja")
+    roles = _role_texts(tokenizer)
+    lacking = sorted(set(re.findall(r"<\|\w+\|>", source)) - set(tokenizer.added_ids))
+    lacking += [f"its {role}" for role in ("bos_token", "eos_token") if role in source and role not in roles]
+    if lacking:
         raise CheckpointError(
             f"the chat template {name!r} writes {', '.join(lacking)}, which this tokenizer does not have as special "
             "tokens, so answers would never end; choose the template that the model was tuned on"
         )
-    return ChatTemplate(source, role_texts(tokenizer.special))
+    return ChatTemplate(source, roles)
+
+
+def read_template(file: Path) -> str:
+    """Return the source in a template's file. Raises CheckpointError where it cannot be read as UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: not UTF-8 at byte {error.start}; a chat template is text") from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _role_texts(tokenizer: Tokenizer) -> dict[str, str]:
+    from arriero.tokenizer.files import role_texts
+
+    return role_texts(tokenizer.special)
 
 
 def for_template(message: Message) -> dict[str, Any]:
@@ -208,26 +272,14 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(form: str) -> str:
+    if len(form) > 200:  # the C library may write each of its letters many times
+        raise jinja2.TemplateError(f"strftime_now is given a format of {len(form):,} characters")
     return datetime.datetime.now().strftime(form)
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML's characters; models are trained on JSON as it is.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 @lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment([_GenerationTag, jinja2.ext.loopcontrols])
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
@@ -236,8 +288,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
 @lru_cache(maxsize=32)
 def _compile(source: str) -> jinja2.Template:
     try:
-        return _environment().from_string(source)
+        return _environment().load(source)
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(
             f"the chat template has a syntax error in line {error.lineno}: {error.message}"
         ) from error
+    except jinja2.TemplateError as error:
+        raise CheckpointError(f"the chat template is not used: {error}; give another: {REMEDY}") from error

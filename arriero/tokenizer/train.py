@@ -31,7 +31,7 @@ from arriero.tokenizer.llama3 import N_SPECIAL, SPLIT, TiktokenTokenizer, specia
 from arriero.tokenizer.sample import CHUNK, Sample, draw_sample
 from arriero.tokenizer.sentencepiece import SentencePieceTokenizer
 from arriero.tokenizer.show import showing
-from arriero.tokenizer.template import named_template
+from arriero.tokenizer.template import builtin_template
 
 Kind = Literal["llama3", "llama2"]
 
@@ -146,7 +146,7 @@ def learn(sample: Sample, config: TrainingConfig) -> Tokenizer:
     else:
         tokenizer = learn_llama2(sample.training, config.vocab_size)
     assert tokenizer.vocab_size == config.vocab_size
-    tokenizer.chat_template = named_template(_TEMPLATES[config.kind], tokenizer)
+    tokenizer.chat_template = builtin_template(_TEMPLATES[config.kind], tokenizer)
     return tokenizer
 
 

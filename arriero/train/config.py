@@ -199,6 +199,9 @@ class SftConfig:
     """Run directory: config, metrics, checkpoints, report, and the trained adapter or model."""
     method: Literal["lora", "full"] = "lora"
     """Train a low-rank adapter, or every weight."""
+    chat_template: PathText = ""
+    """A template's name (chatml, llama2, llama3, llama3.1, or one of the model's own) or a .jinja file, which is saved
+    with the result and used with it from then on; empty takes the model's own."""
     resume: bool = False
     """Go on from the newest whole checkpoint in the run directory."""
     samples: int = 8

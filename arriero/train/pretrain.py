@@ -314,7 +314,7 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> tu
 
 def encode_prompts(texts: Sequence[str], tokenizer: Tokenizer, context: int) -> list[list[int]]:
     """What the model goes on from at validations; raises `ConfigError` for what leaves it no room, or is nothing."""
-    prompts = [tokenizer.encode(text, bos=tokenizer.bos_id is not None) for text in texts]
+    prompts = [[*tokenizer.begin_ids, *tokenizer.encode(text)] for text in texts]
     for text, ids in zip(texts, prompts, strict=True):
         if not 0 < len(ids) < context:
             raise ConfigError(

@@ -6,6 +6,7 @@ in PEFT's layout or `model/` in Hugging Face's.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 
 from arriero.checkpoint.adapter import save_adapter
-from arriero.checkpoint.beside import NOTHING, Beside, read_beside
+from arriero.checkpoint.beside import Beside, read_beside
 from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import load_tokenizer_at, open_model
 from arriero.checkpoint.rows import check_rows
@@ -30,6 +31,7 @@ from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
 from arriero.model.scaling import DynamicScaling
 from arriero.tokenizer.base import Tokenizer
+from arriero.tokenizer.files import save_template
 from arriero.train.config import SftConfig
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.objectives import next_token
@@ -76,7 +78,10 @@ class SftRun:
     def fingerprints(self) -> dict[str, str]:
         """Hashes of the rows as tokens, training and validation."""
         both = {"training data": self.training, "validation data": self.validation}
-        return {f"the {name}": rows.fingerprint for name, rows in both.items() if rows is not None}
+        found = {f"the {name}": rows.fingerprint for name, rows in both.items() if rows is not None}
+        if self.config.chat_template and self.tokenizer.chat_template is not None:  # a file may have changed
+            found["the chat template"] = self.tokenizer.chat_template.fingerprint
+        return found
 
     def data_statistics(self) -> dict[str, Any]:
         """What is learned from, and how much."""
@@ -102,7 +107,7 @@ class SftRun:
         if model is None:
             return directory
         if config.method == "lora":
-            save_adapter(model, directory, config.lora, config.model)
+            save_adapter(model, directory, config.lora, config.model, functools.partial(save_template, self.tokenizer))
         else:
             save_hf(model, directory, self.tokenizer, dtype=DTYPES[config.loop.precision], beside=self.beside)
         return directory
@@ -125,7 +130,7 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     stored = DTYPES[loop.precision] if config.method == "lora" else torch.float32
     model, weights = open_model(config.model, stored)
     model.config.check_length(config.data.seq_len)
-    tokenizer = load_tokenizer_at(weights.source)
+    tokenizer = load_tokenizer_at(weights.source, chat_template=config.chat_template)
     check_rows(weights.source, model.config.vocab_size, tokenizer)
     with mesh.one_before_others():  # who come later find the tokens in the cache
         training, validation = build_splits(
@@ -159,9 +164,8 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     if validation is not None:
         held_out = SftLoader(validation, config.data.seq_len, seed=0)
         validate = Validation(engine, held_out, pad_to=row)
-    whole = config.method != "lora"  # an adapter goes without what its base says
-    beside = read_beside(weights.source).for_training(tokenizer) if whole else NOTHING
-    files = companions(model.config, tokenizer, beside) if whole else None
+    beside = read_beside(weights.source).for_training(tokenizer)
+    files = None if config.method == "lora" else companions(model.config, tokenizer, beside)
     out = Path(config.out)
     trainer = Trainer(engine, next_token(), batches, steps, loop, config.optim, out, validate, companions=files)
     return SftRun(config, model, tokenizer, training, validation, loader, trainer, beside)

@@ -7,9 +7,13 @@ import sysconfig
 from pathlib import Path
 
 import sentencepiece
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from arriero.tokenizer.base import SpecialTokens
+from arriero.tokenizer.hf import HfTokenizer
 from arriero.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceTokenizer, write_model
+from arriero.tokenizer.template import builtin_template
 
 ATOMS = [
     *["I'LL", "don't", "'s", "'S", "'ſ", "ſ", "K", "İ", "Hello", " the", "naïve", "e\u0301", "ﬁ", "x" * 37],
@@ -60,6 +64,20 @@ def small_sentencepiece() -> SentencePieceTokenizer:
     ]
     special = SpecialTokens({"<unk>": 0, "<s>": 1, "</s>": 2}, bos="<s>", eos="</s>", unk="<unk>", adds_bos=True)
     return SentencePieceTokenizer(write_model(pieces, {"unk": 0, "bos": 1, "eos": 2, "pad": -1}), special)
+
+
+def small_byte_level() -> HfTokenizer:
+    """Return the 256 bytes behind SmolLM2's first special tokens, with ChatML's template."""
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<file_sep>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({token: i for i, token in enumerate([*names, *letters])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    special = SpecialTokens({name: i for i, name in enumerate(names)}, bos=names[1], eos=names[2])
+    tokenizer = HfTokenizer(backend, special)
+    tokenizer.chat_template = builtin_template("chatml", tokenizer)
+    return tokenizer
 
 
 def train_sentencepiece(folder: Path, vocab_size: int) -> Path:

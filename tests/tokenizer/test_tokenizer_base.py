@@ -164,14 +164,14 @@ def test_templates_and_ends_are_read_from_the_files_beside_tokenizer_json(tmp_pa
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
     (tmp_path / "chat_template.jinja").unlink()
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 5)
-    assert tokenizer.stop_ids == {0, 2, 5}
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 4, 5)  # the map has the last word
+    assert tokenizer.stop_ids == {0, 2, 4, 5}
     assert tokenizer.chat_template.render([]) == "plain"
     assert tokenizer.chat_template.render([], [{"name": "f"}]) == "1 tools"
     tokenizer.save(tmp_path / "again")
     assert load_tokenizer(tmp_path / "again").chat_template == tokenizer.chat_template
     (tmp_path / "chat_template.jinja").write_text("newer {{ eos_token }}")
-    assert load_tokenizer(tmp_path / "tokenizer.json").chat_template.render([]) == "newer <|im_end|>"
+    assert load_tokenizer(tmp_path / "tokenizer.json").chat_template.render([]) == "newer <reponame>"
 
 
 def test_a_text_and_its_continuation_have_one_dummy_prefix(families):
@@ -219,6 +219,7 @@ def test_files_that_hold_no_tokenizer_are_refused_by_name(tmp_path, families):
         load_tokenizer(tmp_path)
     families["byte-level"].save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    (tmp_path / "special_tokens_map.json").unlink()  # it would have the last word
     with pytest.raises(
         CheckpointError, match=r"names '<\|end\|>' as its eos token, but no special token has that text"
     ):
