@@ -172,8 +172,8 @@ def test_a_model_trained_with_a_tokenizer_stops_where_it_learnt_to(source):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; a token id is expected: correct generation_config.json"),
-        ({"eos_token_id": [2, True]}, r"eos_token_id is \[2, True\]; a token id is expected"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be an id"),
+        ({"eos_token_id": [2, True]}, r"eos_token_id is \[2, True\]; it must be an id"),
         ({"bos_token_id": [1]}, r"bos_token_id is \[1\]; a token id is expected"),
         ({"temperature": "0.6"}, "temperature is '0.6'; a number is expected"),
     ],
