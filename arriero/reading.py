@@ -25,21 +25,19 @@ def reading(
 ) -> Iterator[None]:
     """Within it, whatever a library raises is the file's fault, and becomes a `refusal` that names file and remedy.
 
-    Libraries raise errors of their own, bare Exception (tokenizers), KeyError or a Rust panic, which is no Exception.
-    So it stands around calls into a library and nothing else: code of ours within it would have its mistakes blamed
+    Libraries raise errors of their own, bare Exception (tokenizers), KeyError, or what is no Exception (a panic in Rust,
+    torch's CheckpointException). So it stands around calls into a library and nothing else: code of ours within it would have its mistakes blamed
     on the file.
     """
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except MemoryError as error:
         raise refusal(f"{file}: {fault} (it asks for more memory than there is); {remedy}") from error
     except OSError as error:
         raise refusal(f"{file}: cannot be read ({error.strerror or error}); {remedy}") from error
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise  # Ctrl-C, and the end of the process
         raise refusal(f"{file}: {fault} ({in_a_line(error)}); {remedy}") from error
 
 

@@ -13,6 +13,7 @@ RoPE is the published one of that size (8 for 3.1, 32 for 3.2's 1B and 3B), else
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from arriero.checkpoint.beside import NOTHING, Beside
 from arriero.checkpoint.files import replaced_directory
-from arriero.checkpoint.tensor_file import Entry, cast
+from arriero.checkpoint.tensor_file import DTYPES, FLOATS, Entry, cast
 from arriero.checkpoint.weights import Weights, check_sizes, opened, rotary_heads, to_halves, to_pairs
 from arriero.errors import CheckpointError
 from arriero.fields import Fields, shown
@@ -30,7 +31,7 @@ from arriero.files import write_json
 from arriero.model.config import PUBLISHED, LlamaConfig
 from arriero.model.llama import EMBEDDINGS, HEAD
 from arriero.model.scaling import Llama3Scaling
-from arriero.reading import read_json
+from arriero.reading import read_json, reading
 from arriero.terminal import warn_once
 
 if TYPE_CHECKING:
@@ -140,17 +141,30 @@ def tensor_names(config: LlamaConfig) -> dict[str, str]:
 
 
 def _open_pickle(file: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file}: refused: this pickle holds more than tensors, and opening it could run its code; "
-            "ask whoever made it for safetensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{file}: damaged or cut short; copy or download it again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    """The tensors of one file, mapped; each lies in the file whole."""
+    with reading(file), zipfile.ZipFile(file) as archive:
+        packed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+    if packed:  # a small file could unpack to any size
+        raise CheckpointError(f"{file}: its archive is compressed, as torch.save never writes it; save it anew")
+    with reading(file):
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{file}: refused: this pickle holds more than tensors, and opening it could run its code; "
+                "ask whoever made it for safetensors"
+            ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) and type(k) is str for k, v in state.items()):
         raise CheckpointError(f"{file}: it holds no plain dictionary of tensors, as Meta's checkpoints do")
+    floats = {DTYPES[code] for code in FLOATS}
+    for name, tensor in state.items():
+        if tensor.layout is not torch.strided or tensor.dtype not in floats or tensor.device.type != "cpu":
+            raise CheckpointError(f"{file}: tensor {name} is of type {tensor.dtype}; readable are {', '.join(FLOATS)}")
+    size = file.stat().st_size
+    if (total := sum(tensor.nbytes for tensor in state.values())) > 2 * size:  # a tied head is the embeddings again
+        raise CheckpointError(
+            f"{file}: damaged: {total:,} bytes of tensors in a file of {size:,}; copy or download it again"
+        )
     return state
 
 

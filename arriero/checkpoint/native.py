@@ -41,7 +41,7 @@ from torch import Tensor
 from arriero.checkpoint.tensor_file import Entry, header
 from arriero.errors import CheckpointError
 from arriero.files import json_text, sync, write_json
-from arriero.reading import read_json
+from arriero.reading import read_json, reading
 
 FORMAT = 2  # of manifest.json
 WEIGHTS = "weights"  # the group that holds whole tensors by the model's own names
@@ -63,7 +63,8 @@ class Saved:
         """Read one group, on the CPU, every tensor whole."""
         files = self._files(group)
         if len(files) == 1:
-            return load_file(files[0])
+            with reading(files[0]):
+                return load_file(files[0])
         whole = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in self.shapes(group).items()}
         self.read(group, whole)
         return whole
@@ -72,7 +73,9 @@ class Saved:
         """Shape and type of every tensor of one group, from the headers alone."""
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        known = _storage(self._files(group)[0].parent).read_metadata().state_dict_metadata
+        directory = self._files(group)[0].parent
+        with reading(directory):
+            known = _storage(directory).read_metadata().state_dict_metadata
         return {
             name: (tuple(tensor.size), tensor.properties.dtype)
             for name, tensor in known.items()
@@ -86,9 +89,11 @@ class Saved:
         """
         from torch.distributed import checkpoint as dcp
 
-        with warnings.catch_warnings():  # that each process reads for itself is meant
+        directory = self._files(group)[0].parent
+        with warnings.catch_warnings(), reading(directory):
+            # that each process reads for itself is meant
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp.load(dict(into), storage_reader=_storage(self._files(group)[0].parent), no_dist=True)
+            dcp.load(dict(into), storage_reader=_storage(directory), no_dist=True)
 
     def _files(self, group: str) -> list[Path]:
         files = sorted((self.path / group).glob("*.safetensors"))

@@ -245,13 +245,30 @@ def read_adapter(folder: Path) -> object:
     return adapter_base(folder), load_adapter(adapted, folder)
 
 
+STEP = 3
+
+
 def write_native(folder: Path) -> None:
-    generator = torch.Generator().manual_seed(3)
-    groups = {
+    native.save(folder, STEP, groups_of_a_run(), {"step": STEP, "loss": 1.5, "texts": ["ä"]})
+
+
+def write_native_parts(folder: Path) -> None:
+    """As two processes write it: weights whole, each in one file, moments in pieces."""
+    groups, files = groups_of_a_run(), {}
+    temporary = native.begin(folder, STEP)
+    for part, (name, weight) in enumerate(groups["weights"].items()):
+        files |= native.write(temporary, "weights", {name: weight}, {name: [0] * weight.ndim}, part, 2)
+        moment = groups["optimizer"]["a/m"][part * 4 : part * 4 + 4 - part]
+        files |= native.write(temporary, "optimizer", {"a/m": moment}, {"a/m": [part * 4, 0]}, part, 2)
+    native.finish(folder, STEP, files, {"step": STEP})
+
+
+def groups_of_a_run() -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(STEP)
+    return {
         "weights": {"a": torch.randn(7, 11, generator=generator), "b": torch.randn(13, generator=generator)},
         "optimizer": {"a/step": torch.tensor(5.0), "a/m": torch.randn(7, 11, generator=generator)},
     }
-    native.save(folder, 3, groups, {"step": 3, "loss": 1.5, "texts": ["ä"]})
 
 
 def read_native(folder: Path) -> object:
@@ -259,12 +276,29 @@ def read_native(folder: Path) -> object:
     if saved is None:
         return None
     groups = {group: saved.tensors(group) for group in ("weights", "optimizer")}
-    sums = {
-        f"{group}/{name}": tensor.double().sum().item()
-        for group, kept in groups.items()
-        for name, tensor in kept.items()
-    }
+    sums = [
+        (group, name, tuple(tensor.shape), tensor.double().sum().item())
+        for group, tensors in groups.items()
+        for name, tensor in sorted(tensors.items())
+    ]
     return saved.step, saved.state, sums
+
+
+def read_native_sealed_anew(folder: Path) -> object:
+    """As whoever forges a checkpoint leaves it: the manifest agrees with every file."""
+    path = native.path_of(folder, STEP)
+    files = {
+        file.relative_to(path).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        for file in path.rglob("*")
+        if file.is_file() and file.name != "manifest.json"
+    }
+    manifest = path / "manifest.json"
+    manifest.unlink()  # a link to the valid one
+    manifest.write_text(json.dumps({"format": native.FORMAT, "step": STEP, "files": files}))
+    return read_native(folder)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------
@@ -515,6 +549,9 @@ MODELS = [
     Subject("gguf, qwen3, BF16", write_gguf_qwen, read_gguf),
     Subject("adapter", write_adapter, read_adapter),
     Subject("checkpoint of a run", write_native, read_native, sealed=True),
+    Subject("checkpoint of a run in parts", write_native_parts, read_native, sealed=True),
+    Subject("checkpoint sealed anew", write_native, read_native_sealed_anew),
+    Subject("checkpoint in parts sealed anew", write_native_parts, read_native_sealed_anew),
 ]
 _JSONL = partial(json_lines, CONVERSATIONS)
 ROWS = [
