@@ -331,7 +331,10 @@ def _check(annotation: Any, value: Any) -> Any:
     if annotation is Path and isinstance(value, str | Path):
         return Path(value)
     if annotation is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise _Mismatch from None
     if origin is None and type(value) is annotation:
         return value
     raise _Mismatch

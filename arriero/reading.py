@@ -25,9 +25,9 @@ def reading(
 ) -> Iterator[None]:
     """Within it, whatever a library raises is the file's fault, and becomes a `refusal` that names file and remedy.
 
-    Libraries raise errors of their own, bare Exception (tokenizers), KeyError, or what is no Exception (a panic in Rust,
-    torch's CheckpointException). So it stands around calls into a library and nothing else: code of ours within it would have its mistakes blamed
-    on the file.
+    Libraries raise errors of their own, bare Exception (tokenizers), KeyError, or what is no Exception (a panic in
+    Rust, torch's CheckpointException). So it stands around calls into a library and nothing else: code of ours within
+    it would have its mistakes blamed on the file.
     """
     try:
         yield

@@ -75,7 +75,7 @@ def read_arrow(path: Path, after: int, wanted: Wanted) -> Iterator[TableRow]:
             options = pyarrow.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name) for name in names])
             reader = stack.enter_context(opened(source, options=options))
             every = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
-        yield from _rows(path, _guarded(every, path, ARROW), unread, 0, after, 0)
+        yield from _rows(path, _sound(_guarded(every, path, ARROW), path), unread, 0, after, 0)
 
 
 def _library(path: Path, kind: str) -> AbstractContextManager[None]:
@@ -93,10 +93,40 @@ def _guarded(batches: Any, path: Path, kind: str) -> Iterator[Any]:
         yield batch
 
 
+def _sound(batches: Iterator[Any], path: Path) -> Iterator[Any]:
+    """Batches whose buffers hold what they say; pyarrow, which reads them as they lie, would go beyond the others'."""
+    most = max(MOST, RATIO * path.stat().st_size)  # rows of nulls take no bytes
+    for batch in batches:
+        with _library(path, ARROW):
+            batch.validate()
+            for column in batch.columns:
+                column.view(_of_bytes(column.type)).validate(full=True)
+        if batch.num_rows > most:
+            raise DataError(f"{path}: a batch of {batch.num_rows:,} rows in so small a file; look at the file")
+        yield batch
+
+
+def _of_bytes(type_: Any) -> Any:
+    """An Arrow type with bytes for texts: those that are not UTF-8 cost their row, not the file."""
+    import pyarrow as pa
+
+    plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    types = pa.types
+    if types.is_struct(type_):
+        return pa.struct([field.with_type(_of_bytes(field.type)) for field in type_])
+    for is_kind, make in ((types.is_list, pa.list_), (types.is_large_list, pa.large_list)):
+        if is_kind(type_):
+            return make(type_.value_field.with_type(_of_bytes(type_.value_type)))
+    return plain.get(type_, type_)
+
+
 def _columns(schema: Any, path: Path, wanted: Wanted) -> tuple[list[str], tuple[str, ...]]:
-    refuse_twice(schema.names, path)
-    names = [field.name for field in schema if wanted(field.name, _holds_bytes(field.type))]
-    return names, tuple(name for name in schema.names if name not in names)
+    with _library(path, "a table"):
+        types = [(field.name, field.type) for field in schema]
+    every = [name for name, _ in types]
+    refuse_twice(every, path)
+    names = [name for name, type_ in types if wanted(name, _holds_bytes(type_))]
+    return names, tuple(name for name in every if name not in names)
 
 
 def _holds_bytes(type_: Any) -> bool:
@@ -117,12 +147,13 @@ def _unpacked_size(group: Any, names: Sequence[str], path: Path, passed: int) ->
     """Bytes of a row group's columns as its file states them; refuses one that unpacks to very many times its size."""
     total, asked = 0, set(names)
     for i in range(group.num_columns):
-        column = group.column(i)
-        if column.path_in_schema in asked or column.path_in_schema.partition(".")[0] in asked:
-            size, packed = column.total_uncompressed_size, column.total_compressed_size
+        with _library(path, PARQUET):
+            column = group.column(i)
+            name, size, packed = column.path_in_schema, column.total_uncompressed_size, column.total_compressed_size
+        if name in asked or name.partition(".")[0] in asked:
             if size > max(MOST, RATIO * packed):
                 raise DataError(
-                    f"{path}: the column {column.path_in_schema!r} unpacks from {packed:,} to {size:,} bytes behind "
+                    f"{path}: the column {name!r} unpacks from {packed:,} to {size:,} bytes behind "
                     f"row {passed}, as no text does; look at the file"
                 )
             total += size

@@ -23,7 +23,7 @@ from arriero.files import write_json
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.paths import as_path
-from arriero.reading import read_json
+from arriero.reading import read_json, reading
 from arriero.terminal import warn_once
 
 if TYPE_CHECKING:
@@ -115,7 +115,9 @@ def _within(index: Path, name: str) -> Path:
         allowed.append(directory.parents[1] / "blobs")
     if "" in parts or ".." in parts or ":" in parts[0] or "\0" in name or name != name.strip():
         raise CheckpointError(f"{index}: names the file {name!r}; only files beside it are read: copy them there")
-    file = (index.parent / name).resolve()
+    with reading(index, f"names the file {name!r:.60}, which the system cannot have"):
+        file = (index.parent / name).resolve()
+        file.is_file()  # raises what opening it would
     if not any(file.is_relative_to(place) for place in allowed):
         raise CheckpointError(
             f"{index.parent / name}: a link to {file}, out of the model's directory; copy the file itself there"

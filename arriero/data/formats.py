@@ -291,8 +291,11 @@ def _text(value: Any, name: str) -> str:
         return value
     if isinstance(value, bool):
         raise DataError(f"{name!r} is {str(value).lower()}; write the word that it stands for, as a text")
-    if isinstance(value, int | float | Decimal) and math.isfinite(value):
-        return str(value)
+    try:
+        if isinstance(value, int | float | Decimal) and math.isfinite(value):
+            return str(value)
+    except (OverflowError, ValueError) as error:  # a whole number of hundreds, or thousands, of digits
+        raise DataError(f"{name!r} is a number too long to be one; write it as a text") from error
     raise DataError(f"{name!r} is of type {type(value).__name__} ({repr(value)[:40]}); make it a text")
 
 

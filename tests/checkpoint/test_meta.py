@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,3 +170,48 @@ def test_what_params_json_cannot_say_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no place for the RoPE scaling"):
         write_meta(from_model(odd), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
+
+
+def rewritten(file: Path, change, packing: int = zipfile.ZIP_STORED) -> None:
+    """A .pth with each of its members, as `change(name, content)` has it."""
+    with zipfile.ZipFile(file) as archive:
+        members = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(file, "w", packing) as archive:
+        for name, content in members:
+            archive.writestr(name, change(name, content))
+
+
+@pytest.mark.parametrize(
+    ("change", "packing", "what"),
+    [
+        (
+            lambda name, content: content,
+            zipfile.ZIP_DEFLATED,
+            r"its archive is compressed, as torch\.save never",
+        ),
+        (lambda name, content: content[: len(content) // 2], 0, r"damaged or cut short|holds more than tensors"),
+        (
+            lambda name, content: content.replace(b"cpu", b"\xff\xffu"),
+            0,
+            r"damaged or cut short \(.*; copy or",
+        ),
+        (lambda name, content: b"" if name.endswith(".pkl") else content, 0, r"damaged or cut short \("),
+    ],
+    ids=["packed", "cut", "not UTF-8", "empty"],
+)
+def test_a_damaged_archive_is_refused(change, packing, what, tmp_path):
+    write_meta(from_model(toy_model("llama2-7b")), tmp_path)
+    rewritten(tmp_path / "consolidated.00.pth", change, packing)
+    with pytest.raises(CheckpointError, match=rf"consolidated\.00\.pth: .*({what})"):
+        open_meta(tmp_path)
+
+
+def test_tensors_that_the_file_does_not_hold_are_refused(tmp_path):
+    write_meta(from_model(toy_model("llama2-7b")), tmp_path)
+    one = torch.zeros(1).expand(2**40)
+    torch.save({"norm.weight": one}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(CheckpointError, match=r"damaged: 4,398,046,511,104 bytes of tensors in a file of [\d,]+; copy"):
+        open_meta(tmp_path)
+    torch.save({"norm.weight": torch.zeros(3, dtype=torch.int64)}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(CheckpointError, match=r"tensor norm\.weight is of type torch\.int64; readable are F64"):
+        open_meta(tmp_path)

@@ -193,8 +193,8 @@ def open_law(name: str) -> Known:
         refused = found.get("refused")
         power = None if refused else PowerLaw(**_values(found["power_law"]))
         loss = LossLaw(**_values(found["loss_law"])) if "loss_law" in found else None
-        resampled = [PowerLaw(*values) for values in found["resamples"]["power_law"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        resampled = [PowerLaw(*map(_number, values)) for values in found["resamples"]["power_law"]]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         why = type(error).__name__  # is enough: the text may hold all of the file
         raise DataError(f"{file}: not what `arriero scaling fit` writes ({why}); run it again") from error
     if power is None:
@@ -211,7 +211,14 @@ def _interval(known: Known, flops: float) -> tuple[float, float] | None:
 
 
 def _values(law: dict[str, Any]) -> dict[str, float]:
-    return {name: float(entry["value"]) for name, entry in law.items()}
+    return {name: _number(entry["value"]) for name, entry in law.items()}
+
+
+def _number(value: Any) -> float:
+    """A number of a law: none is infinite, or below 0."""
+    if not 0 <= (number := float(value)) < math.inf:
+        raise ValueError(number)
+    return number
 
 
 def _check(**numbers: float) -> None:
