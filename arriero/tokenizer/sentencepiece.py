@@ -59,6 +59,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.prefix_rule = "always" if self.strips_space else "never"
 
     @property
+    def is_plain_bpe(self) -> bool:
+        """Whether a `tokenizers` pipeline can state the model: BPE that takes a text as it is."""
+        return self.is_bpe and not self.normalises and not self.collapses_spaces
+
+    @property
     def vocab_size(self) -> int:
         return self.processor.get_piece_size()
 
@@ -111,10 +116,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _pipeline(self, prefixed: bool) -> Backend:
         """Return vocabulary, merges and decoder, for a text in which "▁" stands for each space."""
-        trainer, normalizer = _read_settings(self.model)
         pieces = self.pieces()
-        changes_text = normalizer.get(CHARACTER_MAP) or normalizer.get(REMOVE_EXTRA_SPACES, 1)
-        if trainer.get(MODEL_TYPE) != BPE or changes_text:
+        if not self.is_plain_bpe:
             raise CheckpointError(
                 "this SentencePiece model cannot be written as tokenizer.json: only BPE without normalisation, extra "
                 "whitespace kept, can (Llama 1 and 2 are of this kind)"
@@ -194,15 +197,17 @@ def _with_files(alone: SentencePieceTokenizer, directory: Path) -> Tokenizer:
     defaults = {role: text for role in files.ROLES if (text := getattr(alone.special, role)) is not None}
     declared = files.read_declared(directory, defaults)
     config = files.read_json(directory / files.CONFIG)
-    beside = bool(config) or any((directory / name).is_file() for name in ("config.json", files.ADDED, files.MAP))
-    if beside and str(config.get("tokenizer_class", "LlamaTokenizer")).removesuffix("Fast") == "LlamaTokenizer":
+    name = str(config.get("tokenizer_class", "LlamaTokenizer"))
+    beside = bool(config) or any((directory / file).is_file() for file in ("config.json", files.ADDED, files.MAP))
+    if beside and alone.is_plain_bpe and name.removesuffix("Fast") == "LlamaTokenizer":
         return _llama_tokenizer(alone, declared)
     ids, directory = alone.special.ids, declared.directory
     further = [text for text in {t.content for t in declared.placed.values()} | set(declared.named) if text not in ids]
     if further:
         raise CheckpointError(
-            f"{directory}: the files declare {further[0]!r}, which tokenizer.model lacks, for a tokenizer_class "
-            f"{config['tokenizer_class']!r}; they are read for LlamaTokenizer, or where there is a tokenizer.json"
+            f"{directory}: the files declare {further[0]!r}, which tokenizer.model lacks; tokens are added for the "
+            f"tokenizer_class LlamaTokenizer (here {name}) to BPE without normalisation that keeps extra whitespace: "
+            "give the model's tokenizer.json"
         )
     special = replace(
         alone.special,

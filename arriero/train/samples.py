@@ -35,7 +35,7 @@ def answer(model: Llama, tokenizer: Tokenizer, held_out: SftDataset | None, n: i
     conversations = held_out.conversations(range(len(pairs)))
     results = generate(model, tokenizer, [prompt for prompt, _ in pairs], SamplingConfig(temperature=0), MAX_NEW_TOKENS)
     return [
-        Sample(_asked(conversation), tokenizer.decode(reference), result.text)
+        Sample(_asked(conversation), tokenizer.decode(reference[:-1]), result.text)  # without the token that ends it
         for conversation, (_, reference), result in zip(conversations, pairs, results, strict=True)
     ]
 

@@ -210,7 +210,7 @@ def test_generate_refuses_an_empty_prompt(monkeypatch):
 
 def test_a_prompt_from_a_file_has_its_own_bytes(monkeypatch):
     seen = []
-    tokenizer = SimpleNamespace(bos_id=None, encode=lambda text, bos: seen.append(text))
+    tokenizer = SimpleNamespace(begin_ids=(), encode=lambda text: seen.append(text) or [])
     monkeypatch.setattr("arriero.infer.chat.load_chosen", lambda config: (None, tokenizer))
     monkeypatch.setattr("arriero.infer.chat.stream", lambda *_: [])
     monkeypatch.setattr("arriero.infer.chat.sampling_for", lambda *_: None)

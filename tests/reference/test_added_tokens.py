@@ -205,6 +205,20 @@ def test_tokenizer_model_with_added_tokens_json_gives_the_ids_of_llama_tokenizer
         assert again.encode_rendered(text) == ids == theirs_again(text, add_special_tokens=False)["input_ids"]
 
 
+def test_a_normalising_tokenizer_model_stays_sentencepieces_and_takes_no_tokens(tmp_path):
+    import sentencepiece
+
+    prefix = str(tmp_path / "tokenizer")
+    settings = dict(vocab_size=290, model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a llama"] * 9), model_prefix=prefix, **settings)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    reference = sentencepiece.SentencePieceProcessor(f"{prefix}.model")
+    assert load_tokenizer(tmp_path).encode("a  llama ") == reference.encode("a  llama ")
+    (tmp_path / "added_tokens.json").write_text('{"<x>": 290}')
+    with pytest.raises(CheckpointError, match=r"declare '<x>', which tokenizer.model lacks; tokens are added for the"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer"])
 def test_vocab_json_and_merges_txt_are_read_as_the_class_builds_them(tmp_path, name):
     state = json.loads(byte_level().to_str())
