@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from arriero.checkpoint.adapter import save_adapter
-from arriero.checkpoint.beside import Beside, read_beside
+from arriero.checkpoint.beside import NOTHING, Beside, read_beside
 from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import load_tokenizer_at, open_model
 from arriero.checkpoint.rows import check_rows
@@ -164,8 +164,9 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     if validation is not None:
         held_out = SftLoader(validation, config.data.seq_len, seed=0)
         validate = Validation(engine, held_out, pad_to=row)
-    beside = read_beside(weights.source).for_training(tokenizer)
-    files = None if config.method == "lora" else companions(model.config, tokenizer, beside)
+    whole = config.method != "lora"  # an adapter goes without what its base says
+    beside = read_beside(weights.source).for_training(tokenizer) if whole else NOTHING
+    files = companions(model.config, tokenizer, beside) if whole else None
     out = Path(config.out)
     trainer = Trainer(engine, next_token(), batches, steps, loop, config.optim, out, validate, companions=files)
     return SftRun(config, model, tokenizer, training, validation, loader, trainer, beside)
