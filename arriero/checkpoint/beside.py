@@ -23,7 +23,7 @@ from arriero.model.entries import is_known
 from arriero.reading import read_json
 from arriero.terminal import warn_once
 
-GENERATION = "generation_config.json"
+GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Names that transformers takes from config.json into the generation settings where there is no generation_config.json.
@@ -39,6 +39,10 @@ _GENERATION_ENTRIES = (
 _STATED = ("dtype", "torch_dtype", "rope_parameters", "rope_scaling", "rope_theta", *IDS)
 # Entries that would be untrue of what is written: its tensors are plain, and no code goes along.
 _UNTRUE = ("quantization_config", "compression_config", "auto_map")
+# Entries of tokenizer_config.json that go along beside those that `Tokenizer.save` writes.
+_PADDING = (
+    "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_input_names",
+)  # fmt: skip
 _PAPERS = ("license*", "licence*", "notice*", "copying*", "use_policy*", "use-policy*")
 _CARD = ("readme*",)
 # Files that are read or written elsewhere, and what only a training or a tool left there.
@@ -61,11 +65,13 @@ SAMPLING_KEYS = {
 @dataclass(frozen=True)
 class Beside:
     """generation: entries of generation_config.json. config: further entries of config.json. files: what is copied.
+    tokenizer: entries of tokenizer_config.json that say how texts are padded and cut, not what their ids are.
     general: what a GGUF file says of its origin, licence and the like, by key."""
 
     generation: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
     general: Mapping[str, Any] = field(default_factory=dict)
 
     def ids(self, tokenizer: Any) -> dict[str, Any]:
@@ -93,6 +99,8 @@ class Beside:
         """Write generation_config.json and the files that go along and, where its `shape` is given, config.json."""
         for file in self.files:
             shutil.copyfile(file, directory / file.name)
+        if tokenizer is not None and self.tokenizer:
+            write_json(directory / TOKENIZER, {**read_json(directory / TOKENIZER), **self.tokenizer})
         ids = self.ids(tokenizer)
         write_json(directory / GENERATION, {**self.generation, **ids})
         if shape is not None:
@@ -150,7 +158,7 @@ def read_beside(source: Path, *, same_model: bool = False, warn: bool = True) ->
         if generation.get(name) is None and config.get(name) is not None:
             _check_ids(source, name, config[name])
             generation[name] = config[name]
-    return Beside(generation, further, _files(source, same_model, warn))
+    return Beside(generation, further, _files(source, same_model, warn), _tokenizer_entries(source / TOKENIZER))
 
 
 def warn_of_losses(source: Path, beside: Beside, to: str) -> None:
@@ -190,6 +198,11 @@ def unused_settings(generation: Mapping[str, Any]) -> list[str]:
               "max_length", "max_new_tokens", "return_dict_in_generate", "trust_remote_code"}  # fmt: skip
     said = {name: v for name, v in generation.items() if name not in silent and not name.startswith(("_", "output_"))}
     return sorted(name for name, value in said.items() if value and value != neutral.get(name))
+
+
+def _tokenizer_entries(file: Path) -> dict[str, Any]:
+    config = read_json(file) if file.is_file() else {}
+    return {name: config[name] for name in _PADDING if config.get(name) is not None}
 
 
 def _files(source: Path, same_model: bool, warn: bool) -> tuple[Path, ...]:

@@ -65,6 +65,8 @@ def convert(
     if tokenizer is not None:
         check_rows(source, weights.config.vocab_size, tokenizer)
     beside = read_beside(source, same_model=True)
+    if tokenizer is not None and chat_template:
+        beside = beside.for_training(tokenizer)  # answers end as this template ends them
     warn_of_tokenizer_ids(source, beside, tokenizer)
     warn_of_losses(source, beside, to)
     if tokenizer is None:
@@ -92,7 +94,7 @@ def _without(to: str) -> str:
 
 def tokenizer_to_write(source: Path, *, adapter: str | Path | None = None, chat_template: str = "") -> Tokenizer | None:
     """The checkpoint's tokenizer with the chat template to write, or None where it has none."""
-    if has_tokenizer(source):
+    if has_tokenizer(source) or (adapter is not None and has_tokenizer(resolve(adapter))):
         return load_tokenizer_at(source, adapter=adapter, chat_template=chat_template)
     if chat_template:
         raise CheckpointError(

@@ -22,6 +22,7 @@ from arriero.errors import CheckpointError
 from arriero.gguf_header import read_metadata
 from arriero.model.build import empty_model
 from arriero.model.llama import Llama
+from arriero.terminal import warn_once
 from arriero.tokenizer.base import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def has_tokenizer(path: Path) -> bool:
 
 
 def load_tokenizer_at(path: Path, *, adapter: str | Path | None = None, chat_template: str = "") -> Tokenizer:
-    """The tokenizer of the checkpoint at `path`, with the chat template that is to be used.
+    """The tokenizer of the checkpoint at `path`, or that beside an adapter, with the chat template that is to be used.
 
     chat_template: a built-in template's name, one of the model's own by name, or a file; empty takes the adapter's,
     which it was trained with, and where that has none the model's.
@@ -119,9 +120,29 @@ def load_tokenizer_at(path: Path, *, adapter: str | Path | None = None, chat_tem
     from arriero.tokenizer.gguf import tokenizer_from_gguf
     from arriero.tokenizer.template import named_template
 
-    tokenizer = tokenizer_from_gguf(read_metadata(path)) if path.is_file() else load_tokenizer(path)
-    if adapter is not None and (own := read_chat_template(resolve(adapter), tokenizer.special)) is not None:
-        tokenizer.chat_template = own
+    directory = None if adapter is None else resolve(adapter)
+    if directory is not None and has_tokenizer(directory):
+        tokenizer = _adapters_own(load_tokenizer(directory), directory, path)
+    else:
+        tokenizer = tokenizer_from_gguf(read_metadata(path)) if path.is_file() else load_tokenizer(path)
+        if directory is not None and (own := read_chat_template(directory, tokenizer.special)) is not None:
+            tokenizer.chat_template = own
     if chat_template:
         tokenizer.chat_template = named_template(chat_template, tokenizer)
     return tokenizer
+
+
+def _adapters_own(own: Tokenizer, directory: Path, path: Path) -> Tokenizer:
+    """The tokenizer that lies beside an adapter, with what only the model's files say: further ends, a template."""
+    if not has_tokenizer(path):
+        return own
+    base = load_tokenizer_at(path)
+    if own.holds(base) and base.holds(own):
+        own.stop_at(base.stop_ids)
+    else:
+        warn_once(
+            f"{directory}: the tokenizer beside the adapter is used ({own.vocab_size:,} ids); that of {path} "
+            f"({base.vocab_size:,} ids) gives other ids"
+        )
+    own.chat_template = own.chat_template or base.chat_template
+    return own

@@ -57,7 +57,7 @@ def merge(
     if tokenizer is not None:
         check_rows(source, weights.config.vocab_size, tokenizer)
     with tensor_bar(f"{source.name} + {directory.name}", len(weights.entries)) as progress:
-        beside = read_beside(source)
+        beside = read_beside(source) if tokenizer is None else read_beside(source).for_training(tokenizer)
         write_hf(folded, dst, dtype=dtype, tokenizer=tokenizer, beside=beside, progress=progress, check=check)
     return verdicts[0]
 

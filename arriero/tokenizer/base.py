@@ -22,7 +22,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,6 +98,12 @@ class Tokenizer(ABC):
         self.control_stops = stops & set(self.control_ids.values())
         self.control_pattern = _any_of(self.control_ids)
         self._special_pattern = _any_of(self.special_ids)
+
+    def stop_at(self, ids: Iterable[int]) -> None:
+        """Let generation end at further ids, such as the files of a model name that this tokenizer is used with."""
+        more = self.special.stops | {i for i in ids if i < self.vocab_size}
+        self.__dict__.pop("stop_ids", None)
+        Tokenizer.__init__(self, replace(self.special, stops=more), self.chat_template)
 
     # What a family provides.
 

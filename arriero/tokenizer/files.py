@@ -289,7 +289,7 @@ def write_tokenizer(directory: Path, backend: Backend, special: SpecialTokens, t
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": special.adds_bos,
-        "add_eos_token": False,
+        "add_eos_token": adds_eos(backend, special),
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,  # the model's limit is in config.json, not here
         **roles,
@@ -298,6 +298,12 @@ def write_tokenizer(directory: Path, backend: Backend, special: SpecialTokens, t
         config |= write_templates(directory, template)
     write_json(directory / CONFIG, config)
     write_json(directory / MAP, roles)
+
+
+def adds_eos(backend: Backend, special: SpecialTokens) -> bool:
+    """Whether a pipeline's post-processor puts eos after a text."""
+    encoding = backend.encode("a")
+    return encoding.special_tokens_mask[-1:] == [1] and encoding.ids[-1] == special.id_of(special.eos)
 
 
 def save_template(tokenizer: Tokenizer, directory: Path) -> None:

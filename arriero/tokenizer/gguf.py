@@ -21,7 +21,7 @@ from arriero.gguf_header import read_metadata
 from arriero.terminal import warn_once
 from arriero.tokenizer import llama3
 from arriero.tokenizer.base import END_TOKENS, SpecialTokens, Tokenizer
-from arriero.tokenizer.files import chat_template
+from arriero.tokenizer.files import adds_eos, chat_template
 from arriero.tokenizer.hf import HfTokenizer, with_bos
 from arriero.tokenizer.sentencepiece import (  # a token's type has the same number in a GGUF file
     CONTROL,
@@ -185,13 +185,8 @@ def tokenizer_to_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
             fields[f"tokenizer.ggml.{key}_token_id"] = token_id
     fields |= _ends(tokenizer)
     fields["tokenizer.ggml.add_bos_token"] = special.adds_bos
-    fields["tokenizer.ggml.add_eos_token"] = False
+    fields["tokenizer.ggml.add_eos_token"] = isinstance(tokenizer, HfTokenizer) and adds_eos(tokenizer.backend, special)
     fields["tokenizer.ggml.add_space_prefix"] = tokenizer.prefix_rule != "never"
-    if tokenizer.prefix_rule == "first":
-        warn_once(
-            "this tokenizer puts a space before a text only, llama.cpp also after each special token: in chats its ids "
-            "will differ from those that the model was trained on, where a text begins with a word"
-        )
     if tokenizer.chat_template is not None:
         fields |= _templates_to_gguf(tokenizer.chat_template)
     return fields

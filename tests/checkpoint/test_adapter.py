@@ -4,17 +4,20 @@ import json
 
 import pytest
 import torch
+from helpers.tokenizers import small_sentencepiece
 from helpers.toys import LORAS, toy_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from arriero.checkpoint.adapter import adapter_base, load_adapter, save_adapter
 from arriero.checkpoint.hf import save_hf
-from arriero.checkpoint.load import load_model
+from arriero.checkpoint.load import load, load_model
 from arriero.checkpoint.merge import merge
 from arriero.errors import CheckpointError
-from arriero.model.config import LoraConfig
+from arriero.model.config import LlamaConfig, LoraConfig
 from arriero.model.lora import add_lora, lora_state
 from arriero.terminal import warn_once
+from arriero.tokenizer.template import ChatTemplate
 
 
 def adapted(lora: LoraConfig):
@@ -124,6 +127,60 @@ def said(adapter, caplog, **settings):
     caplog.clear()
     load_adapter(toy_model("llama3-8b"), adapter, **settings)
     return caplog.messages
+
+
+SHAPE = LlamaConfig(44, 3, 11, 11, 107, 281, 64)  # four rows more than the small tokenizer has ids
+TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
+
+
+@pytest.fixture
+def with_tokenizers(tmp_path):
+    """A model and an adapter of it, each with a tokenizer; the adapter's has a chat template."""
+    lora = LORAS["all"]
+    base, own = small_sentencepiece(), small_sentencepiece()
+    own.chat_template = ChatTemplate(TURNS)
+    save_hf(toy_model(SHAPE), tmp_path / "base", base)
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [260, 2], "temperature": 0.7}')
+    save_adapter(add_lora(toy_model(SHAPE), lora), tmp_path / "adapter", lora, "base")
+    own.save(tmp_path / "adapter")
+    return tmp_path
+
+
+def test_the_tokenizer_beside_an_adapter_is_used_with_the_models_further_ends(with_tokenizers, caplog):
+    base, adapter = with_tokenizers / "base", with_tokenizers / "adapter"
+    assert load(base)[1].chat_template is None
+    _, tokenizer = load(base, adapter=adapter)
+    assert tokenizer.chat_template.source == TURNS
+    assert tokenizer.stop_ids == {2, 260}
+    merge(base, adapter, with_tokenizers / "merged")
+    theirs = AutoTokenizer.from_pretrained(with_tokenizers / "merged")
+    assert theirs.chat_template == TURNS
+    merged = json.loads((with_tokenizers / "merged" / "generation_config.json").read_text())
+    assert (merged["eos_token_id"], merged["temperature"]) == ([260, 2], 0.7)
+    assert caplog.messages == []
+    for file in base.glob("tokenizer*"):  # the adapter's is enough
+        file.unlink()
+    merge(base, adapter, with_tokenizers / "again")
+    assert (with_tokenizers / "again" / "tokenizer.json").exists()
+
+
+def test_an_adapters_tokenizer_of_other_ids_is_said_and_one_of_too_many_refused(with_tokenizers, caplog):
+    warn_once.cache_clear()
+    base, adapter = with_tokenizers / "base", with_tokenizers / "adapter"
+    theirs = AutoTokenizer.from_pretrained(adapter)
+    theirs.add_special_tokens({"pad_token": "<pad>"})
+    theirs.save_pretrained(adapter)
+    _, tokenizer = load(base, adapter=adapter)
+    assert (tokenizer.vocab_size, tokenizer.pad_id) == (279, 278)
+    assert f"{adapter}: the tokenizer beside the adapter is used (279 ids); that of {base} (278 ids) gives other" in (
+        caplog.text
+    )
+    theirs.add_special_tokens({"additional_special_tokens": [f"<{i}>" for i in range(3)]})
+    theirs.save_pretrained(adapter)
+    with pytest.raises(CheckpointError, match="embeddings have 281 rows, and its tokenizer has 282 ids"):
+        load(base, adapter=adapter)
+    with pytest.raises(CheckpointError, match="embeddings have 281 rows, and its tokenizer has 282 ids"):
+        merge(base, adapter, with_tokenizers / "merged")
 
 
 def test_adapter_tensors_that_do_not_fit_are_refused(tmp_path):

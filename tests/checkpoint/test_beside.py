@@ -46,6 +46,7 @@ def source(tmp_path):
     (directory / "generation_config.json").write_text(json.dumps(SETTINGS))
     edit(directory / "config.json", initializer_range=0.02, pretraining_tp=1, custom_thing={"a": [1, 2]})
     edit(directory / "config.json", bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    edit(directory / "tokenizer_config.json", padding_side="left", model_max_length=64)
     for name in ("LICENSE.txt", "USE_POLICY.md", "README.md", "modeling_own.py", "trainer_state.json"):
         (directory / name).write_text(name)
     return directory
@@ -67,6 +68,8 @@ def test_generation_settings_config_entries_and_licence_survive(source, route, t
     for to in route:
         at = convert(at, tmp_path / f"to-{to}", to=to)
     assert settings_of(at) == settings_of(source)
+    theirs = transformers.AutoTokenizer.from_pretrained(at)
+    assert (theirs.padding_side, theirs.model_max_length) == ("left", 64)
     assert {"LICENSE.txt", "USE_POLICY.md", "README.md"} <= {file.name for file in at.iterdir()}
     assert not (at / "modeling_own.py").exists()
     [left] = [text for text in caplog.messages if "not carried over" in text]

@@ -1,9 +1,12 @@
 """What llama.cpp will do otherwise than the tokenizer's files say is told before a GGUF file is written."""
 
+import json
+
 import pytest
 import sentencepiece
 from helpers.tokenizers import small_sentencepiece, train_sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer
 
 from arriero.errors import CheckpointError
 from arriero.tokenizer.base import SpecialTokens
@@ -131,3 +134,18 @@ def test_ends_that_llama_cpp_does_not_know_by_their_text_are_written(caplog):
     tokenizer.__dict__["stop_ids"] = frozenset([tokenizer.eos_id, *ids])
     tokenizer_to_gguf(tokenizer)
     assert caplog.messages == [f"a GGUF file names 3 ends of a turn; llama.cpp will not stop at the ids [{ids[3]}]"]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_an_eos_that_the_pipeline_adds_is_written_in_both_layouts(ends, tmp_path):
+    tokenizer = byte_level()
+    if ends:
+        tokenizer.backend.post_processor = processors.TemplateProcessing(
+            single="$A <|end|>", special_tokens=[("<|end|>", tokenizer.eos_id)]
+        )
+    fields = tokenizer_to_gguf(tokenizer)
+    assert (fields["tokenizer.ggml.add_bos_token"], fields["tokenizer.ggml.add_eos_token"]) == (False, ends)
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs("a").input_ids[-1] == tokenizer.eos_id) is ends
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_eos_token"] is ends
