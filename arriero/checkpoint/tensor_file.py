@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -36,6 +37,13 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of a model's weights
+_EXPONENTS = {  # integer type of the same size, and the bits of the exponent in it
+    torch.float64: (torch.int64, 0x7FF << 52),
+    torch.float32: (torch.int32, 0xFF << 23),
+    torch.bfloat16: (torch.int16, 0xFF << 7),
+    torch.float16: (torch.int16, 0x1F << 10),
+}
+_CHECKED = 1 << 17  # values looked at together, as many as the cache holds
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -117,12 +125,19 @@ def check_finite(source: Path, name: str, tensor: Tensor) -> Tensor:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite.
+    """Whether no value is NaN or infinite: none has all bits of its exponent set.
 
-    A finite sum has only finite terms, and takes one fast pass; where it overflows (F16) the extremes decide, which are
-    NaN if any value is.
+    By NumPy, which stays on one thread and in the cache: 7 GB/s here. torch's own sums are as fast on an idle machine,
+    but where cores are shared, their threads wait for each other at every tensor (docs/log.md, "Users' files").
     """
-    return bool(tensor.sum().isfinite()) or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
+    kind, exponent = _EXPONENTS[tensor.dtype]
+    bits = tensor.detach().cpu().contiguous().view(kind).numpy().reshape(-1)
+    masked = np.empty(min(len(bits), _CHECKED), bits.dtype)
+    for start in range(0, len(bits), _CHECKED):
+        piece = bits[start : start + _CHECKED]
+        if np.bitwise_and(piece, exponent, out=masked[: len(piece)]).max() == exponent:
+            return False
+    return True
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -114,11 +114,11 @@ def _byte_level_from(fields: Mapping[str, Any]) -> HfTokenizer:
         )
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        raise CheckpointError(
-            f"the GGUF vocabulary holds {len(tokens) - len(vocabulary)} tokens twice; convert it again"
-        )
+    types = fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    used = [i for i, token in enumerate(tokens) if (types[i : i + 1], token) != ([UNUSED], f"[PAD{i}]")]
+    vocabulary = {tokens[i]: i for i in used}
+    if len(vocabulary) != len(used):
+        raise CheckpointError(f"the GGUF vocabulary holds {len(used) - len(vocabulary)} tokens twice; convert it again")
     backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()

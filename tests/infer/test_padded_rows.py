@@ -129,6 +129,10 @@ def test_ids_without_a_token_are_not_drawn(tmp_path):
         for i in range(99)
     ]
     assert 257 not in drawn and max(drawn) < 261 and len(set(drawn)) > 20
+    convert(tmp_path / "m", tmp_path / "m.gguf", to="gguf")
+    back = load_tokenizer_at(tmp_path / "m.gguf")
+    assert (back.vocab_size, back.unused_ids) == (261, [257])
+    assert back.encode("a [PAD257] llama") == tokenizer.encode("a [PAD257] llama")
 
 
 def test_padded_rows_are_unused_tokens_of_a_gguf_file_and_come_back_as_rows(padded, tmp_path):
