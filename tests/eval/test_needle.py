@@ -31,6 +31,7 @@ class Letters:
     """The smallest tokenizer: an id a letter, and id 1 before a text."""
 
     bos_id, eos_id = 1, None
+    vocab_size, unused_ids = 3 + 0x110000, ()
 
     def encode_segments(self, texts, *, at_start):
         assert not any(at_start), "a needle continues a text"
