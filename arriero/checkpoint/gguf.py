@@ -108,7 +108,7 @@ def read_config(file: Path) -> LlamaConfig:
     head_dim = fields.whole("attention.key_length", turned or dim // n_heads or 1)
     if turned not in (None, head_dim):
         raise CheckpointError(f"{file}: RoPE turns {shown(turned)} of {head_dim} dimensions; Llama all")
-    factors = None if ROPE_FREQS not in stored else torch.from_numpy(_read(file, stored[ROPE_FREQS]))
+    factors = None if ROPE_FREQS not in stored else _tensor(file, stored[ROPE_FREQS]).float()
     with fields.blamed():
         config = ARCHITECTURES[arch](
             dim=dim,
@@ -140,9 +140,7 @@ def open_gguf(file: Path) -> Weights:
 
     def read(name: str) -> Tensor:
         tensor = stored[tensor_names(config)[name]]
-        array = torch.from_numpy(_read(file, tensor))
-        if tensor.kind is Kind.BF16:
-            array = array.view(torch.bfloat16)
+        array = _tensor(file, tensor)
         heads = _paired_heads(name, config)
         return to_halves(array, heads) if heads else array
 
@@ -299,6 +297,12 @@ def _stored(file: Path) -> dict[str, Stored]:
         if first.start + first.size > second.start:
             raise CheckpointError(f"{file}: the tensors {before} and {after} overlap; copy or download it again")
     return stored
+
+
+def _tensor(file: Path, tensor: Stored) -> Tensor:
+    """One tensor in memory of its own; of quantised types as fp32."""
+    array = torch.from_numpy(_read(file, tensor))
+    return array.view(torch.bfloat16) if tensor.kind is Kind.BF16 else array
 
 
 def _read(file: Path, tensor: Stored) -> np.ndarray:

@@ -8,7 +8,6 @@ generation_config.json and config.json list the ids that end a text.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from arriero import reading
 from arriero.errors import CheckpointError
 from arriero.files import write_json
 from arriero.terminal import warn_once
@@ -32,15 +32,7 @@ _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # broken UTF-8 and broken JSON are both ValueErrors
-        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return reading.read_json(path, missing={}, remedy="fetch the file again")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError, did_you_mean
 from arriero.gguf_header import read_metadata
+from arriero.reading import reading
 from arriero.terminal import warn_once
 from arriero.tokenizer import llama3
 from arriero.tokenizer.base import END_TOKENS, SpecialTokens, Tokenizer
@@ -37,6 +38,14 @@ from arriero.tokenizer.vocabulary import QWEN2_SPLIT
 
 _ROLE_KEYS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 _END_KEYS = ("eot", "eom")
+# What llama.cpp has under "tokenizer.ggml.": types of entries, and of the items of lists.
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("model", "pre"), str),
+    **dict.fromkeys((f"{key}_token_id" for key in (*_ROLE_KEYS.values(), *_END_KEYS)), int),
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces"), bool),
+}
+_ITEMS: dict[str, type] = {"tokens": str, "merges": str, "token_type": int, "scores": float}
+_WORDS = {str: "text", int: "whole number", bool: "true or false", float: "number"}
 _TEMPLATE = "tokenizer.chat_template"
 
 
@@ -77,6 +86,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
 
     Raises CheckpointError where there is none, or where its kind or pre-tokenizer is unknown.
     """
+    _check_types(fields)
     fields = _without_padding(fields)
     kind = fields.get("tokenizer.ggml.model")
     if kind == "gpt2":
@@ -91,10 +101,28 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     )
 
 
+def _check_types(fields: Mapping[str, Any]) -> None:
+    """Refuse metadata whose entries are of other types than llama.cpp's, or lists that differ in length."""
+    prefix = "tokenizer.ggml."
+    entries = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
+    for key, value in entries.items():
+        kind, item = _TYPES.get(key), _ITEMS.get(key)
+        if kind is not None and type(value) is not kind:
+            raise CheckpointError(f"{prefix}{key} is {value!r:.60}, no {_WORDS[kind]}; convert the model to GGUF again")
+        if item is not None and (type(value) is not list or not all(type(each) is item for each in value)):
+            raise CheckpointError(
+                f"{prefix}{key} is {value!r:.60}, no list of {_WORDS[item]}s; convert the model to GGUF again"
+            )
+    lengths = {key: len(entries[key]) for key in ("tokens", "token_type", "scores") if key in entries}
+    if "model" in entries and (not entries.get("tokens") or len(set(lengths.values())) > 1):
+        found = ", ".join(f"{n:,} of {prefix}{key}" for key, n in lengths.items()) or "no tokens"
+        raise CheckpointError(f"the GGUF vocabulary has {found}; each token has one of each: convert the model again")
+
+
 def _without_padding(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """Leave out the unused tokens "[PAD261]", "[PAD262]" ... at the end, which converters write for padded rows."""
     tokens, types = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.token_type")
-    if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
+    if tokens is None or types is None:
         return fields
     named = {value for key, value in fields.items() if key.endswith("_token_id")}
     n = len(tokens)
@@ -113,13 +141,14 @@ def _byte_level_from(fields: Mapping[str, Any]) -> HfTokenizer:
             f"{', '.join(known)}){did_you_mean(pre, known)}; load the tokenizer from the model's Hugging Face directory"
         )
     tokens = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
     types = fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     used = [i for i, token in enumerate(tokens) if (types[i : i + 1], token) != ([UNUSED], f"[PAD{i}]")]
     vocabulary = {tokens[i]: i for i in used}
     if len(vocabulary) != len(used):
         raise CheckpointError(f"the GGUF vocabulary holds {len(used) - len(vocabulary)} tokens twice; convert it again")
-    backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
+    with reading("the GGUF vocabulary", "its merges are not of its tokens", "convert the model again"):
+        backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
     special = _special_tokens(fields)

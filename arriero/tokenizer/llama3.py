@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
+from arriero.fields import Fields
 from arriero.paths import as_path
 from arriero.tokenizer import files
 from arriero.tokenizer.base import SpecialTokens, Tokenizer, usable_threads
@@ -142,9 +143,11 @@ def load_tiktoken_model(path: Path) -> Tokenizer:
             ) from error
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise CheckpointError(f"{path}: its {len(ranks)} ranks are not 0, 1, 2, ...; the file is cut or damaged")
-    params = files.read_json(path.parent / "params.json")
-    version_3_0 = bool(params) and not params.get("use_scaled_rope", False)
-    left = params.get("vocab_size", 0) - len(ranks)  # Meta's files say -1 where the tokenizer decides
+    if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise CheckpointError(f"{path}: the byte {lacking[0]:#04x} has no rank of its own; the file is cut or damaged")
+    params = Fields(files.read_json(path.parent / "params.json"), str(path.parent / "params.json"))
+    version_3_0 = len(params) > 0 and not params.flag("use_scaled_rope", False)
+    left = params.whole("vocab_size", -1, least=-1) - len(ranks)  # Meta's files say -1 where the tokenizer decides
     count = left if 0 < left < N_SPECIAL else N_SPECIAL
     special = special_tokens(len(ranks), version_3_0=version_3_0, count=count)
     defaults = {"bos": special.bos, "eos": special.eos, "pad": special.pad}

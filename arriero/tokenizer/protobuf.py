@@ -9,6 +9,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
+from arriero.errors import CheckpointError
+
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 
 
@@ -22,13 +24,18 @@ def field(number: int, value: int | float | bytes) -> bytes:
 
 
 def fields(message: bytes) -> Iterator[tuple[int, int | float | bytes]]:
-    """Yield (field number, value): integers, 32-bit floats, and bytes for all else."""
+    """Yield (field number, value): integers, 32-bit floats, and bytes for all else.
+
+    Raises `CheckpointError` where the message ends within a field, or has one that is none.
+    """
     at = 0
 
     def varint() -> int:
         nonlocal at
         value = shift = 0
         while True:
+            if at >= len(message) or shift > 63:
+                raise CheckpointError("damaged: it ends within a number, or has one of more than 64 bits")
             byte = message[at]
             at += 1
             value |= (byte & 0x7F) << shift
@@ -39,14 +46,16 @@ def fields(message: bytes) -> Iterator[tuple[int, int | float | bytes]]:
     while at < len(message):
         key = varint()
         number, wire = key >> 3, key & 7
+        if wire not in (VARINT, FIXED64, BYTES, FIXED32):  # 3 and 4 are groups, which nothing writes any more
+            raise CheckpointError(f"damaged: a field of the wire type {wire}, which protobuf has not")
         if wire == VARINT:
             yield number, varint()
-        elif wire == FIXED32:
-            yield number, struct.unpack_from("<f", message, at)[0]
-            at += 4
         else:
-            size = 8 if wire == FIXED64 else varint()
-            yield number, message[at : at + size]
+            size = {FIXED32: 4, FIXED64: 8}[wire] if wire != BYTES else varint()
+            value = message[at : at + size]
+            if len(value) < size:
+                raise CheckpointError("damaged: it ends within a field")
+            yield number, struct.unpack("<f", value)[0] if wire == FIXED32 else value
             at += size
 
 

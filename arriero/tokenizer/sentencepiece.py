@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import sentencepiece
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
@@ -37,7 +37,7 @@ PIECE, SCORE, TYPE = 1, 2, 3
 MODEL_TYPE, BYTE_FALLBACK, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 35, 40, 41, 42, 43
 NAME, CHARACTER_MAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_SPACES, ESCAPE_SPACES = 1, 2, 3, 4, 5
 # Types of a piece, and the one model type that Llamas have.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_TYPES = NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BPE = 2
 
 _NO_DUMMY_PREFIX = field(NORMALIZER, field(ADD_DUMMY_PREFIX, 0))  # appended to a model, it switches the prefix off
@@ -123,7 +123,9 @@ class SentencePieceTokenizer(Tokenizer):
                 "whitespace kept, can (Llama 1 and 2 are of this kind)"
             )
         vocabulary = {piece: i for i, (piece, _, _) in enumerate(pieces)}
-        unknown = next(piece for piece, _, kind in pieces if kind == UNKNOWN)
+        unknown = next((piece for piece, _, kind in pieces if kind == UNKNOWN), None)
+        if unknown is None:
+            raise CheckpointError("damaged: no piece of it stands for unknown text; fetch the file again")
         backend = Backend(
             models.BPE(vocab=vocabulary, merges=merges_of(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True)
         )
@@ -182,12 +184,14 @@ def load_sentencepiece_model(path: Path) -> Tokenizer:
 
 def _by_itself(model: bytes) -> SentencePieceTokenizer:
     processor = _processor(model)
-    pieces = [(processor.id_to_piece(i), i) for i in range(processor.get_piece_size())]
+    pieces = [piece for piece, _, _ in _read_pieces(model)]
+    if len(pieces) != processor.get_piece_size():
+        raise CheckpointError(f"damaged: {len(pieces)} pieces, of which the library reads {processor.get_piece_size()}")
     own = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id(), "unk": processor.unk_id()}
     special = SpecialTokens(
-        ids={piece: i for piece, i in pieces if processor.is_control(i) or processor.is_unknown(i)},
+        ids={piece: i for i, piece in enumerate(pieces) if processor.is_control(i) or processor.is_unknown(i)},
         adds_bos=True,
-        **{role: processor.id_to_piece(i) for role, i in own.items() if i >= 0},  # type: ignore[arg-type]
+        **{role: pieces[i] for role, i in own.items() if i >= 0},  # type: ignore[arg-type]
     )
     return SentencePieceTokenizer(model, special)
 
@@ -280,7 +284,7 @@ def _message(values: Mapping[int, int]) -> bytes:
 def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeError) as error:
         raise CheckpointError(
             "the sentencepiece library cannot read this as a model; give a model directory, tokenizer.json, "
             "tokenizer.model or .gguf, or fetch the file again"
@@ -288,16 +292,22 @@ def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 
 def _read_pieces(model: bytes) -> Iterator[tuple[str, float, int]]:
+    """Yield (piece, score, type); values of another kind than the library's own count as absent, as they do there."""
     for number, value in fields(model):
-        if number == PIECES:
-            piece: dict[int, Any] = dict(fields(cast(bytes, value)))
-            yield piece[PIECE].decode(), piece.get(SCORE, 0.0), piece.get(TYPE, NORMAL)
+        if number == PIECES and isinstance(value, bytes):
+            piece: dict[int, Any] = dict(fields(value))
+            text, score, kind = piece.get(PIECE), piece.get(SCORE, 0.0), piece.get(TYPE, NORMAL)
+            try:
+                name = text.decode() if isinstance(text, bytes) else ""
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"damaged: the piece {text!r:.60} is not UTF-8; fetch the file again") from error
+            yield name, score if isinstance(score, float) else 0.0, kind if kind in _TYPES else NORMAL
 
 
 def _read_settings(model: bytes) -> tuple[dict[int, Any], dict[int, Any]]:
     """Return the fields of the trainer's and of the normalizer's settings."""
     settings: dict[int, dict[int, Any]] = {TRAINER: {}, NORMALIZER: {}}
     for number, value in fields(model):
-        if number in settings:
-            settings[number].update(fields(cast(bytes, value)))
+        if number in settings and isinstance(value, bytes):
+            settings[number].update(fields(value))
     return settings[TRAINER], settings[NORMALIZER]

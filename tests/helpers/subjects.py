@@ -109,10 +109,22 @@ def write_byte_level(folder: Path) -> None:
 
 
 def write_named_templates(folder: Path) -> None:
-    tokenizer = small_sentencepiece()
-    tokenizer.chat_template = ChatTemplate(LLAMA, {"bos_token": "<s>"}, tool_source=LLAMA + "{{ tools | length }}")
-    tokenizer.save(folder)
+    small_sentencepiece().save(folder)
     (folder / "tokenizer.model").unlink()
+    file = folder / "tokenizer_config.json"
+    named = [{"name": "default", "template": LLAMA}, {"name": "tool_use", "template": LLAMA + "{{ tools | length }}"}]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": named}))
+
+
+def write_vocabulary(folder: Path) -> None:
+    """As GPT-2's were: vocab.json and merges.txt."""
+    model = json.loads(byte_level().backend.to_str())["model"]
+    vocabulary = {**model["vocab"], "<|endoftext|>": len(model["vocab"])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(merge) + "\n" for merge in model["merges"]))
+    described = {"tokenizer_class": "GPT2Tokenizer", "chat_template": CHATML, "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": len(vocabulary)}))
 
 
 LLAMA = (
@@ -535,6 +547,7 @@ def read_metrics(folder: Path) -> object:
 TOKENIZERS = [
     Subject("tokenizer.json", write_byte_level, read_tokenizer),
     Subject("tokenizer.json with named templates", write_named_templates, read_tokenizer),
+    Subject("tokenizer of vocab.json and merges.txt", write_vocabulary, read_tokenizer),
     Subject("tokenizer.model of SentencePiece", write_sentencepiece, read_tokenizer),
     Subject("tokenizer.model of tiktoken", write_tiktoken, read_tokenizer),
 ]

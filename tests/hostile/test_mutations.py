@@ -11,11 +11,8 @@ import pytest
 from helpers.hostile import Outcome, hunt, save, write_valid
 from helpers.subjects import GROUPS, SUBJECTS
 
-UNMENDED = ("tokenizer", "gguf", "hugging face, whole", "token shards, verified")  # parts of names
-
-
 def run(group: str, tries: int, first_seed: int, folder: Path) -> Outcome:
-    subjects = [subject for subject in GROUPS[group] if not any(part in subject.name for part in UNMENDED)]
+    subjects = GROUPS[group]
     write_valid(subjects, folder / "valid")
     outcome = hunt(
         subjects, -(-tries * len(subjects) // len(SUBJECTS)) // len(subjects), folder / "valid", first_seed=first_seed
@@ -25,12 +22,12 @@ def run(group: str, tries: int, first_seed: int, folder: Path) -> Outcome:
     return outcome
 
 
-@pytest.mark.parametrize("group", [group for group in GROUPS if group != "tokenizers"])
+@pytest.mark.parametrize("group", GROUPS)
 def test_a_mutated_file_is_read_or_refused(group: str, tmp_path: Path) -> None:
     assert run(group, 2_000, 0, tmp_path).counts.total() > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", [group for group in GROUPS if group != "tokenizers"])
+@pytest.mark.parametrize("group", GROUPS)
 def test_many_mutated_files_are_read_or_refused(group: str, tmp_path: Path) -> None:
     assert run(group, 20_000, 1_000_000, tmp_path).counts.total() > 0
