@@ -21,7 +21,7 @@ from arriero.errors import CheckpointError
 from arriero.files import write_json
 from arriero.terminal import warn_once
 from arriero.tokenizer.base import SpecialTokens, Tokenizer
-from arriero.tokenizer.template import DEFAULT, ChatTemplate, read_template
+from arriero.tokenizer.template import DEFAULT, ChatTemplate
 
 ROLES = ("bos", "eos", "pad", "unk")
 CONFIG, MAP, ADDED, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template"
@@ -234,9 +234,9 @@ def read_chat_template(directory: Path, special: SpecialTokens) -> ChatTemplate 
     """Read the chat templates in a directory: those in files of their own, else those in tokenizer_config.json."""
     named: dict[str, str] = {}
     if (directory / f"{TEMPLATE}.jinja").is_file():
-        named[DEFAULT] = read_template(directory / f"{TEMPLATE}.jinja")
+        named[DEFAULT] = reading.read_text(directory / f"{TEMPLATE}.jinja")
     if (directory / TEMPLATES).is_dir():
-        named |= {file.stem: read_template(file) for file in sorted((directory / TEMPLATES).glob("*.jinja"))}
+        named |= {file.stem: reading.read_text(file) for file in sorted((directory / TEMPLATES).glob("*.jinja"))}
     return chat_template(named or _templates_in(directory / CONFIG), special)
 
 

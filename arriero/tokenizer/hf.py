@@ -24,12 +24,15 @@ from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
 from arriero.paths import as_path
+from arriero.reading import reading
 from arriero.terminal import warn_once
 from arriero.tokenizer import files
 from arriero.tokenizer.base import PrefixRule, SpecialTokens, Tokenizer, well_formed
 from arriero.tokenizer.template import ChatTemplate
 
 SPACE_MARKER = "▁"
+_FAULT = "the tokenizers library fails on this text, as it may where added tokens overlap"
+_REMEDY = "leave the text out, or take flags off the added tokens"
 _FEW = 16  # the batch call starts a thread pool, which costs more than so few texts
 
 
@@ -75,7 +78,7 @@ class HfTokenizer(Tokenizer):
         result: list[list[int]] = [[]] * len(segments)
         for backend, wanted in ((self.backend, True), (self._continuing, False)):
             rows = [i for i, start in enumerate(at_start) if start is wanted]
-            with self._lock:
+            with self._lock, reading("the tokenizer", _FAULT, _REMEDY):
                 encoded = _encode_many(backend, [segments[i] for i in rows])
             for i, ids in zip(rows, encoded, strict=True):
                 result[i] = ids
@@ -113,7 +116,7 @@ class HfTokenizer(Tokenizer):
 
     def _parse(self, backend: Backend, text: str) -> Encoding:
         """Encode text in which special tokens are the tokens that they spell."""
-        with self._lock:
+        with self._lock, reading("the tokenizer", _FAULT, _REMEDY):
             backend.encode_special_tokens = False
             try:
                 return backend.encode(text, add_special_tokens=False)
@@ -137,10 +140,8 @@ class HfTokenizer(Tokenizer):
 
 def load_tokenizer_json(path: Path) -> HfTokenizer:
     """Load a tokenizer.json, with the roles and the chat template in the files beside it."""
-    try:
+    with reading(path, "the tokenizers library cannot read it"):
         backend = Backend.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path}: the tokenizers library cannot read it ({error})") from error
     declared = files.read_declared(path.parent)
     files.add_declared(backend, declared)
     special = files.special_tokens_of(backend, declared, adds_bos=False)

@@ -25,6 +25,7 @@ import jinja2.ext
 
 from arriero.errors import CheckpointError, DataError, did_you_mean
 from arriero.paths import as_path, hint, lies_here
+from arriero.reading import read_text
 from arriero.records import parse_json
 from arriero.tokenizer.contents import MARKS, REASONING
 from arriero.tokenizer.sandbox import BoundedEnvironment, RunawayTemplate, begin
@@ -167,7 +168,7 @@ def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     file = as_path(name)
     own = {} if tokenizer.chat_template is None else tokenizer.chat_template.sources
     if file.is_file() and (name not in {*own, *BUILTIN_TEMPLATES} or lies_here(name, "the chat template of that name")):
-        return ChatTemplate(read_template(file), _role_texts(tokenizer))
+        return ChatTemplate(read_text(file), _role_texts(tokenizer))
     if name in own:
         return ChatTemplate(own[name], _role_texts(tokenizer))
     if name not in BUILTIN_TEMPLATES:
@@ -181,7 +182,7 @@ def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
 
 def builtin_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     """Return a built-in template. Raises CheckpointError where it writes a token that the tokenizer lacks."""
-    source = read_template(Path(__file__).parent / "templates" / f"{name}.jinja")
+    source = read_text(Path(__file__).parent / "templates" / f"{name}.jinja")
     roles = _role_texts(tokenizer)
     lacking = sorted(set(re.findall(r"<\|\w+\|>", source)) - set(tokenizer.added_ids))
     lacking += [f"its {role}" for role in ("bos_token", "eos_token") if role in source and role not in roles]
@@ -191,16 +192,6 @@ def builtin_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
             "tokens, so answers would never end; choose the template that the model was tuned on"
         )
     return ChatTemplate(source, roles)
-
-
-def read_template(file: Path) -> str:
-    """Return the source in a template's file. Raises CheckpointError where it cannot be read as UTF-8."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file}: not UTF-8 at byte {error.start}; a chat template is text") from error
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def _role_texts(tokenizer: Tokenizer) -> dict[str, str]:

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
+from arriero.reading import read_text, reading
 from arriero.tokenizer import files, llama3
 from arriero.tokenizer.hf import HfTokenizer, with_bos
 
@@ -54,12 +55,9 @@ def load_vocab_and_merges(directory: Path) -> HfTokenizer:
     """
     kind = _kind_of(directory)
     vocabulary = _read_vocabulary(directory / VOCABULARY)
-    try:
-        backend = Backend(models.BPE(vocab=vocabulary, merges=_read_merges(directory / MERGES)))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(
-            f"{directory / MERGES}: its merges do not fit {VOCABULARY} ({error}); fetch both files again"
-        ) from error
+    merges = _read_merges(directory / MERGES)
+    with reading(directory / MERGES, f"its merges do not fit {VOCABULARY}"):
+        backend = Backend(models.BPE(vocab=vocabulary, merges=merges))
     kind.pipeline(backend, files.read_flag(directory, "add_prefix_space", False))
     backend.decoder = decoders.ByteLevel()
     declared = files.read_declared(directory, kind.roles)
@@ -100,12 +98,9 @@ def _read_vocabulary(file: Path) -> dict[str, int]:
 
 
 def _read_merges(file: Path) -> list[tuple[str, str]]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: no such file; {VOCABULARY} is of no use without it") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); fetch the file again") from error
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; {VOCABULARY} is of no use without it")
+    lines = read_text(file).split("\n")
     merges = []
     for number, line in enumerate(lines, start=1):
         line = line.strip("\r ")

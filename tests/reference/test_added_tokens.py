@@ -96,6 +96,13 @@ def directory_of(folder: Path, backend: Backend, **config) -> Path:
 
 def same_ids(folder: Path, text: str) -> None:
     ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    try:
+        theirs(text), theirs(text, split_special_tokens=True)
+    except BaseException as error:  # a fault of the library: a panic in Rust, which is no Exception
+        assert "bad split" in str(error)
+        with pytest.raises(CheckpointError, match="the tokenizers library fails on this text"):
+            ours.encode(text), ours.encode_rendered(text)
+        return
     assert ours.encode(text) == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert ours.encode_rendered(text) == theirs(text, add_special_tokens=False)["input_ids"]
     assert ours.encode(text) == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -106,18 +106,18 @@ def test_a_template_is_a_file_one_of_the_models_own_or_a_built_in_one(tokenizer,
         with pytest.raises(CheckpointError, match=f"did you mean .*{suggestion}"):
             named_template(name, tokenizer)
     (tmp_path / "mine.jinja").write_bytes(b"{{ '\xff' }}")
-    with pytest.raises(CheckpointError, match=r"mine\.jinja: not UTF-8 at byte 4; a chat template is text"):
+    with pytest.raises(CheckpointError, match=r"mine\.jinja: not UTF-8 \("):
         named_template("mine.jinja", tokenizer)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("chat_template.jinja", b"\xff\xfe", r"chat_template\.jinja: not UTF-8 at byte 0"),
+        ("chat_template.jinja", b"\xff\xfe", r"chat_template\.jinja: not UTF-8"),
         ("chat_template.jinja", b"{% if %}", "syntax error in line 1"),
-        ("tokenizer_config.json", b"\xff{}", "not valid JSON"),
-        ("tokenizer_config.json", b"[]", "expected a JSON object, found list"),
-        ("tokenizer_config.json", b"[" * 99_999, "not valid JSON"),
+        ("tokenizer_config.json", b"\xff{}", "not UTF-8"),
+        ("tokenizer_config.json", b"[]", "holds a JSON list; an object is expected"),
+        ("tokenizer_config.json", b"[" * 99_999, "JSON is nested too deeply"),
         ("tokenizer_config.json", b'{"chat_template": 1}', "chat_template is 1; it must be a text, or a list of"),
         ("tokenizer_config.json", b'{"chat_template": [1]}', "it must be a text, or a list"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "it must be a text, or a list"),
