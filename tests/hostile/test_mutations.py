@@ -11,6 +11,7 @@ import pytest
 from helpers.hostile import Outcome, hunt, save, write_valid
 from helpers.subjects import GROUPS, SUBJECTS
 
+
 def run(group: str, tries: int, first_seed: int, folder: Path) -> Outcome:
     subjects = GROUPS[group]
     write_valid(subjects, folder / "valid")
