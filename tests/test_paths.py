@@ -34,7 +34,7 @@ from arriero.train.scaling.config import SweepConfig
 CONFIGS = (SftConfig, PretrainConfig, GenerateConfig, ChatConfig, EvalConfig, NeedleConfig, SweepConfig, CurateConfig)
 PATH_FIELDS = {  # of all configurations; a new one that names a file has to be PathText, and enters here
     "model", "out", "data.train", "data.validation", "adapter", "compare_with", "data", "haystack", "sources",
-    "quality.model", "decontaminate.against",
+    "quality.model", "decontaminate.against", "chat_template",
 }  # fmt: skip
 
 
