@@ -16,7 +16,7 @@ from helpers.tokenizers import small_sentencepiece
 
 from arriero.errors import CheckpointError, DataError
 from arriero.gguf_header import read_metadata
-from arriero.tokenizer import Tokenizer, load_tokenizer
+from arriero.tokenizer import Tokenizer, load_tokenizer, protobuf
 from arriero.tokenizer.base import SpecialTokens, usable_threads
 from arriero.tokenizer.chat import encode_chat
 from arriero.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
@@ -280,3 +280,71 @@ def test_a_worker_process_encodes_with_one_thread(monkeypatch):
 def test_tokenizers_load_without_torch():
     code = "import sys, arriero.tokenizer.gguf, arriero.tokenizer.chat; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"tokens": "abc"}, r"tokenizer\.ggml\.tokens is 'abc', no list of texts; convert"),
+        ({"tokens": [1, 2]}, r"tokenizer\.ggml\.tokens is \[1, 2\], no list of texts"),
+        ({"tokens": []}, r"the GGUF vocabulary has 0 of tokenizer\.ggml\.tokens"),
+        (
+            {"tokens": ["a"]},
+            r"has 1 of tokenizer\.ggml\.tokens, 49,152 of tokenizer\.ggml\.token_type",
+        ),
+        ({"token_type": [0.5]}, r"tokenizer\.ggml\.token_type is \[0\.5\], no list of whole numbers"),
+        (
+            {"merges": ["zz qq"]},
+            r"the GGUF vocabulary: its merges are not of its tokens \(.*\); convert the",
+        ),
+        ({"merges": ["a"]}, r"its merges are not of its tokens"),
+        ({"eos_token_id": "2"}, r"tokenizer\.ggml\.eos_token_id is '2', no whole number"),
+        ({"eot_token_id": True}, r"tokenizer\.ggml\.eot_token_id is True, no whole number"),
+        ({"add_bos_token": 1}, r"tokenizer\.ggml\.add_bos_token is 1, no true or false"),
+        ({"pre": 7}, r"tokenizer\.ggml\.pre is 7, no text"),
+        ({"model": ["gpt2"]}, r"tokenizer\.ggml\.model is \['gpt2'\], no text"),
+    ],
+)
+def test_gguf_metadata_of_other_types_is_refused(changes, what, smollm2_gguf):
+    fields = {k: v for k, v in read_metadata(smollm2_gguf).items() if k.startswith("tokenizer.")}
+    with pytest.raises(CheckpointError, match=what):
+        tokenizer_from_gguf({**fields, **{f"tokenizer.ggml.{key}": value for key, value in changes.items()}})
+
+
+def test_a_damaged_sentencepiece_model_is_refused(tmp_path):
+    model = small_sentencepiece().model
+    letter = model.index("▁Hi".encode())
+    for name, damaged, what in [
+        ("a varint of a megabyte", model + b"\x80" * 2**20, "cannot read this as a model"),
+        ("no text", model[:letter] + b"\xff\xfe\xff" + model[letter + 3 :], "cannot read this|is not UTF-8"),
+        ("cut", model[: len(model) // 2 - 1], "cannot read this as a model"),
+    ]:
+        (tmp_path / "tokenizer.model").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=rf"tokenizer\.model: .*({what})"):
+            load_tokenizer(tmp_path)
+            pytest.fail(name)
+
+
+def test_damage_in_protobuf_is_named():
+    for message, what in [
+        (b"\x0a\x05abc", "ends within a field"),
+        (b"\x0a", "ends within a number"),
+        (b"\x08" + b"\x80" * 99, "more than 64 bits"),
+        (b"\x0b", "wire type 3"),
+        (b"\x15\x00", "ends within a field"),
+    ]:
+        with pytest.raises(CheckpointError, match=what):
+            list(protobuf.fields(message))
+
+
+def test_a_tiktoken_file_without_every_byte_is_refused(tmp_path):
+    lines = small_tiktoken(tmp_path).read_text().splitlines()
+    words = [line.split()[0] for line in lines if line.split()[1] != "65"]
+    (tmp_path / "tokenizer.model").write_text("".join(f"{word} {rank}\n" for rank, word in enumerate(words)))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: the byte 0x41 has no rank of its own"):
+        load_tokenizer(tmp_path)
+    small_tiktoken(tmp_path)
+    for params, what in [({"vocab_size": "9"}, "vocab_size is"), ({"use_scaled_rope": 3}, "use_scaled_rope is 3")]:
+        (tmp_path / "params.json").write_text(json.dumps(params))
+        with pytest.raises(CheckpointError, match=rf"params\.json: {what}"):
+            load_tokenizer(tmp_path)
