@@ -283,7 +283,7 @@ def curated_shards(root: Path, name: str, source: str) -> list[SourceFile]:
     shards = []
     for entry in listed:
         shard = entry.get("file") if isinstance(entry, dict) else entry
-        if not isinstance(shard, str) or re.fullmatch(r"[\w-]+(\.[\w-]+)*", shard) is None:
+        if not isinstance(shard, str) or re.fullmatch(r"(?=.{1,200}$)[\w-]+(\.[\w-]+)*", shard) is None:
             raise DataError(f"{file}: it lists the shard {shown(shard)}; each is a file beside it: {remedy}")
         if not (root / shard).is_file():
             raise DataError(f"{root}: the manifest lists {shard}, which is missing; copy it again, or curate again")
@@ -520,7 +520,7 @@ def _ends_after_record(file: IO[bytes], begins: int) -> bool:
     file.seek(begins)
     head = file.read(1 << 20)
     blank = BLANK_LINE.search(head, len(head) - len(head.lstrip()))
-    length = re.search(rb"^content-length[ \t]*:[ \t]*(\d+)", head, re.IGNORECASE | re.MULTILINE)
+    length = re.search(rb"^content-length[ \t]*:[ \t]*(\d{1,15})\b", head, re.IGNORECASE | re.MULTILINE)
     if blank is None or length is None:
         return False
     file.seek(begins + blank.end() + int(length[1]))
