@@ -73,7 +73,9 @@ def decoded(data: bytes, charset: str | None, declared: str | None = None) -> st
     if nearly is not None:
         return valid(nearly)
     encoding = require("resiliparse.parse.encoding", "data")
-    guess = codec_of(encoding.detect_encoding(data, html5_compatible=False)) or codec_of("windows-1252")
+    guess = codec_of(encoding.detect_encoding(data, html5_compatible=False) or "windows-1252") or codec_of(
+        "windows-1252"
+    )
     assert guess is not None
     return valid(decode(data, guess).text)
 

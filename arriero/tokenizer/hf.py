@@ -68,7 +68,8 @@ class HfTokenizer(Tokenizer):
     @cached_property
     def begin_ids(self) -> list[int]:  # type: ignore[override]
         """Ids that the file's post-processor puts before a text."""
-        encoding = self.backend.encode("a")
+        with reading("the tokenizer", _FAULT, _REMEDY):
+            encoding = self.backend.encode("a")
         marks = itertools.takewhile(
             lambda pair: pair[1] == 1, zip(encoding.ids, encoding.special_tokens_mask, strict=True)
         )
