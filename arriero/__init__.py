@@ -16,6 +16,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from arriero.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from arriero.api import evaluate as evaluate
     from arriero.api import pretrain as pretrain
@@ -28,15 +30,14 @@ if TYPE_CHECKING:
     from arriero.infer.generate import generate as generate
     from arriero.infer.generate import stream as stream
     from arriero.model.config import LlamaConfig as LlamaConfig
-    from arriero.model.config import LoraConfig as LoraConfig
     from arriero.model.llama import Llama as Llama
+    from arriero.model.lora_config import LoraConfig as LoraConfig
     from arriero.tokenizer import Tokenizer as Tokenizer
     from arriero.tokenizer import load_tokenizer as load_tokenizer
     from arriero.tokenizer.chat import encode_chat as encode_chat
     from arriero.train.config import PretrainConfig as PretrainConfig
     from arriero.train.config import SftConfig as SftConfig
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "evaluate": "arriero.api",
@@ -50,7 +51,7 @@ _HOMES = {
     "generate": "arriero.infer.generate",
     "stream": "arriero.infer.generate",
     "LlamaConfig": "arriero.model.config",
-    "LoraConfig": "arriero.model.config",
+    "LoraConfig": "arriero.model.lora_config",
     "Llama": "arriero.model.llama",
     "Tokenizer": "arriero.tokenizer",
     "load_tokenizer": "arriero.tokenizer",

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.config import apply_overrides
 from arriero.eval.config import EvalConfig
+from arriero.settings import apply_overrides
 from arriero.train.config import DataConfig, PretrainConfig, PretrainDataConfig, SftConfig
 
 if TYPE_CHECKING:

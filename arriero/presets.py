@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from arriero import config as configs
+from arriero import settings
 from arriero.errors import ConfigError, did_you_mean
-from arriero.model.config import LADDER, LoraConfig
-from arriero.paths import as_path, expand, lies_here
+from arriero.io.paths import as_path, expand, lies_here
+from arriero.model.catalogue import LADDER
+from arriero.model.lora_config import LoraConfig
 from arriero.train.config import RECIPES as TRAINING
 from arriero.train.config import (
     DataConfig,
@@ -343,7 +344,7 @@ def load(name: str) -> tuple[str, Any]:
     """
     path = as_path(name)
     if path.suffix in (".toml", ".json") or path.is_file():
-        return configs.load_recipe(RECIPES, path)
+        return settings.load_recipe(RECIPES, path)
     return get(name)
 
 

@@ -26,7 +26,7 @@ from arriero.checkpoint.load import load_model
 from arriero.infer import generate as infer
 from arriero.infer.config import SamplingConfig
 from arriero.infer.sample import Sampler
-from arriero.model.config import PUBLISHED
+from arriero.model.catalogue import PUBLISHED
 from arriero.model.llama import Llama
 
 PROMPT = 32  # tokens

@@ -25,8 +25,8 @@ import torch
 
 from arriero.checkpoint.source import resolve
 from arriero.data.batch import Batch
-from arriero.data.documents import DataStage, PretrainLoader
 from arriero.data.prefetch import Prefetched
+from arriero.data.pretrain_loader import DataStage, PretrainLoader
 from arriero.data.shard_writer import MarkedDocuments, ShardWriter
 from arriero.data.shards import Shards, open_shards
 from arriero.model.config import LlamaConfig

@@ -28,11 +28,11 @@ from rich.console import Console
 from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load, load_model
 from arriero.data.docstrings import build_docstrings
-from arriero.data.loader import SftLoader
 from arriero.data.sft import SftDataset, build_dataset
+from arriero.data.sft_loader import SftLoader
 from arriero.distributed.parallelize import prepare
-from arriero.model.config import LoraConfig
 from arriero.model.lora import add_lora, lora_state
+from arriero.model.lora_config import LoraConfig
 from arriero.train.hardware import matmul_peak
 from arriero.train.metrics import memory_bytes
 from arriero.train.objectives import next_token

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from arriero.data.batch import Batch
 from arriero.distributed.parallelize import prepare
-from arriero.model.config import LADDER, LlamaConfig
+from arriero.model.catalogue import LADDER
+from arriero.model.config import LlamaConfig
 from arriero.model.layout import Documents
 from arriero.model.llama import Llama
 from arriero.optim.build import build_optimizer

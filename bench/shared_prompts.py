@@ -20,7 +20,7 @@ import torch
 
 from arriero.data.batch import IGNORED, Batch, Row, collate
 from arriero.distributed.parallelize import prepare
-from arriero.model.config import SHAPES
+from arriero.model.catalogue import SHAPES
 from arriero.model.llama import Llama
 from arriero.train.objectives import next_token
 

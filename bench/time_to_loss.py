@@ -40,8 +40,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from arriero.data.documents import DataStage, PretrainLoader
-from arriero.data.loader import IGNORED
+from arriero.data.pretrain_loader import DataStage, PretrainLoader
+from arriero.data.sft_loader import IGNORED
 from arriero.data.shards import Shards, open_sources
 from arriero.model.llama import Llama
 from arriero.optim.build import decay_groups

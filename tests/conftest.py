@@ -33,7 +33,7 @@ def shared_data() -> Path:
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache for this test alone, but for the compiled kernels, which take seconds each and depend on nothing here."""
-    from arriero.paths import cache_dir
+    from arriero.io.paths import cache_dir
 
     kernels, own = cache_dir() / "kernels", tmp_path / "cache"
     kernels.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def fresh_warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What Arriero has warned of since the test began, as if nothing had been said before."""
-    from arriero.terminal import warn_once
+    from arriero.show.terminal import warn_once
 
     warn_once.cache_clear()
     return lambda: [record.getMessage() for record in caplog.records if record.name == "arriero"]

@@ -17,8 +17,8 @@ import pytest
 
 from arriero import cli, presets
 from arriero.cli import recipes, train
-from arriero.config import load_recipe
-from arriero.model.config import SHAPES
+from arriero.model.catalogue import SHAPES
+from arriero.settings import load_recipe
 
 COMMANDS = list(cli.COMMANDS)
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from arriero import cli, presets
-from arriero import config as configs
+from arriero import cli, presets, settings
 from arriero.errors import ConfigError
-from arriero.model.config import LADDER, SHAPES
+from arriero.model.catalogue import LADDER, SHAPES
 from arriero.train.config import PretrainConfig
 from arriero.train.pretrain import Phase, count_steps, durations, timetable, tokens_of
 
@@ -64,7 +63,7 @@ def test_pretraining_presets_round_trip_through_toml_and_their_steps_make_their_
     config, phases, steps = phases_of(name)
     file = tmp_path / "preset.toml"
     assert cli.main(["cp", name, str(file)]) == 0
-    assert configs.load_recipe(presets.RECIPES, file) == ("pretrain", config)
+    assert settings.load_recipe(presets.RECIPES, file) == ("pretrain", config)
     assert tokens_of(phases, steps) == pytest.approx(config.tokens, rel=1e-3)
     assert config.model in SHAPES or config.rope_theta  # a shape, or a model that goes on at a longer context
 

@@ -19,12 +19,12 @@ from arriero.checkpoint.peft_config import CONFIG, PeftConfig, read_peft_config
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.tensor_file import Entry, check_finite, safetensors_entries, tensor_reader, write_safetensors
 from arriero.errors import CheckpointError
-from arriero.files import write_json
-from arriero.model.config import LINEARS, LoraConfig
+from arriero.io.files import write_json
+from arriero.io.paths import as_path
+from arriero.io.reading import read_json
 from arriero.model.lora import add_lora, lora_state
-from arriero.paths import as_path
-from arriero.reading import read_json
-from arriero.terminal import warn_once
+from arriero.model.lora_config import LINEARS, LoraConfig
+from arriero.show.terminal import warn_once
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import CheckpointError
-from arriero.files import write_json
-from arriero.gguf_header import read_metadata
+from arriero.io.files import write_json
+from arriero.io.gguf_header import read_metadata
+from arriero.io.reading import read_json
 from arriero.model.entries import is_known
-from arriero.reading import read_json
-from arriero.terminal import warn_once
+from arriero.show.terminal import warn_once
 
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from arriero.checkpoint.beside import Beside, read_beside, warn_of_losses, warn_of_tokenizer_ids
 from arriero.checkpoint.gguf import Kind, write_gguf
@@ -24,9 +23,11 @@ from arriero.checkpoint.source import resolve
 from arriero.checkpoint.verify import check_written
 from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError, did_you_mean
-from arriero.paths import as_path
-from arriero.terminal import label, notes, warn_once
-from arriero.tokenizer.base import TOKENIZER_FILES, Tokenizer
+from arriero.io.paths import as_path
+from arriero.show.progress import progress
+from arriero.show.terminal import warn_once
+from arriero.tokenizer.base import Tokenizer
+from arriero.tokenizer.load import TOKENIZER_FILES
 
 Format = Literal["hf", "meta", "gguf"]
 NumberType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -76,8 +77,8 @@ def convert(
         check_written(source, written, number, called=dst)
 
     number = _number_of(weights, dtype, to)
-    with tensor_bar(f"{source.name} -> {to}", len(weights.entries)) as progress:
-        _write(weights, dst, to, number, tokenizer, beside, progress, check)
+    with tensor_bar(f"{source.name} -> {to}", len(weights.entries)) as written:
+        _write(weights, dst, to, number, tokenizer, beside, written, check)
     return dst
 
 
@@ -107,10 +108,8 @@ def tokenizer_to_write(source: Path, *, adapter: str | Path | None = None, chat_
 @contextmanager
 def tensor_bar(title: str, n_tensors: int) -> Iterator[Callable[[str], None]]:
     """A progress bar; yields what to call with the name of each tensor."""
-    columns = (label(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notes(), transient=True) as bar:
-        task = bar.add_task(title, total=n_tensors)
-        yield lambda name: bar.advance(task)
+    with progress(f"{title}, {n_tensors:,} tensors", n_tensors) as bar:
+        yield lambda name: bar.advance()
 
 
 def check_destination(source: Path, dst: Path, force: bool) -> None:

@@ -1,4 +1,4 @@
-"""Directories, written so that a reader never sees half of one. One file, and JSON: arriero/files.py.
+"""Directories, written so that a reader never sees half of one. One file, and JSON: arriero/io/files.py.
 
 A crash leaves either the old content or the new, and at worst a stray file whose name begins with a dot.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from arriero.files import sync
+from arriero.io.files import sync
 
 
 @contextmanager

@@ -26,9 +26,9 @@ from arriero.checkpoint.gguf_rope import ROPE_FREQS, read_scaling, rope_factors,
 from arriero.checkpoint.tensor_file import Entry
 from arriero.checkpoint.weights import Weights, check_sizes, opened, rotary_heads, to_halves, to_pairs
 from arriero.errors import CheckpointError
-from arriero.fields import Fields, shown
-from arriero.files import replaced_file
-from arriero.gguf_header import read_header, read_metadata
+from arriero.io.fields import Fields, shown
+from arriero.io.files import replaced_file
+from arriero.io.gguf_header import read_header, read_metadata
 from arriero.model.config import ARCHITECTURES, LlamaConfig
 from arriero.model.llama import EMBEDDINGS, HEAD
 from arriero.model.scaling import Llama3Scaling

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from arriero.errors import CheckpointError
-from arriero.fields import Fields, shown
+from arriero.io.fields import Fields, shown
 from arriero.model.config import LlamaConfig
 from arriero.model.rope import rope_frequencies
 from arriero.model.scaling import (
@@ -27,7 +27,7 @@ from arriero.model.scaling import (
     YarnScaling,
     yarn_attention,
 )
-from arriero.terminal import warn_once
+from arriero.show.terminal import warn_once
 
 ROPE_FREQS = "rope_freqs.weight"
 

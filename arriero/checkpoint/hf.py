@@ -19,12 +19,12 @@ from arriero.checkpoint.files import replaced_directory
 from arriero.checkpoint.tensor_file import Entry, Reader, safetensors_entries, tensor_reader, write_safetensors
 from arriero.checkpoint.weights import Weights, check_sizes, from_model, opened
 from arriero.errors import CheckpointError
-from arriero.files import write_json
+from arriero.io.files import write_json
+from arriero.io.paths import as_path
+from arriero.io.reading import read_json, reading
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
-from arriero.paths import as_path
-from arriero.reading import read_json, reading
-from arriero.terminal import warn_once
+from arriero.show.terminal import warn_once
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer

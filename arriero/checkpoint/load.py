@@ -19,11 +19,11 @@ from arriero.checkpoint.rows import check_rows
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError
-from arriero.gguf_header import read_metadata
+from arriero.io.gguf_header import read_metadata
 from arriero.model.build import empty_model
 from arriero.model.llama import Llama
-from arriero.terminal import warn_once
-from arriero.tokenizer.base import TOKENIZER_FILES
+from arriero.show.terminal import warn_once
+from arriero.tokenizer.load import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer
@@ -118,7 +118,7 @@ def load_tokenizer_at(path: Path, *, adapter: str | Path | None = None, chat_tem
     from arriero.tokenizer import load_tokenizer  # here: a model alone needs no tokenizer library
     from arriero.tokenizer.files import read_chat_template
     from arriero.tokenizer.gguf import tokenizer_from_gguf
-    from arriero.tokenizer.template import named_template
+    from arriero.tokenizer.named_templates import named_template
 
     directory = None if adapter is None else resolve(adapter)
     if directory is not None and has_tokenizer(directory):

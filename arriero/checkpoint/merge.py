@@ -22,9 +22,9 @@ from arriero.checkpoint.rows import check_rows
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.verify import Verdict, check_written
 from arriero.checkpoint.weights import Weights
+from arriero.io.paths import as_path
 from arriero.model.build import empty_model
-from arriero.model.config import LoraConfig
-from arriero.paths import as_path
+from arriero.model.lora_config import LoraConfig
 
 
 def merge(

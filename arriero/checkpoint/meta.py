@@ -26,13 +26,14 @@ from arriero.checkpoint.files import replaced_directory
 from arriero.checkpoint.tensor_file import DTYPES, FLOATS, Entry, cast
 from arriero.checkpoint.weights import Weights, check_sizes, opened, rotary_heads, to_halves, to_pairs
 from arriero.errors import CheckpointError
-from arriero.fields import Fields, shown
-from arriero.files import write_json
-from arriero.model.config import PUBLISHED, LlamaConfig
+from arriero.io.fields import Fields, shown
+from arriero.io.files import write_json
+from arriero.io.reading import read_json, reading
+from arriero.model.catalogue import PUBLISHED
+from arriero.model.config import LlamaConfig
 from arriero.model.llama import EMBEDDINGS, HEAD
 from arriero.model.scaling import Llama3Scaling
-from arriero.reading import read_json, reading
-from arriero.terminal import warn_once
+from arriero.show.terminal import warn_once
 
 if TYPE_CHECKING:
     from arriero.tokenizer.base import Tokenizer

@@ -40,8 +40,8 @@ from torch import Tensor
 
 from arriero.checkpoint.tensor_file import Entry, header
 from arriero.errors import CheckpointError
-from arriero.files import json_text, sync, write_json
-from arriero.reading import read_json, reading
+from arriero.io.files import json_text, sync, write_json
+from arriero.io.reading import read_json, reading
 
 FORMAT = 2  # of manifest.json
 WEIGHTS = "weights"  # the group that holds whole tensors by the model's own names

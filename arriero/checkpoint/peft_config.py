@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import CheckpointError
-from arriero.reading import read_json
-from arriero.terminal import warn_once
+from arriero.io.reading import read_json
+from arriero.show.terminal import warn_once
 
 CONFIG = "adapter_config.json"
 

@@ -27,8 +27,9 @@ from arriero.checkpoint.tensor_file import Entry
 from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError
 from arriero.model.llama import EMBEDDINGS, HEAD
-from arriero.tokenizer.base import Tokenizer, load_tokenizer
+from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.extend import Extension
+from arriero.tokenizer.load import load_tokenizer
 
 
 def resized(weights: Weights, n_base: int, parts: Mapping[int, Sequence[int]]) -> Weights:

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from arriero.checkpoint import native
+from arriero.distributed.peers import Peers
 from arriero.errors import CheckpointError, UserError
-from arriero.peers import Peers
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arriero.errors import CheckpointError, did_you_mean
-from arriero.files import json_text, replaced_file, write_text
-from arriero.paths import as_path, cache_dir, hint, lies_here
-from arriero.terminal import complain
+from arriero.io.files import json_text, replaced_file, write_text
+from arriero.io.paths import as_path, cache_dir, hint, lies_here
+from arriero.show.terminal import complain
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from arriero.errors import CheckpointError
-from arriero.files import json_text
-from arriero.reading import reading
+from arriero.io.files import json_text
+from arriero.io.reading import reading
 
 DTYPES = {
     "F64": torch.float64,

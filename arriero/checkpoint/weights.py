@@ -24,7 +24,7 @@ from arriero.errors import CheckpointError
 from arriero.model.build import empty_model
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import EMBEDDINGS, HEAD, Llama
-from arriero.terminal import warn_once
+from arriero.show.terminal import warn_once
 
 _COMPARED = 1 << 22  # values of two matrices that are compared at a time
 

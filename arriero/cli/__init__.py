@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from arriero import __version__
 from arriero.cli import data, recipes, scaling, tokenizer, train, use
 from arriero.cli.parsing import call, description
 from arriero.errors import UserError, did_you_mean
-from arriero.limits import NAMELESS, raise_open_files, remedy
-from arriero.terminal import complain, prepare_streams
+from arriero.io.limits import NAMELESS, raise_open_files, remedy
+from arriero.show.terminal import complain, prepare_streams
+from arriero.version import __version__
 
 MISUSED = 2
 

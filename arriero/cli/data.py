@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from arriero import config as configs
-from arriero import presets
+from arriero import presets, settings
 from arriero.cli.tokenizer import open_tokenizer
 from arriero.errors import ConfigError
-from arriero.paths import PathText
-from arriero.terminal import label, notes, output, say
+from arriero.io.paths import PathText
+from arriero.show.terminal import notes, output, say
 
 
 def curate(
@@ -64,13 +63,13 @@ def curate(
         if not equals:
             raise ConfigError(f"--set {assignment}: write NAME=VALUE, such as language.keep=en,de")
         changes[name] = value
-    settings = configs.apply_overrides(config, changes)
+    changed = settings.apply_overrides(config, changes)
     for step in KINDS:
         table = step.replace("-", "_")
-        if step not in settings.steps and getattr(settings, table, None) != getattr(config, table, None):
+        if step not in changed.steps and getattr(changed, table, None) != getattr(config, table, None):
             raise ConfigError(f"{table} was set, but steps has no {step!r}; name it in --steps, or leave that out")
     console = notes()
-    manifest = start(settings, console)
+    manifest = start(changed, console)
     console.print(funnel_table(manifest))
     written = changes.get("out", config.out)
     say(f"{written} written: {manifest['documents']:,} documents; look at {Path(written) / 'report.html'}")
@@ -181,7 +180,7 @@ def inspect(
     from arriero.checkpoint.source import resolve
     from arriero.data.inspect import inspect as show
     from arriero.tokenizer import load_tokenizer
-    from arriero.tokenizer.template import named_template
+    from arriero.tokenizer.named_templates import named_template
 
     tokenizer = load_tokenizer(resolve(model))
     if chat_template:
@@ -198,16 +197,13 @@ def verify(directory: Path) -> None:
     Args:
         directory: What `arriero shard` wrote, or one of the sets in it.
     """
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
-
     from arriero.data.shards import find_sets, verify_tokenizer
+    from arriero.show.progress import progress
 
     sets = find_sets(directory)
-    columns = (label(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notes(), transient=True) as bar:
-        task = bar.add_task("reading", total=sum(shards.size for shards in sets))
+    with progress("reading", sum(shards.size for shards in sets)) as bar:
         for shards in sets:
-            shards.verify(progress=lambda size: bar.advance(task, size))
+            shards.verify(progress=bar.advance)
     verify_tokenizer(sets)
     for shards in sets:
         say(f"{shards.directory}: {shards.n_documents:,} documents, {shards.n_tokens:,} tokens, as they were written")

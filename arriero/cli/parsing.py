@@ -16,11 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
-from arriero import config as configs
-from arriero import presets
+from arriero import presets, settings
 from arriero.cli.data import curate
 from arriero.errors import ConfigError, UserError
-from arriero.paths import PathText, expand, expanded
+from arriero.io.paths import PathText, expand, expanded
 from arriero.train.config import RECIPES as TRAINING
 
 REQUIRED = ("model", "data", "train")
@@ -161,10 +160,10 @@ def _config_fields(info: Any, from_file: bool, required: Sequence[str]) -> Any:
     cls: Any = info.type
     if not dataclasses.is_dataclass(cls):
         return None
-    docs, fields = configs.field_docs(cls), []
+    docs, fields = settings.field_docs(cls), []
     for name, kind in get_type_hints(cls).items():
         value = getattr(info.default, name)
-        if configs.is_table_list(kind):
+        if settings.is_table_list(kind):
             kind = Annotated[kind, tyro.conf.Suppress]  # [[tables]] stand in a file
         elif name in ("data", "train") and kind is str:
             kind = Annotated[kind, tyro.conf.arg(name="data", aliases=["--train"] if name == "train" else [])]

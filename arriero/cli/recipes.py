@@ -7,11 +7,10 @@ import shlex
 from pathlib import Path
 from typing import Any, Literal
 
-from arriero import config as configs
-from arriero import presets
+from arriero import presets, settings
 from arriero.cli.train import module_of, start
 from arriero.errors import ConfigError
-from arriero.terminal import notes, say
+from arriero.show.terminal import notes, say
 
 
 def ls(what: Literal["models", "presets", "steps"]) -> None:
@@ -37,7 +36,7 @@ def ls(what: Literal["models", "presets", "steps"]) -> None:
         for name in presets.PRESETS:
             print(f"{name:<{width}}  {presets.summary(name)}")
         return
-    from arriero.model.config import SHAPES
+    from arriero.model.catalogue import SHAPES
 
     heads = ("parameters", "layers", "width", "heads", "KV", "vocabulary", "context")
     print("{:<16} {:>15} {:>6} {:>6} {:>5} {:>4} {:>10} {:>8}".format("model", *heads))
@@ -63,7 +62,7 @@ def cp(preset: str, file: Path, force: bool = False) -> None:
         raise ConfigError(f"{file} exists; choose another name, or add --force to overwrite it")
     if not file.parent.is_dir():
         raise ConfigError(f"{file}: the directory {file.parent} does not exist; make it first")
-    file.write_text(configs.to_toml(config, recipe), encoding="utf-8")
+    file.write_text(settings.to_toml(config, recipe), encoding="utf-8")
     say(f"{file} written; edit it, then: arriero run {shlex.quote(str(file))}")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from arriero.cli.train import finish
-from arriero.paths import PathText
-from arriero.terminal import output
+from arriero.io.paths import PathText
+from arriero.show.terminal import output
 from arriero.train.scaling.config import SweepConfig
 
 
@@ -35,7 +35,7 @@ def fit(sweep: Path, *, resamples: int = 1000, seed: int = 0, json: bool = False
         seed: Decides the draws.
         json: Print JSON.
     """
-    from arriero.train.scaling.fit import run_fit
+    from arriero.train.scaling.run_fit import run_fit
 
     run_fit(sweep, resamples, seed, as_json=json)
 

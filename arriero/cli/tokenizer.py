@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from arriero.errors import ConfigError, check
-from arriero.paths import PathText, as_path
-from arriero.terminal import output, say
+from arriero.io.paths import PathText, as_path
+from arriero.show.terminal import output, say
 
 if TYPE_CHECKING:
     from arriero.curate.document import Document
@@ -45,7 +45,8 @@ def train(
         force: Overwrite what is there.
     """
     from arriero.checkpoint.files import replaced_directory
-    from arriero.tokenizer import show, train
+    from arriero.cli import tokenizer_tables as show
+    from arriero.tokenizer import train
 
     config = train.TrainingConfig(kind, vocab_size, n_special, sample)
     train.check_empty(out, force)
@@ -89,7 +90,7 @@ def encode(
         bos: Put the beginning-of-text token before each text.
         eos: Put the end-of-text token after each text.
     """
-    from arriero.tokenizer.commands import View, run_encode
+    from arriero.cli.tokenizer_commands import View, run_encode
 
     views: dict[View, bool] = {"ids": ids, "count": count, "show": show, "decode": decode}
     if sum(views.values()) > 1:
@@ -123,7 +124,7 @@ def compare(
         limit: Bytes of text to measure on, at most.
         json: Print JSON.
     """
-    from arriero.tokenizer.commands import run_compare
+    from arriero.cli.tokenizer_commands import run_compare
 
     documents = ((d.source, d.text) for d in _documents(data, text_key))
     run_compare({name: open_tokenizer(name) for name in tokenizers}, documents, by, limit, as_json=json)
@@ -158,8 +159,8 @@ def extend(
         text_key: Column that holds the text.
         force: Overwrite what is there.
     """
+    from arriero.cli.tokenizer_commands import run_extend
     from arriero.tokenizer import train
-    from arriero.tokenizer.commands import run_extend
 
     if (add is None) == (vocab_size is None):
         raise ConfigError("give either --add (new tokens) or --vocab-size (ids in all afterwards)")

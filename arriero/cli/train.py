@@ -9,7 +9,7 @@ from typing import Any
 
 from arriero import presets
 from arriero.errors import TrainingError
-from arriero.terminal import output
+from arriero.show.terminal import output
 from arriero.train.config import PretrainConfig, SftConfig
 
 
@@ -47,7 +47,7 @@ def plan(config: SftConfig) -> None:
         arriero plan smollm2-135m --data train.jsonl
         arriero plan pretrain-30m --data out/shards
     """
-    from arriero.train.plan import plan as estimate
+    from arriero.plan.run import plan as estimate
 
     output().print(estimate(config).table())
 

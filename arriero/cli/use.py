@@ -7,8 +7,8 @@ from typing import Literal
 
 from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.infer.config import ChatConfig, GenerateConfig
-from arriero.paths import PathText
-from arriero.terminal import say
+from arriero.io.paths import PathText
+from arriero.show.terminal import say
 
 NumberType = Literal["f32", "f16", "bf16"]
 StoredType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -21,7 +21,7 @@ def chat(config: ChatConfig) -> None:
         arriero chat smollm2-135m
         arriero chat smollm2-135m --adapter out/mine/adapter --system "Answer in one sentence." --temperature 0.2
     """
-    from arriero.infer.chat import run_chat
+    from arriero.cli.chat import run_chat
 
     run_chat(config)
 
@@ -33,7 +33,7 @@ def generate(config: GenerateConfig) -> None:
         arriero generate smollm2-135m "Why do llamas hum?"
         arriero generate smollm2-135m --adapter out/mine/adapter --temperature 0.7 < question.txt
     """
-    from arriero.infer.chat import run_generate
+    from arriero.cli.chat import run_generate
 
     run_generate(config)
 

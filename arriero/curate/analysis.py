@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arriero.cpp import load_cpp
 from arriero.curate import analysis_twin
 from arriero.curate.characters import LIMIT, classes, fold
 from arriero.curate.lexicon import lexicon
 from arriero.curate.spans import Spans, pointer
+from arriero.system.cpp import load_cpp
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -35,10 +34,11 @@ from arriero.curate.document import Document
 from arriero.curate.rules.llama import _ngram_hashes
 from arriero.curate.sources import read_documents
 from arriero.errors import DataError
-from arriero.files import json_text, replaced_file
-from arriero.paths import as_path, hint
-from arriero.reading import parse_json, reading
-from arriero.terminal import notes
+from arriero.io.files import json_text, replaced_file
+from arriero.io.paths import as_path, hint
+from arriero.io.reading import parse_json, reading
+from arriero.show.progress import each
+from arriero.show.terminal import notes
 
 FORMAT = "arriero quality classifier 1"
 BITS = 20  # of a bucket: 2**20 weights
@@ -170,8 +170,7 @@ def _read(
                 del found[key]
         batch.clear()
 
-    progress = track(read_documents(sources, text_key), "reading", console=console, transient=True)
-    for document in progress if console.is_terminal else read_documents(sources, text_key):
+    for document in each(read_documents(sources, text_key), "reading", console=console):
         batch.append(document)
         if len(batch) == 256:
             take()
@@ -207,9 +206,7 @@ def _fit(
     importance = np.where(label == 1, 0.5 / share, 0.5 / (1 - share))
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(train) for _ in range(epochs)])
-    for start in track(
-        range(0, len(order), batch), "training", console=console, transient=True, disable=not console.is_terminal
-    ):
+    for start in each(range(0, len(order), batch), "training", console=console):
         chosen = order[start : start + batch]
         buckets, first = _joined([documents[i] for i in chosen])
         error = (_sigmoid(_logits(weights, bias, buckets, first)) - label[chosen]) * importance[chosen] / len(chosen)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from arriero.config import settle
 from arriero.curate.minhash import MinHashConfig
 from arriero.curate.rules import (
     C4Rules,
@@ -33,7 +32,8 @@ from arriero.curate.steps.quality import Quality
 from arriero.curate.steps.scrub import Scrub
 from arriero.curate.web import Extractor
 from arriero.errors import ConfigError, did_you_mean
-from arriero.paths import PathText
+from arriero.io.paths import PathText
+from arriero.settings import settle
 
 Kind = Literal["prose", "code"]
 BOTH: tuple[Kind, ...] = ("prose", "code")
@@ -147,7 +147,7 @@ class CurateConfig:
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the output's bytes: all but where it lies and who works, and unused steps'
         tables."""
-        from arriero.config import to_dict
+        from arriero.settings import to_dict
 
         values = to_dict(self)
         for name in ("out", "workers", "ray"):

@@ -17,8 +17,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from arriero.cpp import load_cpp
 from arriero.errors import DataError
+from arriero.system.cpp import load_cpp
 
 TAG = re.compile(
     rb"<(?:!--.*?(?:-->|\Z)|(?i:(script|style|textarea|title|xmp)\b.*?(?:</\1|\Z))|(/?)([a-zA-Z][^\s/>]*)([^>]*)>?)",

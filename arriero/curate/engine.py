@@ -29,18 +29,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
-from arriero import config as configs
+from arriero import settings
 from arriero.curate.config import CurateConfig, stages
 from arriero.curate.executor import Executor, open_executor
 from arriero.curate.parts import read_json
@@ -50,8 +40,9 @@ from arriero.curate.stats import Json, add, best_examples
 from arriero.curate.steps.corpus import KeyFile
 from arriero.curate.tasks import ERRORS_SHOWN, MB, decision_path, finish_shard, read_unit, reduce_range, take_stage
 from arriero.errors import ConfigError
-from arriero.files import LOCK, locked, write_json, write_jsonl, write_text
-from arriero.terminal import label, notes
+from arriero.io.files import LOCK, locked, write_json, write_jsonl, write_text
+from arriero.show.progress import progress
+from arriero.show.terminal import notes
 
 FORMAT = 1  # of the work directory and manifest
 
@@ -113,11 +104,11 @@ class Run:
         examples: Json = {}
         for record in records[1:]:
             best_examples(examples, record["examples"], self.config.examples)
-        settings = replace(self.config, workers=0, ray="")  # who works does not matter, nor where
-        write_report(self.out, manifest, examples, configs.to_toml(replace(settings, out=""), "curate"))
+        config = replace(self.config, workers=0, ray="")  # who works does not matter, nor where
+        write_report(self.out, manifest, examples, settings.to_toml(replace(config, out=""), "curate"))
         if "decontaminate" in self.config.steps:
             write_jsonl(self.out / "decontamination.jsonl", (hit for record in records for hit in record["hits"]))
-        write_text(self.out / "config.toml", configs.to_toml(settings, "curate"))
+        write_text(self.out / "config.toml", settings.to_toml(config, "curate"))
         for stray in self.out.glob(".*.tmp"):  # of a killed run's shards
             stray.unlink()
         write_json(self.out / MANIFEST, manifest)
@@ -135,7 +126,7 @@ class Run:
             units = cut(files, int(self.config.part_mb * MB))
             tasks = [(self.config, directory, number, unit) for number, unit in enumerate(units)]
             weights = [sum(file.path.stat().st_size for file in unit) for unit in units]
-            self._each("reading", read_unit, tasks, weights, PartsColumn(directory))
+            self._each("reading", read_unit, tasks, weights, lambda: parts_in(directory))
             names = sorted(path.stem for path in directory.glob("*.json"))
             write_json(summary, self._summary(directory, names))
         return read_json(summary)
@@ -237,22 +228,16 @@ class Run:
         function: Callable[..., None],
         tasks: Sequence[tuple[Any, ...]],
         weights: Sequence[int],
-        *more: ProgressColumn,
+        more: Callable[[], str] = lambda: "",
     ) -> None:
         """Run a function on all tasks, with a progress bar; each leaves files, and one that finds them is done at
         once."""
-        columns = (
-            label(), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[done]:,} of {task.fields[of]:,} pieces"), *more, TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )  # fmt: skip
-        shown = Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal, refresh_per_second=2
-        )
-        with shown as progress:
-            bar = progress.add_task(title, total=max(1, sum(weights)), done=0, of=len(tasks))
-            for done, (number, _) in enumerate(self.executor.run(function, tasks), start=1):
-                progress.update(bar, advance=weights[number], done=done)
+        done = 0
+        with progress(title, max(1, sum(weights)), self.console) as bar:
+            bar.say(lambda: f"{done:,} of {len(tasks):,} pieces{more()}")
+            for number, _ in self.executor.run(function, tasks):
+                done += 1
+                bar.advance(weights[number])
 
 
 def is_below(path: Path, directory: Path) -> bool:
@@ -260,16 +245,9 @@ def is_below(path: Path, directory: Path) -> bool:
     return os.path.abspath(path).startswith(os.path.abspath(directory) + os.sep)
 
 
-class PartsColumn(ProgressColumn):
+def parts_in(directory: Path) -> str:
     """How many parts a directory holds by now: one large file is one piece of work, and its bar stands still."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__()
-        self.directory = directory
-
-    def render(self, task: Task) -> Text:
-        """A part is two files."""
-        return Text(f"{len(os.listdir(self.directory)) // 2 if self.directory.exists() else 0:,} parts")
+    return f", {len(os.listdir(directory)) // 2 if directory.exists() else 0:,} parts"  # a part is two files
 
 
 def cut(files: Sequence[SourceFile], size: int) -> list[list[SourceFile]]:

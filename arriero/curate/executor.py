@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from arriero.errors import UserError, require
-from arriero.pool import DEATHS, Pool
+from arriero.system.pool import DEATHS, Pool
 
 
 class Executor(Protocol):

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from arriero.cpp import load_cpp
 from arriero.curate.analysis import Analysis
 from arriero.curate.spans import FINAL, MULTIPLIER, pointer
 from arriero.errors import check
+from arriero.system.cpp import load_cpp
 
 NO_SHINGLE = np.uint32(0xFFFFFFFF)
 NO_KEY = np.uint64(0)

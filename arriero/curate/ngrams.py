@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from arriero.cpp import load_cpp
 from arriero.curate.spans import pointer
+from arriero.system.cpp import load_cpp
 
 Int = NDArray[np.int64]
 

@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from arriero import reading
 from arriero.curate.document import Document
 from arriero.errors import DataError, require
-from arriero.files import json_bytes, json_line, replaced_file
+from arriero.io import reading
+from arriero.io.files import json_bytes, json_line, replaced_file
 
 SCHEMA = pa.schema([(name, pa.large_string() if name == "text" else pa.string()) for name in (
     "text", "id", "source", "url", "date", "meta",

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from arriero import __version__
 from arriero.curate.config import KINDS, CurateConfig
 from arriero.curate.sources import SourceFile
 from arriero.curate.stats import Json
 from arriero.errors import ConfigError
+from arriero.version import __version__
 
 
 def plan_of(config: CurateConfig, files: Sequence[SourceFile]) -> Json:

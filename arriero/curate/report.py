@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from arriero.curate.stats import BINS_PER_DECADE, Json
-from arriero.files import write_text
-from arriero.page import Theme, both_themes, dress, png, template
+from arriero.io.files import write_text
+from arriero.show.page import Theme, both_themes, dress, png, template
 
 TITLES = {"kept": "Kept", "dropped": "Dropped", "changed": "Changed"}
 

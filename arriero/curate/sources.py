@@ -39,10 +39,10 @@ from arriero.curate.document import Document
 from arriero.curate.warc import BLANK_LINE, PassedOver, content_of
 from arriero.curate.web import Extractor, decoded, main_text, valid
 from arriero.errors import DataError, require
-from arriero.fields import shown
-from arriero.paths import as_path, hint, lies_here
-from arriero.reading import read_json
-from arriero.records import (
+from arriero.io.fields import shown
+from arriero.io.paths import as_path, hint, lies_here
+from arriero.io.reading import read_json
+from arriero.io.records import (
     HUB_ID,
     Record,
     as_row,
@@ -53,7 +53,7 @@ from arriero.records import (
     read_records,
     rows_within,
 )
-from arriero.terminal import warn_once
+from arriero.show.terminal import warn_once
 
 STDLIB = "stdlib"
 MANIFEST = "manifest.json"  # of a curated directory; lists its shards

@@ -34,7 +34,7 @@ from arriero.curate.sources import START, Position, Reading, SourceFile, read_fr
 from arriero.curate.stats import Json, StepStats, count_documents
 from arriero.curate.steps.corpus import Decisions, KeyFile, Range, Twin
 from arriero.errors import DataError
-from arriero.files import replaced_file, write_json
+from arriero.io.files import replaced_file, write_json
 
 MB = 1_000_000
 ERRORS_SHOWN = 20

@@ -27,14 +27,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from arriero.curate.sources import STDLIB, python_files
 from arriero.errors import DataError
-from arriero.files import json_bytes, write_json, write_text
-from arriero.paths import as_path, hint, lies_here
-from arriero.terminal import notes
+from arriero.io.files import json_bytes, write_json, write_text
+from arriero.io.paths import as_path, hint, lies_here
+from arriero.show.progress import each
+from arriero.show.terminal import notes
 
 PROMPT = "Write the one-sentence docstring of this Python function.\n\n```python\n{code}\n```"
 SIMILARITY = 0.7  # Jaccard similarity of shingle sets from which two functions are the same to us
@@ -145,7 +145,7 @@ def _collect(root: Path, stats: DocstringStats, max_lines: int, console: Console
     base = root if root.is_dir() else root.parent
     files = sorted(python_files(root), key=lambda path: path.relative_to(base).parts)
     pairs = []
-    for path in track(files, "reading Python", console=console, transient=True):
+    for path in each(files, "reading Python", console=console):
         stats.files += 1
         module = ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
         try:

@@ -1,6 +1,6 @@
 """Data files of any common layout, streamed as conversations.
 
-Containers are those of `arriero.records`. Layouts are recognised row by row from the column names:
+Containers are those of `arriero.io.records`. Layouts are recognised row by row from the column names:
 
     OpenAI       messages: [{role, content, tool_calls?}]
     ShareGPT     conversations: [{from, value}]
@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from arriero.errors import DataError, did_you_mean
-from arriero.records import Record, Row, parse_json, parse_row, read_records, source_files
-from arriero.terminal import warn_once
+from arriero.io.records import Record, Row, parse_json, parse_row, read_records, source_files
+from arriero.show.terminal import warn_once
 from arriero.tokenizer.contents import (
     MARKS,
     REASONING,

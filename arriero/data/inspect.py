@@ -17,7 +17,7 @@ from rich.text import Text
 
 from arriero.data.sft import DataStats, SftDataset, build_dataset, data_stats
 from arriero.errors import DataError, check
-from arriero.terminal import output
+from arriero.show.terminal import output
 from arriero.tokenizer.base import Tokenizer
 
 BINS = 12

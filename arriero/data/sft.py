@@ -23,7 +23,7 @@ from arriero.data.formats import Conversation, parse_record, read_records, sourc
 from arriero.data.pack import pack
 from arriero.data.sft_cache import INDEX, cache_directory, cache_key, encode_files, write_cache
 from arriero.errors import DataError
-from arriero.terminal import notes
+from arriero.show.terminal import notes
 from arriero.tokenizer.base import Tokenizer
 
 

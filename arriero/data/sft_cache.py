@@ -31,14 +31,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from arriero import paths
 from arriero.data.formats import Conversation, Record, parse_record, read_records
 from arriero.errors import DataError
-from arriero.files import temporary_name
-from arriero.pool import in_order
-from arriero.terminal import label
+from arriero.io import paths
+from arriero.io.files import temporary_name
+from arriero.show.progress import progress
+from arriero.system.pool import in_order
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_training
 
@@ -121,8 +120,7 @@ def encode_files(files: Sequence[Path], tokenizer: Tokenizer, workers: int, cons
     """Encode all rows of the files, in order, with a progress bar; small sources in this process."""
     workers = workers or os.cpu_count() or 1
     sizes = {str(path): path.stat().st_size for path in files}
-    with _progress(console) as progress:
-        task = progress.add_task("tokenising", total=sum(sizes.values()), rows=0, rate=0.0)
+    with progress("tokenising", sum(sizes.values()), console) as bar:
         finished = 0
 
         def chunks() -> Iterator[list[Record]]:
@@ -132,7 +130,7 @@ def encode_files(files: Sequence[Path], tokenizer: Tokenizer, workers: int, cons
                 for record in read_records(path):
                     chunk.append(record)
                     if len(chunk) == CHUNK:
-                        progress.update(task, completed=finished + record.done * sizes[str(path)])
+                        bar.reach(finished + record.done * sizes[str(path)])
                         yield chunk
                         chunk = []
                 finished += sizes[str(path)]
@@ -144,22 +142,9 @@ def encode_files(files: Sequence[Path], tokenizer: Tokenizer, workers: int, cons
         n_rows = 0
         for _, part in in_order(functools.partial(encode_records, tokenizer), chunks(), workers, "tokenising"):
             n_rows += len(part.lengths)
-            elapsed = progress.tasks[task].elapsed or 1e-9
-            progress.update(task, rows=n_rows, rate=n_rows / elapsed)
+            bar.say(f"{n_rows:,} rows, {n_rows / bar.elapsed:,.0f} rows/s")
             yield part
-        progress.update(task, completed=sum(sizes.values()))
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        label(),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rows]:,} rows, {task.fields[rate]:,.0f} rows/s"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
+        bar.reach(sum(sizes.values()))
 
 
 # Writing

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from arriero.data.shards import FORMAT, MANIFEST, PROGRESS, SPLITS, source_directory
 from arriero.errors import DataError
-from arriero.files import LOCK, locked, put_in_place, replaced_file, sync, temporary_name, write_json
-from arriero.handles import Appending
-from arriero.reading import read_json
+from arriero.io.files import LOCK, locked, put_in_place, replaced_file, sync, temporary_name, write_json
+from arriero.io.handles import Appending
+from arriero.io.reading import read_json
 from arriero.tokenizer.base import Tokenizer
 
 SetName = tuple[str, str]  # (split, source)

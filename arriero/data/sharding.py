@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from arriero.curate.document import Document
@@ -45,11 +44,12 @@ from arriero.data.shards import (
     token_type,
 )
 from arriero.errors import DataError, check
-from arriero.limits import remedy
-from arriero.paths import as_path
-from arriero.pool import in_order
-from arriero.records import Record, read_records
-from arriero.terminal import label, notes
+from arriero.io.limits import remedy
+from arriero.io.paths import as_path
+from arriero.io.records import Record, read_records
+from arriero.show.progress import progress
+from arriero.show.terminal import notes
+from arriero.system.pool import in_order
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.parallel import DocumentEncoder
 
@@ -339,9 +339,8 @@ def _shard(
     try:
         with (
             ShardWriter(out, encode.tokenizer, request, encode.by_source) as writer,
-            _progress(console or notes()) as progress,
+            progress("sharding", sum(sizes) or None, console) as bar,
         ):
-            bar = progress.add_task("sharding", total=sum(sizes) or None, rate=0.0)
             n_bytes = 0
             if not writer.state.complete:
                 chunks = chunked(items(Position(*writer.state.position)), part_size)
@@ -351,17 +350,16 @@ def _shard(
                     if chunk.ends_part:
                         writer.commit()
                     n_bytes += result.n_bytes
-                    rate = n_bytes / 1e6 / (progress.tasks[bar].elapsed or 1e-9)
+                    bar.say(f"{n_bytes / 1e6 / bar.elapsed:.1f} MB/s of text")
                     if sizes:
-                        done = before[last.position.file] + last.done * sizes[last.position.file]
-                        progress.update(bar, completed=float(done), rate=rate)
+                        bar.reach(float(before[last.position.file] + last.done * sizes[last.position.file]))
                 if refusal := _refusal(writer.state, encode):
                     writer.discard()
                     raise DataError(f"{out}: {refusal}")
                 writer.finish()
             if left_out := writer.state.left_out:
                 counted = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
-                progress.console.print(f"left out: {counted}", highlight=False, markup=False)
+                (console or notes()).print(f"left out: {counted}", highlight=False, markup=False)
     except OSError as error:
         if error.errno in (None, errno.EPIPE):
             raise
@@ -381,15 +379,3 @@ def _refusal(state: State, encode: Encode) -> str:
             "raise it, name a file of held-out documents, or give 0"
         )
     return ""
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        label(),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rate]:.1f} MB/s of text"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )

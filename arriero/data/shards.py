@@ -31,9 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import DataError
-from arriero.handles import MappedArray
-from arriero.paths import as_path, files_below, hint
-from arriero.reading import read_json
+from arriero.io.handles import MappedArray
+from arriero.io.paths import as_path, files_below, hint
+from arriero.io.reading import read_json
 from arriero.tokenizer import load_tokenizer
 
 FORMAT = "arriero-shards-1"

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from arriero.distributed.config import ParallelConfig
+from arriero.distributed.peers import join
 from arriero.errors import UserError
-from arriero.peers import join
 
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 

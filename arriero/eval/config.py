@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from arriero.config import settle
 from arriero.errors import check
-from arriero.paths import PathText
+from arriero.io.paths import PathText
+from arriero.settings import settle
 
 
 @dataclass(frozen=True)

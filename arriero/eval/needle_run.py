@@ -20,11 +20,12 @@ from arriero.eval.bootstrap import mean
 from arriero.eval.config import NeedleConfig
 from arriero.eval.needle import Finding, Haystack, bits_by_position, find_needles, prose
 from arriero.eval.results import MEASURES, Measure, Results, Sample, measures_table, refuse_not_finite, save
-from arriero.eval.run import bar, before_and_after
-from arriero.files import make_output, replaced_file, write_json
+from arriero.eval.run import before_and_after
+from arriero.io.files import make_output, replaced_file, write_json
 from arriero.model.llama import Llama
-from arriero.page import LIGHT, Theme, png
-from arriero.terminal import output
+from arriero.show.page import LIGHT, Theme, png
+from arriero.show.progress import progress
+from arriero.show.terminal import output
 from arriero.tokenizer.base import Tokenizer
 
 BITS, PROSE = Measure("bits", "lower", ".1f"), Measure("prose, bits/byte", "lower")
@@ -127,13 +128,13 @@ def _measure(config: NeedleConfig, text: str, model: Llama, tokenizer: Tokenizer
     lengths = sorted(set(config.lengths))
     depths = [i / (config.depths - 1) for i in range(config.depths)] if config.depths > 1 else [0.5]
     texts = 1 if config.together else len(depths)
-    with bar(name, config.trials * (sum(lengths) * texts + lengths[-1])) as advance:
+    with progress(f"measuring {name}", config.trials * (sum(lengths) * texts + lengths[-1])) as bar:
         findings = find_needles(
             model, tokenizer, haystack, lengths=lengths, depths=depths, trials=config.trials,
-            together=config.together, seed=config.seed, on_text=advance,
+            together=config.together, seed=config.seed, on_text=bar.advance,
         )  # fmt: skip
         costs = bits_by_position(
-            model, tokenizer, haystack, lengths=lengths, trials=config.trials, seed=config.seed, on_text=advance
+            model, tokenizer, haystack, lengths=lengths, trials=config.trials, seed=config.seed, on_text=bar.advance
         )
     columns = {
         "found": mean([float(f.found) for f in findings]),

@@ -15,11 +15,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from arriero import __version__
 from arriero.errors import CheckpointError
 from arriero.eval.bootstrap import Interval, Ratio, difference, interval
-from arriero.files import split_lines, write_json, write_jsonl
-from arriero.terminal import clean
+from arriero.io.files import split_lines, write_json, write_jsonl
+from arriero.show.terminal import clean
+from arriero.version import __version__
 
 
 @dataclass(frozen=True)

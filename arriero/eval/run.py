@@ -7,8 +7,7 @@ its model first: what is measured is what `arriero merge` writes, and decoding p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from arriero.checkpoint.load import best_device, load
 from arriero.checkpoint.source import resolve
@@ -26,12 +24,13 @@ from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.eval.generative import answers
 from arriero.eval.perplexity import perplexity
 from arriero.eval.results import Results, examples_table, measures_table, refuse_not_finite, save
-from arriero.files import make_output, read_text
+from arriero.io.files import make_output, read_text
+from arriero.io.paths import hint
+from arriero.io.records import parse_row
 from arriero.model.llama import Llama
 from arriero.model.lora import merge_lora
-from arriero.paths import hint
-from arriero.records import parse_row
-from arriero.terminal import label, notes, output
+from arriero.show.progress import progress
+from arriero.show.terminal import output
 from arriero.tokenizer.base import Tokenizer, utf8
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -111,8 +110,10 @@ def _on_texts(config: EvalConfig, texts: list[str]) -> Measurement:
 
     def measure(model: Llama, tokenizer: Tokenizer, name: str) -> Results:
         began = time.monotonic()
-        with bar(name, total) as advance:
-            found = perplexity(model, tokenizer, texts, window=config.window, context=config.context, on_bytes=advance)
+        with progress(f"measuring {name}", total) as bar:
+            found = perplexity(
+                model, tokenizer, texts, window=config.window, context=config.context, on_bytes=bar.advance
+            )
         ratios = {
             "bits_per_token": found.bits_per_token,
             "bits_per_byte": found.bits_per_byte,
@@ -125,7 +126,7 @@ def _on_texts(config: EvalConfig, texts: list[str]) -> Measurement:
 
 def _on_answers(config: EvalConfig, conversations: list[Conversation]) -> Measurement:
     def measure(model: Llama, tokenizer: Tokenizer, name: str) -> Results:
-        with bar(name, 2 * len(conversations)) as advance:
+        with progress(f"measuring {name}", 2 * len(conversations)) as bar:
             return answers(
                 model,
                 tokenizer,
@@ -133,7 +134,7 @@ def _on_answers(config: EvalConfig, conversations: list[Conversation]) -> Measur
                 name=name,
                 max_new_tokens=config.max_new_tokens,
                 batch=config.batch,
-                on_rows=advance,
+                on_rows=bar.advance,
             )
 
     return measure
@@ -146,13 +147,3 @@ def _text(record: Record) -> str:
             f"row {record.row} of {record.file}: no text in a column 'text'; perplexity needs one in every row"
         )
     return text
-
-
-@contextmanager
-def bar(name: str, total: float) -> Iterator[Callable[[float], None]]:
-    """A progress bar with the time left; yields what to call with each amount done."""
-    columns = (label(), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    console = notes()
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(f"measuring {name}", total=total)
-        yield lambda amount: progress.advance(task, amount)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from arriero.config import settle
 from arriero.errors import ConfigError, check
-from arriero.paths import PathText
+from arriero.io.paths import PathText
+from arriero.settings import settle
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from arriero.cpp import load_cpp
 from arriero.model.cache import KVCache
 from arriero.model.llama import Block, Linear, Llama
 from arriero.model.rope import rope_attention, rope_frequencies
 from arriero.model.scaling import DynamicScaling
+from arriero.system.cpp import load_cpp
 
 WEIGHT_TYPES = (torch.float32, torch.bfloat16)
 FLOAT, BF16, PACKED = range(3)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arriero.cpp import load_cpp
+from arriero.system.cpp import load_cpp
 
 
 class Piece(NamedTuple):

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from arriero.errors import CheckpointError
-from arriero.fields import Fields, shown
-from arriero.terminal import warn_once
+from arriero.io.fields import Fields, shown
+from arriero.show.terminal import warn_once
 
 # Entries that change what a decoder computes, by the value at which they change nothing.
 _OFF = (

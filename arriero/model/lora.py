@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arriero.errors import ConfigError
-from arriero.model.config import LINEARS, LoraConfig
 from arriero.model.initial import initial_adapter, whole
 from arriero.model.llama import Linear
+from arriero.model.lora_config import LINEARS, LoraConfig
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from arriero.errors import CheckpointError, ConfigError
-from arriero.fields import Fields, shown
-from arriero.terminal import warn_once
+from arriero.io.fields import Fields, shown
+from arriero.show.terminal import warn_once
 
 
 @dataclass(frozen=True)

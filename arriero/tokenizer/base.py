@@ -31,7 +31,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import CheckpointError
-from arriero.paths import as_path, hint
 
 if TYPE_CHECKING:
     from arriero.tokenizer.template import ChatTemplate
@@ -40,6 +39,8 @@ if TYPE_CHECKING:
 END_TOKENS = frozenset(
     ["</s>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>", "<|end|>", "<end_of_turn>"]
 )
+
+ROLES = ("bos", "eos", "pad", "unk")
 
 # Where a family puts its "dummy prefix" space: nowhere (byte-level BPE), at the start of a text only, or at the start
 # and after every special token (Meta's and llama.cpp's SentencePiece).
@@ -72,6 +73,11 @@ class SpecialTokens:
                     f"the tokenizer names {text!r} as its {role} token, but no special token has that text; "
                     "check tokenizer_config.json or the GGUF metadata against the vocabulary"
                 )
+
+    @property
+    def role_texts(self) -> dict[str, str]:
+        """{"bos_token": "<s>", ...} for the roles that have a token: what templates and config files use."""
+        return {f"{role}_token": text for role in ROLES if (text := getattr(self, role)) is not None}
 
     def id_of(self, text: str | None) -> int | None:
         """Return the id of an added token, or None where there is none of that text."""
@@ -396,38 +402,3 @@ def utf8(text: str) -> bytes:
 def usable_threads() -> int:
     """Threads for one batch: every core, or one where `tokenizers` is told to use one, as in a worker of `pool.py`."""
     return 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else os.cpu_count() or 1
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them makes a directory a tokenizer's
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load the tokenizer of a Hugging Face directory, a tokenizer.json, a tokenizer.model or a .gguf file.
-
-    A tokenizer.model is SentencePiece (Llama 1 and 2) or tiktoken's format (Llama 3); its content tells which. Of a
-    directory with vocab.json and merges.txt only, tokenizer_config.json tells the class, and so the pipeline.
-    Raises CheckpointError where there is none, or where it cannot be read.
-    """
-    from arriero.tokenizer import gguf, hf, llama3, sentencepiece, vocabulary
-
-    path = as_path(path)
-    if path.is_dir():
-        found = next((name for name in TOKENIZER_FILES if (path / name).is_file()), None)
-        if found is None:
-            raise CheckpointError(
-                f"{path}: no tokenizer.json or tokenizer.model in this directory, nor vocab.json with merges.txt"
-            )
-        path = path / found
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: no such file; give a model directory, tokenizer.json, tokenizer.model or .gguf{hint(path)}"
-        )
-    if path.suffix == ".gguf":
-        return gguf.load_gguf_tokenizer(path)
-    if path.name == "vocab.json":
-        return vocabulary.load_vocab_and_merges(path.parent)
-    if path.suffix == ".json":
-        return hf.load_tokenizer_json(path)
-    if llama3.is_tiktoken_file(path):
-        return llama3.load_tiktoken_model(path)
-    return sentencepiece.load_sentencepiece_model(path)

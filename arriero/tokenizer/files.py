@@ -16,14 +16,13 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from arriero import reading
 from arriero.errors import CheckpointError
-from arriero.files import write_json
-from arriero.terminal import warn_once
-from arriero.tokenizer.base import SpecialTokens, Tokenizer
+from arriero.io import reading
+from arriero.io.files import write_json
+from arriero.show.terminal import warn_once
+from arriero.tokenizer.base import ROLES, SpecialTokens, Tokenizer
 from arriero.tokenizer.template import DEFAULT, ChatTemplate
 
-ROLES = ("bos", "eos", "pad", "unk")
 CONFIG, MAP, ADDED, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template"
 TEMPLATES = "additional_chat_templates"
 _ALL_ROLES = (*ROLES, "sep", "cls", "mask")
@@ -245,7 +244,7 @@ def chat_template(named: Mapping[str, str], special: SpecialTokens) -> ChatTempl
     if not named:
         return None
     others = {name: source for name, source in named.items() if name != DEFAULT}
-    return ChatTemplate(named.get(DEFAULT), role_texts(special), others)
+    return ChatTemplate(named.get(DEFAULT), special.role_texts, others)
 
 
 def _templates_in(file: Path) -> dict[str, str]:
@@ -263,11 +262,6 @@ def _templates_in(file: Path) -> dict[str, str]:
     )
 
 
-def role_texts(special: SpecialTokens) -> dict[str, str]:
-    """Return {"bos_token": "<s>", ...} for the roles that have a token: what templates and config files use."""
-    return {f"{role}_token": text for role in ROLES if (text := getattr(special, role)) is not None}
-
-
 def write_tokenizer(directory: Path, backend: Backend, special: SpecialTokens, template: ChatTemplate | None) -> None:
     """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and the chat templates.
 
@@ -277,7 +271,7 @@ def write_tokenizer(directory: Path, backend: Backend, special: SpecialTokens, t
     directory.mkdir(parents=True, exist_ok=True)
     # Not by the library's own `save`, which raises a bare Exception where the disk is full.
     (directory / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8", newline="\n")
-    roles = role_texts(special)
+    roles = special.role_texts
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": special.adds_bos,

@@ -17,9 +17,9 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError, did_you_mean
-from arriero.gguf_header import read_metadata
-from arriero.reading import reading
-from arriero.terminal import warn_once
+from arriero.io.gguf_header import read_metadata
+from arriero.io.reading import reading
+from arriero.show.terminal import warn_once
 from arriero.tokenizer import llama3
 from arriero.tokenizer.base import END_TOKENS, SpecialTokens, Tokenizer
 from arriero.tokenizer.files import adds_eos, chat_template

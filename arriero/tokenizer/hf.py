@@ -23,9 +23,9 @@ from tokenizers import Encoding, processors
 from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
-from arriero.paths import as_path
-from arriero.reading import reading
-from arriero.terminal import warn_once
+from arriero.io.paths import as_path
+from arriero.io.reading import reading
+from arriero.show.terminal import warn_once
 from arriero.tokenizer import files
 from arriero.tokenizer.base import PrefixRule, SpecialTokens, Tokenizer, well_formed
 from arriero.tokenizer.template import ChatTemplate

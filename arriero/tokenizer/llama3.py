@@ -21,8 +21,8 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
-from arriero.fields import Fields
-from arriero.paths import as_path
+from arriero.io.fields import Fields
+from arriero.io.paths import as_path
 from arriero.tokenizer import files
 from arriero.tokenizer.base import SpecialTokens, Tokenizer, usable_threads
 from arriero.tokenizer.hf import HfTokenizer, byte_level_text, merges_into, with_bos

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
-from arriero.paths import as_path
+from arriero.io.paths import as_path
 from arriero.tokenizer import files
 from arriero.tokenizer.base import SpecialTokens, Tokenizer, usable_threads
 from arriero.tokenizer.hf import BYTE_PIECE, SPACE_MARKER, HfTokenizer, marked_bytes, merges_into, with_bos

@@ -13,25 +13,21 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
 import jinja2.ext
 
-from arriero.errors import CheckpointError, DataError, did_you_mean
-from arriero.paths import as_path, hint, lies_here
-from arriero.reading import read_text
-from arriero.records import parse_json
+from arriero.errors import CheckpointError, DataError
+from arriero.io.records import parse_json
 from arriero.tokenizer.contents import MARKS, REASONING
 from arriero.tokenizer.sandbox import BoundedEnvironment, RunawayTemplate, begin
 
 if TYPE_CHECKING:
-    from arriero.tokenizer.base import Tokenizer
+    pass
 
 Message = Mapping[str, Any]  # OpenAI's: role, content, tool_calls, tool_call_id, name
 Tool = Mapping[str, Any]
@@ -157,47 +153,6 @@ class ChatTemplate:
                 f"the chat template refuses this conversation: {error} (roles: {roles}); change the messages, or give "
                 f"another chat template: {REMEDY}"
             ) from error
-
-
-def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """Return the template that `name` stands for, with the special tokens of `tokenizer`.
-
-    Tried in order: a file, one of the tokenizer's own by name, a built-in one. Raises CheckpointError for what is none
-    of these, and where a built-in one writes a token that the tokenizer lacks.
-    """
-    file = as_path(name)
-    own = {} if tokenizer.chat_template is None else tokenizer.chat_template.sources
-    if file.is_file() and (name not in {*own, *BUILTIN_TEMPLATES} or lies_here(name, "the chat template of that name")):
-        return ChatTemplate(read_text(file), _role_texts(tokenizer))
-    if name in own:
-        return ChatTemplate(own[name], _role_texts(tokenizer))
-    if name not in BUILTIN_TEMPLATES:
-        its_own = f", none of the model's own ({', '.join(own)})" if own else ""
-        raise CheckpointError(
-            f"no chat template {name!r}: it is no file{its_own} and none of {', '.join(BUILTIN_TEMPLATES)}"
-            f"{did_you_mean(name, [*own, *BUILTIN_TEMPLATES]) or hint(file)}"
-        )
-    return builtin_template(name, tokenizer)
-
-
-def builtin_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """Return a built-in template. Raises CheckpointError where it writes a token that the tokenizer lacks."""
-    source = read_text(Path(__file__).parent / "templates" / f"{name}.jinja")
-    roles = _role_texts(tokenizer)
-    lacking = sorted(set(re.findall(r"<\|\w+\|>", source)) - set(tokenizer.added_ids))
-    lacking += [f"its {role}" for role in ("bos_token", "eos_token") if role in source and role not in roles]
-    if lacking:
-        raise CheckpointError(
-            f"the chat template {name!r} writes {', '.join(lacking)}, which this tokenizer does not have as special "
-            "tokens, so answers would never end; choose the template that the model was tuned on"
-        )
-    return ChatTemplate(source, roles)
-
-
-def _role_texts(tokenizer: Tokenizer) -> dict[str, str]:
-    from arriero.tokenizer.files import role_texts
-
-    return role_texts(tokenizer.special)
 
 
 def for_template(message: Message) -> dict[str, Any]:

@@ -22,16 +22,16 @@ from typing import Any, Literal
 
 import sentencepiece
 
-from arriero import __version__
 from arriero.errors import ConfigError, DataError, UserError, require
-from arriero.files import write_json
+from arriero.io.files import write_json
+from arriero.show.progress import counting, progress
 from arriero.tokenizer.base import SpecialTokens, Tokenizer
 from arriero.tokenizer.compare import measure, vocabulary_statistics
 from arriero.tokenizer.llama3 import N_SPECIAL, SPLIT, TiktokenTokenizer, special_tokens
+from arriero.tokenizer.named_templates import builtin_template
 from arriero.tokenizer.sample import CHUNK, Sample, draw_sample
 from arriero.tokenizer.sentencepiece import SentencePieceTokenizer
-from arriero.tokenizer.show import showing
-from arriero.tokenizer.template import builtin_template
+from arriero.version import __version__
 
 Kind = Literal["llama3", "llama2"]
 
@@ -158,10 +158,10 @@ def train(texts: Iterable[str], config: TrainingConfig, directory: Path) -> dict
     if config.kind == "llama3":
         require("rustbpe", "data")  # before the reading, not after it
     began = time.perf_counter()
-    with showing("reading", unit=True) as progress:
-        sample = draw_sample(texts, config.sample, progress)
+    with counting("reading") as count:
+        sample = draw_sample(texts, config.sample, count)
     read = time.perf_counter()
-    with showing(f"learning {config.vocab_size:,} tokens from {sample.training_bytes / 1e6:,.1f} MB"):
+    with progress(f"learning {config.vocab_size:,} tokens from {sample.training_bytes / 1e6:,.1f} MB"):
         tokenizer = learn(sample, config)
     learned = time.perf_counter()
     tokenizer.save(directory)

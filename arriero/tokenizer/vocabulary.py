@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from arriero.errors import CheckpointError
-from arriero.reading import read_text, reading
+from arriero.io.reading import read_text, reading
 from arriero.tokenizer import files, llama3
 from arriero.tokenizer.hf import HfTokenizer, with_bos
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arriero.files import write_jsonl
+from arriero.io.files import write_jsonl
 from arriero.train.metrics import duration, surviving_records
 
 FILE = "attempts.jsonl"

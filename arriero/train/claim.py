@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from arriero import config as configs
+from arriero import settings
 from arriero.checkpoint import native
 from arriero.distributed.mesh import Mesh
+from arriero.distributed.peers import peers_of_this_run
 from arriero.errors import ConfigError, DataError, UserError
-from arriero.files import locked
-from arriero.peers import peers_of_this_run
-from arriero.reading import read_json
+from arriero.io.files import locked
+from arriero.io.reading import read_json
 from arriero.train import attempts
 
 # What may differ when a run is resumed, beside `parallel`: how the same steps are made, kept and shown. Where the data
@@ -108,9 +108,9 @@ def begun_with(config: Any, recipe: str) -> dict[str, str] | None:
 
 def _refuse_other_settings(config: Any, recipe: str, record: Path) -> None:
     cls = type(config)
-    _, earlier = configs.load_recipe({recipe: cls}, record)
-    now, then = configs.to_dict(config), configs.to_dict(earlier)
-    decisive = [p for p in configs.field_paths(cls) if p not in FREE and not p.startswith("parallel.")]
+    _, earlier = settings.load_recipe({recipe: cls}, record)
+    now, then = settings.to_dict(config), settings.to_dict(earlier)
+    decisive = [p for p in settings.field_paths(cls) if p not in FREE and not p.startswith("parallel.")]
     if now.get("lora", {}).get("dropout"):  # which is drawn for each micro-batch
         decisive.append("loop.micro_rows")
     differing = [p for p in decisive if _at(now, p) != _at(then, p)]

@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from arriero.config import settle
 from arriero.distributed.config import ParallelConfig
 from arriero.errors import check
-from arriero.model.config import LoraConfig
-from arriero.paths import PathText
+from arriero.io.paths import PathText
+from arriero.model.lora_config import LoraConfig
+from arriero.settings import settle
 
 LONGEST_ROW = 2**24  # tokens
 ROW_RULE = f"it must be from 8 to {LONGEST_ROW:,}"

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-import arriero
+from arriero.version import __version__
 
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "tiktoken", "sentencepiece")
 
@@ -24,7 +24,7 @@ def describe() -> dict[str, Any]:
     """Return versions, commit (None outside a checkout), hardware, time (UTC) and command line, as JSON holds them."""
     return {
         "versions": {
-            "arriero": arriero.__version__,
+            "arriero": __version__,
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in PACKAGES},
         },
@@ -45,7 +45,7 @@ def commit() -> str | None:
 
     None when the package is not under git's control: also when it is installed inside some other repository.
     """
-    package = Path(arriero.__file__).parent
+    package = Path(__file__).parent.parent
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     head = _git(package, "rev-parse", "HEAD")

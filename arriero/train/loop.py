@@ -28,16 +28,16 @@ from arriero.checkpoint.sharded import Checkpoints
 from arriero.data.batch import Batch
 from arriero.distributed.engine import Engine
 from arriero.distributed.objective import Objective, Totals
+from arriero.distributed.peers import peers_of_this_run
+from arriero.distributed.watch import Watch
 from arriero.errors import CheckpointError, TrainingError
 from arriero.optim.build import build_optimizer, empty_state
 from arriero.optim.schedule import lr_factor, share_of_steps
-from arriero.peers import peers_of_this_run
-from arriero.terminal import notes
+from arriero.show.terminal import notes
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.guard import SpikeGuard
 from arriero.train.in_backward import InBackward
 from arriero.train.metrics import LiveLine, MetricsLog, memory_bytes
-from arriero.train.watch import Watch
 
 log = logging.getLogger(__name__)
 

@@ -37,8 +37,8 @@ from rich.live import Live
 from rich.text import Text
 
 from arriero.errors import require
-from arriero.files import json_line, replaced_file
-from arriero.terminal import notes
+from arriero.io.files import json_line, replaced_file
+from arriero.show.terminal import notes
 
 PROJECT = "arriero"  # at W&B and in trackio
 SMOOTHING = 0.9  # weight of the past in the running mean of the loss

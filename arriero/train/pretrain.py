@@ -27,9 +27,9 @@ from arriero.checkpoint.load import has_tokenizer, load_tokenizer_at, open_model
 from arriero.checkpoint.rows import check_rows
 from arriero.checkpoint.source import resolve
 from arriero.data.batch import Batch, collate, row_groups
-from arriero.data.documents import DataStage, PretrainLoader
 from arriero.data.held_out import HeldOutRows, first_rows
 from arriero.data.prefetch import Prefetched
+from arriero.data.pretrain_loader import DataStage, PretrainLoader
 from arriero.data.shards import Shards, fingerprints, open_splits
 from arriero.distributed.engine import Engine
 from arriero.distributed.materialise import Values
@@ -39,10 +39,11 @@ from arriero.errors import ConfigError, DataError, did_you_mean
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import generate
 from arriero.model.build import build_model, empty_model
-from arriero.model.config import LADDER, SHAPES, LlamaConfig, named_shape
+from arriero.model.catalogue import LADDER, SHAPES, named_shape
+from arriero.model.config import LlamaConfig
 from arriero.model.initial import initial_weight
 from arriero.model.llama import Llama
-from arriero.terminal import warn_once
+from arriero.show.terminal import warn_once
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.train.config import PretrainConfig, PretrainDataConfig
 from arriero.train.hardware import keep_freed_memory, matmul_peak, refuse_what_cannot_fit

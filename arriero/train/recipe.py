@@ -21,17 +21,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from arriero import config as configs
+from arriero import settings
 from arriero.checkpoint import native
 from arriero.checkpoint.load import best_device
 from arriero.distributed.materialise import Values
 from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.errors import ConfigError
-from arriero.files import write_json, write_text
+from arriero.io.files import write_json, write_text
 from arriero.model.initial import initial_adapter
 from arriero.model.lora import is_adapter
 from arriero.optim.schedule import warmup_steps
-from arriero.terminal import notes
+from arriero.show.terminal import notes
 from arriero.train import attempts
 from arriero.train.claim import check_named, claimed, refuse_changed
 from arriero.train.config import LoopConfig, OptimConfig
@@ -155,7 +155,7 @@ def record(config: Any, recipe: str, run: Run) -> None:
     for name, values in {"environment": describe(), "data": data}.items():
         write_json(run_dir / f"{name}.json", values)
     settled = dataclasses.replace(config, resume=False)
-    write_text(run_dir / "config.toml", configs.to_toml(settled, recipe))
+    write_text(run_dir / "config.toml", settings.to_toml(settled, recipe))
 
 
 def warmup_note(optim: OptimConfig, total_steps: int) -> str:

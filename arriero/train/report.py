@@ -29,9 +29,9 @@ from matplotlib.ticker import MaxNLocator
 
 from arriero.checkpoint import native
 from arriero.errors import CheckpointError
-from arriero.files import write_text
-from arriero.page import DARK, LIGHT, Theme, dress, png, template
-from arriero.reading import read_json
+from arriero.io.files import write_text
+from arriero.io.reading import read_json
+from arriero.show.page import DARK, LIGHT, Theme, dress, png, template
 from arriero.train.metrics import duration, surviving_records
 
 SMOOTHING = 0.8  # weight of a step in the mean at its neighbour

@@ -8,9 +8,9 @@ from typing import Literal
 
 from arriero.data.formats import Conversation, text_of
 from arriero.data.sft import SftDataset
-from arriero.files import write_jsonl
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import generate
+from arriero.io.files import write_jsonl
 from arriero.model.llama import Llama
 from arriero.tokenizer.base import Tokenizer
 from arriero.train.metrics import surviving_records

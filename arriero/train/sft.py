@@ -21,8 +21,8 @@ from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import load_tokenizer_at, open_model
 from arriero.checkpoint.rows import check_rows
 from arriero.data.batch import Batch, row_groups
-from arriero.data.loader import SftLoader
 from arriero.data.sft import SftDataset, build_splits, data_stats
+from arriero.data.sft_loader import SftLoader
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.parallelize import parallelize

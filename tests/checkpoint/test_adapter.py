@@ -14,9 +14,10 @@ from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load, load_model
 from arriero.checkpoint.merge import merge
 from arriero.errors import CheckpointError
-from arriero.model.config import LlamaConfig, LoraConfig
+from arriero.model.config import LlamaConfig
 from arriero.model.lora import add_lora, lora_state
-from arriero.terminal import warn_once
+from arriero.model.lora_config import LoraConfig
+from arriero.show.terminal import warn_once
 from arriero.tokenizer.template import ChatTemplate
 
 

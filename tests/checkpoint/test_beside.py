@@ -17,7 +17,7 @@ from arriero.errors import CheckpointError, ConfigError
 from arriero.infer.config import SamplingConfig, SamplingFlags
 from arriero.model.config import LlamaConfig
 from arriero.model.lora import add_lora
-from arriero.terminal import warn_once
+from arriero.show.terminal import warn_once
 
 SETTINGS = {
     "bos_token_id": 1,

@@ -13,7 +13,7 @@ from arriero.checkpoint.gguf_rope import rope_factors
 from arriero.checkpoint.load import load_model
 from arriero.checkpoint.weights import from_model
 from arriero.errors import CheckpointError
-from arriero.gguf_header import read_metadata
+from arriero.io.gguf_header import read_metadata
 from arriero.model.config import LlamaConfig
 from arriero.model.scaling import Llama3Scaling
 

@@ -16,8 +16,8 @@ from arriero.checkpoint.load import load_model
 from arriero.checkpoint.meta import open_meta, write_meta
 from arriero.checkpoint.weights import from_model
 from arriero.errors import CheckpointError
-from arriero.fields import Fields
-from arriero.model.config import PUBLISHED
+from arriero.io.fields import Fields
+from arriero.model.catalogue import PUBLISHED
 from arriero.model.scaling import Llama3Scaling
 
 

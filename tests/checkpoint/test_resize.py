@@ -16,7 +16,7 @@ from arriero.checkpoint.load import load, load_model, open_weights
 from arriero.checkpoint.resize import resize, resized
 from arriero.checkpoint.weights import from_model
 from arriero.errors import CheckpointError
-from arriero.model.config import PUBLISHED
+from arriero.model.catalogue import PUBLISHED
 from arriero.model.llama import Llama
 from arriero.tokenizer.extend import extend
 from arriero.tokenizer.train import learn_llama3

@@ -19,8 +19,9 @@ from arriero.checkpoint.load import open_weights
 from arriero.checkpoint.merge import merge
 from arriero.checkpoint.verify import check_written, read_independently
 from arriero.errors import CheckpointError
-from arriero.model.config import LlamaConfig, LoraConfig, Qwen3Config
+from arriero.model.config import LlamaConfig, Qwen3Config
 from arriero.model.lora import add_lora, lora_state
+from arriero.model.lora_config import LoraConfig
 from arriero.model.scaling import LinearScaling, YarnScaling
 
 QWEN3 = Qwen3Config(44, 3, 11, 1, 107, 211, 64, head_dim=8)

@@ -19,11 +19,12 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from arriero import streams, tables, terminal
 from arriero.curate.sources import Position, list_files, read_documents, read_from
 from arriero.data.formats import read_conversations
 from arriero.errors import DataError
-from arriero.records import read_records
+from arriero.io import streams, tables
+from arriero.io.records import read_records
+from arriero.show import terminal
 
 TEXTS = [f"Llama number {i} hums." for i in range(7)]
 PACK = {

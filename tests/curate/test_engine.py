@@ -17,8 +17,8 @@ from arriero.curate.config import CurateConfig
 from arriero.curate.engine import curate
 from arriero.curate.parts import document_line
 from arriero.errors import ConfigError, DataError, UserError
-from arriero.files import locked
-from arriero.records import read_records
+from arriero.io.files import locked
+from arriero.io.records import read_records
 
 from .conftest import corpus_rows, dropped, hashes, kept, prose, run
 

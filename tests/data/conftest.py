@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from arriero.tokenizer.base import Tokenizer, load_tokenizer
+from arriero.tokenizer.base import Tokenizer
+from arriero.tokenizer.load import load_tokenizer
 
 
 @pytest.fixture(scope="session")

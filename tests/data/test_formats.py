@@ -13,7 +13,7 @@ import pytest
 
 from arriero.data.formats import read_conversations
 from arriero.errors import DataError, UserError
-from arriero.records import hub_files, source_files
+from arriero.io.records import hub_files, source_files
 
 from .conftest import turns, write_rows
 

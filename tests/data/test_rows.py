@@ -16,7 +16,7 @@ from arriero.data.inspect import inspect
 from arriero.data.sft import build_dataset
 from arriero.data.sft_cache import encode_conversation
 from arriero.errors import DataError
-from arriero.terminal import warn_once
+from arriero.show.terminal import warn_once
 from arriero.tokenizer.template import ChatTemplate
 
 from .conftest import turns, write_rows

@@ -143,7 +143,7 @@ def test_workers_that_are_killed_again_and_again_are_told_of_and_leave_no_cache(
 def test_two_processes_that_build_the_same_cache_both_get_it_whole(tmp_path, smollm2_gguf):
     path = write_rows(tmp_path / "sums.jsonl", sums(499))
     code = (
-        "import sys; from arriero.data.sft import build_dataset; from arriero.tokenizer.base import load_tokenizer\n"
+        "import sys; from arriero.data.sft import build_dataset; from arriero.tokenizer import load_tokenizer\n"
         "data = build_dataset(sys.argv[1], load_tokenizer(sys.argv[2]), cache_dir=sys.argv[3])\n"
         "print(len(data), int(data.lengths.sum()), sum(int(data.tokens(i).sum()) for i in range(len(data))))"
     )
@@ -308,7 +308,7 @@ def test_real_questions_are_packed_with_under_three_percent_of_padding(shared_da
 MEMORY = """
 import resource, sys
 from arriero.data.sft import build_dataset
-from arriero.tokenizer.base import load_tokenizer
+from arriero.tokenizer.load import load_tokenizer
 
 if __name__ == "__main__":
     data = build_dataset(sys.argv[1], load_tokenizer(sys.argv[2]), workers=2, cache_dir=sys.argv[3])

@@ -32,7 +32,8 @@ from arriero.data.shard_writer import ShardWriter
 from arriero.data.sharding import document_marks, shard_documents, shard_sources, text_hash
 from arriero.data.shards import Shards, find_sets, open_shards, open_sources, open_splits, source_directory
 from arriero.errors import ConfigError, DataError
-from arriero.tokenizer.base import SpecialTokens, Tokenizer, load_tokenizer
+from arriero.tokenizer.base import SpecialTokens, Tokenizer
+from arriero.tokenizer.load import load_tokenizer
 from arriero.tokenizer.train import learn_llama3
 
 QUIET = Console(file=io.StringIO())

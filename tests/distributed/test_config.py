@@ -4,7 +4,8 @@ import pytest
 
 from arriero.distributed.config import ParallelConfig
 from arriero.errors import ConfigError
-from arriero.model.config import PUBLISHED, LlamaConfig
+from arriero.model.catalogue import PUBLISHED
+from arriero.model.config import LlamaConfig
 
 SHAPE = LlamaConfig(22, 5, 6, 2, 34, 106, 64, head_dim=10)
 

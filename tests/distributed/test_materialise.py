@@ -9,10 +9,11 @@ from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load_model, open_model
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.parallelize import parallelize
-from arriero.model.config import LlamaConfig, LoraConfig
+from arriero.model.config import LlamaConfig
 from arriero.model.initial import BLOCK, initial_adapter, initial_weight, whole
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
+from arriero.model.lora_config import LoraConfig
 from arriero.train.recipe import first_values
 
 SHAPE = LlamaConfig(22, 3, 6, 2, 34, 106, 64, head_dim=10, tied_embeddings=True)

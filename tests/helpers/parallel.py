@@ -33,10 +33,11 @@ from arriero.distributed.objective import Objective
 from arriero.distributed.parallelize import parallelize
 from arriero.losses.lm import token_logprobs
 from arriero.model.build import build_model
-from arriero.model.config import LlamaConfig, LoraConfig, Qwen3Config
+from arriero.model.config import LlamaConfig, Qwen3Config
 from arriero.model.initial import initial_adapter, initial_weight, whole
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
+from arriero.model.lora_config import LoraConfig
 from arriero.optim.build import decay_groups
 from arriero.train.objectives import next_token
 from helpers.objectives import mixed, mixed_row

@@ -19,8 +19,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from arriero.checkpoint import native
 from arriero.checkpoint.sharded import Checkpoints
+from arriero.distributed.peers import Peers, peers_of_this_run
 from arriero.errors import CheckpointError
-from arriero.peers import Peers, peers_of_this_run
 
 SHAPES = {"a.weight": (7, 11), "b.weight": (13, 5), "c.weight": (3, 2), "d.weight": (17,), "e.weight": (1, 19)}
 LAYOUTS = {  # mesh, and how each tensor lies on it

@@ -24,8 +24,7 @@ import zstandard
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from arriero import config as configs
-from arriero import presets
+from arriero import presets, settings
 from arriero.checkpoint import native
 from arriero.checkpoint.adapter import adapter_base, load_adapter, save_adapter
 from arriero.checkpoint.gguf import Kind, write_gguf
@@ -39,12 +38,13 @@ from arriero.curate.sources import read_documents
 from arriero.data.formats import parse_record
 from arriero.data.shards import Shards, find_sets, open_sources, verify_tokenizer
 from arriero.errors import DataError
+from arriero.io.records import read_records, source_files
 from arriero.model.build import build_model
-from arriero.model.config import LlamaConfig, LoraConfig, Qwen3Config
+from arriero.model.config import LlamaConfig, Qwen3Config
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
+from arriero.model.lora_config import LoraConfig
 from arriero.model.scaling import Llama3Scaling
-from arriero.records import read_records, source_files
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.tokenizer.base import SpecialTokens
 from arriero.tokenizer.chat import encode_chat, encode_training
@@ -495,8 +495,8 @@ def read_set(folder: Path) -> object:
 
 def write_settings(folder: Path) -> None:
     for name in ("sft-docstrings-demo", *list(presets.PRESETS)[:2]):
-        recipe, settings = presets.get(name)
-        (folder / f"{name}.toml").write_text(configs.to_toml(settings, recipe), encoding="utf-8")
+        recipe, values = presets.get(name)
+        (folder / f"{name}.toml").write_text(settings.to_toml(values, recipe), encoding="utf-8")
 
 
 def read_settings(folder: Path) -> object:
@@ -505,13 +505,13 @@ def read_settings(folder: Path) -> object:
 
 def write_other_settings(folder: Path) -> None:
     (folder / "sweep.toml").write_text(
-        configs.to_toml(SweepConfig(data="data", budgets=(1e15, 1e16))), encoding="utf-8"
+        settings.to_toml(SweepConfig(data="data", budgets=(1e15, 1e16))), encoding="utf-8"
     )
-    (folder / "curate.json").write_text(json.dumps(configs.to_dict(CurateConfig(sources=("a.txt",))), default=str))
+    (folder / "curate.json").write_text(json.dumps(settings.to_dict(CurateConfig(sources=("a.txt",))), default=str))
 
 
 def read_other_settings(folder: Path) -> object:
-    return configs.load(SweepConfig, folder / "sweep.toml"), configs.load(CurateConfig, folder / "curate.json")
+    return settings.load(SweepConfig, folder / "sweep.toml"), settings.load(CurateConfig, folder / "curate.json")
 
 
 def write_classifier(folder: Path) -> None:

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as Backend
 
 from arriero.tokenizer.base import SpecialTokens
 from arriero.tokenizer.hf import HfTokenizer
+from arriero.tokenizer.named_templates import builtin_template
 from arriero.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceTokenizer, write_model
-from arriero.tokenizer.template import builtin_template
 
 ATOMS = [
     *["I'LL", "don't", "'s", "'S", "'ſ", "ſ", "K", "İ", "Hello", " the", "naïve", "e\u0301", "ﬁ", "x" * 37],

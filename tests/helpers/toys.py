@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 
 from arriero.model.build import build_model
-from arriero.model.config import PUBLISHED, LlamaConfig, LoraConfig
+from arriero.model.catalogue import PUBLISHED
+from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama, RMSNorm
+from arriero.model.lora_config import LoraConfig
 
 SIZES = {
     "llama1-7b": {"dim": 44, "n_heads": 11, "n_kv_heads": 11},

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from arriero.checkpoint import native
 from arriero.data.batch import row_groups
-from arriero.data.loader import SftLoader
+from arriero.data.sft_loader import SftLoader
 from arriero.distributed.engine import Engine
 from arriero.distributed.objective import Objective
-from arriero.model.config import LlamaConfig, LoraConfig
+from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
+from arriero.model.lora_config import LoraConfig
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig
 from arriero.train.loop import Trainer
 from arriero.train.metrics import surviving_records

@@ -17,12 +17,12 @@ from types import SimpleNamespace
 import pytest
 
 from arriero.checkpoint.load import load_model
+from arriero.cli.chat import BLOCK, Chat, Screen, _joined, run_generate
 from arriero.errors import ConfigError, DataError
-from arriero.infer.chat import BLOCK, Chat, Screen, _joined, run_generate
 from arriero.infer.config import ChatConfig, GenerateConfig, SamplingConfig
 
 TALK = (
-    "from arriero.infer.chat import run_chat; from arriero.infer.config import ChatConfig, SamplingFlags; "
+    "from arriero.cli.chat import run_chat; from arriero.infer.config import ChatConfig, SamplingFlags; "
     "run_chat(ChatConfig(model={model!r}, sampling=SamplingFlags(temperature=0), max_new_tokens={n}))"
 )
 
@@ -211,9 +211,9 @@ def test_generate_refuses_an_empty_prompt(monkeypatch):
 def test_a_prompt_from_a_file_has_its_own_bytes(monkeypatch):
     seen = []
     tokenizer = SimpleNamespace(begin_ids=(), encode=lambda text: seen.append(text) or [])
-    monkeypatch.setattr("arriero.infer.chat.load_chosen", lambda config: (None, tokenizer))
-    monkeypatch.setattr("arriero.infer.chat.stream", lambda *_: [])
-    monkeypatch.setattr("arriero.infer.chat.sampling_for", lambda *_: None)
+    monkeypatch.setattr("arriero.cli.chat.load_chosen", lambda config: (None, tokenizer))
+    monkeypatch.setattr("arriero.cli.chat.stream", lambda *_: [])
+    monkeypatch.setattr("arriero.cli.chat.sampling_for", lambda *_: None)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfone\r\ntwo\rthree\n")))
     run_generate(GenerateConfig(model="x", raw=True))
     assert seen == ["one\r\ntwo\rthree\n"]

@@ -13,8 +13,8 @@ from arriero.infer import generate as module
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import Session, generate, new_cache, prefill, stream, torch_step
 from arriero.infer.sample import Sampler
-from arriero.model.config import LoraConfig
 from arriero.model.lora import LoraLinear, add_lora, merged_copy
+from arriero.model.lora_config import LoraConfig
 from arriero.tokenizer.chat import encode_chat
 
 GREEDY = SamplingConfig()

@@ -11,16 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.cpp import load_cpp
 from arriero.infer import kernels
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import Session, prefill, torch_step
 from arriero.infer.kernels import NativeStep, PackedWeights, native_step
 from arriero.infer.sample import Sampler
 from arriero.model.cache import KVCache
-from arriero.model.config import LlamaConfig, LoraConfig
+from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
+from arriero.model.lora_config import LoraConfig
+from arriero.system.cpp import load_cpp
 
 CAPACITY = 43
 

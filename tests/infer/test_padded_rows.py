@@ -16,14 +16,15 @@ from arriero.checkpoint.convert import convert
 from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load, load_model, load_tokenizer_at
 from arriero.checkpoint.merge import merge
+from arriero.cli.chat import Chat
 from arriero.errors import CheckpointError
 from arriero.eval.needle import Reader
-from arriero.infer.chat import Chat
 from arriero.infer.config import ChatConfig, SamplingConfig
 from arriero.infer.generate import generate, stream
 from arriero.infer.sample import Sampler
-from arriero.model.config import LlamaConfig, LoraConfig, Qwen3Config
+from arriero.model.config import LlamaConfig, Qwen3Config
 from arriero.model.lora import add_lora
+from arriero.model.lora_config import LoraConfig
 
 CHATML = "{% for m in messages %}{{'<|im_start|>'+m['role']+'\\n'+m['content']+'<|im_end|>\\n'}}{% endfor %}"
 CHATML += "{% if add_generation_prompt %}{{'<|im_start|>assistant\\n'}}{% endif %}"

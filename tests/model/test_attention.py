@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from arriero.cpp import load_cpp
 from arriero.model import attention
 from arriero.model.attention import naive_attention
 from arriero.model.layout import Documents
+from arriero.system.cpp import load_cpp
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86-64")
 

@@ -1,7 +1,8 @@
 import pytest
 
 from arriero.errors import CheckpointError, ConfigError
-from arriero.model.config import PUBLISHED, QWEN3, SHAPES, LlamaConfig
+from arriero.model.catalogue import PUBLISHED, QWEN3, SHAPES
+from arriero.model.config import LlamaConfig
 
 COUNTS = {  # computed by hand from the papers' tables
     "llama1-7b": 6_738_415_616,

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from arriero.model.build import build_model
-from arriero.model.config import LlamaConfig, LoraConfig
+from arriero.model.config import LlamaConfig
 from arriero.model.lora import add_lora, lora_state
+from arriero.model.lora_config import LoraConfig
 
 SHAPE = LlamaConfig(22, 2, 11, 11, 29, 101, 64, tied_embeddings=True)
 

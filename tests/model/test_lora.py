@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from arriero.errors import ConfigError
-from arriero.model.config import LINEARS, LlamaConfig, LoraConfig
+from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.model.lora import LoraLinear, add_lora, lora_state, merge_lora, merged_copy
+from arriero.model.lora_config import LINEARS, LoraConfig
 
 CONFIG = LlamaConfig(dim=44, n_layers=2, n_heads=11, n_kv_heads=11, ffn_dim=29, vocab_size=101, max_context=64)
 TOKENS = torch.arange(34).view(2, 17)

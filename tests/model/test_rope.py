@@ -1,6 +1,6 @@
 import torch
 
-from arriero.model.config import PUBLISHED
+from arriero.model.catalogue import PUBLISHED
 from arriero.model.rope import apply_rope, rope_frequencies, rope_tables
 
 

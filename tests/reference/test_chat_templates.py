@@ -17,8 +17,9 @@ from arriero.errors import DataError
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.tokenizer.base import SpecialTokens
 from arriero.tokenizer.chat import encode_chat
+from arriero.tokenizer.named_templates import named_template
 from arriero.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceTokenizer, write_model
-from arriero.tokenizer.template import ChatTemplate, named_template
+from arriero.tokenizer.template import ChatTemplate
 
 WEATHER = {
     "type": "function",

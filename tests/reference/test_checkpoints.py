@@ -17,8 +17,8 @@ from arriero.checkpoint.convert import convert
 from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load_model
 from arriero.checkpoint.merge import merge
-from arriero.model.config import LINEARS
 from arriero.model.lora import add_lora, lora_state
+from arriero.model.lora_config import LINEARS
 
 # PEFT 0.21 asks transformers 5.23 by the older name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

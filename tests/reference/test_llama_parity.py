@@ -8,7 +8,8 @@ import torch.nn.functional as F
 import transformers
 from helpers.toys import SIZES, toy_config, toy_model
 
-from arriero.model.config import PUBLISHED, LlamaConfig
+from arriero.model.catalogue import PUBLISHED
+from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 
 

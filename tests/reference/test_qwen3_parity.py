@@ -18,7 +18,8 @@ from arriero.checkpoint.load import load_model
 from arriero.checkpoint.merge import merge
 from arriero.checkpoint.weights import from_model
 from arriero.errors import CheckpointError
-from arriero.model.config import QWEN3, LlamaConfig, Qwen3Config
+from arriero.model.catalogue import QWEN3
+from arriero.model.config import LlamaConfig, Qwen3Config
 from arriero.model.qwen3 import Qwen3
 from arriero.model.scaling import Llama3Scaling
 

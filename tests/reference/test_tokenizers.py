@@ -16,7 +16,7 @@ import tiktoken
 from helpers.tokenizers import hard_strings, train_sentencepiece, well_formed
 from transformers import AutoTokenizer
 
-from arriero.gguf_header import read_metadata
+from arriero.io.gguf_header import read_metadata
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
 from arriero.tokenizer.hf import byte_level_text

@@ -12,8 +12,9 @@ from arriero.errors import CheckpointError, DataError
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.tokenizer.base import SpecialTokens
 from arriero.tokenizer.chat import encode_chat, encode_training
+from arriero.tokenizer.named_templates import named_template
 from arriero.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceTokenizer, write_model
-from arriero.tokenizer.template import ChatTemplate, named_template
+from arriero.tokenizer.template import ChatTemplate
 
 
 @pytest.fixture(scope="module")

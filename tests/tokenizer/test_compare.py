@@ -11,10 +11,10 @@ import pytest
 from helpers.tokenizers import hard_strings, python_source, small_sentencepiece, train_sentencepiece
 
 from arriero import cli
+from arriero.cli.tokenizer_tables import token_view
 from arriero.errors import DataError
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.tokenizer.compare import ALL, Measure, compare, fallback_ids, measure
-from arriero.tokenizer.show import token_view
 from arriero.tokenizer.train import learn_llama3
 
 

@@ -11,13 +11,14 @@ from helpers.tokenizers import small_byte_level
 from transformers import AutoTokenizer
 
 from arriero.errors import CheckpointError, DataError
-from arriero.gguf_header import read_metadata
+from arriero.io.gguf_header import read_metadata
 from arriero.tokenizer import load_tokenizer
 from arriero.tokenizer.base import SpecialTokens
 from arriero.tokenizer.chat import encode_chat, encode_training
 from arriero.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
 from arriero.tokenizer.hf import HfTokenizer
-from arriero.tokenizer.template import ChatTemplate, named_template
+from arriero.tokenizer.named_templates import named_template
+from arriero.tokenizer.template import ChatTemplate
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 TOOL = {"type": "function", "function": {"name": "f"}}

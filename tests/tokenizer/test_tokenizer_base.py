@@ -15,14 +15,15 @@ import pytest
 from helpers.tokenizers import small_sentencepiece
 
 from arriero.errors import CheckpointError, DataError
-from arriero.gguf_header import read_metadata
+from arriero.io.gguf_header import read_metadata
 from arriero.tokenizer import Tokenizer, load_tokenizer, protobuf
 from arriero.tokenizer.base import SpecialTokens, usable_threads
 from arriero.tokenizer.chat import encode_chat
 from arriero.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
 from arriero.tokenizer.llama3 import load_tiktoken_model, special_tokens
+from arriero.tokenizer.named_templates import named_template
 from arriero.tokenizer.sentencepiece import SentencePieceTokenizer
-from arriero.tokenizer.template import ChatTemplate, named_template
+from arriero.tokenizer.template import ChatTemplate
 
 TEXTS = ["", " ", "Hello", "  Hi\n\n", "naïve 😀👩‍👩‍👧 日本", "</s><s> <|eot_id|><|im_end|>", "a\x00b", "x" * 41, "\n"]
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from arriero.errors import ConfigError, DataError, UserError
-from arriero.gguf_header import read_metadata
+from arriero.io.gguf_header import read_metadata
 from arriero.tokenizer import load_tokenizer
 from arriero.tokenizer.chat import encode_chat
 from arriero.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
@@ -100,7 +100,7 @@ def test_a_model_with_a_trained_tokenizer_is_read_out_of_gguf_by_transformers(ll
 
     from arriero.checkpoint.convert import convert
     from arriero.checkpoint.hf import save_hf
-    from arriero.model.config import PUBLISHED
+    from arriero.model.catalogue import PUBLISHED
     from arriero.model.llama import Llama
 
     ours = load_tokenizer(llama3[0])

@@ -19,10 +19,11 @@ from arriero.checkpoint.load import load
 from arriero.checkpoint.merge import merge
 from arriero.cli import main as cli
 from arriero.errors import CheckpointError, ConfigError, DataError, UserError
-from arriero.gguf_header import read_metadata
 from arriero.infer.config import GenerateConfig
-from arriero.model.config import LlamaConfig, LoraConfig
+from arriero.io.gguf_header import read_metadata
+from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
+from arriero.model.lora_config import LoraConfig
 from arriero.tokenizer.template import ChatTemplate
 from arriero.train.config import DataConfig, LoopConfig, SftConfig
 from arriero.train.sft import main
@@ -172,7 +173,7 @@ def test_an_end_that_is_not_special_stops_and_is_not_printed(model, capsys):
 
 
 def test_raw_text_begins_as_the_tokenizer_begins(model, monkeypatch, capsys):
-    import arriero.infer.chat as chat
+    import arriero.cli.chat as chat
 
     seen: list[list[int]] = []
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from arriero.config import to_toml
 from arriero.distributed.mesh import Mesh
 from arriero.errors import ConfigError, DataError
-from arriero.files import LOCK
+from arriero.io.files import LOCK
+from arriero.settings import to_toml
 from arriero.train.claim import claimed, refuse_changed
 from arriero.train.config import DataConfig, SftConfig
 

@@ -10,9 +10,10 @@ import transformers
 from arriero.checkpoint.convert import convert
 from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load
-from arriero.gguf_header import read_metadata
+from arriero.io.gguf_header import read_metadata
 from arriero.model.build import build_model
-from arriero.model.config import LADDER, LlamaConfig, Qwen3Config
+from arriero.model.catalogue import LADDER
+from arriero.model.config import LlamaConfig, Qwen3Config
 from arriero.tokenizer import load_tokenizer
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig, TrainingStage
 from arriero.train.pretrain import build, main

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from arriero import config as configs
+from arriero import settings
 from arriero.distributed.config import ParallelConfig
 from arriero.errors import ConfigError, UserError
-from arriero.model.config import LADDER, PUBLISHED, LoraConfig
+from arriero.model.catalogue import LADDER, PUBLISHED
+from arriero.model.lora_config import LoraConfig
+from arriero.plan.run import plan
 from arriero.train.config import DataConfig, LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig, SftConfig
-from arriero.train.plan import plan
 
 
 def test_full_fine_tuning_of_8b_needs_sixteen_bytes_a_parameter():
@@ -77,9 +78,9 @@ def test_the_probe_foretells_the_runs_peak_memory_and_says_its_warnings(toy_mode
     assert found.steps == 4 and found.tokens == 4 * 2 * 128
     assert f"columns 'id' of {rows} are not used" in caplog.messages
     file = tmp_path / "config.toml"
-    file.write_text(configs.to_toml(config, "sft"))
+    file.write_text(settings.to_toml(config, "sft"))
     run = (
-        "import sys; from arriero import config as c; from arriero.train.config import SftConfig;"
+        "import sys; from arriero import settings as c; from arriero.train.config import SftConfig;"
         "from arriero.train.sft import main; main(c.load_recipe({'sft': SftConfig}, sys.argv[1])[1]);"
         "from arriero.train.metrics import memory_bytes; print(memory_bytes())"
     )

@@ -23,7 +23,7 @@ from arriero.curate.document import Document
 from arriero.data.sharding import shard_documents
 from arriero.data.shards import open_sources
 from arriero.errors import ConfigError, DataError
-from arriero.model import config as shapes
+from arriero.model import catalogue as shapes
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.tokenizer import load_tokenizer

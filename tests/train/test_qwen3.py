@@ -12,7 +12,7 @@ from arriero.checkpoint.load import load
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import generate, new_cache
 from arriero.infer.kernels import native_step
-from arriero.model import config as shapes
+from arriero.model import catalogue as shapes
 from arriero.model.config import Qwen3Config
 from arriero.model.qwen3 import Qwen3
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig

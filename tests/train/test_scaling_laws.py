@@ -14,18 +14,9 @@ from rich.console import Console
 from arriero import cli
 from arriero.errors import ConfigError, DataError
 from arriero.train.scaling.budget import PEAKS, THIS, make_plan, peak_of
-from arriero.train.scaling.fit import (
-    Runs,
-    _objective,
-    at_bounds,
-    budgets_of,
-    fit,
-    fit_loss,
-    fit_power,
-    interval,
-    read_runs,
-)
+from arriero.train.scaling.fit import Runs, _objective, at_bounds, budgets_of, fit, fit_loss, fit_power, interval
 from arriero.train.scaling.laws import PUBLISHED_LAWS, LossLaw, PowerLaw, suggested_batch, suggested_lr
+from arriero.train.scaling.run_fit import read_runs
 
 LAW = LossLaw(floor=1.83, a=479.0, alpha=0.353, b=2081.0, beta=0.367)
 BUDGETS = (1e18, 1e19, 1e20, 1e21)

@@ -14,17 +14,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from arriero import cli, presets
-from arriero import config as configs
+from arriero import cli, presets, settings
 from arriero.errors import ConfigError, DataError, TrainingError
-from arriero.model.config import LADDER
+from arriero.model.catalogue import LADDER
 from arriero.train import pretrain
 from arriero.train.config import PretrainConfig
 from arriero.train.loop import Outcome
 from arriero.train.metrics import surviving_records
 from arriero.train.scaling.config import SweepConfig
-from arriero.train.scaling.fit import fit, read_runs
-from arriero.train.scaling.sweep import family, planned_runs, settings, sweep
+from arriero.train.scaling.fit import fit
+from arriero.train.scaling.run_fit import read_runs
+from arriero.train.scaling.sweep import family, planned_runs, pretrain_config, sweep
 
 QUIET = Console(quiet=True)
 
@@ -69,7 +69,7 @@ def test_a_budget_is_spent_by_every_model_and_rate_and_batch_follow_it() -> None
     assert [run.flops for run in runs] == sorted(run.flops for run in runs)
     for run in runs:
         assert 6 * run.shape.n_params * run.tokens == pytest.approx(run.flops)
-        told = settings(run, config)
+        told = pretrain_config(run, config)
         assert told.loop.steps * told.loop.batch_rows * 512 == pytest.approx(run.tokens, rel=0.01)
         assert told.loop.batch_rows % told.loop.micro_rows == 0
         assert told.loop.micro_rows * 512 <= config.micro_tokens
@@ -103,7 +103,7 @@ def test_every_run_is_recorded_with_the_loss_that_its_own_report_shows(swept: Sw
 
 def test_a_run_is_what_pretrain_makes_of_the_same_settings(swept: SweepConfig, tmp_path: Path) -> None:
     record = surviving_records(Path(swept.out) / "runs.jsonl")[0]
-    _, told = configs.load_recipe(presets.RECIPES, Path(swept.out) / "runs" / record["name"] / "config.toml")
+    _, told = settings.load_recipe(presets.RECIPES, Path(swept.out) / "runs" / record["name"] / "config.toml")
     again = dataclasses.replace(swept, out=str(tmp_path))
     from arriero.checkpoint.hf import save_hf
     from arriero.model.llama import Llama

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from arriero.checkpoint.load import load
 from arriero.errors import ConfigError, DataError, UserError
-from arriero.model.config import LoraConfig
+from arriero.model.lora_config import LoraConfig
+from arriero.settings import load_recipe
 from arriero.train.config import DataConfig, LoopConfig, OptimConfig, SftConfig
 from arriero.train.metrics import surviving_records
 from arriero.train.recipe import compiles
@@ -162,12 +163,10 @@ def test_resuming_where_nothing_ran_is_refused(toy_model, rows, tmp_path):
 
 
 def test_config_toml_runs_the_same_again(toy_model, rows, tmp_path):
-    from arriero import config as configs
-
     config = settings(toy_model, rows, tmp_path / "run", samples=0)
     main(config)
     file = tmp_path / "run" / "config.toml"
-    assert configs.load_recipe({"sft": SftConfig}, file) == ("sft", config)
+    assert load_recipe({"sft": SftConfig}, file) == ("sft", config)
     assert tomllib.loads(file.read_text())["recipe"] == "sft"
 
 

@@ -23,9 +23,9 @@ from arriero.curate.sources import list_files, read_file
 from arriero.curate.spans import HAS_LETTER
 from arriero.curate.warc import PassedOver
 from arriero.errors import ConfigError, DataError
-from arriero.files import split_lines
-from arriero.paths import PathText
-from arriero.records import parse_row, read_records
+from arriero.io.files import split_lines
+from arriero.io.paths import PathText
+from arriero.io.records import parse_row, read_records
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from arriero.curate import classifier
 from arriero.curate.batch import Batch, Result, with_meta
 from arriero.errors import ConfigError
-from arriero.paths import PathText
+from arriero.io.paths import PathText
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from typing import Any
 from rich.table import Table
 
 from arriero.errors import ConfigError, DataError, did_you_mean
-from arriero.files import json_text
-from arriero.model.config import SHAPES
-from arriero.paths import as_path, hint, lies_here
-from arriero.reading import read_json
+from arriero.io.files import json_text
+from arriero.io.paths import as_path, hint, lies_here
+from arriero.io.reading import read_json
+from arriero.model.catalogue import SHAPES
 from arriero.train.scaling.laws import (
     PUBLISHED_LAWS,
     Law,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from arriero.config import settle
 from arriero.errors import ConfigError
-from arriero.paths import PathText
+from arriero.io.paths import PathText
+from arriero.settings import settle
 from arriero.train.scaling.laws import NEAR
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from arriero.page import LIGHT, Theme, dress, png
+from arriero.show.page import LIGHT, Theme, dress, png
 from arriero.train.scaling.fit import LEVEL, Fit, Minimum, interval
 
 

@@ -26,15 +26,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from arriero import config as configs
+from arriero import settings
 from arriero.checkpoint.hf import save_hf
 from arriero.data.shards import fingerprints, open_splits
 from arriero.errors import ConfigError, TrainingError
-from arriero.files import locked, write_json, write_jsonl, write_text
+from arriero.io.files import locked, write_json, write_jsonl, write_text
+from arriero.io.reading import read_json
 from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig
-from arriero.reading import read_json
-from arriero.terminal import notes
+from arriero.show.terminal import notes
 from arriero.tokenizer import Tokenizer, load_tokenizer
 from arriero.train import pretrain
 from arriero.train.claim import refuse_changed
@@ -152,7 +152,7 @@ def _shapes(flops: float, config: SweepConfig, vocab_size: int) -> list[LlamaCon
     return sorted(chosen, key=lambda shape: shape.n_params)
 
 
-def settings(run: PlannedRun, config: SweepConfig) -> PretrainConfig:
+def pretrain_config(run: PlannedRun, config: SweepConfig) -> PretrainConfig:
     """The run as `arriero pretrain` is told it: one validation, at the end, and no samples."""
     directory = Path(config.out) / "runs" / run.name
     steps = max(1, round(run.tokens / (run.batch_rows * config.seq_len)))
@@ -180,7 +180,7 @@ def settings(run: PlannedRun, config: SweepConfig) -> PretrainConfig:
 
 def _train(run: PlannedRun, config: SweepConfig, tokenizer: Tokenizer) -> Outcome:
     """One run to its end, and its line in runs.jsonl; what only a resume needs is removed then."""
-    told = settings(run, config)
+    told = pretrain_config(run, config)
     directory = Path(told.out)
     if not (directory / "init").exists():
         model = build_model(run.shape).init_weights(seed=run.seed, depth_scaled=True)
@@ -219,7 +219,7 @@ def _claim(config: SweepConfig, prints: dict[str, str]) -> None:
     out = Path(config.out)
     record, data = out / "sweep.toml", out / "data.json"
     if record.exists():
-        earlier, now = configs.to_dict(configs.load(SweepConfig, record)), configs.to_dict(config)
+        earlier, now = settings.to_dict(settings.load(SweepConfig, record)), settings.to_dict(config)
         differing = [name for name in now if name not in ADDED and now[name] != earlier[name]]
         if differing:
             raise ConfigError(
@@ -228,7 +228,7 @@ def _claim(config: SweepConfig, prints: dict[str, str]) -> None:
             )
         refuse_changed(read_json(data), prints, f"the sweep in {out}")
     write_json(data, prints)
-    write_text(record, configs.to_toml(config))
+    write_text(record, settings.to_toml(config))
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

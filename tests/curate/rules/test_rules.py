@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.config import field_docs
 from arriero.curate import analysis, ngrams, rules
 from arriero.curate.analysis import analyse
 from arriero.curate.rules import (
@@ -28,6 +27,7 @@ from arriero.curate.rules import (
     TokenOutlier,
 )
 from arriero.errors import ConfigError
+from arriero.settings import field_docs
 
 PROSE = (
     "The harbour was quiet that morning and the boats lay close to the wall. "

@@ -1,0 +1,235 @@
+"""Rows of Parquet and Arrow files (streams, files and so Feather), of the columns that somebody asks for.
+
+A value that Python cannot hold, such as bytes that are no UTF-8 in a text, or a date beyond the year 9999, costs its
+row, which is named with the column; a time of nanoseconds is a text. Parquet is read by row groups, in batches of at
+most 64 rows and some 16 MB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from arriero.errors import DataError, require
+from arriero.io.reading import reading
+
+ROWS, BYTES = 64, 16_000_000  # of a batch
+MOST, RATIO = 32_000_000, 100  # of a row group's column: unpacked bytes, or for each packed one
+
+PARQUET, ARROW = "Parquet", "an Arrow stream or file"
+Wanted = Callable[[str, bool], bool]
+"""Whether a column is asked for, given its name and whether it holds bytes."""
+
+
+class TableRow(NamedTuple):
+    """A row, or why there is none, and the columns that were not read."""
+
+    number: int
+    row: dict[str, Any]
+    done: float
+    error: DataError | None
+    unread: tuple[str, ...]
+
+
+def read_parquet(path: Path, after: int, wanted: Wanted) -> Iterator[TableRow]:
+    """The rows behind the first `after`, which are left out unread as far as they are whole row groups."""
+    require("pyarrow", "data")
+    import pyarrow.parquet
+
+    with ExitStack() as stack:
+        with _library(path, PARQUET):
+            file = stack.enter_context(pyarrow.parquet.ParquetFile(path))
+            schema = file.schema_arrow
+        names, unread = _columns(schema, path, wanted)
+        n_rows, passed = file.metadata.num_rows, 0
+        for number in range(file.num_row_groups):
+            group = file.metadata.row_group(number)
+            if passed + group.num_rows > after:
+                size = _unpacked_size(group, names, path, passed)
+                rows = max(1, min(ROWS, BYTES * group.num_rows // max(1, size)))
+                batches = file.iter_batches(batch_size=rows, row_groups=[number], columns=names)
+                yield from _rows(path, _guarded(batches, path, PARQUET), unread, passed, after, n_rows)
+            passed += group.num_rows
+
+
+def read_arrow(path: Path, after: int, wanted: Wanted) -> Iterator[TableRow]:
+    """The rows behind the first `after`, whose batches are not turned into rows."""
+    pa = require("pyarrow", "data")
+    import pyarrow.ipc
+
+    with open(path, "rb") as head:
+        magic = head.read(6)
+    if magic.startswith(b"FEA1"):
+        raise DataError(f"{path}: Feather of version 1, which is not read; write it as version 2 or as Parquet")
+    is_file = magic == b"ARROW1"
+    opened = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+    with ExitStack() as stack:
+        with _library(path, ARROW):
+            source = stack.enter_context(pa.memory_map(str(path)))
+            schema = stack.enter_context(opened(source)).schema
+        names, unread = _columns(schema, path, wanted)
+        with _library(path, ARROW):
+            source.seek(0)
+            options = pyarrow.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name) for name in names])
+            reader = stack.enter_context(opened(source, options=options))
+            every = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
+        yield from _rows(path, _sound(_guarded(every, path, ARROW), path), unread, 0, after, 0)
+
+
+def _library(path: Path, kind: str) -> AbstractContextManager[None]:
+    """Around calls of pyarrow: what it raises is the file's fault."""
+    return reading(path, f"not readable as {kind}", "fetch the file again", DataError)
+
+
+def _guarded(batches: Any, path: Path, kind: str) -> Iterator[Any]:
+    iterator = iter(batches)
+    while True:
+        with _library(path, kind):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _sound(batches: Iterator[Any], path: Path) -> Iterator[Any]:
+    """Batches whose buffers hold what they say; pyarrow, which reads them as they lie, would go beyond the others'."""
+    most = max(MOST, RATIO * path.stat().st_size)  # rows of nulls take no bytes
+    for batch in batches:
+        with _library(path, ARROW):
+            batch.validate()
+            for column in batch.columns:
+                column.view(_of_bytes(column.type)).validate(full=True)
+        if batch.num_rows > most:
+            raise DataError(f"{path}: a batch of {batch.num_rows:,} rows in so small a file; look at the file")
+        yield batch
+
+
+def _of_bytes(type_: Any) -> Any:
+    """An Arrow type with bytes for texts: those that are not UTF-8 cost their row, not the file."""
+    import pyarrow as pa
+
+    plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    types = pa.types
+    if types.is_struct(type_):
+        return pa.struct([field.with_type(_of_bytes(field.type)) for field in type_])
+    for is_kind, make in ((types.is_list, pa.list_), (types.is_large_list, pa.large_list)):
+        if is_kind(type_):
+            return make(type_.value_field.with_type(_of_bytes(type_.value_type)))
+    return plain.get(type_, type_)
+
+
+def _columns(schema: Any, path: Path, wanted: Wanted) -> tuple[list[str], tuple[str, ...]]:
+    with _library(path, "a table"):
+        types = [(field.name, field.type) for field in schema]
+    every = [name for name, _ in types]
+    refuse_twice(every, path)
+    names = [name for name, type_ in types if wanted(name, _holds_bytes(type_))]
+    return names, tuple(name for name in every if name not in names)
+
+
+def _holds_bytes(type_: Any) -> bool:
+    """Whether values of an Arrow type are bytes, or hold some."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(type_):
+        return _holds_bytes(type_.value_type)
+    if types.is_nested(type_):
+        return any(_holds_bytes(type_.field(i).type) for i in range(type_.num_fields))
+    return any(
+        is_kind(type_)
+        for is_kind in (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    )
+
+
+def _unpacked_size(group: Any, names: Sequence[str], path: Path, passed: int) -> int:
+    """Bytes of a row group's columns as its file states them; refuses one that unpacks to very many times its size."""
+    total, asked = 0, set(names)
+    for i in range(group.num_columns):
+        with _library(path, PARQUET):
+            column = group.column(i)
+            name, size, packed = column.path_in_schema, column.total_uncompressed_size, column.total_compressed_size
+        if name in asked or name.partition(".")[0] in asked:
+            if size > max(MOST, RATIO * packed):
+                raise DataError(
+                    f"{path}: the column {name!r} unpacks from {packed:,} to {size:,} bytes behind "
+                    f"row {passed}, as no text does; look at the file"
+                )
+            total += size
+    return total
+
+
+def _rows(
+    path: Path, batches: Any, unread: tuple[str, ...], number: int, after: int, n_rows: int
+) -> Iterator[TableRow]:
+    for batch in batches:
+        end = number + batch.num_rows
+        start = max(0, after - number)
+        step = max(1, min(ROWS, BYTES * batch.num_rows // max(1, batch.nbytes)))
+        for first in range(start, batch.num_rows, step):
+            piece = batch.slice(first, step)
+            for i, (row, error) in enumerate(_values(piece, path, number + first), start=number + first + 1):
+                yield TableRow(i, row, i / n_rows if n_rows else 0.0, error, unread)
+        number = end
+
+
+def _values(batch: Any, path: Path, passed: int) -> Iterator[tuple[dict[str, Any], DataError | None]]:
+    """The rows of a batch; where Python cannot hold one of its values, value by value."""
+    if not batch.num_columns:
+        yield from (({}, None) for _ in range(batch.num_rows))
+        return
+    try:
+        rows = batch.to_pylist()
+    except Exception:  # of many kinds: UnicodeError, ValueError, OverflowError, KeyError for a time zone, Arrow's own
+        rows = [None] * batch.num_rows
+    for i, row in enumerate(rows):
+        error = None
+        if row is None:
+            row, error = _row(batch, i, f"row {passed + i + 1} of {path}")
+        # A field of a struct is there for every row of the table; None means that this row has none.
+        yield {key: _without_none(value) for key, value in row.items()}, error
+
+
+def _row(batch: Any, i: int, where: str) -> tuple[dict[str, Any], DataError | None]:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = _value(column[i])
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            return {}, DataError(
+                f"{where}: the column {name!r} holds a value that cannot be read ({reason}); mend it or drop the row"
+            )
+    return row, None
+
+
+def _value(scalar: Any) -> Any:
+    """A value of Python's; a time of nanoseconds, which Python has not, as text."""
+    import pyarrow as pa
+
+    try:
+        return scalar.as_py()
+    except ValueError:
+        kind = scalar.type
+        if not (pa.types.is_timestamp(kind) or pa.types.is_time(kind)) or getattr(kind, "unit", "") != "ns":
+            raise
+        return scalar.cast(pa.string()).as_py()
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
+
+
+def refuse_twice(names: Sequence[str], path: Path) -> None:
+    """Raise DataError where two columns of a table have one name, of which a row could keep only the last."""
+    if len(set(names)) != len(names):
+        raise DataError(f"{path}: two of its columns are called {twice(names)!r}; rename or remove one")
+
+
+def twice(names: Iterable[str]) -> str:
+    """The first name that comes a second time."""
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]

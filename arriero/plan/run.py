@@ -1,0 +1,261 @@
+"""What a run will cost, before it is started: parameters, memory by part, tokens, time by part.
+
+Two ways. By arithmetic, for any known shape, with no weights at hand: exact for weights, adapter, gradients and
+optimizer, estimated for activations. By a rehearsal, for a model and data that are here: the run is built as it would
+be, and everything that it will do is done once, in its order, in a process of its own: answers, validation, a few
+micro-batches, an optimizer step, a checkpoint. Peak memory is what that took; time is each part's times how often it
+will come.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from arriero import settings
+from arriero.distributed.config import ParallelConfig
+from arriero.errors import ConfigError, DataError, UserError
+from arriero.io.files import json_text, split_lines
+from arriero.io.paths import hint
+from arriero.model.catalogue import LADDER, SHAPES, named_shape
+from arriero.model.config import LlamaConfig
+from arriero.model.lora_config import LINEARS
+from arriero.plan.cost import MOMENTS, Cost, cost, gradients_at_once, kept, moment_bytes
+from arriero.show.terminal import log, notes, warn_once
+from arriero.train.config import RECIPES, PretrainConfig, SftConfig
+
+BYTES = {"bf16": 2, "fp32": 4}
+PROBED = 3  # micro-batches timed, after one that compiles
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a run. Memory in bytes, time in seconds; None where only a probe could tell."""
+
+    parameters: int
+    trained: int
+    memory: dict[str, int]  # by part, from arithmetic
+    tokens: int | None = None  # through the model over the whole run
+    steps: int | None = None
+    peak: int | None = None  # measured: the process's resident memory, or the GPU's
+    seconds: dict[str, float] = field(default_factory=dict)  # by part, measured
+
+    def table(self) -> Table:
+        """The plan as people read it."""
+        table = Table(title="plan", show_header=False)
+        table.add_row("parameters", f"{self.parameters:,}")
+        table.add_row("trained", f"{self.trained:,} ({self.trained / self.parameters:.2%})")
+        for part, size in self.memory.items():
+            table.add_row(f"memory: {part}", _gb(size))
+        table.add_row("memory: sum of parts", _gb(sum(self.memory.values())))
+        if self.peak is not None:
+            table.add_row("memory: peak, probed", _gb(self.peak))
+        if self.tokens is not None:
+            table.add_row("tokens", f"{self.tokens:,} in {self.steps:,} steps")
+        for part, seconds in self.seconds.items():
+            if seconds >= 0.5:
+                table.add_row(f"time: {part}", _duration(seconds))
+        if self.seconds:
+            table.add_row("time: whole run", _duration(sum(self.seconds.values())))
+        return table
+
+
+def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> Plan | Cost:
+    """Plan a run: by a rehearsal where the model and data are here, else by arithmetic from the known shape.
+
+    Where degrees of parallelism are given, the arithmetic is that of each process. Raises what the run itself would
+    raise for settings or data it refuses.
+    """
+    data = config.data.train
+    shape = named_shape(config.model)
+    if isinstance(config, SftConfig) and config.model in LADDER and shape is not None:
+        raise ConfigError(
+            f"{config.model} has no weights to fine-tune; to plan its pretraining: "
+            f"arriero plan pretrain-{config.model}" + (f" --data {data}" if data else "")
+        )
+    if isinstance(config, PretrainConfig) and data and not Path(data).exists():
+        raise DataError(
+            f"{data}: no such directory of token shards, which `arriero shard` makes; with --data '' a known shape is "
+            f"planned by arithmetic{hint(data)}"
+        )
+    if shape is not None and not data:
+        return by_arithmetic(shape, config) if config.parallel == ParallelConfig() else split(shape, config)
+    if not data:
+        raise ConfigError(
+            f"the plan of {config.model!r} needs data to probe with: add --data PATH; without data, plan one of the "
+            f"known shapes by arithmetic: {', '.join(SHAPES)}"
+        )
+    if config.parallel.cpu_offload:
+        raise ConfigError("a rehearsal offloads nothing; plan cpu_offload by arithmetic: leave --data out")
+    recipe = next(name for name, cls in RECIPES.items() if type(config) is cls)
+    console = console or notes()
+    with console.status("rehearsing: everything that the run will do, once"), tempfile.TemporaryDirectory() as work:
+        file = Path(work) / "config.toml"
+        file.write_text(settings.to_toml(dataclasses.replace(config, out=str(Path(work) / "run")), recipe), "utf-8")
+        # A process of its own: its peak is the run's, not that of whatever called this.
+        done = subprocess.run([sys.executable, "-m", __name__, str(file)], capture_output=True, text=True)
+    if done.returncode == 2:
+        raise UserError(split_lines(done.stderr.strip())[-1])
+    if done.returncode:
+        raise RuntimeError(f"the rehearsal failed:\n{done.stderr}")
+    measured = json.loads(split_lines(done.stdout)[-1])
+    for warning in measured.pop("warnings"):
+        warn_once(warning)
+    shape = LlamaConfig.from_hf(measured.pop("shape"))
+    return dataclasses.replace(by_arithmetic(shape, config), **measured)
+
+
+def by_arithmetic(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Plan:
+    """Memory by part. Gradients are fp32, of all that is trained at once, or of a block with `in_backward`.
+
+    Activations are the values that `arithmetic.kept` counts a token.
+    """
+    config.optim.check_batch(config.loop.batch_rows, config.loop.micro_rows, 1)
+    wide = BYTES[config.loop.precision]
+    trained, stored, at_once = shape.n_params, 4, gradients_at_once(shape)
+    outside = shape.dim + shape.vocab_size * shape.dim * (1 if shape.tied_embeddings else 2)
+    lora = isinstance(config, SftConfig) and config.method == "lora"
+    if lora:
+        trained, stored, outside = _adapter_size(shape, config), wide, 0
+        at_once = trained // shape.n_layers
+    optimizer = config.optim.optimizer
+    tokens = config.loop.micro_rows * config.data.seq_len
+    memory = {
+        "weights": shape.n_params * stored,
+        "trained weights, fp32": trained * 4 if lora else 0,
+        "gradients, fp32": 4 * (at_once if config.optim.in_backward else trained),
+        MOMENTS[optimizer]: moment_bytes(optimizer, trained - outside, outside),
+        "activations (estimate)": tokens
+        * kept(shape, ParallelConfig(), shape.n_layers, 1, config.loop.recompute)
+        * wide,
+        "a chunk of logits, fp32": 2 * 256 * shape.vocab_size * 4,
+    }
+    return Plan(shape.n_params, trained, {part: size for part, size in memory.items() if size})
+
+
+def split(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Cost:
+    """What each process holds and sends when all weights are trained, split by `config.parallel`."""
+    if isinstance(config, SftConfig) and config.method == "lora":
+        raise ConfigError("the plan of a split counts the training of all weights; add --method full")
+    p, loop = config.parallel, config.loop
+    fitted = p if p.dp_shard > 0 else p.fitted(p.dp_replicate * p.tp * p.cp * p.pp)
+    config.optim.check_batch(loop.batch_rows, loop.micro_rows, fitted.dp)
+    return cost(
+        shape,
+        fitted,
+        seq_len=config.data.seq_len,
+        batch_rows=loop.batch_rows,
+        micro_rows=loop.micro_rows,
+        recompute=loop.recompute,
+        optimizer=config.optim.optimizer,
+        in_backward=config.optim.in_backward,
+    )
+
+
+def _adapter_size(shape: LlamaConfig, config: Any) -> int:
+    q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    widths = {
+        "q_proj": (shape.dim, q),
+        "k_proj": (shape.dim, kv),
+        "v_proj": (shape.dim, kv),
+        "o_proj": (q, shape.dim),
+        "gate_proj": (shape.dim, shape.ffn_dim),
+        "up_proj": (shape.dim, shape.ffn_dim),
+        "down_proj": (shape.ffn_dim, shape.dim),
+    }
+    adapted = [name for name in LINEARS if config.lora.matches(name)]
+    return shape.n_layers * config.lora.rank * sum(sum(widths[name]) for name in adapted)
+
+
+def rehearse(recipe: str, config: Any) -> dict[str, Any]:
+    """Build the run and do each of its parts once, in its order; what the whole will take."""
+    from arriero.train.metrics import memory_bytes
+
+    build = importlib.import_module(f"arriero.train.{recipe}").build
+    run, loading = _timed(lambda: build(config, Console(quiet=True)))
+    trainer, loop = run.trainer, config.loop
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    seconds = {
+        "loading and tokenising": loading,
+        "answers before and after": 2 * _timed(lambda: run.sample("before"))[1],
+    }
+    tenth = math.ceil(trainer.total_steps / 10)
+    if trainer.validate is not None:
+        validations = 1 + math.ceil(trainer.total_steps / (trainer.loop.validate_every or tenth))
+        seconds["validation"] = validations * _timed(trainer.measure)[1]
+    batches = [trainer.batches(step)[0] for step in range(PROBED + 1)]
+    times = [_timed(lambda batch=batch: _micro_batch(trainer, batch))[1] for batch in batches]  # type: ignore[misc]
+    steady = median(times[1:]) / (loop.micro_rows * config.data.seq_len)  # seconds a token
+    optimizer = min(_timed(trainer.optimizer.step)[1] for _ in range(2))
+    trainer.optimizer.zero_grad()
+    seconds["steps"] = steady * run.total_tokens + optimizer * trainer.total_steps
+    seconds["compiling"] = max(0.0, times[0] - median(times[1:]))
+    saves = math.ceil(trainer.total_steps / (loop.save_every or tenth))
+    seconds["checkpoints"] = (saves + 1) * _timed(trainer.save)[1]  # and the result, which is no larger
+    run.sample("after")
+    return {
+        "shape": trainer.engine.stages[0].model.config.to_hf(),
+        "steps": trainer.total_steps,
+        "tokens": run.total_tokens,
+        "peak": memory_bytes(),
+        "seconds": seconds,
+    }
+
+
+def _micro_batch(trainer: Any, batch: Any) -> None:
+    trainer.engine.forward_backward([batch], trainer.objective)
+
+
+def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
+    """What `action` returns, and the seconds it took."""
+    start = time.perf_counter()
+    result = action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+def _duration(seconds: float) -> str:
+    from arriero.train.metrics import duration
+
+    return duration(seconds)
+
+
+class _Warnings(logging.Handler):
+    """Keeps what the rehearsal warns of, for the process that asked for the plan to say."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+if __name__ == "__main__":
+    log.addHandler(warned := _Warnings())
+    try:
+        print(json_text(rehearse(*settings.load_recipe(RECIPES, sys.argv[1])) | {"warnings": warned.said}))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
