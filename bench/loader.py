@@ -28,7 +28,7 @@ from arriero.data.batch import Batch
 from arriero.data.prefetch import Prefetched
 from arriero.data.pretrain_loader import DataStage, PretrainLoader
 from arriero.data.shard_writer import MarkedDocuments, ShardWriter
-from arriero.data.shards import Shards, open_shards
+from arriero.data.shards import Shards
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.tokenizer import load_tokenizer
@@ -52,7 +52,7 @@ def write(out: Path, n: int) -> Shards:
     for path in (out / "train").iterdir():
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return open_shards(out / "train")
+    return Shards(out / "train")
 
 
 def loader_alone(shards: Shards) -> dict[str, float]:

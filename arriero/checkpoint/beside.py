@@ -91,10 +91,6 @@ class Beside:
         more = sorted({i for i in learnt if i is not None} - set(stops))
         return replace(self, generation={**self.generation, "eos_token_id": [*stops, *more] if more else own})
 
-    def without_ids(self) -> Beside:
-        """The same for another tokenizer, whose own ids are then written."""
-        return replace(self, generation={name: v for name, v in self.generation.items() if name not in IDS})
-
     def write(self, directory: Path, tokenizer: Any, shape: Mapping[str, Any] | None = None) -> None:
         """Write generation_config.json and the files that go along and, where its `shape` is given, config.json."""
         for file in self.files:

@@ -6,10 +6,10 @@
         state.json                          counters and whatever else is not a tensor
         manifest.json                       bytes and SHA-256 of the files above
 
-`weights` lies as Hugging Face has it (with config.json and a tokenizer, where a whole model is trained, transformers
-opens that folder). Other groups may hold tensors in pieces: each file's header says where its pieces begin, in the
-words of torch.distributed.checkpoint's safetensors storage, through which any number of processes reads them back. One
-process writes here, many in sharded.py, by the same steps: `begin`, `write`, `finish`.
+`weights` lies in Hugging Face's layout (with config.json and a tokenizer, where a whole model is trained, transformers
+opens that folder). Other groups may hold local shards of tensors: each file's header has their offsets, in the metadata
+format of torch.distributed.checkpoint's safetensors storage, through which any number of processes reads them back.
+A checkpoint is written in three steps, `begin`, `write` and `finish`, which sharded.py calls.
 
 A checkpoint is written under a temporary name (it begins with a dot), each file fsynced, then renamed: a crash or
 a full disk leaves the earlier ones as they were. Reading hashes every file before any of it is used, so a flipped
@@ -105,32 +105,6 @@ class Saved:
         return files
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    groups: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    keep_last: int = 2,
-    keep: Collection[int] = (),
-) -> Path:
-    """Write the checkpoint of `step`, then remove all but the newest `keep_last` and the steps in `keep`.
-
-    `state` is anything that JSON holds. Raises `CheckpointError` when the disk is full: nothing is lost then.
-    """
-    temporary = begin(run_dir, step)
-    try:
-        written: dict[str, Any] = {}
-        for group, tensors in groups.items():
-            written |= write(temporary, group, tensors)
-        return finish(run_dir, step, written, state, keep_last, keep)
-    except OSError as error:
-        abandon(run_dir, step)
-        if error.errno in FULL:
-            needed = sum(n_bytes(tensors) for tensors in groups.values())
-            raise no_room(run_dir, step, needed, error.strerror) from error
-        raise
-
-
 # -- the three steps of a save -----------------------------------------------------------------------------------
 
 
@@ -170,12 +144,12 @@ def finish(
     state: Mapping[str, Any],
     keep_last: int = 2,
     keep: Collection[int] = (),
-    companions: Callable[[Path], None] | None = None,
+    sidecars: Callable[[Path], None] | None = None,
     holders: Mapping[str, str] | None = None,
 ) -> Path:
     """Make a checkpoint of what was written: add state and manifest, rename, remove the old; returns its directory.
 
-    files: what every `write` returned. companions(directory): writes what stands beside weights, such as config.json.
+    files: what every `write` returned. sidecars(directory): writes the files beside the weights, such as config.json.
     holders: file of each weight, where there are several files.
     """
     assert keep_last >= 1, keep_last
@@ -186,8 +160,8 @@ def finish(
                 f"{temporary / name}: written by another process, but not to be seen by the first; "
                 "the run directory has to lie on a file system that all machines share"
             )
-    if companions is not None:
-        companions(temporary / WEIGHTS)
+    if sidecars is not None:
+        sidecars(temporary / WEIGHTS)
     if holders:
         write_json(temporary / WEIGHTS / "model.safetensors.index.json", {"metadata": {}, "weight_map": dict(holders)})
     write_json(temporary / "state.json", dict(state))
@@ -211,7 +185,7 @@ def abandon(run_dir: Path, step: int) -> None:
 
 
 def no_room(run_dir: Path, step: int, needed: int, reason: str | None) -> CheckpointError:
-    """What to say when the disk is full. needed: bytes of the checkpoint. reason: the system's word for it."""
+    """The error for a full disk. needed: bytes of the checkpoint. reason: the system's description of the error."""
     free, found = shutil.disk_usage(run_dir).free, steps(run_dir)
     return CheckpointError(
         f"{run_dir}: no room for the checkpoint of step {step} ({reason}): it needs {needed / 1e6:.1f} MB and "
@@ -233,19 +207,14 @@ def n_bytes(tensors: Mapping[str, Tensor]) -> int:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
-def latest(run_dir: Path) -> Saved | None:
-    """Return the newest whole checkpoint, or None when there is none at all.
-
-    A damaged one is logged as a warning that names the file and what is wrong with it, and the one before it is
-    taken. Raises `CheckpointError` when all are damaged.
-    """
-    return newest_whole(run_dir, steps(run_dir), lambda step: at_step(run_dir, step))
-
-
 def newest_whole(
     run_dir: Path, found: Sequence[int], look: Callable[[int], Saved | None], quiet: bool = False
 ) -> Saved | None:
-    """`latest` among the steps `found`, ascending, each of which is read by `look`; `quiet` logs nothing."""
+    """Return the newest whole checkpoint of the steps `found` (ascending), or None when there is none at all.
+
+    look: reads the checkpoint of one step. A damaged one is logged as a warning that names the file and what is wrong
+    with it, unless `quiet`, and the one before it is taken. Raises `CheckpointError` when all are damaged.
+    """
     damage = []
     for step in reversed(found):
         try:
@@ -261,10 +230,10 @@ def newest_whole(
     return None
 
 
-def at_step(run_dir: Path, step: int, share: int = 0, shares: int = 1) -> Saved | None:
+def at_step(run_dir: Path, step: int, rank: int = 0, world: int = 1) -> Saved | None:
     """Return the checkpoint of one step, or None. Raises `CheckpointError` naming the file when it is damaged.
 
-    share, shares: hash only every `shares`-th file, where several processes divide that work.
+    rank, world: of `world` processes that divide the hashing, this one hashes every `world`-th file from `rank` on.
     """
     path = path_of(run_dir, step)
     if not path.is_dir():
@@ -273,7 +242,7 @@ def at_step(run_dir: Path, step: int, share: int = 0, shares: int = 1) -> Saved 
     files = manifest.get("files")
     if manifest.get("format") != FORMAT or manifest.get("step") != step or not isinstance(files, dict):
         raise CheckpointError(f"{path / 'manifest.json'}: it is not the manifest of step {step} in format {FORMAT}")
-    for name in sorted({"state.json"} | files.keys())[share::shares]:
+    for name in sorted({"state.json"} | files.keys())[rank::world]:
         _verify(path / name, files.get(name))
     for file in path.rglob("*.safetensors"):
         if file.relative_to(path).as_posix() not in files:  # it would be read with the others

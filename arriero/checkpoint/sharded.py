@@ -1,21 +1,26 @@
-"""Checkpoints of many processes: each writes its own part, behind the training, and all agree that it is whole.
+"""Checkpoints that one or many processes write together, in the background of the training.
 
-Format and reading are native.py's; here is what it takes to be many. What is saved is copied first, so that training
-may go on and change it; then a thread writes this process's files, hashing on the way, and tells process 0 what they
-are. When all have spoken, process 0 writes the manifest and renames: before that nothing is to be seen, after it all
-is. A part that could not be written makes the save fail everywhere, with the same words. One save is in flight at most.
+The file format and the reading are in native.py. A save has four steps:
 
-Weights are gathered, tensor by tensor, each to the process that will write it, so that they lie whole, as Hugging Face
-has them; optimizer state and averages stay in the pieces that the processes hold. Any number of processes, split in
-any way, reads either.
+1. Each process copies its part to the host, so that training can continue and change the tensors.
+2. A background thread writes the process's files, hashing on the way.
+3. Process 0 gathers names, sizes and hashes of all files.
+4. Process 0 writes the manifest and renames the directory: the checkpoint appears whole or not at all.
 
-Price: in step, a gather of the weights (what a forward pass costs in communication) and a copy of the process's part
-on the host; behind, the writing. A single process on a CPU writes at once: a copy would cost memory, and the writing
-takes the same cores as the training.
+If one process cannot write its part, the save fails on all of them with the same error. At most one save is in flight.
+
+Weights are gathered tensor by tensor, each on the process that writes it, so that they lie whole, in Hugging Face's
+layout; optimizer state and averages are written as the local shards that the processes hold. Any number of processes,
+sharded in any way, can read either.
+
+Price: before `save` returns, an all-gather of the weights (as much communication as a forward pass) and a copy of the
+local shards on the host; the writing is in the background. A single process on a CPU writes at once: a copy would cost
+memory, and writing would compete with training for the same cores.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import threading
@@ -54,19 +59,19 @@ class Checkpoints:
         peers: Peers | None = None,
         holders: Sequence[int] | None = None,
         keep_last: int = 2,
-        companions: Callable[[Path], None] | None = None,
+        sidecars: Callable[[Path], None] | None = None,
         behind: bool | None = None,
     ) -> None:
         """holders: ranks that hold the same names as this process, in parts or in copies; None: all.
 
-        companions(directory): writes what stands beside the weights, such as config.json. behind: write in a thread;
-        None does so unless one process on a CPU is all there is.
+        sidecars(directory): writes the files beside the weights, such as config.json. behind: write in a background
+        thread; None does so except for a single process on a CPU.
         """
-        self.run_dir, self.keep_last, self.companions = run_dir, keep_last, companions
+        self.run_dir, self.keep_last, self.sidecars = run_dir, keep_last, sidecars
         self.peers = peers or Peers()
         self.holders = list(holders) if holders is not None else list(range(self.peers.world))
         self.behind = behind if behind is not None else self.peers.world > 1 or torch.cuda.is_available()
-        self._speaking = self.peers.for_thread("save")
+        self._writers = self.peers.for_thread("save")  # the same processes, for the background thread
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -76,7 +81,7 @@ class Checkpoints:
         """Save the checkpoint of `step`; every process calls it. Returns as soon as what is saved may be changed.
 
         Waits for the save before this one. Raises `CheckpointError` if that one failed, or if this one does where
-        nothing is written behind.
+        nothing is written in the background.
         """
         self.wait()
         parts = {group: self._part(group, tensors) for group, tensors in groups.items()}
@@ -109,66 +114,69 @@ class Checkpoints:
 
     def _write(self, step: int, parts: Mapping[str, Part], state: Mapping[str, Any], keep: Collection[int]) -> None:
         """This process's files, and on process 0 the checkpoint of all. Fails everywhere when it fails anywhere."""
-        peers, topic = self._speaking, f"checkpoint of step {step}"
-        failure = self._attempt(native.begin, self.run_dir, step) if peers.rank == 0 else None
-        verdict = None
-        if failure is not None:
-            verdict = f"{self.run_dir}: the {topic} cannot be begun ({_text(failure)}); mend that, then resume"
-        verdict = peers.announce(topic, verdict)
-        if verdict is None:
-            word: dict[str, Any] = {"bytes": sum(native.n_bytes(part.tensors) for part in parts.values())}
-            failure = self._attempt(self._write_own, step, parts, word)
-            word |= {"error": _text(failure), "full": getattr(failure, "errno", None) in native.FULL}
-            if peers.rank == 0:
-                ending = self._attempt(self._conclude, step, word, state, keep)
-                if ending is not None:
-                    native.abandon(self.run_dir, step)
-                failure = failure or ending
-                verdict = _text(ending)
-            else:
-                peers.gather(topic, word)
-            verdict = peers.announce(topic, verdict)
+        peers, topic = self._writers, f"checkpoint of step {step}"
+        failure, refusal = None, None
+        if peers.rank == 0:
+            failure = _attempt(native.begin, self.run_dir, step)
+            if failure is not None:
+                refusal = f"{self.run_dir}: the {topic} cannot be begun ({_text(failure)}); mend that, then resume"
+        refusal = peers.broadcast(topic, refusal)
+        if refusal is None:
+            written, failure = self._write_own(step, parts)
+            every = peers.gather(topic, written)
+            if every is not None:
+                ending = _attempt(self._conclude, step, every, state, keep)
+                failure, refusal = failure or ending, _text(ending)
+            refusal = peers.broadcast(topic, refusal)
         if failure is not None and not isinstance(failure, OSError | CheckpointError):
             raise failure  # a mistake of ours keeps its traceback
-        if verdict is not None:
-            raise CheckpointError(verdict) from failure
+        if refusal is not None:
+            raise CheckpointError(refusal) from failure
 
-    def _write_own(self, step: int, parts: Mapping[str, Part], word: dict[str, Any]) -> None:
-        """Write this process's files; `word` is what process 0 is told of them."""
+    def _write_own(self, step: int, parts: Mapping[str, Part]) -> tuple[dict[str, Any], Exception | None]:
+        """Write this process's files; returns the message on them for process 0, and what went wrong, if anything."""
         files: dict[str, Any] = {}
-        for group, part in parts.items():
-            offsets = part.offsets if self.peers.world > 1 else None
-            files |= native.write(
-                native.temporary_of(self.run_dir, step), group, part.tensors, offsets, self.peers.rank, self.peers.world
-            )
-        word |= {"files": files, "weights": list(parts[native.WEIGHTS].tensors) if native.WEIGHTS in parts else []}
 
-    def _conclude(self, step: int, word: Mapping[str, Any], state: Mapping[str, Any], keep: Collection[int]) -> None:
-        """Process 0: hear what the others wrote, and make it a checkpoint."""
-        words = self._speaking.gather(f"checkpoint of step {step}", word)
-        assert words is not None
-        needed = sum(w["bytes"] for w in words)
-        for rank, w in enumerate(words):
-            if w["full"]:
-                raise native.no_room(self.run_dir, step, needed, w["error"])
-            if w["error"] is not None:
-                raise CheckpointError(f"{self.run_dir}: process {rank} did not save step {step}: {w['error']}")
-        files = {name: prints for w in words for name, prints in w["files"].items()}
-        folder = native.WEIGHTS + "/"
-        lies_in = {
-            weight: file.removeprefix(folder)
-            for w in words
-            for file in w["files"]
-            if file.startswith(folder)
-            for weight in w["weights"]
-        }
-        index = lies_in if self.peers.world > 1 else None
+        def write() -> None:
+            temporary = native.temporary_of(self.run_dir, step)
+            for group, part in parts.items():
+                offsets = part.offsets if self.peers.world > 1 else None
+                files.update(native.write(temporary, group, part.tensors, offsets, self.peers.rank, self.peers.world))
+
+        failure = _attempt(write)
+        return {
+            "bytes": sum(native.n_bytes(part.tensors) for part in parts.values()),
+            "files": files,
+            "weights": list(parts[native.WEIGHTS].tensors) if native.WEIGHTS in parts else [],
+            "error": _text(failure),
+            "full": _is_full(failure),
+        }, failure
+
+    def _conclude(
+        self, step: int, written: Sequence[Mapping[str, Any]], state: Mapping[str, Any], keep: Collection[int]
+    ) -> None:
+        """Process 0: make a checkpoint of the files that each process tells of, or remove them and say why not."""
+        needed = sum(own["bytes"] for own in written)
         try:
-            native.finish(self.run_dir, step, files, state, self.keep_last, keep, self.companions, index)
-        except OSError as error:
-            if error.errno in native.FULL:
-                raise native.no_room(self.run_dir, step, needed, error.strerror) from error
+            self._raise_failures(step, written)
+            files = {name: prints for own in written for name, prints in own["files"].items()}
+            holders = _holders(written) if self.peers.world > 1 else None
+            native.finish(
+                self.run_dir, step, files, state, self.keep_last, keep, sidecars=self.sidecars, holders=holders
+            )
+        except Exception as error:
+            native.abandon(self.run_dir, step)  # first, so that the room it took counts as free
+            if _is_full(error):
+                raise native.no_room(self.run_dir, step, needed, _text(error)) from error
             raise
+
+    def _raise_failures(self, step: int, written: Sequence[Mapping[str, Any]]) -> None:
+        """Raise the first failure that a process tells of."""
+        for rank, own in enumerate(written):
+            if own["full"]:
+                raise OSError(errno.ENOSPC, own["error"])
+            if own["error"] is not None:
+                raise CheckpointError(f"{self.run_dir}: process {rank} did not save step {step}: {own['error']}")
 
     # -- what this process writes --------------------------------------------------------------------------------
 
@@ -198,9 +206,10 @@ class Checkpoints:
                 if self.peers.rank == self.holders[0]:
                     yield name, tensor, [0] * tensor.ndim
                 continue
-            place = tensor.device_mesh.get_coordinate()
-            assert place is not None, name
-            first = all(at == 0 for at, how in zip(place, tensor.placements, strict=True) if how.is_replicate())
+            coordinate = tensor.device_mesh.get_coordinate()
+            assert coordinate is not None, name
+            axes = zip(coordinate, tensor.placements, strict=True)
+            first = all(at == 0 for at, placement in axes if placement.is_replicate())
             piece = tensor.to_local()
             if first and (piece.numel() or not tensor.numel()):
                 yield name, piece, list(tensor.__create_chunk_list__()[0].offsets)
@@ -208,8 +217,11 @@ class Checkpoints:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def latest(self) -> native.Saved | None:
-        """`native.latest`, the same on every process: each hashes a share of the files, and one's refusal is all's."""
-        steps = self.peers.announce("checkpoints", native.steps(self.run_dir) if self.peers.rank == 0 else None)
+        """The newest whole checkpoint, or None; the same on every process (see `native.newest_whole`).
+
+        Each process hashes a part of the files; where one of them refuses a checkpoint, all of them do.
+        """
+        steps = self.peers.broadcast("checkpoints", native.steps(self.run_dir) if self.peers.rank == 0 else None)
         return native.newest_whole(self.run_dir, steps, self.at_step, quiet=self.peers.rank != 0)
 
     def at_step(self, step: int) -> native.Saved | None:
@@ -219,32 +231,50 @@ class Checkpoints:
             saved = native.at_step(self.run_dir, step, peers.rank, peers.world)
         except CheckpointError as refusal:
             error = str(refusal)
-        words = peers.gather(f"checkpoint of step {step} read", [saved is not None, error])
-        if words is not None:
-            seen = [there or error is not None for there, error in words]
-            error = next((error for _, error in words if error is not None), None)
+        found = peers.gather(f"checkpoint of step {step} read", [saved is not None, error])
+        if found is not None:
+            seen = [there or error is not None for there, error in found]
+            error = next((error for _, error in found if error is not None), None)
             if any(seen) and not all(seen):
                 error = (
                     f"{native.path_of(self.run_dir, step)}: process {seen.index(False)} does not see it; "
                     "the run directory has to lie on a file system that all machines share"
                 )
-        if (error := peers.announce(f"checkpoint of step {step} read", error)) is not None:
+        if (error := peers.broadcast(f"checkpoint of step {step} read", error)) is not None:
             raise CheckpointError(error)
         return saved
 
-    @staticmethod
-    def _attempt(do: Callable[..., Any], *arguments: Any) -> Exception | None:
-        try:
-            do(*arguments)
-        except Exception as error:
-            return error
-        return None
+
+def _holders(written: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The file that each weight lies in, by what each process wrote: its weights are all in one file."""
+    folder = native.WEIGHTS + "/"
+    return {
+        weight: file.removeprefix(folder)
+        for own in written
+        for file in own["files"]
+        if file.startswith(folder)
+        for weight in own["weights"]
+    }
+
+
+def _attempt(do: Callable[..., Any], *arguments: Any) -> Exception | None:
+    """Call a function; returns what it raises."""
+    try:
+        do(*arguments)
+    except Exception as error:
+        return error
+    return None
+
+
+def _is_full(error: Exception | None) -> bool:
+    """Whether the disk, the quota or the limit of a file's size was reached."""
+    return isinstance(error, OSError) and error.errno in native.FULL
 
 
 def _text(error: Exception | None) -> str | None:
-    """The reason in words; of a full disk the bare reason, which process 0 puts in a sentence."""
+    """The reason as text; for a full disk the system's reason alone, which process 0 completes to a sentence."""
     if error is None:
         return None
-    if isinstance(error, OSError) and error.errno in native.FULL:
+    if isinstance(error, OSError) and _is_full(error):
         return error.strerror
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

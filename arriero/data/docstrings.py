@@ -25,13 +25,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from arriero.curate.sources import STDLIB, python_files
 from arriero.errors import DataError
-from arriero.io.files import json_bytes, write_json, write_text
+from arriero.io.files import json_bytes, write_json, write_jsonl, write_text
 from arriero.io.paths import as_path, hint, lies_here
 from arriero.show.progress import each
 from arriero.show.terminal import notes
@@ -52,14 +53,15 @@ class Pair:
     code: str
     sentence: str
 
-    def to_row(self) -> str:
-        """A line of JSON in the OpenAI messages layout."""
+    @property
+    def row(self) -> dict[str, Any]:
+        """A row in the OpenAI messages layout."""
         messages = [
             {"role": "user", "content": PROMPT.format(code=self.code)},
             {"role": "assistant", "content": self.sentence},
         ]
         meta = {"module": self.module, "qualname": self.qualname}
-        return json_bytes({"messages": messages, "meta": meta}).decode()
+        return {"messages": messages, "meta": meta}
 
 
 @dataclass
@@ -290,13 +292,16 @@ def _split(pairs: list[Pair], seed: int, held_out: float) -> dict[str, list[Pair
         splits[target] += members
         if target in room:
             room[target] -= len(members)
-    return {name: sorted(members, key=lambda p: _digest(seed, p.to_row())) for name, members in splits.items()}
+    return {
+        name: sorted(members, key=lambda p: _digest(seed, json_bytes(p.row).decode()))
+        for name, members in splits.items()
+    }
 
 
 def _write(out: Path, splits: dict[str, list[Pair]], stats: DocstringStats) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, members in splits.items():
-        write_text(out / f"{name}.jsonl", "".join(pair.to_row() + "\n" for pair in members))
+        write_jsonl(out / f"{name}.jsonl", (pair.row for pair in members))
         stats.pairs[name] = len(members)
         stats.modules[name] = len({pair.module for pair in members})
         stats.mean_characters[name] = round(sum(len(p.code) + len(p.sentence) for p in members) / len(members), 1)

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from arriero.errors import DataError, did_you_mean
-from arriero.io.records import Record, Row, parse_json, parse_row, read_records, source_files
+from arriero.io.records import Record, Row, parse_json, parse_row
 from arriero.show.terminal import warn_once
 from arriero.tokenizer.contents import (
     MARKS,
@@ -103,11 +103,6 @@ class Conversation:
     def where(self) -> str:
         """The place, as it stands in error messages."""
         return f"row {self.row} of {self.file}"
-
-
-def read_conversations(source: str | Path) -> Iterator[Conversation]:
-    """Stream the conversations in a file, a directory or a Hub data set; raises DataError at the first bad row."""
-    return parse_records(record for path in source_files(source) for record in read_records(path))
 
 
 def parse_records(records: Iterable[Record]) -> Iterator[Conversation]:

@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from arriero.data.formats import Conversation, parse_record, read_records, source_files, warn_of_unused
+from arriero.data.formats import Conversation, parse_record, warn_of_unused
 from arriero.data.pack import pack
 from arriero.data.sft_cache import INDEX, cache_directory, cache_key, encode_files, write_cache
 from arriero.errors import DataError
+from arriero.io.records import read_records, source_files
 from arriero.show.terminal import notes
 from arriero.tokenizer.base import Tokenizer
 

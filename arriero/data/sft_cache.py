@@ -32,10 +32,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from arriero.data.formats import Conversation, Record, parse_record, read_records
+from arriero.data.formats import Conversation, parse_record
 from arriero.errors import DataError
 from arriero.io import paths
-from arriero.io.files import temporary_name
+from arriero.io.files import temporary_name, write_json
+from arriero.io.records import Record, read_records
 from arriero.show.progress import progress
 from arriero.system.pool import in_order
 from arriero.tokenizer.base import Tokenizer
@@ -190,4 +191,4 @@ def _write_parts(directory: Path, files: Sequence[Path], encoded: Iterable[Encod
     columns = (offsets, np.concatenate(hashes), np.concatenate(rows), np.concatenate(file_numbers))
     for (name, dtype), column in zip(INDEX.items(), columns, strict=True):
         np.save(directory / f"{name}.npy", column.astype(dtype), allow_pickle=False)
-    (directory / "unused.json").write_text(json.dumps([sorted(names) for names in unused]), "utf-8")
+    write_json(directory / "unused.json", [sorted(names) for names in unused])

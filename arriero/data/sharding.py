@@ -124,40 +124,6 @@ def shard_sources(
     return _shard(items, encode, as_path(out), request, part_size, workers, sizes, console)
 
 
-def shard_documents(
-    documents: Iterable[str | Document],
-    tokenizer: Tokenizer,
-    out: str | Path,
-    *,
-    validation: float = 0.01,
-    by_source: bool = False,
-    workers: int = 1,
-    part_size: int = PART,
-    console: Console | None = None,
-) -> dict[str, dict[str, Shards]]:
-    """As `shard_sources`, for documents or texts in Python; stopped and called again, it passes over those done.
-
-    Called again, it has to be given the same documents: a list or tuple of others is refused, an iterator is trusted.
-    """
-
-    def items(start: Position) -> Iterator[Item]:
-        for i, document in enumerate(documents):
-            if i >= start.row:
-                whole = Document(document, str(i)) if isinstance(document, str) else document
-                yield Item(whole, len(whole.text), Position(0, i + 1))
-
-    share, _ = parse_validation(float(validation))
-    request = {"validation": str(validation)}
-    if isinstance(documents, Sequence):
-        digest = hashlib.sha256()
-        for d in documents:
-            text, source = (d, "") if isinstance(d, str) else (d.text, d.source)
-            digest.update(f"{len(text)}\0{source}\0{text}".encode("utf-8", "surrogatepass"))
-        request["documents"] = f"{len(documents):,} ({digest.hexdigest()[:16]})"
-    encode = Encode(tokenizer, Reading(), share, by_source, frozenset())
-    return _shard(items, encode, as_path(out), request, part_size, workers, [], console)
-
-
 def parse_validation(validation: str | float) -> tuple[float, str | None]:
     """(share, None), or (0, the source that it names)."""
     try:

@@ -182,11 +182,6 @@ class Shards:
             ) from error
 
 
-def open_shards(directory: str | Path) -> Shards:
-    """Open one set, checking the size of its files; raises DataError where it is not whole."""
-    return Shards(directory)
-
-
 def source_directory(source: str) -> str:
     """The name of the directory of a source's set, on any file system.
 

@@ -1,11 +1,12 @@
-"""Says which process of a run has stopped answering, and ends the run then, so that torchrun can start it again.
+"""Heartbeats: names a process that has stopped responding and ends the run, so that torchrun can restart it.
 
-A process that hangs, or whose machine is gone, leaves the others waiting in a collective that names nobody. So every
-process counts up in the store from a thread of its own, process 0 looks at all counters and all look at process 0's.
-One that has not moved for the time-out is named on standard error and the looking process exits: Python cannot
-interrupt a collective. What is stopped as a whole is noticed (SIGSTOP, a frozen machine, a lost network); a process
-whose threads run on while its training waits for something is left to the time-out of the collectives.
-Price: one message to the store each tenth of the time-out or five seconds, and on process 0 one for each process.
+A process that hangs, or whose machine is gone, leaves the others waiting in a collective, whose error names nobody. So
+each process increments a counter in the store from a background thread; process 0 watches all counters, the others
+watch process 0's. When one has not changed for the timeout, the watching process names it on standard error and exits,
+since Python cannot interrupt a collective.
+A process that is stopped as a whole is detected (SIGSTOP, a frozen machine, a lost network). One whose threads run on
+while its training waits for something is not: the timeout of the collectives ends that.
+Price: an access to the store every tenth of the timeout or five seconds; on process 0 one for each process.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Self
 
 from arriero.distributed.peers import Peers
 
-LEFT = "left"  # a counter's last value: this process has ended its work
+LEFT = "left"  # a counter's last value: the process has finished
 
 
 class Watch:
@@ -57,8 +58,7 @@ class Watch:
                     if beat != moved[other][0] or beat == LEFT.encode():
                         moved[other] = beat, time.monotonic()
                 now = time.monotonic()
-                silent = {other: now - since for other, (_, since) in moved.items() if now - since > limit}
-                if silent:
+                if silent := {other: now - since for other, (_, since) in moved.items() if now - since > limit}:
                     self._end(silent)
             store.set(f"beat/{rank}", LEFT)
         except Exception:  # the store is gone, and with it the run: the collectives will say so

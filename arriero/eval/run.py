@@ -18,7 +18,7 @@ from rich.console import Console
 
 from arriero.checkpoint.load import best_device, load
 from arriero.checkpoint.source import resolve
-from arriero.data.formats import Conversation, Record, parse_records, read_records, source_files
+from arriero.data.formats import Conversation, parse_records
 from arriero.errors import ConfigError, DataError
 from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.eval.generative import answers
@@ -26,7 +26,7 @@ from arriero.eval.perplexity import perplexity
 from arriero.eval.results import Results, examples_table, measures_table, refuse_not_finite, save
 from arriero.io.files import make_output, read_text
 from arriero.io.paths import hint
-from arriero.io.records import parse_row
+from arriero.io.records import Record, parse_row, read_records, source_files
 from arriero.model.llama import Llama
 from arriero.model.lora import merge_lora
 from arriero.show.progress import progress

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arriero.checkpoint import native
+from arriero.checkpoint.sharded import Checkpoints
 from arriero.checkpoint.tensor_file import DTYPES
 from arriero.errors import CheckpointError
 
@@ -30,11 +31,12 @@ def groups(step: int) -> dict[str, dict[str, Tensor]]:
 
 
 def save(run_dir: Path, step: int, keep_last: int = 2, keep: tuple[int, ...] = ()) -> Path:
-    return native.save(run_dir, step, groups(step), {"step": step}, keep_last, keep)
+    Checkpoints(run_dir, keep_last=keep_last).save(step, groups(step), {"step": step}, keep)
+    return native.path_of(run_dir, step)
 
 
 def found(run_dir: Path) -> native.Saved:
-    saved = native.latest(run_dir)
+    saved = Checkpoints(run_dir).latest()
     assert saved is not None
     return saved
 
@@ -55,7 +57,8 @@ def test_every_type_shape_and_layout_is_read_back_by_the_safetensors_library(tmp
     tensors = {str(dtype): (base * 7).to(dtype) for dtype in DTYPES.values()}
     tensors |= {"transposed": base.T, "slice": base[3:5, 2:9], "scalar": torch.tensor(17.0), "empty": torch.empty(0, 5)}
     tensors |= {"shared": base, "nan": torch.tensor([float("nan"), float("-inf")]), "ä 'name'\n": torch.ones(3)}
-    path = native.save(tmp_path, 5, {"weights": tensors, "none": {}}, {})
+    Checkpoints(tmp_path).save(5, {"weights": tensors, "none": {}}, {})
+    path = native.path_of(tmp_path, 5)
     file = path / "weights/model.safetensors"
     assert (8 + int.from_bytes(file.read_bytes()[:8], "little")) % 64 == 0  # tensors begin on a cache line
     read = load_file(file)
@@ -70,18 +73,18 @@ def test_every_type_shape_and_layout_is_read_back_by_the_safetensors_library(tmp
 
 def test_parameters_that_require_gradients_are_saved(tmp_path: Path) -> None:
     parameter = torch.nn.Parameter(torch.randn(5, 3))
-    native.save(tmp_path, 1, {"weights": {"p": parameter}}, {})
+    Checkpoints(tmp_path).save(1, {"weights": {"p": parameter}}, {})
     assert torch.equal(found(tmp_path).tensors("weights")["p"], parameter.detach())
 
 
 def test_state_comes_back_exactly(tmp_path: Path) -> None:
     state = {"loss": 0.1 + 0.2, "best": None, "name": "ñandú", "list": [1, 2.5, True], "nested": {"10": 1e-300}}
-    native.save(tmp_path, 3, {}, state)
+    Checkpoints(tmp_path).save(3, {}, state)
     assert found(tmp_path).state == state
 
 
 def test_no_checkpoint_at_all_is_none(tmp_path: Path) -> None:
-    assert native.latest(tmp_path) is None
+    assert Checkpoints(tmp_path).latest() is None
     assert native.at_step(tmp_path, 7) is None
 
 
@@ -189,14 +192,14 @@ def test_when_all_are_damaged_each_is_named(tmp_path: Path) -> None:
     for step in (10, 20):
         (save(tmp_path, step) / "weights/model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"every checkpoint is damaged; start the run again.*20/.*10/weights"):
-        native.latest(tmp_path)
+        Checkpoints(tmp_path).latest()
 
 
 def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 10)
     path.rename(path.with_name("step-00000099"))
     with pytest.raises(CheckpointError, match="not the manifest of step 99"):
-        native.latest(tmp_path)
+        Checkpoints(tmp_path).latest()
 
 
 # -- a full disk -------------------------------------------------------------------------------------------------
@@ -205,19 +208,19 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import torch
-from arriero.checkpoint import native
+from arriero.checkpoint.sharded import Checkpoints
 from arriero.errors import CheckpointError
 
 run_dir = Path(sys.argv[1])
-native.save(run_dir, 1, {"weights": {"a": torch.ones(1000)}}, {"step": 1})
+Checkpoints(run_dir).save(1, {"weights": {"a": torch.ones(1000)}}, {"step": 1})
 if sys.argv[2:]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 try:
-    native.save(run_dir, 2, {"small": {"b": torch.ones(1000)}, "weights": {"a": torch.ones(500_000)}}, {})
+    Checkpoints(run_dir).save(2, {"small": {"b": torch.ones(1000)}, "weights": {"a": torch.ones(500_000)}}, {})
 except CheckpointError as error:
     print(error)
 print([path.name for path in (run_dir / "checkpoints").iterdir()])
-print(torch.equal(native.latest(run_dir).tensors("weights")["a"], torch.ones(1000)))
+print(torch.equal(Checkpoints(run_dir).latest().tensors("weights")["a"], torch.ones(1000)))
 """
 ONLY_THE_FIRST_AND_WHOLE = "['step-00000001']\nTrue\n"
 
@@ -258,7 +261,7 @@ def kill_while_saving(run_dir: Path) -> None:
         time.sleep(chance.uniform(0.01, 0.1))
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL, "the child died by itself"
-        saved = native.latest(run_dir)
+        saved = Checkpoints(run_dir).latest()
         if saved is None:
             assert step == 0, "there was one before"
             continue

@@ -78,7 +78,7 @@ def test_optimizer_state_lies_in_pieces_and_copies_once(written: Path) -> None:
 
 
 def test_three_processes_read_what_four_and_one_have_written_and_agree_on_damage(written: Path) -> None:
-    native.save(written, 6, known(6), {"step": 6}, keep_last=10)
+    Checkpoints(written, keep_last=10).save(6, known(6), {"step": 6})
     file = "step-00000006/optimizer/optimizer.safetensors"
     why = f"{file}: damaged, its SHA-256 is not the one in manifest.json"
     steps: list[list[object]] = [["read", 6, "fsdp"], ["read", 6, "copies"], ["damage", f"checkpoints/{file}"]]
@@ -90,15 +90,16 @@ def test_three_processes_read_what_four_and_one_have_written_and_agree_on_damage
 def test_a_missing_part_is_named_and_the_checkpoint_before_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    native.save(tmp_path, 1, known(1), {"step": 1})
-    native.save(tmp_path, 2, known(2), {"step": 2})
+    Checkpoints(tmp_path).save(1, known(1), {"step": 1})
+    Checkpoints(tmp_path).save(2, known(2), {"step": 2})
     (native.path_of(tmp_path, 2) / "average/average.safetensors").unlink()
     assert_whole(Checkpoints(tmp_path).latest())
     assert "step-00000002/average/average.safetensors: missing; trying the checkpoint before it" in caplog.text
 
 
 def test_a_part_that_no_manifest_knows_is_refused(tmp_path: Path) -> None:
-    path = native.save(tmp_path, 1, known(1), {"step": 1}) / "weights"
+    Checkpoints(tmp_path).save(1, known(1), {"step": 1})
+    path = native.path_of(tmp_path, 1) / "weights"
     (path / "model-00002-of-00002.safetensors").write_bytes((path / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors: not in manifest.json; it does not"):
         native.at_step(tmp_path, 1)
@@ -121,7 +122,7 @@ class Gate:
 
 def test_a_tensor_changed_after_a_save_returns_is_saved_as_it_was(tmp_path: Path) -> None:
     gate = Gate()
-    checkpoints = Checkpoints(tmp_path, behind=True, companions=gate)
+    checkpoints = Checkpoints(tmp_path, behind=True, sidecars=gate)
     groups = known(3)
     checkpoints.save(3, groups, {"step": 3})
     for tensors in groups.values():
@@ -136,7 +137,7 @@ def test_a_tensor_changed_after_a_save_returns_is_saved_as_it_was(tmp_path: Path
 
 def test_one_save_is_in_flight_at_most(tmp_path: Path) -> None:
     gate = Gate()
-    checkpoints = Checkpoints(tmp_path, behind=True, companions=gate)
+    checkpoints = Checkpoints(tmp_path, behind=True, sidecars=gate)
     checkpoints.save(1, known(1), {"step": 1})
     assert gate.reached.wait(30)
     threading.Timer(0.2, gate.open.set).start()
@@ -156,7 +157,7 @@ def test_a_save_that_fails_behind_is_reported_and_leaves_the_old_one_whole(tmp_p
     def no_room(directory: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    checkpoints.companions = no_room
+    checkpoints.sidecars = no_room
     checkpoints.save(2, known(2), {"step": 2})
     deadline = time.monotonic() + 30
     while not checkpoints.failed and time.monotonic() < deadline:
@@ -165,8 +166,8 @@ def test_a_save_that_fails_behind_is_reported_and_leaves_the_old_one_whole(tmp_p
     with pytest.raises(CheckpointError, match=r"no room for the checkpoint of step 2 \(No space left on device\)"):
         checkpoints.save(3, known(3), {"step": 3})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
-    assert_whole(native.latest(tmp_path))
-    checkpoints.companions = None
+    assert_whole(Checkpoints(tmp_path).latest())
+    checkpoints.sidecars = None
     checkpoints.save(3, known(3), {"step": 3})  # there is room again
     checkpoints.wait()
     assert native.steps(tmp_path) == [1, 3]

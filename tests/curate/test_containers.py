@@ -18,9 +18,9 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 import zstandard
+from helpers.rows import read_conversations
 
 from arriero.curate.sources import Position, list_files, read_documents, read_from
-from arriero.data.formats import read_conversations
 from arriero.errors import DataError
 from arriero.io import streams, tables
 from arriero.io.records import read_records

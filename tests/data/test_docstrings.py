@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from helpers.rows import read_conversations
 from rich.console import Console
 
 from arriero.data.docstrings import (
@@ -20,7 +21,6 @@ from arriero.data.docstrings import (
     first_sentence,
     near_duplicate_filter,
 )
-from arriero.data.formats import read_conversations
 from arriero.errors import DataError
 
 SILENT = Console(file=io.StringIO())

@@ -10,8 +10,8 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from helpers.rows import read_conversations
 
-from arriero.data.formats import read_conversations
 from arriero.errors import DataError, UserError
 from arriero.io.records import hub_files, source_files
 

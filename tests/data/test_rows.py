@@ -9,9 +9,9 @@ import random
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from helpers.rows import read_conversations
 from rich.console import Console
 
-from arriero.data.formats import read_conversations
 from arriero.data.inspect import inspect
 from arriero.data.sft import build_dataset
 from arriero.data.sft_cache import encode_conversation

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.processes import killer
+from helpers.rows import read_conversations
 from rich.console import Console
 
 from arriero.data import sft, sft_cache
-from arriero.data.formats import read_conversations
 from arriero.data.pack import pack
 from arriero.data.sft import SftDataset, build_dataset, build_splits, data_stats, split_by_content
 from arriero.errors import DataError

@@ -20,17 +20,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tokenizers
-from helpers.shards import write_shards
+from helpers.shards import write_documents, write_shards
 from rich.console import Console
 
 from arriero import cli
 from arriero.cli.data import verify
-from arriero.curate.document import Document
 from arriero.curate.sources import read_documents
 from arriero.data import sharding
 from arriero.data.shard_writer import ShardWriter
-from arriero.data.sharding import document_marks, shard_documents, shard_sources, text_hash
-from arriero.data.shards import Shards, find_sets, open_shards, open_sources, open_splits, source_directory
+from arriero.data.sharding import document_marks, shard_sources, text_hash
+from arriero.data.shards import Shards, find_sets, open_sources, open_splits, source_directory
 from arriero.errors import ConfigError, DataError
 from arriero.tokenizer.base import SpecialTokens, Tokenizer
 from arriero.tokenizer.load import load_tokenizer
@@ -118,15 +117,14 @@ def test_shards_hold_the_ids_of_every_document_in_order_with_its_end(tmp_path, t
     assert state["complete"] and state["left_out"] == {"empty": 101 - len(expected)}
 
 
-def test_text_from_python_text_files_and_rows_become_the_same_shards(tmp_path, small):
+def test_texts_in_files_and_in_rows_become_the_same_shards(tmp_path, small):
     texts = [row["text"] for row in corpus(29) if row["text"].strip()]
     for i, text in enumerate(texts):
         (tmp_path / "texts").mkdir(exist_ok=True)
         (tmp_path / "texts" / f"{i:03d}.txt").write_text(text)
     made = [
-        shard_documents(texts, small, tmp_path / "a", validation=0.2, console=QUIET),
-        shard_documents([Document(t, "x") for t in texts], small, tmp_path / "b", validation=0.2, console=QUIET),
-        shard(tmp_path / "texts", small, tmp_path / "c", validation=0.2),
+        shard(write_documents(tmp_path / "t.jsonl", texts), small, tmp_path / "a", validation=0.2),
+        shard(tmp_path / "texts", small, tmp_path / "b", validation=0.2),
     ]
     for split in ("train", "validation"):
         first, *others = (
@@ -154,7 +152,9 @@ def test_the_marks_around_documents_are_those_of_the_tokenizers_family(tokenizer
 
 def test_both_marks_stand_where_the_family_has_both(tmp_path, small):
     texts = ["one", "two three", "<|end_of_text|>"]
-    shards = shard_documents(texts, small, tmp_path / "out", validation=0, console=QUIET)["train"]["documents"]
+    shards = shard(write_documents(tmp_path / "t.jsonl", texts), small, tmp_path / "out", validation=0)["train"][
+        "documents"
+    ]
     assert [shards.tokens(i).tolist() for i in range(3)] == [[0, *small.encode(text), 1] for text in texts]
     assert (shards.tokens(2) == 1).sum() == 1  # the text of a special token is not the token
 
@@ -222,9 +222,11 @@ def test_sources_of_long_foreign_and_reserved_names_have_directories_and_keep_th
         "\0",
     ]
     names.append(source_directory(LONG[0]))  # a source that is called as another's directory
-    documents = [Document(f"words of {i}", str(i), name) for i, name in enumerate(names)]
+    documents = [(f"words of {i}", name) for i, name in enumerate(names)]
     for _ in range(1 + again):
-        sets = shard_documents(documents, small, tmp_path / "out", validation=0, by_source=True, console=QUIET)
+        sets = shard(
+            write_documents(tmp_path / "t.jsonl", documents), small, tmp_path / "out", validation=0, by_source=True
+        )
     assert set(sets["train"]) == set(open_sources(tmp_path / "out/train")) == set(names)
     for i, name in enumerate(names):
         assert texts_of(sets["train"][name], small) == [f"words of {i}"]
@@ -238,7 +240,9 @@ def test_sources_of_long_foreign_and_reserved_names_have_directories_and_keep_th
 
 def test_a_share_is_held_out_by_content_so_that_equal_texts_lie_on_one_side(tmp_path, small):
     texts = [row["text"] for row in corpus(211) if row["text"].strip()]
-    sets = shard_documents([*texts, *reversed(texts)], small, tmp_path / "out", validation=0.2, console=QUIET)
+    sets = shard(
+        write_documents(tmp_path / "t.jsonl", [*texts, *reversed(texts)]), small, tmp_path / "out", validation=0.2
+    )
     train, held_out = (texts_of(sets[split]["documents"], small) for split in ("train", "validation"))
     assert set(train) | set(held_out) == set(texts) and not set(train) & set(held_out)
     assert len(train) + len(held_out) == 2 * len(texts)
@@ -421,23 +425,22 @@ def test_a_directory_that_holds_something_else_is_left_alone(tmp_path, small):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("mine")
     with pytest.raises(DataError, match=r"out holds something else; give another --out, or empty it"):
-        shard_documents(["a"], small, tmp_path / "out", console=QUIET)
+        shard(write_documents(tmp_path / "t.jsonl", ["a"]), small, tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
     with pytest.raises(
         ConfigError, match=r"thesis\.tex: nothing can be written there .it is a file.; give another --out"
     ):
-        shard_documents(["a"], small, tmp_path / "out/thesis.tex", console=QUIET)
+        shard(write_documents(tmp_path / "t.jsonl", ["a"]), small, tmp_path / "out/thesis.tex")
 
 
 def test_two_processes_do_not_write_to_one_directory(tmp_path, small):
-    def second():
-        yield "one text"
-        with pytest.raises(DataError, match="another process is writing shards there; wait for it, or give another"):
-            shard_documents(["a"], small, tmp_path / "out", validation=0, console=QUIET)
-        yield "another text"
-
-    sets = shard_documents(second(), small, tmp_path / "out", validation=0, console=QUIET)
-    assert len(sets["train"]["documents"]) == 2
+    path = write_documents(tmp_path / "t.jsonl", ["one text", "another text"])
+    with (
+        ShardWriter(tmp_path / "out", small, {}, by_source=False),
+        pytest.raises(DataError, match="another process is writing shards there; wait for it, or give another"),
+    ):
+        shard(path, small, tmp_path / "out", validation=0)
+    assert len(shard(path, small, tmp_path / "out", validation=0)["train"]["documents"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -450,26 +453,27 @@ def test_two_processes_do_not_write_to_one_directory(tmp_path, small):
 )
 def test_sets_that_would_be_empty_are_refused(tmp_path, small, texts, validation, message):
     with pytest.raises(DataError, match=message):
-        shard_documents(texts, small, tmp_path / "out", validation=validation, console=QUIET)
-    shard_documents(["a", "b"], small, tmp_path / "out", validation=0, console=QUIET)  # nothing is in the way
+        shard(write_documents(tmp_path / "t.jsonl", texts), small, tmp_path / "out", validation=validation)
+    shard(
+        write_documents(tmp_path / "t.jsonl", ["a", "b"]), small, tmp_path / "out", validation=0
+    )  # nothing is in the way
 
 
 def test_what_was_begun_with_a_held_out_share_may_go_on_without_one(tmp_path, small):
-    def stopped():
-        yield from (row["text"] for row in corpus(29))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        shard_documents(stopped(), small, tmp_path / "out", validation=0.5, console=QUIET)
+    path = write_documents(tmp_path / "t.jsonl", [row["text"] for row in corpus(29)])
+    with path.open("a") as file:
+        file.write('{"TEXT": "of a wrong name"}')
+    with pytest.raises(DataError, match="no column 'text'"):
+        shard(path, small, tmp_path / "out", validation=0.5)
     (tmp_path / "out/validation").mkdir(exist_ok=True)  # a kill leaves it, and files that nothing tells of
     (tmp_path / "out/validation/tokens-00000.bin").write_bytes(b"0")
-    sets = shard_documents(["a", "b"], small, tmp_path / "out", validation=0, console=QUIET)
+    sets = shard(write_documents(tmp_path / "t.jsonl", ["a", "b"]), small, tmp_path / "out", validation=0)
     assert list(sets) == ["train"] and not (tmp_path / "out/validation").exists()
 
 
 def test_an_incomplete_or_damaged_copy_does_not_verify(tmp_path, small, capsys):
-    documents = [Document(row["text"], "x", source=row["source"]) for row in corpus(29)]
-    shard_documents(documents, small, tmp_path / "out", validation=0.3, by_source=True, console=QUIET)
+    path = write_corpus(tmp_path / "c.jsonl", 29)
+    shard(path, small, tmp_path / "out", validation=0.3, by_source=True)
     verify(tmp_path / "out")
     assert capsys.readouterr().out.count("as they were written") == 6
     manifest = tmp_path / "out/train/web/manifest.json"
@@ -506,18 +510,20 @@ def test_an_incomplete_or_damaged_copy_does_not_verify(tmp_path, small, capsys):
 
 def test_held_out_sets_are_not_trained_on_for_want_of_the_tokenizer(tmp_path, small):
     texts = [row["text"] for row in corpus(29)]
-    shard_documents(texts, small, tmp_path / "out", validation=0.3, console=QUIET)
+    shard(write_documents(tmp_path / "t.jsonl", texts), small, tmp_path / "out", validation=0.3)
     shutil.rmtree(tmp_path / "out/tokenizer")
     with pytest.raises(DataError, match="out: sets of train and validation side by side, and no directory 'tokenizer'"):
         open_splits(tmp_path / "out")
 
 
 def test_an_id_past_the_vocabulary_is_damage(tmp_path, small):
-    train = shard_documents(["a text"], small, tmp_path / "out", validation=0, console=QUIET)["train"]["documents"]
+    train = shard(write_documents(tmp_path / "t.jsonl", ["a text"]), small, tmp_path / "out", validation=0)["train"][
+        "documents"
+    ]
     tokens = tmp_path / "out/train/tokens-00000.bin"
     tokens.write_bytes(np.full(train.n_tokens, 60_000, "<u2").tobytes())
     with pytest.raises(DataError, match=r"document 0 has the id 60000, of a vocabulary of 311; the files are damaged"):
-        open_shards(tmp_path / "out/train").tokens(0)
+        Shards(tmp_path / "out/train").tokens(0)
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -556,19 +562,11 @@ def made(directory: Path) -> Path:
     return directory
 
 
-def test_other_documents_from_python_are_refused(tmp_path, small):
-    first = shard_documents(["a", "b"], small, tmp_path / "out", validation=0, console=QUIET)
-    again = shard_documents(["a", "b"], small, tmp_path / "out", validation=0, console=QUIET)
-    assert first["train"]["documents"].fingerprint == again["train"]["documents"].fingerprint
-    with pytest.raises(DataError, match=r"out was begun with documents = '2 \(.*now it is '2 \("):
-        shard_documents(["a", "c"], small, tmp_path / "out", validation=0, console=QUIET)
-
-
 def test_splits_are_found_wherever_they_lie(tmp_path, small, monkeypatch):
     texts = [row["text"] for row in corpus(29)]
-    documents = [Document(t, "x", source=("train", "web")[i % 2]) for i, t in enumerate(texts)]
+    documents = [(t, ("train", "web")[i % 2]) for i, t in enumerate(texts)]
     for out, share in (("both", 0.3), ("whole", 0), ("other", 0.3)):
-        shard_documents(documents, small, tmp_path / out, validation=share, by_source=True, console=QUIET)
+        shard(write_documents(tmp_path / "t.jsonl", documents), small, tmp_path / out, validation=share, by_source=True)
 
     def found(*places: str) -> list[list[str]]:
         splits = open_splits(*(tmp_path / place for place in places))
@@ -605,7 +603,7 @@ def test_a_full_disk_is_named_with_the_remedy(tmp_path, small, monkeypatch, name
         DataError,
         match=f"{place}: No space left on device; free disk space, or write elsewhere, and run again: it goes on from",
     ):
-        shard_documents(["a"], small, tmp_path / "out", validation=0, console=QUIET)
+        shard(write_documents(tmp_path / "t.jsonl", ["a"]), small, tmp_path / "out", validation=0)
 
 
 def test_sets_that_are_not_whole_or_not_there_are_refused(tmp_path):
@@ -619,23 +617,23 @@ def test_sets_that_are_not_whole_or_not_there_are_refused(tmp_path):
     ):
         open_sources(tmp_path / "sets")
     write_shards(tmp_path / "sets/train", [5, 7, 11])
-    open_shards(tmp_path / "sets/train")
+    Shards(tmp_path / "sets/train")
     tokens = tmp_path / "sets/train/tokens-00001.bin"
     whole = tokens.read_bytes()
     tokens.write_bytes(whole[:-2])
     with pytest.raises(
         DataError, match=r"tokens-00001.bin has 34 bytes, the manifest says 36 bytes; copy the set again"
     ):
-        open_shards(tmp_path / "sets/train")
+        Shards(tmp_path / "sets/train")
     tokens.write_bytes(b"\xff" + whole[1:])
-    open_shards(tmp_path / "sets/train")
+    Shards(tmp_path / "sets/train")
     with pytest.raises(DataError, match=r"tokens-00001.bin: its SHA-256 is [0-9a-f]{16}\.\.\., the manifest says"):
         verify(tmp_path / "sets")
     tokens.write_bytes(whole)
-    open_shards(tmp_path / "sets/train").verify()
+    Shards(tmp_path / "sets/train").verify()
     tokens.unlink()
     with pytest.raises(DataError, match=r"tokens-00001.bin is missing"):
-        open_shards(tmp_path / "sets/train")
+        Shards(tmp_path / "sets/train")
 
 
 @pytest.mark.parametrize(
@@ -649,7 +647,7 @@ def test_sets_that_are_not_whole_or_not_there_are_refused(tmp_path):
 def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, text, message):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=message):
-        open_shards(tmp_path)
+        Shards(tmp_path)
 
 
 def test_sets_made_apart_are_put_together_by_the_names_of_their_directories(tmp_path):

@@ -20,6 +20,7 @@ from helpers.training import assert_same, losses
 from safetensors.torch import load_file
 
 from arriero.checkpoint import native
+from arriero.checkpoint.sharded import Checkpoints
 
 
 @contextmanager
@@ -118,7 +119,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_saves(tmp_pat
         wait_for_checkpoint(run, job)
         os.kill(started[1], signal.SIGTERM)
         assert job.wait(timeout=120) == 0, output(run)
-    saved = native.latest(tmp_path / "run")
+    saved = Checkpoints(tmp_path / "run").latest()
     assert saved is not None
     assert f"ended {saved.step} SIGTERM" in output(run)
     assert len(losses(tmp_path / "run")) == saved.step

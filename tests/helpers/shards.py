@@ -1,12 +1,14 @@
-"""Token shards made by hand for tests, where every token of all documents is another number.
+"""Documents to shard, and token shards made by hand, where every token of all documents is another number.
 
-Written by the description in arriero/data/shards.py alone, so they are an independent witness of the format too.
+The latter are written by the description in arriero/data/shards.py alone, so they are an independent witness of the
+format too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +48,12 @@ def write_shards(
     }
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return Shards(directory)
+
+
+def write_documents(path: Path, documents: Iterable[str | tuple[str, str]]) -> Path:
+    """A JSONL file of texts, or of (text, source); left as it is where it holds them already."""
+    rows = [{"text": d} if isinstance(d, str) else {"text": d[0], "source": d[1]} for d in documents]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists() or path.read_text() != content:
+        path.write_text(content)
+    return path

@@ -31,6 +31,7 @@ from arriero.checkpoint.gguf import Kind, write_gguf
 from arriero.checkpoint.hf import save_hf, write_hf
 from arriero.checkpoint.load import load_model, load_tokenizer_at, open_weights
 from arriero.checkpoint.meta import write_meta
+from arriero.checkpoint.sharded import Checkpoints
 from arriero.checkpoint.weights import from_model
 from arriero.curate import classifier
 from arriero.curate.config import CurateConfig
@@ -261,7 +262,7 @@ STEP = 3
 
 
 def write_native(folder: Path) -> None:
-    native.save(folder, STEP, groups_of_a_run(), {"step": STEP, "loss": 1.5, "texts": ["ä"]})
+    Checkpoints(folder).save(STEP, groups_of_a_run(), {"step": STEP, "loss": 1.5, "texts": ["ä"]})
 
 
 def write_native_parts(folder: Path) -> None:
@@ -284,7 +285,7 @@ def groups_of_a_run() -> dict[str, dict[str, torch.Tensor]]:
 
 
 def read_native(folder: Path) -> object:
-    saved = native.latest(folder)
+    saved = Checkpoints(folder).latest()
     if saved is None:
         return None
     groups = {group: saved.tensors(group) for group in ("weights", "optimizer")}

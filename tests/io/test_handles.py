@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.shards import write_documents
 
 from arriero.errors import DataError
 from arriero.io import handles, limits
@@ -21,15 +22,13 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[2])))
 import json
 from rich.console import Console
 from arriero.io import handles
-from arriero.curate.document import Document
 from arriero.data.pretrain_loader import DataStage, PretrainLoader
-from arriero.data.sharding import shard_documents
+from arriero.data.sharding import shard_sources
 from arriero.data.shards import find_sets, open_splits
 from arriero.tokenizer import load_tokenizer
 
-documents = [Document(f"words of {i} " * 9, str(i), f"site{i % 211}") for i in range(422)]
-shard_documents(documents, load_tokenizer("tok"), sys.argv[1], validation=0.1, by_source=True, part_size=3000,
-                console=Console(file=io.StringIO()))
+shard_sources(["documents.jsonl"], load_tokenizer("tok"), sys.argv[1], validation=0.1, by_source=True, part_size=3000,
+              workers=1, console=Console(file=io.StringIO()))
 for shards in find_sets(sys.argv[1]):
     shards.verify()
 sources, _ = open_splits(sys.argv[1])
@@ -48,6 +47,7 @@ def limited(script: str, *args: object, cwd: Path) -> str:
 def test_two_hundred_sources_are_written_and_read_alike_with_sixty_files_and_with_many(tmp_path: Path) -> None:
     (tmp_path / "tok").mkdir()
     _byte_vocabulary(tmp_path / "tok")
+    write_documents(tmp_path / "documents.jsonl", [(f"words of {i} " * 9, f"site{i % 211}") for i in range(422)])
     few, many = (limited(MANY_SETS, name, n, cwd=tmp_path) for name, n in (("few", 60), ("many", 2048)))
     assert few.startswith("[15, 2") and many.startswith("[512, 2")
     assert few.partition(",")[2] == many.partition(",")[2]

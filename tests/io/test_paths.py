@@ -132,10 +132,10 @@ def test_flags_with_an_equals_sign_and_positional_paths_are_expanded(
 
 
 def test_python_callers_need_no_expanding_either(home: Path) -> None:
-    from arriero.data.shards import find_sets, open_shards
+    from arriero.data.shards import Shards, find_sets
 
     write_shards(home / "set", [5, 7])
-    assert open_shards("~/set").n_documents == len(find_sets("~/set")[0]) == 2
+    assert Shards("~/set").n_documents == len(find_sets("~/set")[0]) == 2
     (home / "a.txt").write_text("x")
     assert list_files(["~/a.txt"])[0].path == home / "a.txt"
     with pytest.raises(UserError, match=f"{home}/nix"):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.shards import write_documents
 
 from arriero.checkpoint.hf import save_hf
 from arriero.model.config import LlamaConfig
@@ -36,13 +37,13 @@ def shards(tmp_path_factory) -> Path:
     """The help topics of Python as two sources, with a vocabulary of 512 learned from them."""
     import pydoc_data.topics
 
-    from arriero.curate.document import Document
-    from arriero.data.sharding import shard_documents
+    from arriero.data.sharding import shard_sources
     from arriero.tokenizer.train import learn_llama3
 
     topics = sorted(pydoc_data.topics.topics.items())
     tokenizer = learn_llama3((text.encode() for _, text in topics), 512, n_special=11)
-    documents = [Document(text, name, source="short" if len(text) < 3000 else "long") for name, text in topics]
-    out = tmp_path_factory.mktemp("corpus") / "shards"
-    shard_documents(documents, tokenizer, out, validation=0.15, by_source=True)
+    folder = tmp_path_factory.mktemp("corpus")
+    documents = ((text, "short" if len(text) < 3000 else "long") for _, text in topics)
+    out = folder / "shards"
+    shard_sources([write_documents(folder / "t.jsonl", documents)], tokenizer, out, validation=0.15, by_source=True)
     return out

@@ -13,6 +13,7 @@ import torch
 from helpers.training import assert_same, changed, losses, toy_loader, toy_trainer
 
 from arriero.checkpoint import native
+from arriero.checkpoint.sharded import Checkpoints
 from arriero.cli.train import finish
 from arriero.errors import CheckpointError, TrainingError
 from arriero.train.loop import Outcome, Progress
@@ -74,7 +75,7 @@ def test_resume_gives_the_same_losses_and_weights(tmp_path):
         stopped.save()
         log.step(stopped.step())  # lost: after the checkpoint
     resumed = toy_trainer(tmp_path / "parts")
-    resumed.restore(native.latest(tmp_path / "parts"))
+    resumed.restore(Checkpoints(tmp_path / "parts").latest())
     run(resumed, tmp_path / "parts")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert_same(weights(resumed), weights(whole))
@@ -88,7 +89,7 @@ from arriero.train.metrics import MetricsLog
 from helpers.training import toy_loader, toy_trainer
 run_dir = Path(sys.argv[1])
 trainer = toy_trainer(run_dir, steps=int(sys.argv[2]))
-saved = native.latest(run_dir)
+saved = Checkpoints(run_dir).latest()
 if saved is not None:
     trainer.restore(saved)
 print("ready", flush=True)
@@ -131,7 +132,7 @@ def test_resume_after_kill_gives_the_same_losses_and_weights(tmp_path):
         assert f"ended {steps} None" in second.communicate(timeout=200)[0]
         undisturbed.communicate(timeout=200)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    ours, theirs = (native.latest(tmp_path / name).tensors("weights") for name in ("killed", "whole"))
+    ours, theirs = (Checkpoints(tmp_path / name).latest().tensors("weights") for name in ("killed", "whole"))
     assert_same(ours, theirs)
 
 
@@ -143,7 +144,7 @@ def test_a_signal_saves_and_stops(tmp_path, number):
         out = process.communicate(timeout=60)[0]
     step = int(out.split("ended ")[1].split()[0])
     assert number.name in out
-    assert native.latest(tmp_path).step == step
+    assert Checkpoints(tmp_path).latest().step == step
 
 
 def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
@@ -253,9 +254,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     trainer.step()
     trainer.save()
     with pytest.raises(CheckpointError, match="it belongs to a run of 10 steps, this one has 20"):
-        toy_trainer(tmp_path, steps=20).restore(native.latest(tmp_path))
+        toy_trainer(tmp_path, steps=20).restore(Checkpoints(tmp_path).latest())
     with pytest.raises(CheckpointError, match="its trained tensors are not this run's"):
-        toy_trainer(tmp_path, steps=10, full=True).restore(native.latest(tmp_path))
+        toy_trainer(tmp_path, steps=10, full=True).restore(Checkpoints(tmp_path).latest())
 
 
 def test_a_checkpoint_without_the_moments_of_every_weight_is_refused(tmp_path):
@@ -265,7 +266,7 @@ def test_a_checkpoint_without_the_moments_of_every_weight_is_refused(tmp_path):
     del trainer.optimizer.state[parameter]
     trainer.save()
     with pytest.raises(CheckpointError, match=f"no optimizer state of 1 tensors .for example {re.escape(name)}"):
-        toy_trainer(tmp_path).restore(native.latest(tmp_path))
+        toy_trainer(tmp_path).restore(Checkpoints(tmp_path).latest())
 
 
 def test_clipping_bounds_the_gradient_of_a_step(tmp_path):
@@ -309,7 +310,7 @@ def test_the_average_is_the_mean_of_the_last_steps_weights_and_survives_a_resume
         stopped.step()
     stopped.save()
     resumed = toy_trainer(tmp_path / "parts", steps=10, average=0.3, full=True)
-    resumed.restore(native.latest(tmp_path / "parts"))
+    resumed.restore(Checkpoints(tmp_path / "parts").latest())
     resumed.step()
     with MetricsLog(tmp_path / "parts", after=10) as log:
         resumed.load_result(log)

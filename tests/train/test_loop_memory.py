@@ -13,6 +13,7 @@ from helpers.training import assert_same, changed, losses, toy_trainer
 from safetensors.torch import load_file
 
 from arriero.checkpoint import native
+from arriero.checkpoint.sharded import Checkpoints
 from arriero.distributed.config import ParallelConfig
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh
@@ -119,7 +120,7 @@ def test_resume_gives_the_same_losses_weights_and_state(tmp_path, optimizer, in_
         stopped.step()
     stopped.save()
     resumed = trainer_of(tmp_path / "parts", in_backward, optimizer, steps=11)
-    resumed.restore(native.latest(tmp_path / "parts"))
+    resumed.restore(Checkpoints(tmp_path / "parts").latest())
     assert [resumed.step()["loss"] for _ in range(6)] == losses[5:]
     assert_same(resumed.parameters, whole.parameters)
     assert_same(resumed._optimizer_tensors(), whole._optimizer_tensors())

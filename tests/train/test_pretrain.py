@@ -12,15 +12,14 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers.shards import write_shards
+from helpers.shards import write_documents, write_shards
 from helpers.tokenizers import small_sentencepiece
 from helpers.training import assert_same, losses, whole_and_resumed
 
 from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load
 from arriero.cli.recipes import validate
-from arriero.curate.document import Document
-from arriero.data.sharding import shard_documents
+from arriero.data.sharding import shard_sources
 from arriero.data.shards import open_sources
 from arriero.errors import ConfigError, DataError
 from arriero.model import catalogue as shapes
@@ -117,9 +116,9 @@ def mixed_shards(family: str, out: Path, smollm2_gguf: Path) -> Path:
         "sentencepiece": small_sentencepiece,
         "smollm2": lambda: load_tokenizer(smollm2_gguf),
     }[family]()
-    documents = [Document(text, "", "english") for text in english]
-    documents += [Document(text, "", "chinese") for text in chinese]
-    shard_documents(documents, tokenizer, out, validation=0.5, by_source=True)
+    documents = [*((text, "english") for text in english), *((text, "chinese") for text in chinese)]
+    path = write_documents(out.parent / f"{out.name}.jsonl", documents)
+    shard_sources([path], tokenizer, out, validation=0.5, by_source=True)
     return out
 
 

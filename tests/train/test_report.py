@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arriero.checkpoint import native
+from arriero.checkpoint.sharded import Checkpoints
 from arriero.train.environment import commit, describe
 from arriero.train.metrics import MetricsLog
 from arriero.train.report import smoothed, write_report
@@ -33,7 +33,7 @@ def write_run(run_dir: Path, steps: int = 13, total: int = 13) -> None:
         log.event("validation", step=7, loss=1.251)
         log.event("validation", step=steps, loss=1.3)
     for step in (7, steps):
-        native.save(run_dir, step, {"weights": {"a": torch.zeros(100_000)}}, {"total_steps": total})
+        Checkpoints(run_dir).save(step, {"weights": {"a": torch.zeros(100_000)}}, {"total_steps": total})
     rows = [
         {"prompt": "def f(): ...", "reference": "Do it.", "before": "The function `f`", "after": "Does it."},
         {"prompt": EVIL, "reference": EVIL, "after": ""},

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from arriero.errors import ConfigError, DataError
-from arriero.io.files import json_bytes, json_text, replaced_file
+from arriero.io.files import json_text, replaced_file, write_json
 from arriero.io.paths import as_path, hint
 from arriero.io.records import endings, parse_row, read_records
 from arriero.show.terminal import output, warn_once
@@ -30,9 +30,9 @@ def run_fit(path: Path, resamples: int, seed: int, as_json: bool = False) -> Fit
     found = fit(read_runs(path), resamples, seed)
     path = as_path(path)
     directory = path if path.is_dir() else path.parent
-    for name, content in ((FIT, json_bytes(found.summary(), indent=1) + b"\n"), (PICTURE, fit_png(found))):
-        with replaced_file(directory / name) as temporary:
-            temporary.write_bytes(content)
+    write_json(directory / FIT, found.summary())
+    with replaced_file(directory / PICTURE) as temporary:
+        temporary.write_bytes(fit_png(found))
     if as_json:
         print(json_text({key: value for key, value in found.summary().items() if key != "resamples"}, indent=1))
     else:
