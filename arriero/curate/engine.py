@@ -80,10 +80,10 @@ def curate(config: CurateConfig, console: Console | None = None) -> Json:
             shutil.rmtree(work, ignore_errors=True)
         write_json(work / PLAN, plan)
         with open_executor(config.workers, config.ray) as executor:
-            return Run(config, out, plan, executor, console).all(files)
+            return CurationRun(config, out, plan, executor, console).all(files)
 
 
-class Run:
+class CurationRun:
     """One curation from its plan to its manifest."""
 
     def __init__(self, config: CurateConfig, out: Path, plan: Json, executor: Executor, console: Console) -> None:

@@ -1,1 +1,1 @@
-"""Rows: formats, tokens of conversations, shards, packing, mixtures, and the batches that a step is made of."""
+"""Training data: file formats, tokenised conversations, token shards, packing, mixtures, and batches."""

@@ -1,10 +1,10 @@
-"""Rows of documents, and what a step gets of them: tokens, targets, and how they see each other.
+"""Rows of packed documents, and the batches made of them: tokens, targets and attention layout.
 
-A row is documents end to end, with whatever else is known of their tokens (advantages, old log-probabilities, weights)
-or of whole documents (rewards, pair and group numbers): its *extras*, which are joined, padded, cut and moved as the
-tokens are, here and nowhere else. A document may continue an earlier one of its row (model/layout.py). Documents that
-belong together (a preference pair, a group of answers) are one row to whoever packs, so nothing parts them: rows are
-joined whole, and a micro-batch is whole rows.
+A row is documents end to end, with optional *extras*: further values per token (advantages, old log-probabilities,
+weights) or per document (rewards, pair and group ids). Extras are joined, padded, cut and moved as the tokens are, by
+the functions of this module only. A document may continue an earlier one of its row (model/layout.py).
+Documents that belong together (a preference pair, a group of answers) are packed as one row. Rows are never split, and
+a micro-batch is a whole number of rows, so such documents always stay together.
 
 Shapes: N tokens, n documents.
 """

@@ -8,12 +8,11 @@ Containers are those of `arriero.io.records`. Layouts are recognised row by row 
     pair         prompt + completion | prompt + response | question + answer; texts or messages
 
 each with system? and tools?, the last two with history? ([question, answer] pairs) too. Every text of a row is used, or
-the row is refused with the column's name; columns that hold no text of a conversation are told of once a file. None,
-NaN, empty texts and empty lists are as if they were not there; 0 is not.
+the row is refused with the column's name; columns that hold no text of a conversation are reported once a file. None,
+NaN, empty texts and empty lists count as absent; 0 does not.
 
-Rows are read one at a time (only a .json array is read whole). Reading is apart from understanding, so that the
-former runs in one process and the latter in many. Every refusal names the file, the row (for JSONL its line) and
-the remedy.
+Rows are read one at a time (only a .json array is read whole). Reading rows and parsing them are separate functions, so
+that one process can read while many parse. Every error names the file, the row (for JSONL its line) and the remedy.
 
 Price: about 55 microseconds a row of four messages, a twentieth of what tokenising it costs.
 """
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from arriero.errors import DataError, did_you_mean
-from arriero.io.records import Record, Row, parse_json, parse_row
+from arriero.io.records import Record, RowDict, parse_json, parse_row
 from arriero.show.terminal import warn_once
 from arriero.tokenizer.contents import (
     MARKS,
@@ -106,7 +105,7 @@ class Conversation:
 
 
 def parse_records(records: Iterable[Record]) -> Iterator[Conversation]:
-    """Understand rows one after the other; at the end, tell of the columns that were not used."""
+    """Parse rows one after the other; at the end, warn of columns that were not used."""
     unused: dict[str, set[str]] = {}
     for record in records:
         conversation = parse_record(record)
@@ -152,7 +151,7 @@ def _present(row: dict[str, T]) -> dict[str, T]:
     return {k: v for k, v in row.items() if v is not None and v == v}
 
 
-def _conversation(row: Row, record: Record) -> Conversation:
+def _conversation(row: RowDict, record: Record) -> Conversation:
     talk, used = _layout(row)
     unused: set[str] = set()
     messages = [_message(message, i, unused) for i, message in enumerate(talk)]
@@ -171,7 +170,7 @@ def _conversation(row: Row, record: Record) -> Conversation:
     return Conversation(messages, _tools(row.get("tools")), record.file, record.row, frozenset(unused))
 
 
-def _layout(row: Row) -> tuple[list[Any], set[str]]:
+def _layout(row: RowDict) -> tuple[list[Any], set[str]]:
     """The row's messages, not yet checked and without the system's, and the columns that they come from."""
     if "chosen" in row or "rejected" in row:
         raise DataError(
@@ -217,7 +216,7 @@ def _asked(prompt: Any, name: str) -> Any:
     return prompt
 
 
-def _no_layout(row: Row) -> DataError:
+def _no_layout(row: RowDict) -> DataError:
     columns = ", ".join(repr(name) for name in list(row)[:SHOWN]) or "none"
     near = [f"{known!r} by {name!r}" for name in list(row)[:SHOWN] if (known := _nearest(name))]
     hint = f"; did you mean {', '.join(near)}?" if near else ""
@@ -233,7 +232,7 @@ def _nearest(name: str) -> str | None:
     return next(iter(difflib.get_close_matches(name.lower(), READ - {name}, n=1, cutoff=0.85)), None)
 
 
-def _unused(row: Row, used: set[str], messages: list[dict[str, Any]]) -> Iterator[str]:
+def _unused(row: RowDict, used: set[str], messages: list[dict[str, Any]]) -> Iterator[str]:
     """The columns that are not used, as they are shown; raises DataError for one that may hold text of the talk."""
     for name in row.keys() - used:
         value = row[name]
@@ -334,7 +333,7 @@ def _history(value: Any) -> list[Any]:
     return [_said(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
 
 
-def _system(row: Row) -> str | None:
+def _system(row: RowDict) -> str | None:
     given = {name: _text(row[name], name) for name in SYSTEM if name in row and not _is_empty(row[name])}
     if len(set(given.values())) > 1:
         raise DataError(f"{' and '.join(map(repr, given))} differ; keep one")

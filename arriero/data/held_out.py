@@ -1,9 +1,8 @@
-"""Rows to measure on: the first of a held-out set, and the bytes of text that they predict.
+"""Validation rows: the first rows of a held-out set, and the number of text bytes that their targets stand for.
 
-Bits per byte is what the predicted tokens cost, in bits, over the bytes of those very tokens, whatever part of a set is
-measured. A document's first token is predicted by nothing unless a token that begins texts stands before it, so its
-bytes do not count; the end of a text is predicted, costs bits and has no bytes. Which tokens stand for which bytes says
-`Tokenizer.text_bytes`: a whole document has its own.
+Bits per byte = cross-entropy of the target tokens in bits / UTF-8 bytes of those same tokens. A document's first token
+is a target only where a begin-of-text token precedes it; otherwise its bytes do not count. The end-of-text token is a
+target and has no bytes. `Tokenizer.text_bytes` says how many bytes each token stands for; a whole document's are known.
 
 Price: the documents that the rows touch are read once.
 """

@@ -1,7 +1,7 @@
-"""Data as the model sees it: rows with their trained tokens marked, lengths as a histogram, and the mask in numbers.
+"""`arriero data inspect`: rows with their trained tokens marked, a histogram of lengths, and counts of trained tokens.
 
-Everything is tokenised for the numbers, and refused just as training would refuse it; the cache makes the training
-that follows start at once.
+All data are tokenised as for training, with the same errors. The result is cached, so the training run that follows
+starts at once.
 """
 
 from __future__ import annotations

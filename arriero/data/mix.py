@@ -1,13 +1,13 @@
-"""Which source row n comes from: a weighted mixture whose every beginning keeps the weights.
+"""Which source row n comes from: a weighted mixture in a deterministic order that keeps the weights at every length.
 
-After any n rows a source of weight w has had n w of them to within one row, so a mixture holds over a day as over a
-minute, and nothing is drawn at random. The order is Tijdeman's (The chairman assignment problem, Discrete
-Mathematics 32, 1980): of the sources that are due, the one that must come soonest. It repeats after D rows, where D
-is the common denominator of the weights; one period is computed when a schedule is made, and then any row's source, a
-source's rows before it, and a source's m-th row are a look-up: a pure function of n, in integers only, so that no
-machine rounds it differently.
+After any n rows a source of weight w (of 1) has had n w of them to within one row, so the proportions hold over short
+stretches as over long ones, without random draws. The order is Tijdeman's (The chairman assignment problem, Discrete
+Mathematics 32, 1980): of the sources that are due, the one with the earliest deadline. It repeats after D rows, where D
+is the common denominator of the weights. One period is computed in the constructor; then a row's source, the number of
+a source's rows before it, and the index of a source's m-th row are table look-ups: pure functions of n, in integers
+only, so every machine computes the same.
 
-Price: one period in memory, at most 2^17 numbers of 2 bytes and their places; 0.2 seconds to compute for the longest.
+Price: one period in memory, at most 2^17 entries of 2 bytes and their positions; at most 0.2 seconds to compute.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def integer_weights(weights: Mapping[str, float]) -> dict[str, int]:
     return {name: max(1, (2 * w * MAX_PERIOD + total) // (2 * total)) for name, w in whole.items()}
 
 
-class Schedule:
+class MixtureOrder:
     """The endless order of sources by weight; those of weight 0 never come."""
 
     def __init__(self, weights: Mapping[str, float]) -> None:

@@ -1,18 +1,18 @@
-"""The rows of one source in their order: documents permuted without state, cut into windows, laid into rows.
+"""The order of one source's rows: documents permuted by a stateless permutation, cut into windows, packed into rows.
 
-A source's documents are laid out in one random order by a stateless permutation and cut into windows of about 131,072
-documents. How many rows a window fills depends on its documents' lengths alone, so each epoch has equally many; an
-epoch orders the windows, and the rows in each, anew. Row k of a source is then a look-up.
+A source's documents are put in one random order by a stateless permutation and cut into windows of about 131,072
+documents. The number of rows that a window fills depends on its documents' lengths alone, so every epoch has equally
+many rows; each epoch shuffles the windows, and the rows within each, anew. Row k of a source is then a look-up.
 
 BestFit cuts documents longer than a row into pieces of a row, drops nothing, and packs the pieces (`pack.py`); a
 document attends to itself only. Concat lays them end to end and cuts where a row is full, as Llama 1 and 2 did: no
 padding, and attention over the whole row.
 
-When rows change their length in the middle of an epoch, what the current window (of Concat: the block) has not yet
-given out is joined, cut and laid out again at the new length: no document is lost or repeated.
+When the length of rows changes in the middle of an epoch, the remaining text of the current window (of Concat: of the
+block) is cut and packed again at the new length: no document is lost or repeated.
 
-Price: one look at every document's length, to count rows (docs/log.md has the seconds); packing a window, about 0.2 s,
-when its first row is asked for, and about 4 MB while it is kept.
+Price: a pass over all documents' lengths to count rows (docs/log.md has the seconds); packing a window takes about
+0.2 s when its first row is requested, and about 4 MB while it is cached.
 
 S tokens in a row, W documents in a window, k row of the source.
 """
@@ -140,28 +140,28 @@ class Pieces:
         return Pieces(self.document[index], self.start[index], self.stop[index])
 
 
-class Run(Protocol):
-    """The rows of one source from somewhere in its order on, all of one length."""
+class SourceRows(Protocol):
+    """The rows of one source from some position in its order on, all of one length."""
 
     def row(self, k: int) -> Row:
-        """Row k of the run."""
+        """Row k, from 0 at the first."""
 
     def rows_until(self, epochs: Fraction) -> int:
-        """Rows from the run's first to where the source has been gone through so many times."""
+        """Number of rows from the first until `epochs` passes over the source are complete."""
 
     def epochs(self, n: int) -> float:
-        """How often n rows go through the source."""
+        """Number of passes over the source that n rows make."""
 
-    def resized(self, k: int, seq_len: int) -> Run:
-        """The run that goes on at row k with rows of another length."""
+    def resized(self, k: int, seq_len: int) -> SourceRows:
+        """The same source from row k on, with rows of another length."""
 
     @property
     def rows_in_epoch(self) -> int:
-        """Rows of this length that go through the source once."""
+        """Rows of this length in one pass over the source."""
 
 
 @dataclass(frozen=True)
-class _Packed:
+class _PackedWindow:
     """One window's pieces in their rows, and where the order goes on after it: window number `after` of `epoch`."""
 
     pieces: Pieces
@@ -175,9 +175,9 @@ class BestFit:
     """Rows of whole documents and of pieces of long ones, packed window by window."""
 
     def __init__(
-        self, windows: Windows, seq_len: int, epoch: int = 0, at: int = 0, head: _Packed | None = None
+        self, windows: Windows, seq_len: int, epoch: int = 0, at: int = 0, head: _PackedWindow | None = None
     ) -> None:
-        """A run that begins with the rows of `head`, if any, and goes on with window number `at` of `epoch`."""
+        """Begins with the rows of `head`, if any, and continues with window number `at` of `epoch`."""
         self.windows, self.seq_len = windows, seq_len
         self._counts = np.array([count_rows(windows.lengths(w) - 1, seq_len) for w in range(windows.n)])
         self.rows_in_epoch = int(self._counts.sum())
@@ -187,7 +187,7 @@ class BestFit:
         self._base = epoch * self.rows_in_epoch + int(self._bounds(epoch)[at])
 
     def row(self, k: int) -> Row:
-        """Row k of the run."""
+        """Row k, from 0 at the first."""
         return self._read(self.pieces(k))
 
     def pieces(self, k: int) -> Pieces:
@@ -196,25 +196,25 @@ class BestFit:
         return packed.pieces.take(packed.packing.row(r))
 
     def rows_until(self, epochs: Fraction) -> int:
-        """Rows from the run's first to where the source has been gone through so many times."""
+        """Number of rows from the first until `epochs` passes over the source are complete."""
         return max(0, math.floor(epochs * self.rows_in_epoch) - self._base + self._n_head)
 
     def epochs(self, n: int) -> float:
-        """How often n rows go through the source."""
+        """Number of passes over the source that n rows make."""
         return n / self.rows_in_epoch
 
     def resized(self, k: int, seq_len: int) -> BestFit:
-        """The run that goes on at row k with rows of another length."""
+        """The same source from row k on, with rows of another length."""
         packed, r = self._find(k)
         if r == 0 and packed.times == 1:  # nothing of the window has been given out
             return BestFit(self.windows, seq_len, packed.epoch, packed.after - 1)
         rest = packed.pieces.take(packed.packing.examples[packed.packing.bounds[r] :]).joined().cut(seq_len)
         key = self.windows.key(self.windows.number(packed.epoch, packed.after - 1)) + packed.times
         packing = pack(rest.stop - rest.start, seq_len, key, packed.epoch)
-        head = _Packed(rest, packing, packed.epoch, packed.after, packed.times + 1)
+        head = _PackedWindow(rest, packing, packed.epoch, packed.after, packed.times + 1)
         return BestFit(self.windows, seq_len, packed.epoch, packed.after, head)
 
-    def _find(self, k: int) -> tuple[_Packed, int]:
+    def _find(self, k: int) -> tuple[_PackedWindow, int]:
         """The packed window that row k lies in, and which of its rows it is."""
         if self._head is not None and k < self._n_head:
             return self._head, k
@@ -223,14 +223,14 @@ class BestFit:
         at = int(np.searchsorted(bounds, r, side="right")) - 1
         return self._packed(epoch, at), r - int(bounds[at])
 
-    def _pack_window(self, epoch: int, at: int) -> _Packed:
+    def _pack_window(self, epoch: int, at: int) -> _PackedWindow:
         w = self.windows.number(epoch, at)
         documents = self.windows.documents(w)
         inputs = self.windows.shards.lengths_of(documents) - 1
         pieces = Pieces(documents, np.zeros_like(inputs), inputs).cut(self.seq_len)
         packing = pack(pieces.stop - pieces.start, self.seq_len, self.windows.key(w), epoch)
         assert len(packing) == self._counts[w]
-        return _Packed(pieces, packing, epoch, at + 1)
+        return _PackedWindow(pieces, packing, epoch, at + 1)
 
     def _read(self, pieces: Pieces) -> Row:
         n = pieces.stop - pieces.start
@@ -249,11 +249,11 @@ class BestFit:
 class Concat:
     """Rows cut from the documents laid end to end, epoch after epoch, in random order.
 
-    Neighbouring rows are often one document's, so the rows of a window change places, in blocks of at most BLOCK; a
-    row over a window's end keeps its own.
+    Neighbouring rows are often one document's, so the rows of a window are shuffled, in blocks of at most BLOCK; a
+    row across a window's end keeps its place.
 
-    spans: the stretches of that endless text that the run gives, the last without end. There are several where rows of
-    another length gave a block in part.
+    spans: the intervals of that endless text that the rows are cut from, the last without end. There are several where
+    rows of another length have used a part of a block.
     """
 
     def __init__(self, windows: Windows, seq_len: int, spans: Sequence[tuple[int, int]] = ((0, ENDLESS),)) -> None:
@@ -274,7 +274,7 @@ class Concat:
         return self.n_tokens // self.seq_len
 
     def row(self, k: int) -> Row:
-        """Row k of the run: each of its tokens predicts the one after it in the text."""
+        """Row k: each of its tokens predicts the one after it in the text."""
         first, order = self._block(k)
         at = (first + int(order[k - first])) * self.seq_len
         ids = [self._text(start, stop + 1) for start, stop in self._spans(at, at + self.seq_len)]
@@ -282,11 +282,11 @@ class Concat:
         return Row(tokens.astype(np.int32), targets, np.array([self.seq_len]))
 
     def rows_until(self, epochs: Fraction) -> int:
-        """Rows from the run's first to where the source has been gone through so many times."""
+        """Number of rows from the first until `epochs` passes over the source are complete."""
         return max(0, (math.floor(epochs * self.n_tokens) - self._given) // self.seq_len)
 
     def epochs(self, n: int) -> float:
-        """How often n rows go through the source."""
+        """Number of passes over the source that n rows make."""
         return n * self.seq_len / self.n_tokens
 
     def resized(self, k: int, seq_len: int) -> Concat:

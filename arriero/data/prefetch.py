@@ -1,10 +1,9 @@
-"""Batches made ready in the background, so that a step never waits for its data.
+"""Prefetching: the batches of the next steps are made in background threads, so that a step need not wait for data.
 
-`Prefetched(make)` is called as `make` is, with the number of a step. What the next steps will ask for is made meanwhile
-in threads: reading memory-mapped pages and copying them releases the interpreter, and so does whatever a step computes.
-Order and content do not depend on the threads, since `make` is a pure function of the step; asked out of order, it
-makes what is asked for.
-Price: `ahead` batches of memory. bench/loader.py measures what a step still waits.
+`Prefetched(make)` is called like `make`, with the number of a step. Threads suffice: reading memory-mapped pages and
+copying them releases the interpreter lock, and so does what a step computes. The threads change neither order nor
+content, since `make` is a pure function of the step; a step out of order is made when it is requested.
+Price: `ahead` batches of memory. bench/loader.py measures how long a step still waits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rows to pretrain on: documents of several sources, mixed and packed, in a pure function of (seed, index).
+"""Pretraining rows: documents of several sources, mixed and packed, as a pure function of (seed, index).
 
-`PretrainLoader.row(index)` gives the same row to whoever asks, at any time, on any number of processes: there is no
-state but a count, so resume is "go on from index", with any batch size. From index to tokens:
+`PretrainLoader.row(index)` returns the same row at any time and on any number of processes. The only state is the index
+of the next row, so a run can resume with any batch size. From index to tokens:
 
     index --mixture--> source, k --epochs and windows--> row r of window w --packing--> pieces of documents
 
@@ -9,9 +9,9 @@ state but a count, so resume is "go on from index", with any batch size. From in
 2. The source's own order (`order.py`) says which window of its documents row k is in, packs that window, and reads the
    row's pieces from the shards.
 
-What a row holds are predictions: a document of n tokens is n - 1 inputs, each with the next token as its target, so a
-position never goes to waste on an end of text that predicts nothing; the end of text itself is predicted. A piece that
-is not its document's last still predicts the token after it.
+A row holds inputs with their targets: a document of n tokens gives n - 1 inputs, each with the next token as target.
+So the end-of-text token is a target but takes no input position, where it would predict nothing. A piece of a document
+that is not its last still predicts the token after it.
 
 A stage may change the mixture and the length of rows at any row, also in the middle of an epoch, as Llama 3's did
 (arXiv 2407.21783, section 3.4).
@@ -27,8 +27,8 @@ from fractions import Fraction
 from typing import Literal
 
 from arriero.data.batch import Batch, Row, collate
-from arriero.data.mix import Schedule, integer_weights
-from arriero.data.order import WINDOW, BestFit, Concat, Run, Windows
+from arriero.data.mix import MixtureOrder, integer_weights
+from arriero.data.order import WINDOW, BestFit, Concat, SourceRows, Windows
 from arriero.data.shards import Shards
 from arriero.errors import ConfigError, DataError, did_you_mean
 
@@ -49,19 +49,28 @@ class DataStage:
 
 @dataclass(frozen=True)
 class _Phase:
-    """Rows from `first_row` on, while neither the stage nor the set of sources that have rows left changes."""
+    """Rows from `first_row` on, up to where the stage changes or a source is used up.
+
+    mixture: of the sources that have rows left. rows: of each source, from where the length of rows last changed.
+    """
 
     first_row: int
     seq_len: int
-    schedule: Schedule
-    runs: Mapping[str, Run]
-    used: Mapping[str, int]  # rows of each run before this phase
+    mixture: MixtureOrder
+    rows: Mapping[str, SourceRows]
+    used: Mapping[str, int]  # of each source's rows, those before this phase
 
     def used_at(self, index: int) -> dict[str, int]:
-        """Rows of each run before row `index`."""
+        """Of each source's rows, those before row `index`."""
         n = index - self.first_row
-        active = self.schedule.names
-        return {name: k + (self.schedule.count(name, n) if name in active else 0) for name, k in self.used.items()}
+        active = self.mixture.names
+        return {name: k + (self.mixture.count(name, n) if name in active else 0) for name, k in self.used.items()}
+
+    def next_row(self, limits: Mapping[str, int], end: int | None) -> int | None:
+        """The row after this phase: the stage's `end`, or the one at which a source first reaches its limit, if any."""
+        limited = [name for name in self.mixture.names if name in limits]
+        ends = [self.first_row + self.mixture.position(n, limits[n] - self.used[n] - 1) + 1 for n in limited]
+        return min([*ends, *([] if end is None else [end])], default=None)
 
 
 class PretrainLoader:
@@ -86,6 +95,7 @@ class PretrainLoader:
         _check(sources, self.stages, bounds)
         self._windows = {name: Windows(shards, name, seed, window) for name, shards in sources.items()}
         self._phases: list[_Phase] = []
+        self._used_up: set[str] = set()
         self.n_rows: int | None = None
         self._plan(bounds)
         if not self._phases:
@@ -108,7 +118,7 @@ class PretrainLoader:
 
     def rows_in_epoch(self, source: str) -> int:
         """Rows of the first stage's length that go through a source once."""
-        return self._phases[0].runs[source].rows_in_epoch
+        return self._phases[0].rows[source].rows_in_epoch
 
     def epochs(self, n_rows: int) -> dict[str, float]:
         """How often the first n_rows go through each source."""
@@ -116,7 +126,7 @@ class PretrainLoader:
         for phase, end in zip(self._phases, [*self._firsts[1:], n_rows], strict=True):
             if phase.first_row < n_rows:
                 after = phase.used_at(min(end, n_rows))
-                for name, run in phase.runs.items():
+                for name, run in phase.rows.items():
                     done[name] += run.epochs(after[name] - phase.used[name])
         return done
 
@@ -133,40 +143,40 @@ class PretrainLoader:
             )
         return self._phases[bisect_right(self._firsts, index) - 1]
 
-    def _locate(self, index: int) -> tuple[str, Run, int]:
+    def _locate(self, index: int) -> tuple[str, SourceRows, int]:
         phase = self._phase(index)
         n = index - phase.first_row
-        name = phase.schedule.source(n)
-        return name, phase.runs[name], phase.used[name] + phase.schedule.count(name, n)
+        name = phase.mixture.source(n)
+        return name, phase.rows[name], phase.used[name] + phase.mixture.count(name, n)
 
     def _plan(self, bounds: Mapping[str, Fraction]) -> None:
-        """Cut the line of rows into phases: where a stage begins, and where a source is used up."""
+        """Divide all rows into phases; sets `n_rows` where the sources are used up."""
         make = BestFit if self.packing == "best-fit" else Concat
         ends = [*(stage.first_row for stage in self.stages[1:]), None]
-        used_up: set[str] = set()
-        at = 0
+        rows: dict[str, SourceRows] = {name: make(w, self.stages[0].seq_len) for name, w in self._windows.items()}
+        used = dict.fromkeys(rows, 0)
+        at, seq_len = 0, self.stages[0].seq_len
         for stage, end in zip(self.stages, ends, strict=True):
-            if not self._phases:
-                runs: dict[str, Run] = {name: make(w, stage.seq_len) for name, w in self._windows.items()}
-                used = dict.fromkeys(runs, 0)
-            elif stage.seq_len != self._phases[-1].seq_len:
-                runs = {name: run.resized(used[name], stage.seq_len) for name, run in runs.items()}
-                used = dict.fromkeys(runs, 0)
-            limits = {name: runs[name].rows_until(bound) for name, bound in bounds.items()}
+            if stage.seq_len != seq_len:
+                rows = {name: source.resized(used[name], stage.seq_len) for name, source in rows.items()}
+                used, seq_len = dict.fromkeys(rows, 0), stage.seq_len
+            limits = {name: rows[name].rows_until(bound) for name, bound in bounds.items()}
             while end is None or at < end:
-                used_up |= {name for name, limit in limits.items() if used[name] >= limit}
-                active = {name: w for name, w in stage.weights.items() if w > 0 and name not in used_up}
+                active = self._active(stage, used, limits)
                 if not active:
                     self.n_rows = at
                     return
-                schedule = Schedule(active)
-                self._phases.append(_Phase(at, stage.seq_len, schedule, runs, used))
-                stops = [at + schedule.position(n, limits[n] - used[n] - 1) + 1 for n in active if n in limits]
-                stops += [] if end is None else [end]
-                if not stops:
+                phase = _Phase(at, seq_len, MixtureOrder(active), rows, used)
+                self._phases.append(phase)
+                following = phase.next_row(limits, end)
+                if following is None:
                     return
-                at = min(stops)
-                used = self._phases[-1].used_at(at)
+                at, used = following, phase.used_at(following)
+
+    def _active(self, stage: DataStage, used: Mapping[str, int], limits: Mapping[str, int]) -> dict[str, float]:
+        """The weights of the stage's sources that have rows left; what was used up once stays so in later stages."""
+        self._used_up |= {name for name, limit in limits.items() if used[name] >= limit}
+        return {name: w for name, w in stage.weights.items() if w > 0 and name not in self._used_up}
 
 
 def _check(sources: Mapping[str, Shards], stages: Sequence[DataStage], bounds: Mapping[str, Fraction]) -> None:
@@ -178,6 +188,14 @@ def _check(sources: Mapping[str, Shards], stages: Sequence[DataStage], bounds: M
                 f"a stage begins at row {after.first_row:,}, the one before it at {before.first_row:,}; "
                 "give stages in their order, each of one row at least"
             )
+    _check_sources(sources, stages, bounds)
+    for stage in stages:
+        integer_weights(stage.weights)
+        if stage.seq_len < 1:
+            raise ConfigError(f"seq_len is {stage.seq_len}; a row holds 1 token at least")
+
+
+def _check_sources(sources: Mapping[str, Shards], stages: Sequence[DataStage], bounds: Mapping[str, Fraction]) -> None:
     for named in (bounds, *(stage.weights for stage in stages)):
         for name in named:
             if name not in sources:
@@ -185,10 +203,6 @@ def _check(sources: Mapping[str, Shards], stages: Sequence[DataStage], bounds: M
     for name, epochs in bounds.items():
         if epochs <= 0:
             raise ConfigError(f"max_epochs of {name!r} is {float(epochs)}; give a number above 0")
-    for stage in stages:
-        integer_weights(stage.weights)
-        if stage.seq_len < 1:
-            raise ConfigError(f"seq_len is {stage.seq_len}; a row holds 1 token at least")
     for name, shards in sources.items():
         if shards.n_predicted == 0:
             raise DataError(f"{shards.directory}: source {name!r} has no documents to learn from; leave it out")

@@ -1,8 +1,8 @@
 """Conversations as token ids with a loss mask: what fine-tuning reads.
 
-`build_dataset` tokenises rows once (sft_cache.py); a second run opens what the first wrote. What depends on the run
-(the longest length, the validation share) is a choice of examples from that, so changing it tokenises nothing. A
-million rows need not fit in memory: only 28 bytes of index a row do.
+`build_dataset` tokenises rows once (sft_cache.py); later runs open the cache. Settings of a run (the maximum length,
+the validation share) only select examples from it, so changing them needs no tokenising. The tokens are memory-mapped;
+only 28 bytes of index per row have to fit in memory.
 
 n examples, T tokens.
 """

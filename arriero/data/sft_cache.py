@@ -1,4 +1,4 @@
-"""Conversations tokenised once, in worker processes, and kept in memory-mapped files for every run that follows.
+"""The cache of tokenised conversations: made once by worker processes, memory-mapped by every later run.
 
     CACHE/NAME/                NAME is a hash of all that decides the bytes: the contents of the data files, the
                                tokenizer's fingerprint, FORMAT
@@ -9,7 +9,7 @@
         rows.npy, files.npy    int64, int32 [n]: where each came from
         unused.json            for each file, which of its columns are in no example
 
-Two processes that build the same one race harmlessly, since each writes under a name of its own and renames.
+Two processes may build the same cache at once: each writes under a temporary name of its own, then renames.
 
 Price: 5 bytes of disk a token; the speeds are in docs/log.md.
 

@@ -1,15 +1,15 @@
 """Rows and batches from a tokenised data set, in an order that is a pure function of (seed, index).
 
-There is no loader state but a count: `row(index)` gives the same row to whoever asks, at any time, on any number of
-processes. Resume is "go on from index". Every epoch packs and orders its rows anew, and has the same number of them.
+`row(index)` returns the same row at any time and on any number of processes, so the only state of a loader is the index
+of the next row. Every epoch packs and shuffles its rows anew, and has the same number of them.
 
 A batch is one flat sequence of documents (data/batch.py); targets hold the id of the next token where that one is
 trained. No document predicts the next one's first token.
 
-Instruction data tends to begin every example with the same system prompt. What all examples share stands once at the
-head of a batch, as its first document, and the others continue it (model/layout.py): the same losses and
-gradients for less work (a fifth to a third less on short examples).
-Price: packing an epoch (about a second for a million examples) when its first row is asked for.
+Instruction data tends to begin every example with the same system prompt. The tokens that all examples share are in a
+batch once, as its first document, which the others continue (model/layout.py): the same losses and gradients for a
+fifth to a third less work on short examples.
+Price: packing an epoch (about a second for a million examples) when its first row is requested.
 """
 
 from __future__ import annotations

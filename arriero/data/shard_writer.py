@@ -1,8 +1,9 @@
-"""The files of token shards, written so that a run killed anywhere goes on without loss, repetition or half a file.
+"""Writes token shards so that a run killed at any time can continue, with no document lost, repeated or half-written.
 
-Documents become durable a part at a time: the files of a part are synced and renamed, then progress.json, which says
-what is in all parts and where reading goes on, is replaced. What a killed run wrote after that is written again, with
-the same bytes. At the end the parts' indices are joined, every set gets its manifest, and progress.json says so.
+Documents are committed a part at a time: the files of a part are synced and renamed, then progress.json, which lists
+the contents of all parts and the position to resume from, is replaced. What a killed run wrote after its last commit is
+written again, with the same bytes. At the end the parts' indices are joined, every set gets its manifest, and
+progress.json is marked complete.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Text to token shards: `arriero shard`. The files are as `shards.py` describes them.
+"""Text to token shards: `arriero shard`. shards.py describes the files.
 
-One process reads, as little as it can: lines of JSONL go to the workers unparsed, and files that are one document
-unopened. The workers make documents of them, decide which are held out, and encode (`tokenizer/parallel.py`). One
-writer puts the results into files in the order of the documents (`shard_writer.py`), so the bytes are the same for any
-number of workers, and a run that was killed goes on from the last part that was durable.
+The main process only reads, and leaves the rest to the workers: lines of JSONL are sent unparsed, files of a single
+document unopened. The workers parse documents, decide which are held out, and encode (`tokenizer/parallel.py`). The
+main process writes the results in the order of the documents (`shard_writer.py`), so the bytes are the same for any
+number of workers, and a killed run continues from the last committed part.
 
-Every document stands between the tokens that its tokenizer's family puts there (`document_marks`). Documents without
-text are left out. Which are held out is decided by a hash of the text: equal texts lie on one side.
+Each document is enclosed in the begin and end tokens of its tokenizer's family (`document_marks`). Documents without
+text are left out. A hash of the text decides what is held out, so equal texts are in the same split.
 
 Price: encoding, at the speed of `tokenizer/parallel.py` on every core; the rest is counted in docs/log.md. Memory for
 about four chunks a worker.
@@ -283,7 +283,7 @@ class Encode:
         return DocumentEncoder(self.tokenizer, parallel=False)
 
 
-# The whole
+# All of it
 
 
 def _shard(

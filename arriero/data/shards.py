@@ -8,10 +8,10 @@
         bytes.bin              uint32 [n]: UTF-8 bytes of each document's text, for bits per byte
     DIR/validation/            likewise, held out
 
-A document never spans two files. A set is whole where manifest.json lies: it is written last (`sharding.py`). The
-fingerprint is a hash of the manifest, and so of every byte; a run that resumes compares it.
-Price: 2 or 4 bytes of disk a token and 12 a document; opening reads the manifest only, all processes of a machine
-share the same pages, and however many sets are open, few of their files are (`handles.py`).
+A document never spans two files. A set with a manifest.json is complete, since that is written last (`sharding.py`).
+The fingerprint is a hash of the manifest and so, through its hashes, of every byte; a run that resumes compares it.
+Price: 2 or 4 bytes of disk per token and 12 per document. Opening a set reads the manifest only; the processes of a
+machine share memory-mapped pages; the number of open files is bounded, however many sets there are (`io/handles.py`).
 
 n documents.
 """

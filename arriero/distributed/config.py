@@ -1,7 +1,7 @@
-"""How a run is laid over processes: the five degrees of parallelism, checked against each other and the model.
+"""The five degrees of parallelism of a run, checked against each other, the model and the batch.
 
-The product of the degrees is the number of processes. Neighbouring ranks talk most, so tensor parallelism is innermost
-(inside one machine), then context, sharded data, replicated data, and the pipeline outermost (Llama 3, arXiv
+The product of the degrees is the number of processes. Neighbouring ranks communicate most, so tensor parallelism is
+innermost (inside one machine), then context, sharded data, replicated data, and the pipeline outermost (Llama 3, arXiv
 2407.21783, section 3.3.2). No torch here: the command line reads this module to print its help.
 """
 
@@ -117,7 +117,7 @@ class ParallelConfig:
         self.layers(model.n_layers)
 
     def check_batch(self, batch_rows: int, micro_rows: int, seq_len: int) -> None:
-        """Raise `ConfigError` where a global batch of `batch_rows` rows of `seq_len` tokens cannot be shared out.
+        """Raise `ConfigError` where a global batch of `batch_rows` rows of `seq_len` tokens cannot be divided evenly.
 
         `self` is fitted. `micro_rows` rows go through the model at once on each data-parallel process.
         """

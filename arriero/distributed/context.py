@@ -1,9 +1,9 @@
 """Context parallelism: the tokens of a row split over the cp processes, as Llama 3 does it.
 
 The sequence is cut into 2 x cp chunks and process i holds chunks i and 2 cp - 1 - i, so that all have the same number
-of visible pairs under a causal mask. Keys and values are gathered before attention, which grouped heads make small,
-and which lets any documents and leads stand (arXiv 2407.21783, section 3.3.2). Everything else in the model works on
-one token at a time and needs nothing.
+of visible pairs under a causal mask. Keys and values are gathered before attention (arXiv 2407.21783, section 3.3.2):
+with grouped-query attention they are small, and any packing of documents, shared prompts included, works as it is.
+Everything else in the model works on one token at a time and needs no communication.
 Price for each layer: a gather of T x 2 K h values forward, a reduce-scatter of as many backward.
 
 Shapes: T tokens of the whole row, n = T / cp of this process, c = n / 2 in a chunk, H heads, K KV heads, h head width.
@@ -33,7 +33,7 @@ def held_tokens(length: int, rank: int, size: int) -> Tensor:
 
 
 class HeldDocuments:
-    """A layout: the tokens of packed documents that this process holds, which see those that others hold too."""
+    """A layout: this process's tokens of packed documents, which attend to those of the other processes too."""
 
     def __init__(self, documents: Documents, group: dist.ProcessGroup) -> None:
         self.documents, self.group, self.rank, self.size = documents, group, group.rank(), group.size()
@@ -41,7 +41,7 @@ class HeldDocuments:
         self.positions = documents.positions[:, self.held]
 
     def attention(self, layer: int) -> Attend:
-        """The same in all layers; one gather of keys and values in each."""
+        """The same function for all layers; it gathers keys and values."""
         return self._attend
 
     @torch.compiler.disable
@@ -51,13 +51,13 @@ class HeldDocuments:
         return self._pieces(q, keys[None], values[None])
 
     def gather(self, part: Tensor) -> Tensor:
-        """What all processes hold, [n, ...] each, in the order of the row: [T, ...]."""
+        """All processes' tensors [n, ...], concatenated in the order of the row: [T, ...]."""
         whole = _Gather.apply(part, self.group)
         chunks = whole.view(self.size, 2, -1, *part.shape[1:])
         return torch.cat((chunks[:, 0], chunks[:, 1].flip(0))).flatten(0, 1)
 
     def sums(self, values: Tensor) -> Tensor:
-        """values [1, n] summed over the tokens of each document, here and on the other processes, [documents]."""
+        """values [1, n] summed over the tokens of each document on all processes, [documents]."""
         own = values.new_zeros(len(self.documents.lengths))
         return _Sum.apply(own.index_add(0, self.documents.document[self.held], values[0]), self.group)
 
@@ -68,7 +68,7 @@ class HeldDocuments:
 
     @cached_property
     def _pieces(self) -> PieceByPiece:
-        """Each part of a document that lies here, in order, with the keys up to its last query."""
+        """Each part of a document that this process holds, in order, with the keys up to its last query."""
         size, pieces = len(self.held) // 2, []
         for offset, chunk in ((0, self.rank), (size, 2 * self.size - 1 - self.rank)):
             first, last = chunk * size, (chunk + 1) * size
@@ -98,7 +98,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over processes; what any of them does with the sum comes back to all."""
+    """Sum over processes; backward sums the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:

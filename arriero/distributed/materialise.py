@@ -1,7 +1,7 @@
-"""Gives a model that was made and split on the meta device its values: each process those that it holds, and no others.
+"""Fills the parameters of a model that was made and split on the meta device; each process fills its own shards only.
 
-The size of a model is then bounded by what all processes hold together, not by what one can.
-Price: of each tensor in turn the part that is held lies in memory twice, as its source gives it and in its place.
+The size of a model is then bounded by the memory of all processes together, not by that of one.
+Price: one shard at a time is in memory twice, as read from its source and as the parameter.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from arriero.distributed.stage import Stage
+from arriero.distributed.stage import StageModel
 
 Values = Callable[[str, Sequence[int], tuple[slice, ...]], Tensor]
 """(name, shape, box) -> the values within `box`, a slice a dimension, of the tensor of that name, on the CPU."""
 
 
 @torch.no_grad()
-def materialise(stage: Stage, device: torch.device, values: Values) -> None:
-    """Make the parameters of `stage`, on the meta device so far, real on `device`, and fill them from `values`."""
+def materialise(stage: StageModel, device: torch.device, values: Values) -> None:
+    """Move the parameters of `stage` from the meta device to `device`, and fill them from `values`."""
     stage.to_empty(device=device)
     stage.model.tie_weights()
     for name, parameter in stage.named_parts():
@@ -30,7 +30,7 @@ def materialise(stage: Stage, device: torch.device, values: Values) -> None:
 
 
 def held(tensor: Tensor) -> tuple[slice, ...]:
-    """Which part of the whole tensor this process holds, as a slice for each dimension."""
+    """This process's shard of a tensor, as a slice of the whole one for each dimension."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, n) for n in tensor.shape)
     (chunk,) = tensor.__create_chunk_list__()

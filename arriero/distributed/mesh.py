@@ -1,10 +1,11 @@
-"""The processes of a run as a mesh: who holds which part of the model, and who works on which rows.
+"""The processes of a run as a device mesh: which part of the model and which rows each of them has.
 
-One process without torch.distributed is a mesh too, so that a training loop asks no questions. Under torchrun the
-process group is opened here and closed by the mesh's `close` (or its `with`).
+A single process without torch.distributed is a mesh too, so that a training loop needs no case for it. Under torchrun
+the process group is opened here and closed by the mesh's `close` (or at the end of its `with`).
 
-A mesh has five dimensions, outermost first: pp, dp_replicate, dp_shard, cp, tp. What is summed over the whole mesh
-(tokens, losses, squared norms) is counted once, by the processes that `leads` names.
+A mesh has five dimensions, outermost first: pp, dp_replicate, dp_shard, cp, tp. A quantity that several processes have
+in common (tokens, losses, squared norms) is counted once in a sum over the mesh: by the process for which `is_first`
+holds along the dimensions in question.
 """
 
 from __future__ import annotations
@@ -29,23 +30,26 @@ DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 class Mesh:
-    """This process's place among all. `config` is fitted to the number of processes; `device` is where it computes."""
+    """The mesh, seen from this process.
+
+    config: the degrees of parallelism, whose product is the number of processes. device: of this process.
+    """
 
     def __init__(self, config: ParallelConfig, device: torch.device, processes: DeviceMesh | None = None) -> None:
         self.config, self.device, self._processes = config, device, processes
         if processes is not None:
-            processes["dp_shard", "cp"]._flatten("fsdp")  # context parallel processes shard the weights too
+            processes["dp_shard", "cp"]._flatten("fsdp")  # context-parallel processes shard the weights too
             # That a whole tensor takes two gathers, along fsdp and tp, is meant.
             logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
     @property
     def distributed(self) -> bool:
-        """Whether there is anyone else."""
+        """Whether torch.distributed is used."""
         return self._processes is not None
 
     @property
     def home(self) -> torch.device:
-        """Where this process's part of the weights lies between steps."""
+        """The device of this process's weights between steps."""
         return torch.device("cpu") if self.config.cpu_offload else self.device
 
     @property
@@ -65,31 +69,34 @@ class Mesh:
 
     @property
     def stage_ranks(self) -> range:
-        """The processes that hold the same layers as this one, in parts or in copies."""
+        """The ranks of the processes that hold the same layers as this one, sharded or replicated."""
         size = self.world // self.config.pp  # the pipeline is the outermost dimension
-        return range(self.place("pp") * size, (self.place("pp") + 1) * size)
+        return range(self.coordinate("pp") * size, (self.coordinate("pp") + 1) * size)
 
-    def place(self, dimension: str) -> int:
+    def coordinate(self, dimension: str) -> int:
         """This process's coordinate along one of DIMENSIONS."""
         return 0 if self._processes is None else self._processes.get_local_rank(dimension)
 
     @property
     def dp_rank(self) -> int:
-        """Which share of the rows is this process's, of `dp_size`."""
-        return self.place("dp_replicate") * self.config.dp_shard + self.place("dp_shard")
+        """The index of this process's data-parallel group, from 0 to `dp_size` - 1."""
+        return self.coordinate("dp_replicate") * self.config.dp_shard + self.coordinate("dp_shard")
 
     @property
     def dp_size(self) -> int:
-        """Number of shares that a global batch is cut into."""
+        """The number of data-parallel groups, each of which has a shard of the global batch."""
         return self.config.dp
 
-    def share(self, n: int) -> range:
-        """This process's share of n things that every data-parallel process has an equal and contiguous share of."""
-        return equal_share(n, self.dp_rank, self.dp_size)
+    def local_shard(self, n: int) -> range:
+        """Which of n items (rows, micro-batches) are this process's; every data-parallel group has equally many."""
+        return local_shard(n, self.dp_rank, self.dp_size)
 
-    def leads(self, *dimensions: str) -> bool:
-        """Whether this process is the first along all of `dimensions`, and so counts for its peers there."""
-        return all(self.place(name) == 0 for name in dimensions)
+    def is_first(self, *dimensions: str) -> bool:
+        """Whether this process has coordinate 0 along all of `dimensions`."""
+        return all(self.coordinate(name) == 0 for name in dimensions)
+
+    # Old names, until train/ and engine.py use the new ones.
+    place, share, leads = coordinate, local_shard, is_first
 
     def sub(self, *dimensions: str) -> DeviceMesh:
         """The processes that differ from this one only along `dimensions` ("fsdp" is dp_shard with cp)."""
@@ -105,25 +112,25 @@ class Mesh:
         return value
 
     def count(self, *numbers: float) -> list[float]:
-        """Each number summed over the data-parallel shares; the other processes of a share hold the same."""
+        """Each number summed over the data-parallel groups; all processes of a group give the same numbers."""
         if not self.distributed:
             return list(numbers)
         own = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        return self.sum(own if self.leads("pp", "cp", "tp") else torch.zeros_like(own)).tolist()
+        return self.sum(own if self.is_first("pp", "cp", "tp") else torch.zeros_like(own)).tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any process, so that all can act alike."""
+        """Whether `flag` is set on any process."""
         return bool(self.sum(torch.tensor(int(flag), device=self.device))) if self.distributed else flag
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """A barrier: wait until all processes have come here."""
         self.any(False)
 
     @contextmanager
     def one_before_others(self) -> Iterator[None]:
-        """What process 0 does here, all others do after it, and find it done (a cache filled, a file written).
+        """Run the block on process 0 first, and on the others when it is done: they find its caches and files.
 
-        Where process 0 finds a user's mistake, the others try it themselves: to them it is the same mistake.
+        Where it raises a `UserError` on process 0, the others run it all the same, and raise it too.
         """
         if self.rank > 0:
             self.wait()
@@ -149,7 +156,7 @@ class Mesh:
 
 
 def init_mesh(config: ParallelConfig, device: str) -> Mesh:
-    """Join the processes that torchrun started (environment WORLD_SIZE, RANK, LOCAL_RANK), or be one alone.
+    """The mesh of the processes that torchrun started (environment WORLD_SIZE, RANK, LOCAL_RANK), or of this one alone.
 
     device: "cpu" (gloo) or "cuda" (nccl, the GPU of LOCAL_RANK). Raises `ConfigError` where the degrees do not fit.
     """
@@ -164,8 +171,8 @@ def init_mesh(config: ParallelConfig, device: str) -> Mesh:
     if not dist.is_initialized():
         backend = "nccl" if here.type == "cuda" else "gloo"
         if fitted.cpu_offload and here.type == "cuda":
-            backend = "cpu:gloo,cuda:nccl"  # what lies on the host is gathered there
-        if world == 1:  # a group of its own: it is the sharding that offloads
+            backend = "cpu:gloo,cuda:nccl"  # offloaded tensors are gathered on the host
+        if world == 1:  # FSDP does the offloading, and needs a group even for one process
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             join(backend, fitted.timeout)
@@ -173,8 +180,8 @@ def init_mesh(config: ParallelConfig, device: str) -> Mesh:
     return Mesh(fitted, here, init_device_mesh(here.type, degrees, mesh_dim_names=DIMENSIONS))
 
 
-def equal_share(n: int, rank: int, size: int) -> range:
-    """Which of n things process `rank` of `size` takes: neighbours, equally many each."""
+def local_shard(n: int, rank: int, size: int) -> range:
+    """The shard of n items that is `rank`'s of `size`: contiguous, and equally many for each."""
     each, rest = divmod(n, size)
     assert rest == 0, "ParallelConfig.check_batch has seen to it"
     return range(rank * each, (rank + 1) * each)

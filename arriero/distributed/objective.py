@@ -1,4 +1,4 @@
-"""What a step computes: sums over a batch, and what each of them is divided by over the whole global batch.
+"""What a step computes: sums over a batch, and the counts over the global batch that each of them is divided by.
 
 A loss may have several terms with different denominators (DPO: pairs, plus a share of cross-entropy: tokens). An
 objective never divides: it gives each term summed over the batch it is handed, and says beforehand how many tokens,
@@ -21,8 +21,8 @@ from arriero.model.llama import Llama
 class Objective:
     """loss = sum over terms t of weights[t] * (t summed over the global batch) / (count of t in the global batch).
 
-    sums: of a batch, scalars by name: the terms, and whatever else is worth recording (no gradient flows there).
-    counts: of a batch, by the same names, what each is divided by. weights: of the terms, by name.
+    sums: from a batch, scalars by name: the terms, and other quantities to record (which need no gradient).
+    counts: from a batch, by the same names, what each is divided by. weights: of the terms, by name.
     """
 
     sums: Callable[[Llama, Batch], Mapping[str, Tensor]]
@@ -44,11 +44,11 @@ class Totals:
 
     @property
     def loss(self) -> float:
-        """Terms that nothing was counted for add nothing."""
+        """The whole loss; a term whose count is 0 adds nothing."""
         return sum(weight * self.mean(name) for name, weight in self.weights.items() if self.counts[name])
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The mean of everything that is not the whole loss."""
+        """The mean of every sum, except where it is the whole loss."""
         whole = next(iter(self.weights)) if len(self.weights) == 1 else None
         return {name: self.mean(name) for name in self.sums if name != whole}

@@ -1,9 +1,9 @@
-"""Wraps a model for many processes, from outside and in one readable order.
+"""Applies all parallelism to a model from outside, in one function.
 
-Pipeline stages, tensor and sequence parallel, checkpointed activations, per-block compilation,
-the sharding of all parameters (FSDP2; HSDP where the shards are replicated), and last the values of what is then left
-here. The model's files know nothing of this. A single process goes through the same function, which then only
-checkpoints, compiles and fills.
+The order: pipeline stages, tensor and sequence parallelism, activation checkpointing, compilation of each block,
+sharding of all parameters (FSDP2; HSDP where the shards are replicated), and last the values of the parameters that
+this process then holds. The model's files have no code for it. A single process goes through the same function, which
+then only applies checkpointing and compilation, and fills the parameters.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from arriero.distributed.config import Recompute
 from arriero.distributed.materialise import Values, materialise
 from arriero.distributed.mesh import Mesh
-from arriero.distributed.stage import Stage
+from arriero.distributed.stage import StageModel
 from arriero.distributed.tensor import split_matrices
 from arriero.model.llama import Block, Llama
 
 
 def parallelize(
     model: Llama, mesh: Mesh, *, values: Values | None = None, recompute: Recompute = "none", compile: bool = False
-) -> list[Stage]:
-    """Split `model` over `mesh`, in place; returns what this process runs, one stage for each of its runs of layers.
+) -> list[StageModel]:
+    """Split `model` over `mesh`, in place; returns this process's stages, one for each of its ranges of layers.
 
-    model: adapters already added, the compute type set; on the meta device, and then `values` fill what each process
-    holds of it, or with its weights, of which each process keeps its part. recompute, compile: as in `prepare`. Raises
-    `ConfigError` where the model cannot be split so.
+    model: with adapters added and the compute type set; either on the meta device, and `values` then fill what each
+    process holds, or with its weights, of which each process keeps its part. recompute, compile: as in `prepare`.
+    Raises `ConfigError` where the model cannot be split so.
     """
     config = mesh.config
     config.check_model(model.config)
-    runs = config.layers(model.config.n_layers)
-    mine = range(mesh.place("pp"), len(runs), config.pp)
-    stages = [Stage(model, index, runs[index]) for index in mine]
+    layers = config.layers(model.config.n_layers)
+    own = range(mesh.coordinate("pp"), len(layers), config.pp)
+    stages = [StageModel(model, index, layers[index]) for index in own]
     for stage in stages:
         if config.tp > 1:
             split_matrices(stage.model, mesh.sub("tp"))
@@ -67,16 +67,16 @@ def prepare(model: Llama, *, recompute: Recompute = "none", compile: bool = Fals
 
 
 def blocks(model: Llama) -> list[Block]:
-    """The blocks that lie on this process."""
+    """The blocks that this process has."""
     return [block for block in model.model.layers if isinstance(block, Block)]
 
 
-def shard(stage: Stage, mesh: Mesh) -> None:
+def shard(stage: StageModel, mesh: Mesh) -> None:
     """Shard every parameter over the data-parallel processes, block by block; each block is gathered while it runs.
 
     Gathers are in the compute type, gradients are reduced in fp32 and summed, not averaged: losses are divided by the
     trained tokens of the whole global batch already. In a pipeline blocks stay gathered from forward to backward, since
-    many micro-batches pass in between. With `cpu_offload` the parts lie on the host, and so what the optimizer does.
+    many micro-batches pass in between. With `cpu_offload` the shards are kept, and the optimizer runs, on the host.
     """
     dtype = stage.model.model.compute_dtype
     precision = MixedPrecisionPolicy(

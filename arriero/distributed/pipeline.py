@@ -1,10 +1,10 @@
 """Pipeline parallelism: micro-batches stream through stages of layers, one forward one backward (1F1B).
 
-Schedules are torch's (1F1B, arXiv 2006.09503; interleaved, 2104.04473). They are told the shape that passes between
-stages beforehand, so nothing is run for show, and each stage reads its micro-batch's documents from what the engine
-gave it, so only hidden states travel.
-Price: of s stages a process p times n micro-batches, the bubble is (p - 1) / (n s + p - 1) of the time; a process holds
-the activations of up to p micro-batches (interleaved: more).
+Schedules are torch's (1F1B, arXiv 2006.09503; interleaved, 2104.04473). They are given the shapes that pass between
+stages, which torch would otherwise infer by running the model once. Only hidden states are sent: every stage already
+has the layout of each micro-batch's documents from the engine.
+Price: with p processes, s stages on each and n micro-batches, the bubble is (p - 1) / (n s + p - 1) of the time; a
+process holds the activations of up to p micro-batches (interleaved: more).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from arriero.distributed.mesh import Mesh
-from arriero.distributed.stage import MicroBatch, Stage
+from arriero.distributed.stage import MicroBatch, StageModel
 
-Schedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B
+PipelineSchedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B
 
 
 class Pipeline:
-    """Runs this process's stages in step with the others'. The last shape's schedule is kept, one for each mode."""
+    """Runs this process's stages. The schedule for the last shape is kept, one with backward and one without."""
 
-    def __init__(self, stages: list[Stage], mesh: Mesh) -> None:
+    def __init__(self, stages: list[StageModel], mesh: Mesh) -> None:
         self.stages, self.mesh = stages, mesh
-        self._kept: dict[bool, tuple[tuple[int, int], Schedule]] = {}
+        self._kept: dict[bool, tuple[tuple[int, int], PipelineSchedule]] = {}
 
     def run(self, micro: Sequence[MicroBatch], backward: bool) -> None:
-        """All micro-batches forward, and backward where asked. The last stage gathers what the objective sums."""
+        """Run all micro-batches forward, and backward if asked. The objective's sums are then on the last stage."""
         tokens = torch.cat([one.batch.tokens for one in micro])
         schedule = self._schedule(len(micro), tokens.shape[1], backward)
         index = torch.arange(len(micro))
@@ -37,20 +37,20 @@ class Pipeline:
         inputs = (tokens,) if self.stages[0].index == 0 else ()
         run(*inputs, index=index, target=index, return_outputs=False)
 
-    def _schedule(self, n_micro: int, length: int, backward: bool) -> Schedule:
+    def _schedule(self, n_micro: int, length: int, backward: bool) -> PipelineSchedule:
         key = n_micro, length
         if backward not in self._kept or self._kept[backward][0] != key:
             self._kept[backward] = key, self._new_schedule(n_micro, length, backward)
         return self._kept[backward][1]
 
-    def _new_schedule(self, n_micro: int, length: int, backward: bool) -> Schedule:
-        stages = [self._place(stage, length) for stage in self.stages]
+    def _new_schedule(self, n_micro: int, length: int, backward: bool) -> PipelineSchedule:
+        stages = [self._torch_stage(stage, length) for stage in self.stages]
         if len(stages) > 1:
             return ScheduleInterleaved1F1B([*stages], n_micro, loss_fn=_loss, scale_grads=False)
         kind = Schedule1F1B if backward else ScheduleGPipe
         return kind(stages[0], n_micro, loss_fn=_loss, scale_grads=False)
 
-    def _place(self, stage: Stage, length: int) -> PipelineStage:
+    def _torch_stage(self, stage: StageModel, length: int) -> PipelineStage:
         config, decoder = self.mesh.config, stage.model.model
         with torch.device("meta"):
             tokens = torch.empty(1, length, dtype=torch.long)

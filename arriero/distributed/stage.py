@@ -1,10 +1,11 @@
-"""What one process runs: a run of the model's layers together with the objective, as a single module.
+"""A pipeline stage: consecutive layers of the model, and on the last stage the objective, as one module.
 
-Without a pipeline that is the whole model. In one, it is the same `Llama` with the parts that lie elsewhere replaced by
-pass-throughs, so parameters keep their names and the model's file knows nothing of it: an objective that reads
-`model.model(batch.tokens, ...)` works unchanged on the last stage, where `batch.tokens` are the hidden states received.
-Where the head is the embedding matrix, the first and the last stage of a pipeline each hold a copy (`tied_copy`).
-Model and objective are one module because sharded weights are whole only inside the forward of what shards them.
+Without pipeline parallelism there is one stage, the whole model. With it, a stage is the same `Llama` in which the
+layers of other stages are replaced by pass-throughs, so that parameters keep their names and model/llama.py needs no
+code for it. An objective that calls `model.model(batch.tokens, ...)` works unchanged on the last stage, where
+`batch.tokens` are the hidden states received from the stage before.
+Where embeddings and head are tied, the first and the last stage hold a copy each (`tied_copy`).
+Model and objective are one module because FSDP gathers sharded weights only for the forward of the module it wraps.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ class MicroBatch:
 
     batch: Batch
     seed: int | None = None  # of dropout; None draws on
-    counted: bool = True  # False: only to keep step with processes that have one more
+    counted: bool = True  # False: padding, because another process has one micro-batch more
 
 
-class Stage(nn.Module):
-    """Layers `layers` of a Llama. `forward` gives the next stage's input, and on the last stage the loss.
+class StageModel(nn.Module):
+    """Layers `layers` of a Llama; `forward` returns the next stage's input, and on the last stage the loss.
 
-    What the objective sums is gathered in `sums`, by name, since `begin`.
+    `sums` accumulates the objective's sums by name, over the micro-batches since `begin`.
     """
 
     def __init__(self, model: Llama, index: int, layers: range) -> None:
@@ -47,7 +48,7 @@ class Stage(nn.Module):
     def begin(
         self, micro_batches: Sequence[MicroBatch], objective: Objective | None, counts: Mapping[str, float]
     ) -> None:
-        """Before the forward passes of a step. counts: what the objective's terms are divided by; none: by 1."""
+        """Prepare the forward passes of a step. counts: what the objective's terms are divided by, 1 where missing."""
         self.micro_batches, self.objective = micro_batches, objective
         self.scales = {}
         if objective is not None:
@@ -76,13 +77,13 @@ class Stage(nn.Module):
         return self.last and self.layers.start > 0 and self.model.tied
 
     def named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that lie here by their name in the whole model, which for a tied copy is the embeddings'."""
+        """This stage's parameters by their names in the whole model; a tied copy's name is that of the embeddings."""
         for name, parameter in self.model.named_parameters():
             yield EMBEDDINGS if self.tied_copy and name == HEAD else name, parameter
 
 
 class PassThrough(nn.Module):
-    """Stands where a part of the model is that lies on another stage."""
+    """Replaces a module of the model that belongs to another stage."""
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """x."""
@@ -101,3 +102,6 @@ def part_of(model: Llama, layers: range) -> Llama:
     part.model.norm = model.model.norm if last else PassThrough()  # type: ignore[assignment]
     part.set_head(model.head if last else PassThrough())
     return part
+
+
+Stage = StageModel  # its old name, until engine.py uses the new one

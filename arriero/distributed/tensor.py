@@ -5,7 +5,7 @@ each half block needs one gather of the sequence before it and one reduce-scatte
 2205.05198 for the sequence). Embeddings and head are split by vocabulary; the loss never gathers logits (losses/lm.py).
 Price for each block, forward and backward: four times a gather and a reduce-scatter of T x D values.
 
-Adapters follow their matrix: B is split by columns, or A by rows, and the small other one is whole everywhere.
+Of an adapter, B is split by columns or A by rows, as its matrix is; the other, small one is replicated.
 Built on torch's DTensor and its parallel styles. Shapes: T tokens, D model width.
 """
 
@@ -30,16 +30,36 @@ from arriero.model.llama import Llama
 from arriero.model.qwen3 import Qwen3
 
 SEQUENCE = Shard(1)
-HEAD_NORMS = ("q_norm", "k_norm")  # whole everywhere, each process's gradient from its own heads
+HEAD_NORMS = ("q_norm", "k_norm")  # replicated; each process's gradient is from its own heads
 
 
 def split_matrices(model: Llama, mesh: DeviceMesh) -> None:
-    """Split the parts of `model` that lie here over `mesh`, in place. No values are sent: each process keeps its share.
+    """Split this process's modules of `model` over `mesh`, in place. Nothing is sent: each process keeps its shard.
 
-    Afterwards the decoder takes whole tokens and gives whole hidden states, or between pipeline stages the process's
-    part of the sequence; `model.head.weight` is a DTensor for `chunked_cross_entropy`.
+    Afterwards the decoder takes all tokens and returns hidden states of all of them, or between pipeline stages those
+    of this process's part of the sequence; `model.head.weight` is a DTensor for `chunked_cross_entropy`.
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    styles = block_styles(isinstance(model, Qwen3))
+    for layer in model.model.layers:
+        if _has_parameters(layer):
+            parallelize_module(layer, mesh, styles, src_data_rank=None)
+    has_embeddings = isinstance(model.model.embed_tokens, nn.Embedding)
+    if has_embeddings:
+        style = Embeddings(input_layouts=Replicate(), output_layouts=SEQUENCE)
+        parallelize_module(model.model.embed_tokens, mesh, style, src_data_rank=None)
+    if _has_parameters(model.head):
+        parallelize_module(model.model.norm, mesh, WholeNorm(), src_data_rank=None)
+        if model.tied and has_embeddings:
+            model.tie_weights()
+        else:
+            _distribute(model.head, mesh, Shard(0))
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in trained)  # torch's styles do not all keep frozen what was
+
+
+def block_styles(head_norms: bool) -> dict[str, ParallelStyle]:
+    """How each module of a block is split, by its name. head_norms: the block has norms of queries and keys."""
     attention = ("q_proj", "k_proj", "v_proj"), "o_proj"
     feed_forward = ("gate_proj", "up_proj"), "down_proj"
     block: dict[str, ParallelStyle] = {
@@ -51,41 +71,32 @@ def split_matrices(model: Llama, mesh: DeviceMesh) -> None:
     for name, (columns, rows) in {"self_attn": attention, "mlp": feed_forward}.items():
         block |= {f"{name}.{column}": Columns() for column in columns}
         block[f"{name}.{rows}"] = Rows(output_layouts=SEQUENCE)
-    if isinstance(model, Qwen3):
+    if head_norms:
         block |= {f"self_attn.{norm}": SequenceParallel(sequence_dim=2, use_local_output=True) for norm in HEAD_NORMS}
-    for layer in model.model.layers:
-        if any(True for _ in layer.parameters()):
-            parallelize_module(layer, mesh, block, src_data_rank=None)
-    here = isinstance(model.model.embed_tokens, nn.Embedding)
-    if here:
-        style = Embeddings(input_layouts=Replicate(), output_layouts=SEQUENCE)
-        parallelize_module(model.model.embed_tokens, mesh, style, src_data_rank=None)
-    if any(True for _ in model.head.parameters()):
-        parallelize_module(model.model.norm, mesh, WholeNorm(), src_data_rank=None)
-        if model.tied and here:
-            model.tie_weights()
-        else:
-            _place(model.head, mesh, Shard(0))
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in trained)  # torch's styles do not all keep frozen what was
+    return block
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    """Whether a module is of this pipeline stage, and no pass-through."""
+    return any(True for _ in module.parameters())
 
 
 class Columns(ColwiseParallel):
-    """A linear split by output; an adapter's A is whole, its B split like the matrix."""
+    """A linear split by output; an adapter's A is replicated, its B split like the matrix."""
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        _place(module, device_mesh, Replicate() if name == "lora_A" else Shard(0))
+        _distribute(module, device_mesh, Replicate() if name == "lora_A" else Shard(0))
 
 
 class Rows(RowwiseParallel):
-    """A linear split by input; an adapter's A is split like the matrix, its B whole."""
+    """A linear split by input; an adapter's A is split like the matrix, its B replicated."""
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        _place(module, device_mesh, Replicate() if name == "lora_B" else Shard(1))
+        _distribute(module, device_mesh, Replicate() if name == "lora_B" else Shard(1))
 
 
 class Embeddings(RowwiseParallel):
-    """Embeddings split by vocabulary. Their output is waited for: compiled code would lose its gradient."""
+    """Embeddings split by vocabulary. The output is synchronous: compiled code loses an asynchronous one's gradient."""
 
     @staticmethod
     def _prepare_output_fn(
@@ -107,7 +118,7 @@ class WholeNorm(SequenceParallel):
         return outputs.redistribute(placements=(Replicate(),)).to_local(grad_placements=(Partial(),))
 
 
-def _place(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
+def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
     whole = module.weight
     assert isinstance(whole, nn.Parameter)
     split = distribute_tensor(whole, mesh, [placement], src_data_rank=None)

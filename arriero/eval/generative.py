@@ -33,7 +33,7 @@ PACKED = 2048  # tokens of a teacher-forced forward: short rows share one
 
 
 @dataclass(frozen=True)
-class Row:
+class Example:
     """One conversation: the ids of its prompt, what is read and scored of its reference, and both as text."""
 
     prompt_ids: list[int]
@@ -84,7 +84,7 @@ def answers(
     return Results(name, ratios, samples, len(rows), time.monotonic() - began)
 
 
-def _row(tokenizer: Tokenizer, conversation: Conversation, longest: int) -> Row:
+def _row(tokenizer: Tokenizer, conversation: Conversation, longest: int) -> Example:
     *before, last = conversation.messages
     reference = text_of(last)
     if not reference.strip():
@@ -107,7 +107,7 @@ def _row(tokenizer: Tokenizer, conversation: Conversation, longest: int) -> Row:
     answer = ids[start:end]
     n_bytes = float(tokenizer.text_bytes(answer).sum())
     targets = [IGNORED] * (start - 1) + answer
-    return Row(ids[:start], ids[: end - 1], targets, end - start, n_bytes, _prompt_text(before), reference)
+    return Example(ids[:start], ids[: end - 1], targets, end - start, n_bytes, _prompt_text(before), reference)
 
 
 def _prompt_text(messages: Sequence[dict[str, Any]]) -> str:

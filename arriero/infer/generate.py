@@ -132,7 +132,8 @@ def generate(
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         rows = [
-            _Row(i, list(prompts[i]), min(max_new_tokens, model.config.max_context - len(prompts[i]))) for i in chosen
+            _Sequence(i, list(prompts[i]), min(max_new_tokens, model.config.max_context - len(prompts[i])))
+            for i in chosen
         ]
         for row in _decode(model, rows, sampler, frozenset(stops)):
             answers[row.index] = Completion(row.new, tokenizer.decode(row.new), row.stopped)
@@ -141,7 +142,7 @@ def generate(
 
 
 @dataclass
-class _Row:
+class _Sequence:
     index: int  # of the prompt
     ids: list[int]  # prompt and answer
     room: int  # tokens that the answer may have
@@ -157,7 +158,7 @@ class _Row:
         return not self.stopped and len(self.new) < self.room
 
 
-def _decode(model: Llama, rows: list[_Row], sampler: Sampler, stops: frozenset[int]) -> Iterator[_Row]:
+def _decode(model: Llama, rows: list[_Sequence], sampler: Sampler, stops: frozenset[int]) -> Iterator[_Sequence]:
     """Run one batch to its end; yields each row as it finishes."""
     cache = new_cache(model, len(rows), max(len(row.ids) + row.room for row in rows))
     logits = prefill(model, cache, [row.ids for row in rows])

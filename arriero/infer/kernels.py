@@ -109,7 +109,7 @@ class _Step(ctypes.Structure):
     )
 
 
-class PackedWeights:
+class CompressedWeights:
     """bf16 matrices [rows, width] at twelve bits a weight, where width is a multiple of 64; others stay as they are.
 
     `fresh` tells whether the matrices changed since, and `holds` whether these are still the ones.
@@ -150,7 +150,7 @@ class PackedWeights:
         return matrix
 
 
-_PACKED: weakref.WeakKeyDictionary[Llama, PackedWeights] = weakref.WeakKeyDictionary()
+_PACKED: weakref.WeakKeyDictionary[Llama, CompressedWeights] = weakref.WeakKeyDictionary()
 """What a generation of each model left for the next ones."""
 
 
@@ -189,7 +189,7 @@ class NativeStep:
         self._matrices.append(model.head.weight.detach())
         kind = WEIGHT_TYPES.index(model.head.weight.dtype)
         self._plain = self._found([matrix.data_ptr() for matrix in self._matrices], kind)
-        self._packed: tuple[PackedWeights, _Found] | None = None
+        self._packed: tuple[CompressedWeights, _Found] | None = None
         self._model = model
         if (earlier := _PACKED.get(model)) is not None:
             self._read_packed(earlier if earlier.holds(self._matrices) else None)
@@ -226,10 +226,10 @@ class NativeStep:
         if self._packed is not None and not self._packed[0].fresh():
             self._read_packed(None)
         elif self._packed is None and self._until_packing == 0:
-            self._read_packed(PackedWeights(self._library, self._matrices))
+            self._read_packed(CompressedWeights(self._library, self._matrices))
         return self._plain if self._packed is None else self._packed[1]
 
-    def _read_packed(self, packed: PackedWeights | None) -> None:
+    def _read_packed(self, packed: CompressedWeights | None) -> None:
         """Read `packed` from now on, as all later steps of the model will; None: the tensors."""
         if packed is None:
             self._packed = None

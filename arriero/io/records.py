@@ -25,7 +25,7 @@ from arriero.io.streams import COMPRESSED, CannotGoOn, Damaged, Opened, endings,
 from arriero.io.tables import TableRow, Wanted, read_arrow, read_parquet, refuse_twice, twice
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-Row = dict[str, Any]
+RowDict = dict[str, Any]
 
 
 class Record(NamedTuple):
@@ -33,7 +33,7 @@ class Record(NamedTuple):
 
     file: str
     row: int
-    raw: bytes | Row  # a line of JSON, or the row itself
+    raw: bytes | RowDict  # a line of JSON, or the row itself
     done: float  # share of the file that has been read, for progress bars
     error: DataError | None = None  # why there is no row
     unread: tuple[str, ...] = ()  # columns of a table that nobody asked for
@@ -303,7 +303,7 @@ _READERS: Mapping[str, Callable[[Path, int, Wanted], Iterator[Record]]] = {
 }
 
 
-def parse_row(record: Record) -> Row:
+def parse_row(record: Record) -> RowDict:
     """The row as a dict; raises DataError where there is none, its JSON is broken or no object."""
     if record.error is not None:
         raise record.error
@@ -342,14 +342,14 @@ def _noting(pairs: list[tuple[str, Any]], faults: list[str]) -> dict[str, Any]:
     return found
 
 
-def as_row(value: Any, file: object, row: int) -> Row:
+def as_row(value: Any, file: object, row: int) -> RowDict:
     """`value` itself, if it is an object; raises `DataError` naming file and row for anything else."""
     if isinstance(value, dict):
         return value
     raise DataError(f"row {row} of {file}: expected a JSON object, found {type(value).__name__}; one object a row")
 
 
-def rows_within(row: Row) -> str:
+def rows_within(row: RowDict) -> str:
     """A hint for a row that may be a file's only one, with the rows inside: {"version": 1, "data": [{...}, ...]}."""
     for key, value in row.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-Schedule = Literal["cosine", "linear", "wsd", "constant"]
+LrSchedule = Literal["cosine", "linear", "wsd", "constant"]
 
 
-def lr_factor(step: int, total: int, schedule: Schedule, warmup: float, min_lr: float, decay: float = 0.2) -> float:
+def lr_factor(step: int, total: int, schedule: LrSchedule, warmup: float, min_lr: float, decay: float = 0.2) -> float:
     """The share of the peak rate at `step` (0-based) of `total`.
 
     Warmup: (step + 1) / w over the first w = `warmup_steps` steps. Then with p the share of the rest that is done, and

@@ -271,7 +271,7 @@ def test_how_a_source_is_spelled_makes_no_other_plan(corpus, tmp_path):
 def test_an_output_directory_below_a_source_is_no_source(corpus, tmp_path, monkeypatch):
     run(corpus, tmp_path / "whole")
     out = corpus / "out"
-    monkeypatch.setattr(engine.Run, "_manifest", lambda *_: (_ for _ in ()).throw(Crash))
+    monkeypatch.setattr(engine.CurationRun, "_manifest", lambda *_: (_ for _ in ()).throw(Crash))
     with pytest.raises(Crash):
         run(corpus, out)
     monkeypatch.undo()
@@ -291,7 +291,7 @@ def test_a_file_is_opened_once_however_many_parts_it_makes(corpus, tmp_path, mon
 
 
 def test_changed_sources_are_refused_by_name(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.Run, "_write_shards", lambda *_: (_ for _ in ()).throw(Crash))
+    monkeypatch.setattr(engine.CurationRun, "_write_shards", lambda *_: (_ for _ in ()).throw(Crash))
     with pytest.raises(Crash):
         run(corpus, tmp_path / "out")
     monkeypatch.undo()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.data.mix import LLAMA1, MAX_PERIOD, Schedule, integer_weights
+from arriero.data.mix import LLAMA1, MAX_PERIOD, MixtureOrder, integer_weights
 from arriero.errors import ConfigError
 
 WEIGHTS = st.lists(st.integers(1, 97), min_size=1, max_size=9)
@@ -38,7 +38,7 @@ def tijdeman(weights: list[int], n_rows: int) -> list[int]:
 @settings(max_examples=150, deadline=None)
 @given(WEIGHTS)
 def test_after_any_number_of_rows_each_source_has_had_its_share_to_within_one_row(weights):
-    schedule = Schedule(named(weights))
+    schedule = MixtureOrder(named(weights))
     order = [schedule.source(n) for n in range(2 * schedule.period + 1)]
     for name, share in schedule.shares.items():
         had = np.cumsum([source == name for source in order])
@@ -50,7 +50,7 @@ def test_after_any_number_of_rows_each_source_has_had_its_share_to_within_one_ro
 @given(st.lists(st.integers(1, 19), min_size=1, max_size=6))
 def test_the_order_is_that_of_the_published_algorithm(weights):
     whole = list(integer_weights(named(weights)).values())
-    schedule = Schedule(named(weights))
+    schedule = MixtureOrder(named(weights))
     found = [int(schedule.source(n).split()[1]) for n in range(2 * sum(whole))]
     assert found == tijdeman(whole, len(found))
 
@@ -58,7 +58,7 @@ def test_the_order_is_that_of_the_published_algorithm(weights):
 @settings(max_examples=100, deadline=None)
 @given(WEIGHTS, st.integers(0, 2**40))
 def test_counts_and_positions_agree_with_each_other_at_any_row(weights, n):
-    schedule = Schedule(named(weights))
+    schedule = MixtureOrder(named(weights))
     assert sum(schedule.count(name, n) for name in schedule.names) == n
     name = schedule.source(n)
     assert schedule.count(name, n + 1) == schedule.count(name, n) + 1
@@ -72,7 +72,7 @@ def test_decimal_weights_are_taken_as_written():
 
 
 def test_llama_1s_mixture_comes_out_as_in_its_table():
-    schedule = Schedule({name: share for name, (share, _) in LLAMA1.items()})
+    schedule = MixtureOrder({name: share for name, (share, _) in LLAMA1.items()})
     assert schedule.period == 200
     had = {name: schedule.count(name, 1000) for name in LLAMA1}
     assert had == {
@@ -83,7 +83,7 @@ def test_llama_1s_mixture_comes_out_as_in_its_table():
 def test_weights_that_no_short_period_has_are_rounded_by_less_than_one_part_in_a_hundred_thousand():
     weights = {"a": 1 / 3, "b": 2 / 7, "c": 1e-9, "d": 0.123456789}
     began = time.process_time()
-    schedule = Schedule(weights)
+    schedule = MixtureOrder(weights)
     assert time.process_time() - began < 2
     assert schedule.period <= MAX_PERIOD + len(weights)
     for name, weight in weights.items():
@@ -93,7 +93,7 @@ def test_weights_that_no_short_period_has_are_rounded_by_less_than_one_part_in_a
 
 def test_the_order_is_the_same_on_every_machine():
     # Written down once, and followed by hand: a is due at row 1 (3/5 >= 1/2), b not before row 2 (4/5).
-    assert "".join(Schedule({"a": 0.6, "b": 0.4}).source(n) for n in range(10)) == "ababaababa"
+    assert "".join(MixtureOrder({"a": 0.6, "b": 0.4}).source(n) for n in range(10)) == "ababaababa"
 
 
 @pytest.mark.parametrize(
@@ -108,4 +108,4 @@ def test_the_order_is_the_same_on_every_machine():
 )
 def test_weights_that_say_nothing_are_refused(weights, message):
     with pytest.raises(ConfigError, match=message):
-        Schedule(weights)
+        MixtureOrder(weights)

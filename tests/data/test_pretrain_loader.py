@@ -20,7 +20,7 @@ from arriero.data.pack import count_rows, pack
 from arriero.data.prefetch import Prefetched
 from arriero.data.pretrain_loader import DataStage, PretrainLoader
 from arriero.data.shards import Shards
-from arriero.distributed.mesh import equal_share
+from arriero.distributed.mesh import local_shard
 from arriero.errors import ConfigError, DataError
 
 S, WINDOW = 31, 13  # tokens of a row, documents of a window
@@ -66,7 +66,7 @@ def all_pairs(shards: Shards) -> Counter:
 
 def rows_of(first: int, n: int, rank: int, world: int) -> list[int]:
     """The rows that process `rank` of `world` takes of a global batch, in micro-batches of one row."""
-    return [i for rows in row_groups(first, 1, equal_share(n, rank, world)) for i in rows]
+    return [i for rows in row_groups(first, 1, local_shard(n, rank, world)) for i in rows]
 
 
 def same(a: Row, b: Row) -> bool:
@@ -188,7 +188,7 @@ def concatenated(shards: Shards, seed: int, epoch: int) -> list[int]:
     """An epoch's text, window by window; its documents are checked to be each there once."""
     windows = Windows(shards, "documents", seed, WINDOW)
     loader = one(shards, seed=seed, packing="concat", window=WINDOW)
-    run = loader._phases[0].runs["documents"]
+    run = loader._phases[0].rows["documents"]
     order = [int(d) for at in range(windows.n) for d in run._laid_out(epoch, at)[0]]
     assert sorted(order) == list(range(len(shards)))
     return [t for d in order for t in shards.tokens(d).tolist()]

@@ -144,7 +144,7 @@ def train(case: Case, mesh: Mesh) -> Result:
     )
     losses, norms, grads = [], [], []
     for step in range(STEPS):
-        seeds = [step * case.micro_batches + i for i in mesh.share(case.micro_batches)]
+        seeds = [step * case.micro_batches + i for i in mesh.local_shard(case.micro_batches)]
         share = [case.batch(seed) for seed in seeds]
         losses.append(engine.forward_backward(share, case.objective, seeds).loss)
         if step in (0, STEPS - 1):
@@ -155,7 +155,7 @@ def train(case: Case, mesh: Mesh) -> Result:
     engine.train(False)
     held_out = case.micro_batches - 1  # not a multiple of the processes
     validation = engine.measure(lambda i: case.batch(10_000 + i), held_out, case.objective).loss
-    asked = [case.batch(20_000 + i) for i in mesh.share(2 * mesh.dp_size)]
+    asked = [case.batch(20_000 + i) for i in mesh.local_shard(2 * mesh.dp_size)]
     logprobs = torch.cat(engine.evaluate(asked, logprobs_of_tokens), 1)
     return Result(losses, norms, validation, logprobs, *grads, engine.full_state_dict())
 

@@ -62,7 +62,7 @@ def make_trainer(run: Run, mesh: Mesh) -> Trainer:
 
     def batches(step: int) -> list:
         time.sleep(run.sleep)
-        rows = [loader.row(step * BATCH_ROWS + i) for i in mesh.share(BATCH_ROWS)]
+        rows = [loader.row(step * BATCH_ROWS + i) for i in mesh.local_shard(BATCH_ROWS)]
         return [loader.collate(rows)] if run.at_once else [loader.collate([row]) for row in rows]
 
     micro_rows = BATCH_ROWS // mesh.dp_size if run.at_once else 1

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from arriero.infer import kernels
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import Session, prefill, torch_step
-from arriero.infer.kernels import NativeStep, PackedWeights, native_step
+from arriero.infer.kernels import CompressedWeights, NativeStep, native_step
 from arriero.infer.sample import Sampler
 from arriero.model.cache import KVCache
 from arriero.model.config import LlamaConfig
@@ -118,7 +118,7 @@ def test_packed_weights_are_the_same_bits(native, odd, magnitude, scattered):
         weights *= torch.logspace(-30, 30, 448, base=2.0)
     weights = odd_ones_among(weights.bfloat16(), SPECIAL + odd)
     before = weights.clone()
-    packed = PackedWeights(native, [weights, weights[:, :29].contiguous()])
+    packed = CompressedWeights(native, [weights, weights[:, :29].contiguous()])
     assert torch.equal(bits(packed.unpack(0)), bits(before))
     assert torch.equal(bits(packed.unpack(1)), bits(before[:, :29]))
     bits(weights).fill_(0)
@@ -134,7 +134,7 @@ def test_other_vector_units_unpack_the_same_bits(native, monkeypatch, cpu):
     )
     other = kernels.load_library.__wrapped__()
     weights = odd_ones_among(torch.randn(29, 448).bfloat16(), SPECIAL)
-    assert torch.equal(bits(PackedWeights(other, [weights]).unpack(0)), bits(weights))
+    assert torch.equal(bits(CompressedWeights(other, [weights]).unpack(0)), bits(weights))
 
 
 @pytest.fixture
