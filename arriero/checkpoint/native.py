@@ -312,9 +312,9 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def _verify(path: Path, expected: Any) -> None:
     """Raise `CheckpointError`, naming the file and what is wrong, unless its fingerprint is `expected`."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing")
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
         found = _fingerprint(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error

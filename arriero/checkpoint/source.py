@@ -22,6 +22,7 @@ from pathlib import Path
 from arriero.errors import CheckpointError, did_you_mean
 from arriero.io.files import json_text, replaced_file, write_text
 from arriero.io.paths import as_path, cache_dir, hint, lies_here
+from arriero.io.reading import reading
 from arriero.show.terminal import complain
 
 
@@ -59,6 +60,8 @@ def resolve(name: str | Path) -> Path:
     """
     path = as_path(name)
     built_in = BUILT_IN.get(str(name).rstrip("/"))
+    with reading(f"{str(path)[:120]!r}", remedy="give the name of a model", refusal=CheckpointError):
+        path.exists()  # raises for what no file can be called, such as a base model's name of thousands of letters
     if path.exists() if built_in is None else lies_here(str(name), "the built-in model"):
         if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
             return path

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from arriero.errors import DataError
 from arriero.io.handles import MappedArray
 from arriero.io.paths import as_path, files_below, hint
-from arriero.io.reading import read_json
+from arriero.io.reading import read_json, reading
 from arriero.tokenizer import load_tokenizer
 
 FORMAT = "arriero-shards-1"
@@ -168,7 +168,8 @@ class Shards:
 
     def _check_size(self, file: Mapping[str, Any]) -> None:
         path = self.directory / file["name"]
-        size = path.stat().st_size if path.is_file() else None
+        with reading(path, remedy=AGAIN, refusal=DataError):  # a name may be longer than a file's can be
+            size = path.stat().st_size if path.is_file() else None
         if size != file["size"]:
             found = "is missing" if size is None else f"has {size:,} bytes"
             raise DataError(f"{path} {found}, the manifest says {file['size']:,} bytes; {AGAIN}")

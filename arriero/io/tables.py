@@ -7,7 +7,8 @@ most 64 rows and some 16 MB.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,11 +44,14 @@ def read_parquet(path: Path, after: int, wanted: Wanted) -> Iterator[TableRow]:
             file = stack.enter_context(pyarrow.parquet.ParquetFile(path))
             schema = file.schema_arrow
         names, unread = _columns(schema, path, wanted)
+        leaves = _leaves(file, names, path)
         n_rows, passed = file.metadata.num_rows, 0
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
+            if passed + group.num_rows > after and leaves:
+                _check_described(file, number, names, path)
             if passed + group.num_rows > after:
-                size = _unpacked_size(group, names, path, passed)
+                size = _unpacked_size(group, leaves, path, passed)
                 rows = max(1, min(ROWS, BYTES * group.num_rows // max(1, size)))
                 batches = file.iter_batches(batch_size=rows, row_groups=[number], columns=names)
                 yield from _rows(path, _guarded(batches, path, PARQUET), unread, passed, after, n_rows)
@@ -143,20 +147,73 @@ def _holds_bytes(type_: Any) -> bool:
     )
 
 
-def _unpacked_size(group: Any, names: Sequence[str], path: Path, passed: int) -> int:
+def _leaves(file: Any, names: Sequence[str], path: Path) -> dict[int, str]:
+    """The leaf columns of a Parquet file that these columns are made of: place and full name."""
+    asked = set(names)
+    with _library(path, PARQUET):
+        every = [file.schema.column(i).path for i in range(len(file.schema))]
+    return {i: name for i, name in enumerate(every) if name in asked or name.partition(".")[0] in asked}
+
+
+def _check_described(file: Any, number: int, names: Sequence[str], path: Path) -> None:
+    """Refuse a row group whose columns pyarrow cannot describe, such as by size statistics of another schema.
+
+    Where it is asked for such a description itself, it ends the process (std::terminate in `RowGroupMetaData.column`).
+    Its reader of rows raises what is wrong, and describes every column before it reads a page: so it is given a file
+    that has none. Half a millisecond.
+    """
+    import pyarrow.parquet
+
+    described = pyarrow.parquet.ParquetFile(
+        _Pageless(path.stat().st_size), metadata=file.metadata, buffer_size=4096, pre_buffer=False
+    )
+    with _library(path, PARQUET):
+        try:
+            next(described.iter_batches(batch_size=1, row_groups=[number], columns=names), None)
+        except _PageWantedError:
+            return
+
+
+class _PageWantedError(Exception):
+    """Somebody reads from a `_Pageless`."""
+
+
+class _Pageless(io.RawIOBase):
+    """A file of so many bytes, none of which can be read."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._position = size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        raise _PageWantedError
+
+
+def _unpacked_size(group: Any, leaves: Mapping[int, str], path: Path, passed: int) -> int:
     """Bytes of a row group's columns as its file states them; refuses one that unpacks to very many times its size."""
-    total, asked = 0, set(names)
-    for i in range(group.num_columns):
+    total = 0
+    for i, name in leaves.items():
         with _library(path, PARQUET):
             column = group.column(i)
-            name, size, packed = column.path_in_schema, column.total_uncompressed_size, column.total_compressed_size
-        if name in asked or name.partition(".")[0] in asked:
-            if size > max(MOST, RATIO * packed):
-                raise DataError(
-                    f"{path}: the column {name!r} unpacks from {packed:,} to {size:,} bytes behind "
-                    f"row {passed}, as no text does; look at the file"
-                )
-            total += size
+            size, packed = column.total_uncompressed_size, column.total_compressed_size
+        if size > max(MOST, RATIO * packed):
+            raise DataError(
+                f"{path}: the column {name!r} unpacks from {packed:,} to {size:,} bytes behind "
+                f"row {passed}, as no text does; look at the file"
+            )
+        total += size
     return total
 
 

@@ -77,6 +77,8 @@ def test_saving_and_loading_keeps_the_targets_short(tmp_path):
         ({"task_type": "SEQ_CLS"}, r"task_type is 'SEQ_CLS': .* only adapters of language models"),
         ({"lora_alpha": None}, r"adapter_config\.json: lora_alpha is None; alpha is a number: correct it"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'; alpha is a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 10{50,}.*; alpha is a number"),
+        ({"alpha_pattern": {"q_proj": -(10**400)}}, r"alpha_pattern is \{'q_proj': -10+"),
         ({"r": None}, "r is None; the rank is an integer above 0"),
         ({"r": True}, "r is True; the rank is an integer above 0"),
         ({"rank_pattern": [3]}, r"rank_pattern is \[3\]; an object of ranks by pattern"),
@@ -102,6 +104,14 @@ def test_adapters_that_are_no_plain_lora_are_refused(tmp_path, changes, problem)
     with pytest.raises(CheckpointError, match=problem):
         load_adapter(model, tmp_path)
     assert not lora_state(model)
+
+
+def test_a_base_whose_name_no_file_can_have_is_refused(tmp_path):
+    save_adapter(adapted(LORAS["all"]), tmp_path, LORAS["all"], "b" * 5000)
+    with pytest.raises(
+        CheckpointError, match=r"'b{120}': cannot be read \(File name too long\); give the name of a model"
+    ):
+        load(adapter_base(tmp_path))
 
 
 def test_what_an_adapter_says_that_has_no_effect_here_is_said(tmp_path, caplog):

@@ -188,6 +188,14 @@ def test_one_flipped_bit_anywhere_gives_the_same_content_or_a_refusal(
         file.write_bytes(content)
 
 
+def test_a_manifest_of_names_that_no_file_can_have_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, 10)
+    manifest = save(tmp_path, 20) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("model.safetensors", "model" * 60))
+    assert found(tmp_path).step == 10
+    assert "cannot be read (File name too long); trying the checkpoint before it" in caplog.text
+
+
 def test_when_all_are_damaged_each_is_named(tmp_path: Path) -> None:
     for step in (10, 20):
         (save(tmp_path, step) / "weights/model.safetensors").write_bytes(b"")

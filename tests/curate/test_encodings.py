@@ -4,6 +4,7 @@ The bytes and texts are written by hand after the standard's tables.
 """
 
 import pytest
+from resiliparse.parse import encoding
 
 from arriero.curate.encodings import codec_of, decode
 from arriero.curate.web import decoded, main_text
@@ -114,3 +115,10 @@ def test_text_under_a_wrong_label_is_found_by_its_bytes():
     assert decoded(b"\xa3\xf3d\xbc", "utf-8", "iso-8859-2") == "Łódź"
     bad = "Łódź, Kraków ".encode() * 3 + b"\xff"
     assert decoded(bad, "utf-8", "iso-8859-1") == "Łódź, Kraków " * 3 + "\ufffd"  # Latin-1 would fit any bytes
+
+
+def test_a_page_whose_encoding_nobody_guesses_is_windows_1252():
+    """As browsers do without a word of the page's; by the library's verdict on these bytes there is no guess."""
+    data = b"\x81\x8d\x8f\x90\x9d ma\xf1ana"
+    assert encoding.detect_encoding(data, html5_compatible=False) is None
+    assert decoded(data, None) == "\x81\x8d\x8f\x90\x9d mañana"

@@ -230,6 +230,16 @@ def test_a_curated_directory_is_read_by_its_manifest(tmp_path):
         list(read_documents([tmp_path]))
 
 
+@pytest.mark.parametrize("shard", ["s" * 201, "s" * 300, "a/b.jsonl", "..", 3, None], ids=repr)
+def test_a_manifest_of_names_that_are_no_files_beside_it_is_refused(tmp_path, shard):
+    manifest = {"format": "arriero curated corpus 1", "shards": [{"file": shard}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        DataError, match=r"manifest\.json: it lists the shard .*; each is a file beside it: remove it, or"
+    ):
+        list(read_documents([tmp_path]))
+
+
 def curation(root, texts):
     """What `arriero curate` leaves: shards and what is said of them."""
     root.mkdir(parents=True)

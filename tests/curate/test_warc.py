@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import Counter
 
@@ -254,3 +255,14 @@ def test_an_archive_whose_last_record_is_whole_is_not_called_cut(tmp_path):
 def test_an_encoding_that_is_unknown_is_named():
     with pytest.raises(DataError, match=r"the body is not what its header says \(Content-Encoding: foo: unknown\)"):
         unpacked(b"\x01\xff\xfe", {"content-encoding": "foo"})
+
+
+@pytest.mark.parametrize("digits", ["9" * 20, "9" * 25])
+def test_a_length_beyond_every_file_is_named(tmp_path, digits):
+    path = tmp_path / "a.warc"
+    last = re.sub(rb"(?m)^Content-Length: \d+", b"Content-Length: " + digits.encode(), record(1))
+    path.write_bytes(record(0) + last)
+    documents, _, errors = read(path)
+    assert "0" in documents
+    [error] = errors
+    assert "a.warc: the file ends within a record, after record" in error

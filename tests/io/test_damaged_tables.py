@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import signal
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from arriero.errors import DataError
 from arriero.io.records import read_records
+from arriero.io.tables import read_parquet
 
 TEXTS = ["first", "second text", "third"]
 
@@ -64,3 +67,40 @@ def test_bytes_that_are_no_text_cost_their_row_alone(tmp_path: Path) -> None:
     found = list(read_records(tmp_path / "a.arrow"))
     assert [record.raw for record in found if record.error is None] == [{"text": ["good"]}, {"text": ["fine"]}]
     assert [record.row for record in found if record.error is not None] == [2]
+
+
+def without_levels(file: Path, columns: dict[str, list]) -> None:
+    """Write a Parquet file whose last column alone may be null, then make its schema say that it may not.
+
+    So its size statistics count definition levels that the schema has not.
+    """
+    names = list(columns)
+    schema = pa.schema([pa.field(name, pa.string(), nullable=name == names[-1]) for name in names])
+    pa.parquet.write_table(pa.table(columns, schema=schema), file, row_group_size=2, store_schema=False)
+    data = file.read_bytes()
+    name = names[-1].encode()
+    optional, required = (b"\x25" + r + b"\x18" + bytes([len(name)]) + name for r in (b"\x02", b"\x00"))
+    assert data.count(optional) == 1
+    file.write_bytes(data.replace(optional, required))
+
+
+COLUMNS = {"a": ["1", "2", "3"], "text": TEXTS, "note": ["x", "y", "z"]}
+
+
+def test_size_statistics_of_another_schema_are_refused(tmp_path: Path) -> None:
+    without_levels(tmp_path / "a.parquet", COLUMNS)
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read \(Definition level histogram size.*\); fetch"):
+        list(read_records(tmp_path / "a.parquet"))
+
+
+def test_size_statistics_of_columns_that_nobody_asks_for_do_no_harm(tmp_path: Path) -> None:
+    without_levels(tmp_path / "a.parquet", COLUMNS)
+    found = read_parquet(tmp_path / "a.parquet", 0, lambda name, holds_bytes: name == "text")
+    assert [row.row for row in found] == [{"text": text} for text in TEXTS]
+
+
+def test_pyarrow_alone_ends_the_process_at_such_statistics(tmp_path: Path) -> None:
+    without_levels(tmp_path / "a.parquet", COLUMNS)
+    code = "import pyarrow.parquet as p, sys; p.ParquetFile(sys.argv[1]).metadata.row_group(0).column(2)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.parquet")], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGABRT

@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.subjects import byte_level
 from helpers.tokenizers import small_sentencepiece
+from tokenizers import AddedToken, normalizers
 
 from arriero.errors import CheckpointError, DataError
 from arriero.io.gguf_header import read_metadata
@@ -20,6 +22,7 @@ from arriero.tokenizer import Tokenizer, load_tokenizer, protobuf
 from arriero.tokenizer.base import SpecialTokens, usable_threads
 from arriero.tokenizer.chat import encode_chat
 from arriero.tokenizer.gguf import tokenizer_from_gguf, tokenizer_to_gguf
+from arriero.tokenizer.hf import HfTokenizer
 from arriero.tokenizer.llama3 import load_tiktoken_model, special_tokens
 from arriero.tokenizer.named_templates import named_template
 from arriero.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -173,6 +176,20 @@ def test_templates_and_ends_are_read_from_the_files_beside_tokenizer_json(tmp_pa
     assert load_tokenizer(tmp_path / "again").chat_template == tokenizer.chat_template
     (tmp_path / "chat_template.jinja").write_text("newer {{ eos_token }}")
     assert load_tokenizer(tmp_path / "tokenizer.json").chat_template.render([]) == "newer <reponame>"
+
+
+def test_a_panic_of_the_library_over_what_begins_a_text_is_refused():
+    """A normaliser that makes spaces of the letter that `begin_ids` encodes, and added tokens that overlap there."""
+    backend = byte_level().backend
+    backend.normalizer = normalizers.Replace("a", "x   y")
+    backend.add_tokens([AddedToken("x", rstrip=True, normalized=True), AddedToken(" ", lstrip=True, normalized=True)])
+    with pytest.raises(BaseException, match="bad split") as panic:
+        backend.encode("a")
+    assert not isinstance(panic.value, Exception)
+    with pytest.raises(
+        CheckpointError, match=r"the tokenizers library fails on this text.*bad split.*; leave the text"
+    ):
+        _ = HfTokenizer(backend, SpecialTokens({})).begin_ids
 
 
 def test_a_text_and_its_continuation_have_one_dummy_prefix(families):
