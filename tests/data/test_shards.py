@@ -655,7 +655,7 @@ def test_a_name_in_a_manifest_that_no_file_can_have_is_refused(tmp_path):
     manifest = tmp_path / "set/manifest.json"
     manifest.write_text(manifest.read_text().replace("tokens-00000.bin", "tokens-0" * 60 + ".bin"))
     with pytest.raises(DataError, match=r"tokens-0\.bin: cannot be read \(File name too long\); copy the set again"):
-        open_shards(tmp_path / "set")
+        Shards(tmp_path / "set")
 
 
 def test_sets_made_apart_are_put_together_by_the_names_of_their_directories(tmp_path):
