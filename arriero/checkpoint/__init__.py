@@ -1,1 +1,1 @@
-"""Checkpoints: where models come from and what they are written as."""
+"""Checkpoints: reading and writing models in every layout, and the checkpoints of a training run."""

@@ -1,10 +1,10 @@
-"""What a checkpoint says beside its shape, its tensors and its tokenizer, so that what is written from it says it too.
+"""What a checkpoint holds besides shape, tensors and tokenizer, carried along into whatever is written from it.
 
-Generation settings are those of generation_config.json, where there is none those in config.json, in a GGUF file its
-`general.sampling` entries. Where files name different token ids, generation_config.json holds, then config.json, then
-the tokenizer: transformers' rule. Entries of config.json that no decoder here reads go along as they are. Licence,
-notice and use policy go along because they must; a README only where the result is the same model. What is left behind
-is named.
+Generation settings are read from generation_config.json, else from config.json; of a GGUF file from its
+`general.sampling` entries. Where files disagree on token ids, generation_config.json takes precedence, then
+config.json, then the tokenizer, as in transformers. Entries of config.json that no decoder here uses are copied
+unchanged. Licence, notice and use-policy files are copied because they must be; a README only where the result is the
+same model. What is left behind is named in a warning.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ SAMPLING_KEYS = {
 class Beside:
     """generation: entries of generation_config.json. config: further entries of config.json. files: what is copied.
     tokenizer: entries of tokenizer_config.json that say how texts are padded and cut, not what their ids are.
-    general: what a GGUF file says of its origin, licence and the like, by key."""
+    general: entries of a GGUF file on its origin, licence and the like, by key."""
 
     generation: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class Beside:
         return _tokenizer_ids(tokenizer) | own
 
     def for_training(self, tokenizer: Any) -> Beside:
-        """The same for a model trained with `tokenizer`: what ends a text or an answer there stops generation, too."""
+        """The same for a model trained with `tokenizer`: its ends of texts and of answers end generation, too."""
         from arriero.tokenizer.chat import end_of_answers
 
         own = self.generation.get("eos_token_id")
@@ -121,10 +121,10 @@ NOTHING = Beside()
 
 
 def read_beside(source: Path, *, same_model: bool = False, warn: bool = True) -> Beside:
-    """Read what the checkpoint at `source` (a directory of either layout, or a GGUF file) says beside its weights.
+    """Read everything beside the weights of the checkpoint at `source` (a directory of either layout, or a GGUF file).
 
-    same_model: what is written is this model in another form, so its README is still true. warn: say which files stay
-    behind and where token ids differ.
+    same_model: what is written is this model in another form, so its README is still true. warn: name the files that
+    are not carried over, and token ids that differ.
     """
     if source.is_file():
         metadata = read_metadata(source)
@@ -158,7 +158,7 @@ def read_beside(source: Path, *, same_model: bool = False, warn: bool = True) ->
 
 
 def warn_of_losses(source: Path, beside: Beside, to: str) -> None:
-    """Name what the format `to` ("hf", "meta" or "gguf") has no place for."""
+    """Warn of everything that the format `to` ("hf", "meta" or "gguf") cannot hold."""
     format_ = {"hf": "Hugging Face's layout", "meta": "Meta's layout", "gguf": "a GGUF file"}[to]
     unknown = sorted(name for name, v in beside.config.items() if v is not None and not is_known(name))
     if lost := unknown if to != "hf" else []:
@@ -171,10 +171,10 @@ def warn_of_losses(source: Path, beside: Beside, to: str) -> None:
 
 
 def sampling_of(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `generation` that decide how a token is chosen, as transformers would use them.
+    """The settings of `generation` that decide how a token is sampled, as transformers would use them.
 
     `do_sample: true` takes transformers' defaults (temperature 1, top_k 50) for what the file does not state, false is
-    a temperature of 0; where nothing is said of it, what is stated is returned and the rest left to the caller.
+    a temperature of 0; where it is absent, the stated settings are returned and the others left to the caller.
     """
     stated = {name: generation[name] for name in SAMPLING_KEYS.values() if generation.get(name) is not None}
     do_sample = generation.get("do_sample")
@@ -223,7 +223,7 @@ def _warn_of_ids(source: Path, generation: Mapping[str, Any], config: Mapping[st
 
 
 def warn_of_tokenizer_ids(source: Path, beside: Beside, tokenizer: Any) -> None:
-    """Say where the ids that generation stops at lack the tokenizer's own end."""
+    """Warn where the ids that end generation do not include the tokenizer's eos token."""
     ends = beside.generation.get("eos_token_id")
     if (
         tokenizer is not None
@@ -250,7 +250,7 @@ def _decimal(value: Any) -> Any:
 
 
 def _describes(key: str) -> bool:
-    """Whether an entry of a GGUF file says whose the model is, and not what the file holds."""
+    """Whether an entry of a GGUF file describes the model's origin rather than the file's content."""
     what = ("architecture", "type", "name", "file_type", "quantization_version", "alignment", "size_label", "sampling")
     group, _, name = key.partition(".")
     return group == "general" and name.split(".")[0] not in what

@@ -1,7 +1,7 @@
-"""Any format to any other, tensor by tensor, with a progress bar.
+"""Converts any checkpoint format to any other, tensor by tensor, with a progress bar.
 
-Readers give `Weights`, writers take them; this module only chooses the two and looks after the destination.
-hf and gguf hold one tensor in memory; meta, a pickle, holds the model.
+Readers return `Weights` and writers take them; this module chooses the two and prepares the destination.
+Converting to hf or gguf holds one tensor in memory; to meta, whose file is a pickle, the whole model.
 """
 
 from __future__ import annotations

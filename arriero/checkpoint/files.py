@@ -1,4 +1,4 @@
-"""Directories, written so that a reader never sees half of one. One file, and JSON: arriero/io/files.py.
+"""Writes directories so that a reader never sees an incomplete one; for single files and JSON see arriero/io/files.py.
 
 A crash leaves either the old content or the new, and at worst a stray file whose name begins with a dot.
 """

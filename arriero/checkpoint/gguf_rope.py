@@ -1,8 +1,9 @@
-"""RoPE's scaling in GGUF files, both ways, as llama.cpp computes it.
+"""RoPE scaling in GGUF files, read and written as llama.cpp computes it.
 
-Frequencies are divided by `rope.scaling.factor` (of old `rope.scale_linear`), those of YaRN by index, and by the tensor
-`rope_freqs`, where Llama 3.1's scaling stands. Sines and cosines of YaRN are multiplied by 0.1 ln(factor) + 1 and by
-`rope.scaling.attn_factor` (llama.cpp's ggml_rope_yarn); transformers has both in one number.
+Frequencies are divided by `rope.scaling.factor` (in old files `rope.scale_linear`), for YaRN by a factor that depends
+on the index, and by the tensor `rope_freqs`, which holds Llama 3.1's scaling. For YaRN, sines and cosines are
+multiplied by 0.1 ln(factor) + 1 and by `rope.scaling.attn_factor` (llama.cpp's ggml_rope_yarn); transformers has the
+product of both as one number.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def read_scaling(fields: Fields, config: LlamaConfig, factors: Tensor | None) ->
 def scaling_entries(source: Path, config: LlamaConfig, by_factors: bool) -> dict[str, Any]:
     """The metadata from which llama.cpp scales RoPE as the model does; raises CheckpointError where it cannot.
 
-    by_factors: whether it reads a `rope_freqs` tensor for this architecture, where Llama 3.1's factors stand.
+    by_factors: whether it reads a `rope_freqs` tensor, with Llama 3.1's factors, for this architecture.
     """
     prefix = f"{config.model_type}.rope.scaling"
     match config.rope_scaling:

@@ -49,7 +49,7 @@ def open_hf(directory: Path) -> Weights:
     readers: dict[str, Reader] = {}
     entries: dict[str, Entry] = {}
     holders: dict[str, Path] = {}
-    for file, named in _places(directory).items():
+    for file, named in _weight_files(directory).items():
         found = safetensors_entries(file)
         if lacking := sorted(named - found.keys()):
             raise CheckpointError(
@@ -72,10 +72,10 @@ def open_hf(directory: Path) -> Weights:
     )
 
 
-def _places(directory: Path) -> dict[Path, set[str]]:
-    """The files that hold the weights, each with the tensors that the index names there: transformers' choice.
+def _weight_files(directory: Path) -> dict[Path, set[str]]:
+    """The files of the weights, each with the tensors that the index lists for it; chosen as transformers does.
 
-    model.safetensors goes before an index, which is then named if it tells of other files.
+    model.safetensors takes precedence over an index, which is warned of if it lists other files.
     """
     index = directory / INDEX
     if (directory / WEIGHTS).is_file():
@@ -107,7 +107,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _within(index: Path, name: str) -> Path:
     """The file beside the index that it names; raises CheckpointError for one that lies elsewhere.
 
-    Links may lead into the Hub's cache, which holds a snapshot's files as `models--*/blobs`.
+    Links into the Hub's cache are allowed, which has a snapshot's files in `models--*/blobs`.
     """
     directory, parts = index.parent.resolve(), name.replace("\\", "/").split("/")
     allowed = [directory]
@@ -138,7 +138,7 @@ def write_hf(
 ) -> None:
     """Write weights as a Hugging Face directory, all or nothing.
 
-    dtype: None keeps the stored type. beside: what else the model's source says (`read_beside`). progress(name) is
+    dtype: None keeps the stored type. beside: what else the model's source holds (`read_beside`). progress(name) is
     called before each tensor is written, check(directory) on the complete files before they are put in place.
     """
     dtype = dtype or weights.dtype
@@ -156,7 +156,7 @@ def write_hf(
             total = sum(prod(entry.shape) * dtype.itemsize for entry in entries.values())
             where = {name: file for file, names in shards.items() for name in names}
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-        _describe(temporary, weights.config, dtype, tokenizer, beside)
+        _write_sidecars(temporary, weights.config, dtype, tokenizer, beside)
         check(temporary)
 
 
@@ -186,15 +186,18 @@ def save_hf(
     )
 
 
-def companions(config: LlamaConfig, tokenizer: Tokenizer, beside: Beside = NOTHING) -> Callable[[Path], None]:
-    """A function that writes what stands beside fp32 weights in Hugging Face's layout: config and tokenizer."""
-    return lambda directory: _describe(directory, config, torch.float32, tokenizer, beside)
+def sidecar_writer(config: LlamaConfig, tokenizer: Tokenizer, beside: Beside = NOTHING) -> Callable[[Path], None]:
+    """A function that writes the files beside fp32 weights in Hugging Face's layout: config and tokenizer."""
+    return lambda directory: _write_sidecars(directory, config, torch.float32, tokenizer, beside)
 
 
-def _describe(
+companions = sidecar_writer  # its old name, until the recipes use the new one
+
+
+def _write_sidecars(
     directory: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer | None, beside: Beside
 ) -> None:
-    """Write config.json, generation_config.json, the tokenizer's files and what goes along."""
+    """Write config.json, generation_config.json, the tokenizer's files and those that are copied along."""
     if tokenizer is not None:
         tokenizer.save(directory)
     beside.write(directory, tokenizer, config.to_hf(str(dtype).removeprefix("torch.")))

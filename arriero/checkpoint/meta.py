@@ -101,7 +101,7 @@ def write_meta(
 ) -> None:
     """Write weights as params.json and consolidated.00.pth, all or nothing. The whole model is held in memory.
 
-    beside, progress, check: as in `write_hf`; generation_config.json is Hugging Face's, and lies beside the tokenizer.
+    beside, progress, check: as in `write_hf`; generation_config.json, Hugging Face's, is written too.
     """
     config, dtype = weights.config, dtype or weights.dtype
     if type(config) is not LlamaConfig:
@@ -142,7 +142,7 @@ def tensor_names(config: LlamaConfig) -> dict[str, str]:
 
 
 def _open_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file, mapped; each lies in the file whole."""
+    """The tensors of one file, memory-mapped."""
     with reading(file), zipfile.ZipFile(file) as archive:
         packed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
     if packed:  # a small file could unpack to any size

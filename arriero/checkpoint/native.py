@@ -1,23 +1,23 @@
-"""Checkpoints of a run: groups of tensors and a JSON state, of which a whole one can always be found.
+"""Checkpoints of a training run: groups of tensors and a JSON state, written so that a whole one can always be found.
 
     RUN/checkpoints/step-00000020/
-        weights/model.safetensors           a folder for each group, of any number of groups; from many processes
+        weights/model.safetensors           one folder per group; many processes write several files:
         optimizer/optimizer.safetensors       model-00001-of-00004.safetensors ... with model.safetensors.index.json
-        state.json                          counters and whatever else is not a tensor
-        manifest.json                       bytes and SHA-256 of the files above
+        state.json                          counters and all other state that is not a tensor
+        manifest.json                       size and SHA-256 of the files above
 
-`weights` lies in Hugging Face's layout (with config.json and a tokenizer, where a whole model is trained, transformers
-opens that folder). Other groups may hold local shards of tensors: each file's header has their offsets, in the metadata
-format of torch.distributed.checkpoint's safetensors storage, through which any number of processes reads them back.
-A checkpoint is written in three steps, `begin`, `write` and `finish`, which sharded.py calls.
+`weights` is in Hugging Face's layout (where a whole model is trained, with config.json and a tokenizer, so that
+transformers opens the folder). Other groups may hold local shards of tensors: each file's header has their offsets, in
+the metadata format of torch.distributed.checkpoint's safetensors storage, which any number of processes can read.
 
-A checkpoint is written under a temporary name (it begins with a dot), each file fsynced, then renamed: a crash or
-a full disk leaves the earlier ones as they were. Reading hashes every file before any of it is used, so a flipped
-byte is refused by name and the checkpoint before it is taken. Steps are one line of history: saving step 20 drops
-checkpoints of later steps, which a run resumed from an earlier one has abandoned.
+A checkpoint is written in three steps, `begin`, `write` and `finish`, which sharded.py calls: into a temporary
+directory (whose name begins with a dot), each file fsynced, then renamed. So a crash or a full disk leaves earlier
+checkpoints as they were. Reading hashes every file before any is used; a damaged one is named, and the checkpoint
+before it is read. Saving step 20 deletes checkpoints of later steps: a run that resumed from an earlier one has
+abandoned them.
 
-Price: hashing costs about a second per gigabyte, in writing hidden behind the disk, in reading not.
-No copy of the tensors is made on the host.
+Price: hashing takes about a second per gigabyte; hidden behind the disk when writing, not when reading. Tensors are not
+copied on the host.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""adapter_config.json as PEFT's LoraConfig reads it: which linears an adapter acts on, with what rank and alpha.
+"""adapter_config.json, interpreted as PEFT's LoraConfig does: which linears an adapter is on, with what rank and alpha.
 
-Defaults, regular expressions and matching are PEFT's (`check_target_module_exists`, `get_pattern_key`), because the
-file means what they make of it. What PEFT itself fails on (a rank of null) is refused by name, and so is what makes its
-computation another one than W x + s B A x, or was trained over base weights that it had changed first.
+Defaults, regular expressions and name matching are PEFT's (`check_target_module_exists`, `get_pattern_key`). Settings
+are refused by name where PEFT itself fails on them (a rank of null), where the computation would not be W x + s B A x,
+and where the adapter was trained over base weights that PEFT had changed first.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A checkpoint given rows for the new ids of a grown vocabulary, written as a Hugging Face directory.
+"""Adds rows for the new ids of a grown vocabulary to a checkpoint, and writes it as a Hugging Face directory.
 
-A new token's embedding is the mean of the embeddings of the base tokens that spell it, and so is its row in the head:
-the model begins by reading it as the average of what it read before, and by predicting it about as readily as its
-parts. (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models", shows why a mean and not
-noise: a random row can take the probability of all others.) Old rows are untouched, so texts without new tokens have
-the same hidden states and the same logits at old ids.
+The embedding of a new token is the mean of the embeddings of the base tokens that it replaces, and its row of the head
+likewise: at first the model reads it as the average of those tokens and predicts it about as readily. (Hewitt 2021,
+"Initializing New Word Embeddings for Pretrained Language Models", shows why a mean and not noise: a random row can take
+the probability of all others.) Old rows are unchanged, so texts without new tokens have the same hidden states and the
+same logits at old ids.
 
-Price: the two matrices in memory once, in fp32 while means are taken; all else is copied tensor by tensor.
+Price: the two matrices in memory once, in fp32 while means are computed; all else is copied tensor by tensor.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def _with_rows(matrix: Tensor, n_rows: int, parts: Mapping[int, Sequence[int]]) 
 def check_request(model: str | Path, dst: Path, base: Tokenizer) -> Path:
     """Return the path of `model` (path, Hub id or built-in name), where it can be resized for a growth of `base`.
 
-    Raises CheckpointError where `dst` is the model itself, or where the tokenizer that lies with it is not `base`: the
-    means would be of other tokens' rows. A model that comes without a tokenizer is taken on trust.
+    Raises CheckpointError where `dst` is the model itself, or where its tokenizer is not `base`, so that the
+    means would be of wrong rows. A model without a tokenizer is accepted unchecked.
     """
     source = resolve(model)
     check_destination(source, dst, force=True)  # writing over the source is refused in any case
@@ -90,7 +90,7 @@ def check_request(model: str | Path, dst: Path, base: Tokenizer) -> Path:
 
 
 def resize(model: str | Path, dst: Path, base: Tokenizer, extension: Extension) -> None:
-    """Write `model` at `dst` with rows for the new ids, and the grown tokenizer; `check_request` says what is refused.
+    """Write `model` at `dst` with rows for the new ids, and the grown tokenizer; see `check_request`.
 
     All or nothing, in Hugging Face's layout and the stored number type (quantised weights become f32), with progress.
     """

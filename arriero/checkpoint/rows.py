@@ -1,7 +1,7 @@
-"""The rows of a model's embeddings against the ids of its tokenizer: as many, or more.
+"""Compares the number of rows of a model's embeddings with the ids of its tokenizer: at least as many are needed.
 
-Rows beyond the ids are padding, to a multiple that hardware likes: nothing reads them, `infer/sample.py` never draws
-them, and a GGUF file, in which each row is a token, names them as llama.cpp's converter does.
+Further rows are padding to a multiple that suits the hardware: no id reads them, `infer/sample.py` never samples them,
+and in a GGUF file, where each row is a token, they are named as by llama.cpp's converter.
 """
 
 from __future__ import annotations

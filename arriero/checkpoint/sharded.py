@@ -44,7 +44,7 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Part:
-    """What this process writes of one group; `offsets` say where each piece begins in its tensor."""
+    """This process's part of one group; `offsets` are those of each shard in its tensor."""
 
     tensors: dict[str, Tensor]
     offsets: dict[str, Sequence[int]]
@@ -155,7 +155,7 @@ class Checkpoints:
     def _conclude(
         self, step: int, written: Sequence[Mapping[str, Any]], state: Mapping[str, Any], keep: Collection[int]
     ) -> None:
-        """Process 0: make a checkpoint of the files that each process tells of, or remove them and say why not."""
+        """Process 0: make a checkpoint of the files that the processes wrote, or remove them and raise the reason."""
         needed = sum(own["bytes"] for own in written)
         try:
             self._raise_failures(step, written)
@@ -171,7 +171,7 @@ class Checkpoints:
             raise
 
     def _raise_failures(self, step: int, written: Sequence[Mapping[str, Any]]) -> None:
-        """Raise the first failure that a process tells of."""
+        """Raise the first failure that a process reports."""
         for rank, own in enumerate(written):
             if own["full"]:
                 raise OSError(errno.ENOSPC, own["error"])
@@ -246,7 +246,7 @@ class Checkpoints:
 
 
 def _holders(written: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The file that each weight lies in, by what each process wrote: its weights are all in one file."""
+    """The file of each weight: all weights that a process wrote are in one file."""
     folder = native.WEIGHTS + "/"
     return {
         weight: file.removeprefix(folder)

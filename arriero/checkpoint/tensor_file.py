@@ -1,7 +1,7 @@
-"""A safetensors file, tensor by tensor: 8 bytes of length, so many bytes of JSON, then the raw tensors.
+"""A safetensors file, read and written tensor by tensor: 8 bytes with the length of the JSON, the JSON, raw tensors.
 
-The JSON is known from names, shapes and types before the first tensor is read, so whoever writes holds one tensor at a
-time. The package's own writer wants all of them, and its reader copies out of a memory map: ten times as slow.
+The JSON follows from names, shapes and types, before any tensor is read, so a writer holds one tensor at a time. The
+safetensors package's writer needs all of them at once, and its reader copies out of a memory map, ten times as slowly.
 """
 
 from __future__ import annotations

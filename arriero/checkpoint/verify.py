@@ -1,10 +1,9 @@
-"""What was written, read again by other code than wrote it, and compared with its source tensor by tensor.
+"""Checks a written checkpoint against its source, tensor by tensor, with code that shares nothing with the writer.
 
-Nothing here goes through the readers, name maps, permutations and configurations of this package: safetensors' own
-reader, the gguf package's reader and name map, `torch.load`, and JSON as it stands. So a fault of ours in any of them
-is seen, however well our readers and writers agree about it. Every tensor must be its source's, rounded to the type
-written; a merged one W + s B A, computed in fp64 from the files of model and adapter. Sizes, RoPE and the head (tied or
-not) must be stated alike.
+None of this package's readers, name maps, permutations and configurations is used, but safetensors' own reader, the
+gguf package's reader and name map, `torch.load`, and plain JSON. So an error of ours in any of those is found, even
+where our reader and writer agree on it. Every tensor must be its source's, rounded to the written type; a merged one
+W + s B A, computed in fp64 from the files of model and adapter. Sizes, RoPE and the head (tied or not) must agree.
 
 Price: source and result are read once more, a tensor at a time; see docs/log.md.
 """
@@ -134,11 +133,11 @@ def check_written(
 
 
 class _Differs(Exception):
-    """A tensor is not what it should be; says how far."""
+    """A tensor differs from its source; the message says by how much."""
 
 
 class _NotFinite(Exception):
-    """A tensor holds NaN or infinite values; says in which type."""
+    """A tensor holds NaN or infinite values; the message names its type."""
 
 
 def read_independently(path: Path) -> Reading:
@@ -286,7 +285,7 @@ def _hf_names(n_layers: int) -> list[str]:
 
 
 def _pairs_of(name: str, facts: Mapping[str, Any]) -> int:
-    """Heads of a tensor whose rows lie in adjacent pairs in Meta's and llama.cpp's files; 0 for every other tensor."""
+    """Heads of a tensor whose rows are in adjacent pairs in Meta's and llama.cpp's files; 0 for every other tensor."""
     kind = name.split(".")[-2]
     heads = {"q_proj": facts["num_attention_heads"], "k_proj": facts["num_key_value_heads"]}
     return int(heads.get(kind, 0))

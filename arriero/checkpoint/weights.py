@@ -1,11 +1,11 @@
-"""What every checkpoint format comes down to: a shape and named tensors, read one at a time.
+"""The common form of every checkpoint format: a shape, and named tensors that are read one at a time.
 
-Each reader (hf, meta, gguf) returns `Weights` whose names and layouts are Hugging Face's, and each writer takes
-`Weights`, so n formats need n readers and n writers, not n^2 converters. Nothing is read before `read(name)` is
-called and nothing is kept after, so a conversion holds one tensor and a load holds one model.
+Each reader (hf, meta, gguf) returns `Weights` with Hugging Face's names and layouts, and each writer takes `Weights`,
+so n formats need n readers and n writers instead of n^2 converters. A tensor is read when `read(name)` is called, and
+is not kept, so a conversion holds one tensor and a load holds one model.
 
-Rotary layouts: Hugging Face rotates the two halves of a head, Meta and GGUF adjacent pairs. Only the rows of q
-and k differ, by the permutation in `to_halves` and `to_pairs`.
+Rotary layouts: Hugging Face rotates the two halves of a head, Meta and GGUF adjacent pairs. Only the rows of q and k
+differ, by the permutation in `to_halves` and `to_pairs`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ _COMPARED = 1 << 22  # values of two matrices that are compared at a time
 class Weights:
     """A checkpoint of any format as the Hugging Face layout would have it, in the order of `names(config)`.
 
-    source: the file or directory, for messages. read(name) returns a tensor of `entries[name]`'s shape and type
-    that nothing else holds; read_rows(name, start, stop) likewise some of its rows, of formats that can. Both refuse
-    values of a file that are NaN or infinite.
+    source: the file or directory, for messages. read(name) returns a new tensor of `entries[name]`'s shape and type;
+    read_rows(name, start, stop) some of its rows, where the format allows it. Both refuse NaN and infinite values.
     """
 
     source: Path
@@ -78,10 +77,10 @@ def opened(
     read: Callable[[str], Tensor],
     read_rows: Callable[[str, int, int], Tensor] | None = None,
 ) -> Weights:
-    """`Weights` of a file, checked as `checked` does, whose values are finite, and tied as the file has it.
+    """`Weights` of a file, checked by `checked`, whose values are checked to be finite; decides whether they are tied.
 
-    A head beside embeddings that the config calls tied: the config is right where the two are equal, else the file,
-    with a warning. A head in their place is taken for both. (All as in transformers.)
+    If the config says that head and embeddings are tied and the file has both, it is right where the two are equal;
+    else they are kept apart, with a warning. If the file has a head only, it is used for both. (As in transformers.)
     """
     if config.tied_embeddings and HEAD in entries and EMBEDDINGS not in entries:
         entries = {EMBEDDINGS if name == HEAD else name: entry for name, entry in entries.items()}

@@ -1,8 +1,8 @@
 """The command line: `arriero COMMAND ...`.
 
-A command is a function in the module of its group, entered in COMMANDS below; `parsing.py` reads its arguments off its
-parameters, and its docstring is its help. Whatever costs time is imported inside the command that needs it:
-`arriero --help` takes a tenth of a second.
+A command is a function in the module of its group, listed in COMMANDS below; `parsing.py` derives its arguments from
+its parameters, and its docstring is its help. Slow imports are inside the commands that need them: `arriero --help`
+takes a tenth of a second.
 """
 
 from __future__ import annotations

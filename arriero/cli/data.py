@@ -1,4 +1,4 @@
-"""Commands from raw documents to what training reads."""
+"""Commands that prepare data: curation, shards, and fine-tuning data."""
 
 from __future__ import annotations
 

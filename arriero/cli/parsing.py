@@ -1,9 +1,9 @@
-"""How a command's parameters become its arguments, and the only importer of tyro.
+"""Derives a command's arguments from its parameters; the only importer of tyro.
 
-Required parameters are arguments by position, keyword ones flags. A command with one parameter `config` has that
-dataclass's fields as flags, without their sections: --lr, not --optim.lr (both are understood). Where it trains, a
-preset or a file of settings may stand in the model's place, and flags change it; one with `recipe` and `config` takes
-nothing else.
+Required parameters become positional arguments, keyword ones flags. A command with one parameter `config` has that
+dataclass's fields as flags, without their sections: --lr, not --optim.lr (both are accepted). A command that trains
+accepts a preset or a settings file in the model's place, whose settings the flags change; one with `recipe` and
+`config` accepts nothing else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Commands over files of settings: list what there is, copy a preset, run it, check it."""
+"""Commands for settings files: list what there is, copy a preset, run it, validate it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that make, measure and use vocabularies."""
+"""Commands that train, measure and use tokenizers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def train(
 
     Args:
         sources: Files, directories, Hub ids, or "stdlib"; all that `arriero curate` reads.
-        out: Directory for tokenizer.json, its companions, tokenizer.model and report.json.
+        out: Directory for tokenizer.json, its sidecar files, tokenizer.model and report.json.
         kind: llama3 (byte-level BPE) or llama2 (SentencePiece BPE).
         vocab_size: Ids in all, special tokens included.
         n_special: Special tokens of llama3, 11 to 256.

@@ -1,4 +1,4 @@
-"""`arriero tokenizer encode`, `compare` and `extend` as the command line runs them: what is read, printed and shown."""
+"""The implementation of `arriero tokenizer encode`, `compare` and `extend`: reading, printing and tables."""
 
 from __future__ import annotations
 

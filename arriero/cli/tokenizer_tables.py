@@ -1,4 +1,4 @@
-"""What the `arriero tokenizer` commands show: tokens side by side, comparisons, training reports, and progress."""
+"""Tables of the `arriero tokenizer` commands: tokens side by side, comparisons, and training reports."""
 
 from __future__ import annotations
 

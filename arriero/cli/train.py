@@ -1,4 +1,4 @@
-"""Commands that train, and the one that says what training would cost."""
+"""Commands that train, and `arriero plan`."""
 
 from __future__ import annotations
 

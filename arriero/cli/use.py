@@ -1,4 +1,4 @@
-"""Commands for a model that exists: talk with it, measure it, write it in another form."""
+"""Commands for an existing model: chat, generate, evaluate, convert, merge."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Settings of `arriero curate`: which documents, which steps in which order, and the numbers of each.
+"""Settings of `arriero curate`: which documents, which steps in which order, and the settings of each step.
 
-A step is named in `steps` and tuned in the table of its name: steps = ["gopher-quality"], [gopher_quality] min_words =
-30. A step may stand in the list once. Documents of `code_sources` are code: rules for prose leave them alone, and rules
-for code judge only them.
+A step is listed in `steps` and configured in the table of its name: steps = ["gopher-quality"], [gopher_quality]
+min_words = 30. A step may be listed once. Documents of `code_sources` are code: rules for prose skip them, and rules
+for code apply to them only.
 """
 
 from __future__ import annotations

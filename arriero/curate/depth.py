@@ -1,12 +1,11 @@
-"""Pages that nest too deeply, made flatter before a parser sees them.
+"""Flattens pages that nest too deeply, before a parser sees them.
 
-Finding a page's main text costs the square of how deeply its <div>s nest (16,000 of them: 8 s), and lxml gives up at
-256 levels. Browsers stop somewhere too (Blink at 512). `flattened` does so in the page's text: tags that would nest
-deeper than 128 become line breaks. Every node costs its depth, so 512 would cost four times as much, and to hang deep
-elements beside their parent, as Blink does, hundreds of times. A tag with very many attributes costs their square
-likewise.
+Finding a page's main text takes time quadratic in how deeply its <div>s nest (16,000 of them: 8 s), and lxml fails at
+256 levels. Browsers have a limit too (Blink 512). `flattened` replaces tags that would nest deeper than 128 by line
+breaks, in the page's text. Every node costs its depth, so a limit of 512 would cost four times as much, and moving deep
+elements beside their parent, as Blink does, hundreds of times. A tag with very many attributes is quadratic likewise.
 
-Price: the C++ looks through a page at 0.7 GB/s; where it cannot be compiled, Python does at 0.05, and finds the same.
+Price: C++ scans a page at 0.7 GB/s; where it cannot be compiled, Python at 0.05 GB/s, with the same result.
 """
 
 from __future__ import annotations

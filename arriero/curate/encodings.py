@@ -1,11 +1,11 @@
-"""What pages and servers call an encoding, and the text in it, as browsers read it (WHATWG Encoding Standard).
+"""Encodings of web pages by their labels, decoded as browsers do (WHATWG Encoding Standard).
 
 A label means the superset that browsers use: Shift_JIS is cp932, EUC-KR cp949, GB2312 gb18030, Big5 has HKSCS, TIS-620
-is cp874, Latin-1 cp1252. `webencodings` has the table of labels. The decoders are Python's; what the standard says
-otherwise stands below: byte pairs that only it maps, and what bytes cost that fit nowhere. That is one character: a
-broken pair is one, or, where its second byte is ASCII, its first byte alone is.
+is cp874, Latin-1 cp1252. `webencodings` has the table of labels. The decoders are Python's; differences to the standard
+are handled here: byte pairs that only the standard maps, and how many bytes an invalid sequence takes. A broken pair
+becomes one replacement character, or, where its second byte is ASCII, its first byte alone does.
 
-Price: a page that Python's codec decodes whole costs no more; one character is looked for in some of them.
+Price: a page that Python's codec decodes without errors costs no more; some are searched for one character.
 """
 
 from __future__ import annotations

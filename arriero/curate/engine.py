@@ -1,17 +1,17 @@
-"""Raw documents to a curated directory: the same bytes for any number of workers, and through any crash.
+"""Runs a curation: raw documents to a curated directory, with the same bytes for any number of workers and any crash.
 
     sources --read--> parts --stage--> parts --stage--> parts --> shards, manifest.json, report.html
 
-The sources are cut into units (some small files, or one large one), and a unit's documents into parts of `part_mb` of
-text; a part is the piece of work from then on. A stage takes each part alone through the steps up to the next corpus
-step, for which it leaves the keys; these are then reduced to decisions (steps/corpus.py), which the next stage applies.
-This module says what there is to do; tasks.py does it, in any process. What a part becomes depends on the part and the
-decisions only.
+The sources are divided into units (some small files, or one large one), and a unit's documents into parts of `part_mb`
+of text; after that a part is the unit of work. A stage runs each part through the steps up to the next corpus step, for
+which it also writes the keys; these are reduced to decisions (steps/corpus.py), which the next stage applies.
+This module decides which tasks there are; tasks.py executes them, in any process. The result for a part depends on the
+part and the decisions only.
 
-Every file appears whole, by a rename, and a part's record (.json) appears last: so a part with a record is done, and
-after a crash the rest is done. Reading a large file goes on behind its last part. plan.json (plan.py) holds what
-decides the bytes; a run with another plan is refused. The work directory takes about the size of the compressed text,
-twice while a stage runs.
+Every file appears whole, by a rename, and a part's record (.json) appears last: a part with a record is complete, and
+after a crash the remaining ones are done. Reading a large file resumes after its last part. plan.json (plan.py) holds
+everything that the bytes depend on; a run with another plan is refused. The work directory takes about the size of the
+compressed text, twice that while a stage runs.
 
 Memory: a worker holds a batch (2 million characters, or one larger document) and its arrays, 0.25 GB in all; the parent
 0.14 GB (docs/curation.md has what was measured).

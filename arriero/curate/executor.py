@@ -1,7 +1,6 @@
-"""Who does the work: this process, a pool of processes, or a Ray cluster. Tasks are independent; the order is
-anybody's.
+"""Executes tasks: in this process, in a pool of processes, or on a Ray cluster. Tasks are independent, in any order.
 
-A worker that dies is replaced and its task done again, at most three times (pool.py; Ray does likewise).
+A worker that dies is replaced and its task repeated, at most three times (system/pool.py; Ray does likewise).
 """
 
 from __future__ import annotations

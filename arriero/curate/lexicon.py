@@ -1,4 +1,4 @@
-"""The few words that the tokeniser knows, as sorted hashes: abbreviations, what contractions hang on, and units.
+"""The words that the tokeniser of curation has to know, as sorted hashes: abbreviations, contractions and units.
 
 They are English, and matter little: a wrong guess moves a full stop or an apostrophe from one token to the next.
 """

@@ -1,8 +1,8 @@
-"""Repetition within a group of words (a document, a line): the counts behind Gopher's and Llama 3's rules.
+"""Counts repeated n-grams within groups of words (a document, a line), for Gopher's and Llama 3's rules.
 
-Words are compared by hash, n-grams by the hash of their words' hashes. An n-gram can only repeat where both
-(n-1)-grams in it do, so each longer n looks at what the one before left, and a text that repeats nothing costs two
-passes, about 20 ns a word. The C++ and the Python below it give equal numbers; the Python is a hundred times slower.
+Words are compared by hash, n-grams by the hash of their words' hashes. An n-gram can only repeat where both of its
+(n-1)-grams do, so each n examines only the candidates left by n - 1, and a text without repetition costs two passes,
+about 20 ns a word. The C++ and the Python below it give equal numbers; the Python is a hundred times slower.
 
 Legend: W words, G groups, group g being the words from first[g] to first[g + 1].
 """

@@ -1,9 +1,9 @@
-"""Documents on disk: parts, which are the pieces of work between steps, and shards, which are the result.
+"""Files of documents: parts, the units of work between steps, and shards, the result.
 
-A part is an Arrow file with zstd level 1 (about 500 MB/s written, 1 GB/s read), one batch after another, so that a
-worker never holds a part whole. A shard is Parquet or JSONL with zstd level 3 and checksums. Both have the columns
-text, id, source, url, date and meta (a JSON object in a string, so that every file has one schema). All are written
-under a temporary name, synced and renamed.
+A part is an Arrow file with zstd level 1 (about 500 MB/s written, 1 GB/s read), written and read batch by batch, so
+that a worker never holds a whole part. A shard is Parquet or JSONL with zstd level 3 and checksums. Both have the
+columns text, id, source, url, date and meta (a JSON object in a string, so that every file has one schema). All are
+written under a temporary name, synced and renamed.
 """
 
 from __future__ import annotations

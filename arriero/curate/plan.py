@@ -1,8 +1,8 @@
-"""The plan of a curation: all that decides its bytes, and whether a run may go on with what another one began.
+"""The plan of a curation: everything that its bytes depend on, and whether a run may continue what another one began.
 
-Settings, source files with size and time, evaluation files and classifiers with their hash, versions of the tools. A
-directory that was begun with another plan is refused, with the names of what has changed. What changes no byte may
-change: how sources are spelled, who works, and `on_error` from "stop" to "skip" (what is done had no errors).
+That is settings, source files with size and time, evaluation files and classifiers with their hash, and versions of the
+tools. A directory that was begun with another plan is refused, with the names of what has changed. What changes no byte
+may differ: how sources are spelled, the executor, and `on_error` from "stop" to "skip" (what is done had no errors).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""report.html: what went in, what each step dropped and why, with examples, so that a person can judge the rules.
+"""report.html of a curation: counts in and out, what each step dropped and why, and examples to judge the rules by.
 
-Also the short table that ends a run on the terminal. Both are made of manifest.json and the examples alone.
+Also the summary table printed at the end. Both are made from manifest.json and the examples alone.
 """
 
 from __future__ import annotations

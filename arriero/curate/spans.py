@@ -1,7 +1,7 @@
-"""Pieces of a batch of documents as flat arrays, and the one hash that all of curation uses.
+"""Parts of the documents of a batch (words, lines, paragraphs) as flat arrays, and the hash that all of curation uses.
 
-The hash of a text is a fold over its code points, h = (h ^ c) * M modulo 2**64, mixed at the end: no seed, no
-platform, so hashes may be stored, merged between machines and compared between versions.
+The hash of a text is a fold over its code points, h = (h ^ c) * M modulo 2**64, mixed at the end: no seed and no
+platform dependence, so hashes may be stored, merged between machines and compared between versions.
 """
 
 from __future__ import annotations

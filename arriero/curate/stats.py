@@ -1,6 +1,6 @@
-"""What the steps did, in numbers and examples, as plain JSON that adds up: of batches, parts, and the whole corpus.
+"""Statistics and examples of what the steps did, as plain JSON that can be added up over batches, parts and the corpus.
 
-Examples are a random sample that any order of work gives: of those seen, the k with the smallest hash of (seed, id,
+Examples are a random sample that does not depend on the order of work: those with the k smallest hashes of (seed, id,
 step).
 """
 

@@ -1,9 +1,9 @@
-"""What workers do: read a unit of the sources into parts, take a part through a stage, decide a range of keys, write a
-shard.
+"""The tasks of a curation: read a unit of the sources into parts, run a part through a stage, reduce a range of keys,
+write a shard.
 
-Each task is a function of files that it finds, leaves files that appear whole, and is done at once where they are
-there; what it leaves depends on its arguments only, never on who does it or when. A part is NAME.arrow (documents),
-NAME.npy (the keys for a corpus step) and last NAME.json, its record; a part with a record is done.
+Each task reads files and writes files that appear whole; if they exist already it returns at once. Its output depends
+on its arguments only, not on the process or the order. A part is NAME.arrow (documents), NAME.npy (the keys for a
+corpus step) and last NAME.json, its record; a part with a record is complete.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text out of a web page: its encoding found, its menus left out."""
+"""Extracts the text of a web page: detects its encoding and leaves out menus and other boilerplate."""
 
 from __future__ import annotations
 

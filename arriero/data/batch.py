@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """One row as a model takes it: N tokens that see each other as `layout` says.
+    """The input of a forward: one row of N tokens with its attention `layout`.
 
     tokens, targets: int64 [1, N]; the extras by name [1, N, ...] and [n, ...]. n_trained: targets that are not IGNORED,
     of the whole row where this is a part of it.
@@ -98,7 +98,7 @@ class Batch:
         return dataclasses.replace(longer, layout=self.documents.padded(missing))
 
     def part(self, held: Tensor, layout: Layout) -> Batch:
-        """The tokens at the indices `held`, which see what `layout` says. What belongs to documents stays whole."""
+        """The tokens at the indices `held`, with their attention `layout`. Extras of documents are kept whole."""
         return dataclasses.replace(self._with(lambda x: x[:, held], lambda x: x), layout=layout)
 
     def untrained(self) -> Batch:

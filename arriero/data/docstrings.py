@@ -46,7 +46,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Pair:
-    """One function and what its author said of it."""
+    """One function and the first sentence of its docstring."""
 
     module: str
     qualname: str
@@ -186,7 +186,7 @@ def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[str, Function]]:
 
 
 def _without_docstring(function: Function, lines: list[str]) -> str | None:
-    """The function's text, decorators included, dedented, its docstring's lines cut out; None where that says nothing.
+    """The function's text, decorators included, dedented, without its docstring.
 
     None when the docstring shares a line with code, or nothing but `pass`, `...` or a `raise` is left.
     """

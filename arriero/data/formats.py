@@ -90,7 +90,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Conversation:
-    """One example: OpenAI messages ending with the assistant's, the tools it may call, and where it stands."""
+    """One example: OpenAI messages that end with the assistant's, the tools it may call, and its file and row."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
@@ -100,7 +100,7 @@ class Conversation:
 
     @property
     def where(self) -> str:
-        """The place, as it stands in error messages."""
+        """File and row, for error messages."""
         return f"row {self.row} of {self.file}"
 
 
@@ -133,7 +133,7 @@ def text_of(message: dict[str, Any]) -> str:
 
 
 def parse_record(record: Record) -> Conversation:
-    """Understand one row; raises DataError where it is broken, has no known layout, or says more than is read."""
+    """Parse one row; raises DataError where it is broken, has no known layout, or holds text that is not read."""
     row = parse_row(record)
     return _at(f"row {record.row} of {record.file}", lambda: _conversation(_present(row), record))
 
@@ -263,12 +263,12 @@ def _differs_in_case(name: str, known: Iterable[str]) -> str | None:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a cell says nothing; 0 and false say something."""
+    """Whether a cell is empty; 0 and false are not."""
     return is_blank(value) if isinstance(value, str) else value is None or value in ([], {}, b"")
 
 
 def _stands_in(value: Any, messages: list[dict[str, Any]]) -> bool:
-    """Whether what a column says stands in the conversation already, as many data sets repeat the prompt."""
+    """Whether a column repeats text of the conversation, as the prompt in many data sets."""
     texts: list[Any] = [value] if isinstance(value, str) else []
     if isinstance(value, list):
         texts = [m.get("content", 0) if isinstance(m, dict) else 0 for m in value]
@@ -434,10 +434,9 @@ def _checked(message: dict[str, Any], unused: set[str]) -> dict[str, Any]:
 
 
 def _is_kept(name: str, value: Any, unused: set[str]) -> bool:
-    """Whether a member of a message is handed on as it is.
+    """Whether a member of a message is passed to the template unchanged.
 
-    One that is not known goes to the template, which has to write it, unless it says where the message came from or is
-    a number.
+    Unknown members are, and the template has to render them, unless they are metadata of the message or numbers.
     """
     if name in ("role", "content"):
         return value is not None

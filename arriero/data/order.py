@@ -121,7 +121,7 @@ class Pieces:
         return Pieces(np.repeat(self.document, each), start, np.minimum(start + seq_len, np.repeat(self.stop, each)))
 
     def joined(self) -> Pieces:
-        """The same inputs in as few pieces as can be: what lies side by side in a document becomes one."""
+        """The same inputs in as few pieces as possible: adjacent pieces of a document are merged."""
         order = np.lexsort((self.start, self.document))
         document, start, stop = self.document[order], self.start[order], self.stop[order]
         first = np.ones(len(order), dtype=bool)
@@ -215,7 +215,7 @@ class BestFit:
         return BestFit(self.windows, seq_len, packed.epoch, packed.after, head)
 
     def _find(self, k: int) -> tuple[_PackedWindow, int]:
-        """The packed window that row k lies in, and which of its rows it is."""
+        """The packed window that holds row k, and the row's index in it."""
         if self._head is not None and k < self._n_head:
             return self._head, k
         epoch, r = divmod(self._base + k - self._n_head, self.rows_in_epoch)
@@ -320,7 +320,7 @@ class Concat:
         return random_order(n, self.windows.key(0), *key)
 
     def _spans(self, at: int, end: int) -> Iterator[tuple[int, int]]:
-        """Where tokens `at` to `end` of the run lie in the endless text."""
+        """The intervals of the endless text that tokens `at` to `end` are from."""
         i = int(np.searchsorted(self._ends, at, side="right"))
         while at < end:
             start = int(self._stops[i] - self._ends[i]) + at

@@ -124,7 +124,7 @@ class ShardWriter:
         (self.out / PROGRESS).unlink()
 
     def directory(self, name: SetName) -> Path:
-        """Where a set lies."""
+        """The directory of a set."""
         split, source = name
         return self.out / split / source_directory(source) if self.by_source else self.out / split
 
@@ -189,7 +189,7 @@ class ShardWriter:
 
 
 class _HashedFile:
-    """A file that `commit` puts in place whole, telling what a manifest says of it; as a context it leaves no other."""
+    """A file that `commit` renames into place, returning its manifest entry; as a context it leaves no other file."""
 
     def __init__(self, path: Path, files: Appending) -> None:
         self._path, self._temporary, self._files = path, temporary_name(path), files

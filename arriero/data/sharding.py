@@ -54,8 +54,8 @@ from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.parallel import DocumentEncoder
 
 CHUNK = 2**20  # bytes of source that a worker gets at once
-PART = 2**28  # bytes of source that become durable at once
-IN_PROCESS = 2**23  # bytes of source below which they are encoded here: starting workers would take longer
+PART = 2**28  # bytes of source that are committed at once
+IN_PROCESS = 2**23  # bytes of source below which this process encodes: starting workers would take longer
 ONE_DOCUMENT = ("prose", "html", "code")  # kinds of files that workers open
 
 
@@ -90,11 +90,11 @@ def shard_sources(
     part_size: int = PART,
     console: Console | None = None,
 ) -> dict[str, dict[str, Shards]]:
-    """Tokenise the documents of `sources` (`curate/sources.py` says what may be one) into `out`, or go on with that.
+    """Tokenise the documents of `sources` (whose kinds are in `curate/sources.py`) into `out`, or resume that.
 
     validation: the share of documents to hold out, by a hash of their text, or a source of held-out documents, whose
     texts are then left out of training. by_source: a set for each `Document.source`, so that they can be weighted.
-    workers: encoding processes, 0 for one a core. part_size: bytes of source that become durable at once.
+    workers: encoding processes, 0 for one a core. part_size: bytes of source that are committed at once.
     Returns {"train": {source: shards}, "validation": ...}. Raises ConfigError, or DataError with the file and row.
     """
     check(bool(sources), "no source is given; name a file, a directory, 'stdlib', or a Hub data set id (owner/name)")

@@ -186,8 +186,8 @@ class Shards:
 def source_directory(source: str) -> str:
     """The name of the directory of a source's set, on any file system.
 
-    Any character may be in a source's name, so it is percent-encoded. One that gets longer than a file's name may be
-    (255 bytes), or means a device, is its beginning and a hash, with a "+", which stands in no encoded name.
+    A source's name may have any character, so it is percent-encoded. One that would be too long for a file's name (255
+    bytes), or names a device, becomes its beginning, a "+", which occurs in no encoded name, and a hash.
     """
     name = quote(source, safe=" ", errors="surrogatepass").replace(".", "%2E")
     if name.endswith(" "):
@@ -235,7 +235,7 @@ def open_splits(train: str | Path, validation: str | Path = "") -> tuple[dict[st
     """The sets to train on, and those to validate on, of which there may be none; each by the name of its source.
 
     train: what `arriero shard` wrote, which may hold both, or any directory of sets. validation: likewise, to take the
-    place of what was held out beside `train`. Raises DataError where one tokenizer has not made them all.
+    place of what was held out beside `train`. Raises DataError where they are not all of one tokenizer.
     """
     directory = _split_directory(as_path(train), TRAIN)
     sources = open_sources(directory)
@@ -267,7 +267,7 @@ def open_splits(train: str | Path, validation: str | Path = "") -> tuple[dict[st
 
 
 def _split_directory(directory: Path, split: str) -> Path:
-    """Where the sets of `split` lie, in what `arriero shard` wrote, which has a tokenizer; else `directory` itself."""
+    """The directory of `split` in what `arriero shard` wrote, which has a tokenizer; else `directory` itself."""
     inner = directory / split
     return inner if (directory / "tokenizer").is_dir() and holds_shards(inner) else directory
 
@@ -282,14 +282,14 @@ def _held_out_beside(train: Path) -> dict[str, Shards]:
 
 
 def holds_shards(directory: Path) -> bool:
-    """Whether a set lies in `directory`, or in directories below it; an interrupted `arriero shard` left none."""
+    """Whether a set is in `directory` or one level below; an interrupted `arriero shard` leaves none."""
     return (directory / MANIFEST).is_file() or any(directory.glob(f"*/{MANIFEST}"))
 
 
 def find_sets(directory: str | Path) -> list[Shards]:
     """Every set at `directory` and below it, training and validation alike; raises DataError where there is none.
 
-    Also where one is missing that progress.json tells of.
+    Also where one that progress.json lists is missing.
     """
     directory = as_path(directory)
     files = files_below(directory) if directory.is_dir() else []
@@ -305,7 +305,7 @@ def find_sets(directory: str | Path) -> list[Shards]:
 
 
 def _written(progress: Path) -> set[str]:
-    """The sets, as "split/source", that `arriero shard` says it wrote; none where it has left no word."""
+    """The sets, as "split/source", that progress.json lists; none where there is no such file."""
     if not progress.is_file():
         return set()
     parts = read_json(progress, remedy="copy it again", refusal=DataError).get("parts")
@@ -315,7 +315,7 @@ def _written(progress: Path) -> set[str]:
 
 
 def verify_tokenizer(sets: Iterable[Shards]) -> None:
-    """Raise DataError where the tokenizer that lies above a set is not the one that made it."""
+    """Raise DataError where the tokenizer in a directory above a set is not the one that made it."""
     fingerprint = cache(lambda directory: load_tokenizer(directory).fingerprint)
     for shards in sets:
         directory = shards.tokenizer_directory
@@ -346,7 +346,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _is_whole(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest says all that `Shards` asks of it."""
+    """Whether a manifest has all entries that `Shards` needs."""
     kinds = {
         **dict.fromkeys(("split", "source", "tokenizer"), str),
         **dict.fromkeys(("vocab_size", "n_documents", "n_tokens", "n_bytes"), int),
@@ -373,6 +373,6 @@ def token_type(vocab_size: int) -> str:
 
 
 def fingerprints(sources: Mapping[str, Shards], held_out: Mapping[str, Shards]) -> dict[str, str]:
-    """Those of the sets to train and to validate on, each under a name in words."""
+    """Fingerprints of the sets to train and to validate on, by a name for error messages."""
     of_training = {f"source {name!r}": shards.fingerprint for name, shards in sources.items()}
     return of_training | {f"validation source {name!r}": shards.fingerprint for name, shards in held_out.items()}

@@ -35,9 +35,9 @@ class ParallelConfig:
     pp: int = 1
     """Processes that split the layers (pipeline parallel)."""
     pp_chunks: int = 1
-    """Runs of layers that each pipeline process holds; more than 1 interleaves them, for a smaller bubble."""
+    """Ranges of layers that each pipeline process holds; more than 1 interleaves them, for a smaller bubble."""
     pp_light_ends: bool = False
-    """Give the first and the last run one layer less, for the embeddings and the head that they carry."""
+    """Give the first and the last range one layer less, for the embeddings and the head that they hold."""
     reduce_every: bool = False
     """Reduce gradients after every micro-batch instead of the last only: they never lie whole in memory, at the price
     of that communication again for each micro-batch."""
@@ -89,9 +89,9 @@ class ParallelConfig:
         return self
 
     def layers(self, n_layers: int) -> list[range]:
-        """The run of layers of each of the pp x pp_chunks stages, in order; as equal as can be, longer ones first.
+        """The layers of each of the pp x pp_chunks stages, in order; as equally many as possible, longer ranges first.
 
-        Raises `ConfigError` where a stage would be empty. Stage s lies on pipeline process s mod pp.
+        Raises `ConfigError` where a stage would be empty. Stage s is on pipeline process s mod pp.
         """
         stages, light = self.pp * self.pp_chunks, int(self.pp_light_ends and self.pp > 1)
         base, longer = divmod(n_layers + 2 * light, stages)

@@ -73,7 +73,7 @@ class StageModel(nn.Module):
 
     @property
     def tied_copy(self) -> bool:
-        """Whether the head here is a copy of the embedding matrix, which lies on another stage."""
+        """Whether the head is a copy of the embedding matrix of another stage."""
         return self.last and self.layers.start > 0 and self.model.tied
 
     def named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,4 +1,4 @@
-"""What evaluations are told. No torch here: the command line reads this module to print its help."""
+"""Settings of evaluations. No torch here: the command line reads this module to print its help."""
 
 from __future__ import annotations
 

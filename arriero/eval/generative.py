@@ -1,9 +1,8 @@
-"""Generated answers against references: what a fine-tuned model is for.
+"""Evaluates a model on conversations with a reference answer: the loss on the reference, and a generated answer.
 
-A row is a conversation; its last assistant message is the reference, what comes before it the prompt. Two things
-are measured. What the reference costs the model (teacher-forced, the end-of-turn token included: the very quantity
-that fine-tuning lowers), over the bytes of the tokens that are scored; and how the model's own greedy answer compares
-with the reference.
+The last assistant message of a conversation is the reference, what precedes it the prompt. Two things are measured: the
+cross-entropy of the reference (teacher-forced, the end-of-turn token included: what fine-tuning lowers), per byte of
+the scored tokens; and how the model's own greedy answer compares with the reference.
 Price: one packed forward over prompt and reference, then a batched decode of at most `max_new_tokens` a row.
 """
 

@@ -1,7 +1,7 @@
-"""How near an answer is to its reference: library metrics, and two plain ones.
+"""Similarity of an answer to its reference: metrics of libraries, and two simple ones of our own.
 
-ROUGE-L (Lin 2004) by rouge-score, chrF (Popovic 2015) by sacrebleu: both optional (extra "eval"), both per row,
-so that rows can be resampled. rouge-score keeps Latin letters and digits only: for other scripts read chrF.
+ROUGE-L (Lin 2004) by rouge-score, chrF (Popovic 2015) by sacrebleu: both optional (extra "eval"), both per row, so that
+rows can be resampled. rouge-score keeps Latin letters and digits only: for other scripts use chrF.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Needles in a haystack: does a model find a fact wherever it stands in a long text, and does the text still cost less?
+"""Needle in a haystack: can a model retrieve a fact from any place of a long text, and does its loss grow with length?
 
 A needle is a sentence that gives a place's pass key, hidden between the sentences of prose at a chosen depth (Kamradt
-2023; pass keys: arXiv 2305.16300, section 4.2). The question is the same sentence begun again, after the text, so that
-a base model answers by going on. Three scores: whether the greedy answer is the key, whether the key is more probable
-than nine others of its form, and what it costs in bits. With several needles in one text all are asked for, each the
-others' distractor (multi-needle: Llama 3, 2407.21783, section 3.4.2). Beside that, what plain prose costs at each
-distance from its beginning: beyond the trained length it rises.
+2023; pass keys: arXiv 2305.16300, section 4.2). The question is the beginning of the same sentence, after the text, so
+that a base model answers by completing it. Three scores: whether the greedy answer is the key, whether the key is more
+probable than nine others of its form, and its cross-entropy in bits. With several needles in one text all are asked
+for, each a distractor of the others (multi-needle: Llama 3, 2407.21783, section 3.4.2). In addition, the loss of plain
+prose by position: beyond the trained length it rises.
 
-Texts are read through a cache, CHUNK tokens at a time, and what successive texts share is read once (depths go from the
-end to the beginning). Price: about half of `depths` readings of the length, and for the cache 2 L K h values a token:
-23 KB for SmolLM2-135M in bf16. Shapes: T tokens, V vocabulary.
+Texts are read through a cache, CHUNK tokens at a time, and the common prefix of successive texts is read once (depths
+go from the end to the beginning). Price: about half of `depths` readings of the length, and for the cache 2 L K h
+values a token: 23 KB for SmolLM2-135M in bf16. Shapes: T tokens, V vocabulary.
 """
 
 from __future__ import annotations

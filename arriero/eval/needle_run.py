@@ -1,4 +1,4 @@
-"""`arriero eval needle`: load, hide and ask, show by length and depth, save; two models see the same texts."""
+"""`arriero eval needle`: load, ask, show results by length and depth, save; two models get the same texts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What token ids cost a model, in bits: the one forward under perplexity and under teacher-forced answers.
+"""Cross-entropy of token ids in bits: the forward pass that perplexity and teacher-forced answers share.
 
-Examples lie end to end in a forward, each attending to itself only, so that short ones waste nothing, and logits
-exist for a chunk of scored positions at a time: memory is bounded by the budget, whatever the number of examples.
+Examples are packed end to end in one forward, each attending to itself only, and logits are computed for a chunk of
+scored positions at a time: memory is bounded by the token budget, whatever the number of examples.
 Shapes: N tokens of a forward, D model width.
 """
 

@@ -1,6 +1,6 @@
-"""What an evaluation found: numbers by row, tables for the screen, files for later, two models side by side.
+"""Results of an evaluation: numbers by row, tables for the terminal, files, and the comparison of two models.
 
-A difference is called better or worse only when its paired 95% interval leaves out zero.
+A difference is called better or worse only when its paired 95% interval excludes zero.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Results:
 class Comparison:
     """One measure before and after, and the paired interval of after - before.
 
-    sound: both models compute numbers throughout. One that does not may still stop at once, or say nothing wrong.
+    sound: neither model computed NaN or infinite values; a model that does may still have ordinary results.
     """
 
     measure: Measure

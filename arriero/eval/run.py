@@ -1,7 +1,7 @@
 """`arriero eval`: load, measure, compare, show, save.
 
-One model at a time is in memory, so that comparing two costs no more than the larger one. An adapter is folded into
-its model first: what is measured is what `arriero merge` writes, and decoding pays nothing for it.
+One model at a time is in memory, so comparing two needs no more than the larger one. An adapter is merged into its
+model first: what is measured is what `arriero merge` writes, and decoding costs nothing more for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What generation is told. No torch here: the command line reads this module to print its help."""
+"""Settings of generation. No torch here: the command line reads this module to print its help."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class SamplingFlags:
-    """How the next token is chosen; what is not given is the model's own setting (generation_config.json).
+    """How the next token is sampled; settings that are not given are the model's own (generation_config.json).
 
-    A model that says nothing of it: `generate` takes the most probable token, `chat` temperature 0.6 and top_p 0.9.
+    Without those, `generate` takes the most probable token, and `chat` uses temperature 0.6 and top_p 0.9.
     """
 
     repetition_penalty: float | None = None

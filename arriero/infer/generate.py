@@ -1,8 +1,9 @@
 """Cached decoding: `generate` answers many prompts in batches, `Session` and `stream` hold one conversation.
 
-Prompts go through the model at once (prefill, torch), then one token at a time: by the C++ step where it applies
-(kernels.py), else by its twin, torch. Adapters are folded into a copy first, which shares every tensor without one:
-a step then reads one matrix where it would read three, and what is heard is what `arriero merge` would save.
+A prompt goes through the model in one forward (prefill, in torch); then tokens are decoded one at a time, by the C++
+step where it applies (kernels.py), else by its twin in torch. Adapters are first merged into a copy of the model, which
+shares every tensor that has none: a step then reads one matrix instead of three, and computes with the weights that
+`arriero merge` would save.
 
 Finished rows leave the batch, so they cost nothing more. A session keeps its cache between turns and computes only
 what follows the longest common prefix of the old tokens and the new.

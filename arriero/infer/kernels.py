@@ -1,18 +1,18 @@
-"""The decode step in C++: compiled on first use, cached, and only ever a faster twin of the torch one.
+"""The decode step in C++: compiled on first use, cached, and always a faster twin of the step in torch.
 
-Decoding one sequence reads every weight once a token, so memory bandwidth is the limit: 269 MB for SmolLM2-135M in
-bf16, of which two Zen 5 cores can read 47 to 52 GB/s. There a step takes 5.7 ms, and 5.1 ms with packed weights, where
-torch's own kernels take about 20 (docs/log.md).
+Decoding one sequence reads every weight once per token, so memory bandwidth is the limit: 269 MB for SmolLM2-135M in
+bf16, of which two Zen 5 cores can read 47 to 52 GB/s. There a step takes 5.7 ms, and 5.1 ms with compressed weights,
+where torch's own kernels take about 20 (docs/log.md).
 
-A step works on the model's own tensors, in place. Where one or few sequences go on for long, it packs bf16 weights into
-twelve bits each, bit for bit the same (`Packed` in kernels.cpp). That costs three quarters of the weights' memory on
-top of them (202 MB here), and once the time of 16 tokens (91 ms); so it is done after `PACK_AFTER` steps, programs that
-say little go without, and what was packed serves all later steps of the model.
+A step uses the model's own tensors, in place. Where few sequences are decoded for long, it compresses bf16 weights to
+twelve bits each without loss (`Packed` in kernels.cpp). That takes three quarters of the weights' memory in addition
+(202 MB here), and once the time of 16 tokens (91 ms); so it is done after `PACK_AFTER` steps only, and the compressed
+weights serve all later steps of the model.
 
-Make a step for each generation, after any training step or `model.to(...)`: its pointers are taken by the constructor,
-which is cheap. The tensors are held for as long as the step lives, so that no pointer can dangle, and weights that
-were changed in place since they were packed are read from the tensors again, by their version counters (which do not
-hear of writes through `.data`).
+Make a new step for each generation, and after any training step or `model.to(...)`: the constructor, which is cheap,
+takes pointers to the tensors. A step holds references to the tensors, so no pointer can dangle. Weights that were
+changed in place after they were compressed are noticed by their version counters, which writes through `.data` do not
+change, and are read from the tensors again.
 """
 
 from __future__ import annotations
@@ -110,9 +110,9 @@ class _Step(ctypes.Structure):
 
 
 class CompressedWeights:
-    """bf16 matrices [rows, width] at twelve bits a weight, where width is a multiple of 64; others stay as they are.
+    """bf16 matrices [rows, width], at twelve bits a weight where width is a multiple of 64; others are not compressed.
 
-    `fresh` tells whether the matrices changed since, and `holds` whether these are still the ones.
+    `fresh` is whether the matrices are unchanged since, and `holds` whether it was made of the given ones.
     """
 
     def __init__(self, library: ctypes.CDLL, matrices: Sequence[Tensor]) -> None:

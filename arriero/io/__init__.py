@@ -1,1 +1,1 @@
-"""Files: paths as users write them, writing that never leaves half a file, rows of any data format, and headers."""
+"""Files: paths as users write them, atomic writing, rows of any data format, and headers."""

@@ -1,6 +1,6 @@
-"""Entries of a configuration file, read by type and range: what a file says wrongly is refused by name.
+"""Reads entries of a JSON configuration by type and range; a wrong one is refused by name.
 
-A true is no 1, a 64.0 no 64 and a "4" no 4, as in transformers; null is what is not there.
+As in transformers, true is not accepted as 1, 64.0 not as 64 and "4" not as 4; null counts as absent.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Fields(Mapping[str, Any]):
 
 
 def shown(value: Any) -> str:
-    """A value as it may stand in a message."""
+    """A value as text for an error message."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 120 else text[:117] + "..."
 

@@ -1,11 +1,11 @@
-"""One file, written so that a reader never sees half of it: temporary name, fsync, rename. And a directory's lock.
+"""Atomic writing of single files (temporary name, fsync, rename), the only writer of JSON, and directory locks.
 
 A crash leaves either the old content or the new, and at worst a stray file whose name begins with a dot.
 
-JSON is written by the functions here alone, so that every reader takes it: numbers that are not finite become null
-(NaN is no JSON), and characters that some readers take for the end of a line, and halves of surrogate pairs, which
-UTF-8 has not, are written as escapes. Lines of text end where universal newlines do: at \\n, \\r\\n and \\r, never at
-what else `str.splitlines` splits at (U+2028 stands within sentences).
+All JSON is written by the functions here, in a form that every reader accepts: numbers that are not finite become null
+(NaN is not JSON); characters that some readers take for the end of a line, and lone surrogates, which UTF-8 cannot
+encode, are escaped. Lines of text end at \\n, \\r\\n and \\r, and not at the other characters that `str.splitlines`
+splits at (U+2028 occurs within sentences).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, line ends as they are; a reader sees the old file or the new one, never a part.
 
-    A lone half of a surrogate pair, which UTF-8 has not, becomes "?".
+    A lone surrogate, which UTF-8 cannot encode, becomes "?".
     """
     with replaced_file(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", "replace"))
@@ -82,7 +82,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
 def _dumped(value: Any, **options: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False, **options)
-    except ValueError:  # a number that is not finite; rare, so that the usual value is gone through once
+    except ValueError:  # a number that is not finite; rare, so other values are traversed once only
         return json.dumps(_finite(value), allow_nan=False, **options)
 
 
@@ -96,7 +96,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, line ends as they stand; a byte order mark at its beginning is no text.
+    """The text of a file in UTF-8, line ends unchanged; a byte order mark at the beginning is removed.
 
     Raises `DataError` for a file that cannot be read, or is in another encoding.
     """
@@ -121,7 +121,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def make_output(directory: Path) -> None:
-    """Make a directory, parents too, before the work whose results are to lie there.
+    """Make a directory, parents too, before the work whose results will be written there.
 
     Raises `ConfigError` where nothing can be written in it.
     """

@@ -1,8 +1,8 @@
 """The header of a GGUF file: its typed key-value pairs and its table of tensors, as plain Python values.
 
-It stands beside errors.py because both the tokenizer (which lives in the pairs) and the checkpoint reader need it.
-The gguf package's own reader makes several NumPy views of each of a vocabulary's 100,000 strings, which takes
-seconds; this takes a tenth of one.
+It is in io/ because both the tokenizer (which is stored in the pairs) and the checkpoint reader need it. The gguf
+package's own reader creates several NumPy views for each of a vocabulary's 100,000 strings, which takes seconds; this
+one takes a tenth of a second.
 
 Layout, little-endian: "GGUF", version u32, number of tensors u64, number of pairs u64; then the pairs (key, type u32,
 value), the tensors (name, number of dimensions u32, dimensions u64 from the fastest, type u32, offset u64), padding.
@@ -57,7 +57,7 @@ def read_header(file: str | Path) -> Header:
     """Parse the header of a GGUF file, once for each state of the file.
 
     Raises `CheckpointError` when the file is not GGUF, of a version not read here, one of several parts, cut short, or
-    says of itself what cannot be: a count, length or offset beyond its end, a key or tensor twice.
+    inconsistent: a count, length or offset beyond its end, a key or tensor twice.
     """
     file = Path(file)
     try:
@@ -76,7 +76,7 @@ def _read_header(file: Path, size: int, _mtime: int) -> Header:
 
 
 class _Cursor:
-    """Reads little-endian values one after another. Nothing is made before it is known to lie within the file."""
+    """Reads little-endian values one after another. Lengths are checked before anything is allocated."""
 
     def __init__(self, file: Path, data: mmap.mmap) -> None:
         self.file, self.data, self.position, self.size = file, data, 0, len(data)

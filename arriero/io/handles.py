@@ -1,9 +1,9 @@
-"""Files by the thousand with few of them open: arrays that are read in place, and files that are written by turns.
+"""Memory-mapped arrays and files for appending, by the thousand, of which only a few are open at a time.
 
-A process may hold so many files open (`ulimit -n`; often 1,024, on a Mac 256), a memory map holds one as long as it
-lives, and a corpus of a thousand sources has three files for each. So at most `AT_ONCE` are open here, those used last;
-another is opened when it is asked for. The command line asks the system for all that it may have first.
-Price: 0.1 microseconds where the file is open, about 20 where it has to be opened again.
+A process may have a limited number of open files (`ulimit -n`; often 1,024, on a Mac 256), a memory map keeps one open,
+and a corpus of a thousand sources has three files for each. So at most `AT_ONCE`, the most recently used, are open
+here; the others are reopened on demand. The command line raises the limit as far as the system allows first.
+Price: 0.1 microseconds where the file is open, about 20 where it has to be reopened.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _mapped = lru_cache(maxsize=AT_ONCE)(MappedArray._map)
 
 
 def _state(status: os.stat_result) -> tuple[int, ...]:
-    """What tells one file, and one state of it, from another."""
+    """The identity of a file and of its state."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -1,4 +1,4 @@
-"""What the system allows this process: how many open files, and what helps where it refuses one."""
+"""The system's limit of open files, and the remedy to give where it refuses one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Paths as users write them, and where Arriero keeps what it can make or fetch again.
+"""Paths as users write them, and the directory of Arriero's cache.
 
-"~" and "~/..." are the home and "~name/..." another user's, as in a shell, wherever a path is given: a flag, a file of
-settings, a call in Python. Environment variables are not expanded. Where a name could be that of something built in too
-(a model, a shape, a preset, a law), a path of that name which could be meant is what is meant, and that is said once.
+"~" and "~/..." are the home directory and "~name/..." another user's, as in a shell, wherever a path is given: a flag,
+a settings file, a call in Python. Environment variables are not expanded. Where a name could also be that of something
+built in (a model, a shape, a preset, a law), an existing path of that name takes precedence, which is said once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PathText = Annotated[str, PathMark()]
 def expand(text: str) -> str:
     """`text` with the home in the place of a "~" at its beginning. Raises `ConfigError` for what cannot be a path.
 
-    A name like "~backup.txt" that is no user's stands for itself where there is such a file.
+    A name like "~backup.txt" that is no user's is left as it is where there is such a file.
     """
     if "\0" in text:
         raise ConfigError(f"{text!r}: no path has a NUL character; take it out")
@@ -67,7 +67,7 @@ def _is_marked(annotation: Any) -> bool:
 
 
 def hint(path: str | Path) -> str:
-    """What to say at the end of a message that `path` is not there: where its link leads, or names like it, if any."""
+    """The end of an error for a missing `path`: the target of a broken link, or similar names, if any."""
     path = Path(path)
     try:
         if path.is_symlink() and not path.exists():

@@ -1,6 +1,6 @@
-"""What a file holds, read so that a bad file is a refusal and never a traceback: calls into libraries, and JSON.
+"""Reading of untrusted files: whatever a library raises on a bad file becomes an error that names it; so does bad JSON.
 
-The entries of a JSON object are then read by type (fields.py).
+fields.py then reads the entries of a JSON object by type.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def reading(
     remedy: str = AGAIN,
     refusal: type[UserError] = CheckpointError,
 ) -> Iterator[None]:
-    """Within it, whatever a library raises is the file's fault, and becomes a `refusal` that names file and remedy.
+    """Within this context, any exception of a library becomes a `refusal` that names the file and the remedy.
 
-    Libraries raise errors of their own, bare Exception (tokenizers), KeyError, or what is no Exception (a panic in
-    Rust, torch's CheckpointException). So it stands around calls into a library and nothing else: code of ours within
-    it would have its mistakes blamed on the file.
+    Libraries raise errors of their own, bare Exception (tokenizers), KeyError, or a BaseException (a panic in Rust,
+    torch's CheckpointException). Put only calls into a library inside: a mistake in our own code would be blamed on
+    the file.
     """
     try:
         yield
@@ -42,7 +42,7 @@ def reading(
 
 
 def in_a_line(error: BaseException) -> str:
-    """What an error says, in one line that is not too long, or its type where it says nothing."""
+    """The message of an error in one line of limited length, or its type where there is no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 

@@ -2,8 +2,9 @@
 text ones) compressed with gzip, zstd, bzip2 or xz; a directory of them; or a Hub data set, which `datasets` brings as
 Arrow files.
 
-What a row means is for others to say: a conversation (data/formats.py), a document (curate/sources.py). Bytes are
-`streams.py`'s matter, tables `tables.py`'s. Every refusal names the file, the row (for JSONL its line) and the remedy.
+The meaning of a row is left to the callers: a conversation (data/formats.py), a document (curate/sources.py).
+streams.py decompresses and decodes bytes, tables.py reads tables. Every error names the file, the row (for JSONL its
+line) and the remedy.
 """
 
 from __future__ import annotations
@@ -327,7 +328,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ: Python would keep the last value of a key and say nothing of the others."""
+    """An object whose keys differ: Python would silently keep the last value of a key."""
     faults: list[str] = []
     found = _noting(pairs, faults)
     if faults:

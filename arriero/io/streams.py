@@ -1,10 +1,10 @@
-"""The bytes of a text file, whatever it is packed in and whichever Unicode encoding it has, as UTF-8.
+"""The content of a text file as UTF-8, whatever its compression and Unicode encoding.
 
-Packed are gzip, zstd, bzip2 and xz. What a file unpacks to is bounded, so that a small file cannot fill the memory: a
-row (a line, an object, a record of CSV) may be of 8 MB, or of 16 times what has been read of the packed file. Text is
-about 3 to 10 times its gzip or zstd.
+gzip, zstd, bzip2 and xz are decompressed. The size of the result is bounded, so that a small file cannot fill the
+memory: a row (a line, an object, a record of CSV) may have 8 MB, or 16 times what has been read of the compressed file.
+Text is about 3 to 10 times its gzip or zstd.
 
-Price: nothing for plain UTF-8, which is read as it is.
+Price: nothing for plain UTF-8, which is passed through.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOST, RATIO = 8_000_000, 16  # of a row: unpacked bytes, or unpacked bytes for e
 
 @dataclass
 class Opened:
-    """A file's bytes, unpacked, in UTF-8; one reader tells it where rows end."""
+    """A file's bytes, decompressed, in UTF-8; its reader reports where rows end."""
 
     stream: IO[bytes]
     done: Callable[[], float]
@@ -44,11 +44,11 @@ class CannotGoOn(DataError):
 
 
 class Damaged(Exception):
-    """The packed data are; the text says how."""
+    """The compressed data are damaged; the message says how."""
 
 
 def endings(path: Path) -> tuple[str, str]:
-    """The ending of a name that says what the file holds, and that of its compression or nothing; in lower case."""
+    """The ending of a name for the kind of file, and that of its compression or nothing; in lower case."""
     name = Path(path.name.lower())
     return (Path(name.stem).suffix, name.suffix) if name.suffix in COMPRESSED else (name.suffix, "")
 
@@ -66,7 +66,7 @@ def opened(path: Path) -> Iterator[Opened]:
 
 
 def _encoding(stream: Any) -> str | None:
-    """UTF-16 or UTF-32, by the byte order mark or by where the zeros of the first characters stand, as JSON has it."""
+    """UTF-16 or UTF-32, by the byte order mark or by the zero bytes of the first characters, as for JSON."""
     encoding = json.detect_encoding(stream.peek(4)[:4])
     return encoding if encoding.startswith(("utf-16", "utf-32")) else None
 

@@ -1,8 +1,8 @@
-"""Rows of Parquet and Arrow files (streams, files and so Feather), of the columns that somebody asks for.
+"""Rows of Parquet and Arrow files (streams, files and so Feather), of the columns that are asked for.
 
-A value that Python cannot hold, such as bytes that are no UTF-8 in a text, or a date beyond the year 9999, costs its
-row, which is named with the column; a time of nanoseconds is a text. Parquet is read by row groups, in batches of at
-most 64 rows and some 16 MB.
+A row is refused, with its column, if Python cannot represent a value of it, such as text that is not UTF-8 or a date
+beyond the year 9999; a time in nanoseconds is read as text. Parquet is read by row groups, in batches of at most 64
+rows and some 16 MB.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _guarded(batches: Any, path: Path, kind: str) -> Iterator[Any]:
 
 
 def _sound(batches: Iterator[Any], path: Path) -> Iterator[Any]:
-    """Batches whose buffers hold what they say; pyarrow, which reads them as they lie, would go beyond the others'."""
+    """Batches whose buffers are large enough; of others pyarrow, which does not check, would read beyond the end."""
     most = max(MOST, RATIO * path.stat().st_size)  # rows of nulls take no bytes
     for batch in batches:
         with _library(path, ARROW):

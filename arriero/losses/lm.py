@@ -1,19 +1,19 @@
-"""Log-probabilities of tokens over a large vocabulary without ever holding [tokens x vocabulary].
+"""Log-probabilities of tokens over a large vocabulary without a [tokens x vocabulary] tensor.
 
-Logits are made for a chunk of positions, reduced, and dropped. Positions with target -100 cost nothing: they are left
-out before the first product. Two ways to a gradient, which share every pass:
+Logits are computed for a chunk of positions, reduced, and freed. Positions with target -100 are dropped before the
+first product and cost nothing. There are two functions, by where the gradient of a position comes from:
 
-- `chunked_cross_entropy`, where what each position weighs is known beforehand: the gradient is formed while the logits
-  are at hand, so the head runs forward once (checkpointing would make it twice);
-- `token_logprobs`, where it comes from behind (ratios, preferences, distillation): the logits of a chunk are made
-  again in the backward pass. With a frozen head they are not: the gradient of hidden states is formed in the forward
-  pass for a gradient of 1, and the backward pass only scales its rows.
+- `chunked_cross_entropy`: each position's weight is known beforehand, so the gradient is computed in the forward pass
+  from the same logits, and the head runs forward once (with checkpointing it would run twice);
+- `token_logprobs`: the gradient arrives in the backward pass (ratios, preferences, distillation), where the logits of a
+  chunk are recomputed. With a frozen head they are not: the forward pass computes the gradient of hidden states for an
+  incoming gradient of 1, and the backward pass scales its rows.
 
-Price beside the head's products: one [chunk, V] buffer and one like the head.
+Price, besides the head's products: one [chunk, V] buffer and one of the head's size.
 Idea: Cut Your Losses (arXiv 2411.09009) and Liger's fused loss (2410.10989).
 
-Where the head is split over processes by vocabulary (a DTensor), each makes the logits of its part, and only a few
-numbers a position are exchanged: the largest logit, the sum of exponentials, the target's logit, the entropy's sum.
+Where the head is sharded by vocabulary (a DTensor), each process computes the logits of its shard, and only a few
+numbers per position are exchanged: the largest logit, the sum of exponentials, the target's logit, the entropy's sum.
 
 Twins: `F.cross_entropy` and `log_softmax` on whole logits. Shapes: N positions, D model width, V vocabulary.
 """
@@ -89,7 +89,7 @@ def token_logprobs(
 
 
 class _Head(NamedTuple):
-    """The rows of the head that lie here, and the passes over their logits."""
+    """This process's rows of the head, and the passes over their logits."""
 
     weight: Tensor
     passes: _Passes

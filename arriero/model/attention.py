@@ -1,4 +1,4 @@
-"""Kernels of causal attention over documents packed into one row; none stores the scores of a whole row.
+"""Kernels of causal attention over documents packed into one row; none materialises the scores of a whole row.
 
 A layout (layout.py) says which document sees what. On a CPU one call of attention.cpp does exactly the work needed for
 all documents (a masked call over the whole row would also compute what the mask throws away: ten documents in a row
@@ -33,7 +33,7 @@ from arriero.system.cpp import load_cpp
 
 
 class Piece(NamedTuple):
-    """Neighbouring queries of a row, and where the keys lie that they see: the queries are the last of those."""
+    """Consecutive queries of a row, and the ranges of keys that they attend to, their own as the last."""
 
     queries: slice
     keys: tuple[slice, ...]

@@ -1,4 +1,4 @@
-"""From a shape to a model: the one place that knows which class computes which architecture."""
+"""Builds a model from its shape; the only place that knows which class implements which architecture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every size that was published, and the small shapes to pretrain from nothing, by name.
+"""Shapes by name: every published size, and small shapes to pretrain from scratch.
 
 Sizes and parameter counts follow the papers (Llama 1: arXiv 2302.13971, Llama 2: 2307.09288, Llama 3: 2407.21783,
 Qwen3: 2505.09388) and the model cards.

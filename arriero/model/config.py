@@ -1,6 +1,6 @@
-"""The shape of a Llama and of its relatives, and config.json both ways.
+"""The shape of a Llama or a related architecture, read from config.json and written to it.
 
-`LlamaConfig.n_params` is computed from the shape, not stored. The sizes that were published are in catalogue.py.
+`LlamaConfig.n_params` is computed from the shape, not stored. The published sizes are in catalogue.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a config.json may say beside the shape.
+"""Entries of config.json other than the shape.
 
-What changes the arithmetic is refused by name, what is merely not used is named once, and what every file has and
-nothing here needs is passed over.
+Entries that change the arithmetic are refused by name, entries that are merely unused are warned of once, and those
+that every file has and nothing here needs are ignored.
 """
 
 from __future__ import annotations

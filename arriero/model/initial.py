@@ -1,10 +1,10 @@
-"""The first values of parameters: of each a function of the seed and its name, whoever makes it.
+"""Initial values of parameters: for each parameter a function of the seed and its name, on any number of processes.
 
-A matrix is drawn in blocks of rows, each from a generator of its own: a process that holds some rows draws their blocks
-and no more, and a model begins with the same weights on any number of processes, split in any way.
+A matrix is drawn in blocks of rows, each from a generator of its own: a process that holds some rows draws only their
+blocks, and a model is initialised with the same weights however it is split.
 Price: about 5 ns a value; a process draws up to `BLOCK` rows more than it holds, and whole rows where it holds columns.
 
-Values are fp32 on the CPU. `box` is what is wanted of a tensor, one slice for each dimension.
+Values are fp32 on the CPU. `box` is the part of a tensor to compute, one slice for each dimension.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How the tokens of a forward see each other: one value that the decoder is given beside the tokens.
+"""Attention layouts: which tokens attend to which, as one value that the decoder is given with the tokens.
 
-A layout says where each token stands in its document, from which RoPE's tables are made once for all layers, and gives
-each layer its attention. The decoder knows nothing else of packing, of caches, or of tokens that other processes hold:
-another way for tokens to see each other (a window, pages of a cache) is another class with these two members.
+A layout has the position of each token in its document, from which the RoPE tables are computed once for all layers,
+and gives each layer its attention function. The decoder knows nothing else of packing, caches or context parallelism:
+another pattern (a sliding window, a paged cache) is another class with these two members.
 
     Rows            each row of a batch is one document                                     (here)
     Documents       documents lie end to end in one row, and may continue earlier ones      (here)
@@ -37,7 +37,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Layout(Protocol):
-    """Where tokens stand, and what they see."""
+    """The positions of tokens, and the attention of each layer."""
 
     @property
     def positions(self) -> Tensor:

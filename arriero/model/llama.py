@@ -1,9 +1,9 @@
-"""The Llama decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU. One file, read at one sitting.
+"""The Llama decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU. All in one file.
 
 Module and parameter names are those of the Hugging Face layout, so a state dict *is* a checkpoint and no
 name map exists. Weights may be stored in a wider type than is computed in: each linear casts its weight to
 the type of its input, and gradients come back in the stored type. Norm statistics and RoPE are fp32.
-The file knows nothing of data, losses, LoRA or parallelism: those wrap it from outside.
+The file has no code for data, losses, LoRA or parallelism: those wrap the model from outside.
 
 Sources: Llama 1 (arXiv 2302.13971, section 2.2), Llama 2 (2307.09288, A.2.1 for GQA), Llama 3 (2407.21783, 3.2).
 Shapes: B batch, T tokens, D model width, H heads, K KV heads, h head width, F FFN width, V vocabulary.
@@ -54,7 +54,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H query heads share K key-value heads. The layout says what a token sees (layout.py)."""
+    """Grouped-query attention: H query heads share K key-value heads. The layout defines the mask (layout.py)."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
-        """tokens: ids [B, T]. layout: where they stand and what they see; None: each row is one document."""
+        """tokens: ids [B, T]. layout: their positions and attention; None: each row is one document."""
         layout = Rows.of(tokens) if layout is None else layout
         rope = rope_tables(self.config, layout.positions)
         x = self.embed_tokens(tokens).to(self.compute_dtype)
@@ -191,5 +191,5 @@ class Llama(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device that the embeddings lie on."""
+        """The device of the embeddings."""
         return self.model.embed_tokens.weight.device

@@ -1,4 +1,4 @@
-"""What a low-rank adapter is told: rank, strength, and the linears that carry one."""
+"""Settings of a low-rank adapter: rank, alpha, and the linears that carry one."""
 
 from __future__ import annotations
 

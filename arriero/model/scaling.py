@@ -1,8 +1,7 @@
-"""How RoPE is stretched for texts longer than those that a model was first trained on: four kinds, as config.json has
-them.
+"""RoPE scaling for texts longer than those of the first training: four kinds, as config.json has them.
 
-Each kind says what transformers calls it (`rope_type`) and writes the entries of `rope_scaling`; `read_scaling` reads
-them. What is computed from them stands in rope.py. Anything else (longrope, a rotation of part of a head) is refused.
+Each kind has the name that transformers gives it (`rope_type`) and writes its entries of `rope_scaling`; `read_scaling`
+reads them. rope.py computes the tables. Anything else (longrope, a rotation of part of a head) is refused.
 """
 
 from __future__ import annotations

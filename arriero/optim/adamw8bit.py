@@ -1,16 +1,17 @@
-"""AdamW that keeps its two moments of a matrix in eight bits a value: a quarter of their memory.
+"""AdamW with 8-bit moments for matrices: a quarter of the memory of its moments.
 
-Block-wise dynamic quantisation (Dettmers et al., arXiv 2110.02861, section 2): 256 neighbours share a scale, their
-largest magnitude, and a value is stored as the nearest of 256 shares of it that span seven orders of magnitude and lie
-densest near one. Arithmetic is in fp32, a chunk of rows at a time, so a moment never lies unpacked in whole.
+Block-wise dynamic quantisation (Dettmers et al., arXiv 2110.02861, section 2): each block of 256 neighbouring values
+has a scale, their largest magnitude, and a value is stored as the nearest of 256 fractions of it, which span seven
+orders of magnitude and are densest near one. Arithmetic is in fp32, a chunk of rows at a time, so a moment is never
+dequantised as a whole.
 
-Two things differ from the paper. A block ends with its row: rare tokens' rows of an embedding have scales of their own
-(the paper keeps embeddings in 32 bits for their sake), and state is split over processes as its matrix is, by rows, so
-that any number of processes reads a checkpoint. And a second moment is never rounded down to zero, from where the next
-small gradient would be divided by almost nothing.
+Two things differ from the paper. A block ends with its row, so that rare tokens' rows of an embedding have scales of
+their own (the paper keeps embeddings in 32 bits for their sake), and state can be sharded by rows like its matrix, so
+that any number of processes can read a checkpoint. And a second moment is never rounded to zero, where the next small
+gradient would be divided by almost nothing.
 
-Price: 2.03 bytes a value instead of 8, for 3.3 ns a value on two cores instead of fused AdamW's 0.44: of a step that
-trains on some thousands of tokens, a hundredth or two.
+Price: 2.03 bytes a value instead of 8, for 3.3 ns a value on two cores instead of fused AdamW's 0.44: one or two
+hundredths of a step that trains on some thousands of tokens.
 Twin: `torch.optim.AdamW`. Shapes: R rows, C columns, n = ceil(C / BLOCK) blocks a row.
 """
 
@@ -99,7 +100,7 @@ def _update(
 
 
 def unpacked(codes: Tensor, scale: Tensor, *, signed: bool) -> Tensor:
-    """The values fp32 [R, C] that codes [R, C] and scales [R, n] stand for."""
+    """The values fp32 [R, C] that codes [R, C] and scales [R, n] represent."""
     shares = _shares(signed, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
     return shares.mul_(scale[:, :, None].expand(-1, -1, BLOCK).flatten(1)[:, : codes.shape[1]])
 
@@ -116,7 +117,7 @@ def pack(values: Tensor, codes: Tensor, scale: Tensor, *, signed: bool) -> None:
 
 @functools.cache
 def _shares(signed: bool, device: torch.device) -> Tensor:
-    """What each code stands for, ascending, fp32 [256].
+    """The value of each code, ascending, fp32 [256].
 
     Of every power of ten from 1e-6 to 1, twice as many values as of the one below it, evenly spaced over its nine
     tenths, with both signs or without; and 0 and 1 (dynamic tree quantisation: the paper's section 1.3).

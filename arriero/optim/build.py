@@ -1,8 +1,8 @@
-"""From settings to an optimizer: AdamW, AdamW with moments in eight bits, or Muon on the matrices inside the blocks.
+"""Builds the optimizer that the settings ask for: AdamW, AdamW with 8-bit moments, or Muon on the blocks' matrices.
 
 Muon (arXiv 2502.16982) replaces a matrix's momentum by the nearest semi-orthogonal matrix, so that all directions are
 learned at one speed; its updates are scaled to the size of AdamW's (section 2.2 there), so one learning rate and one
-weight decay serve both. Embeddings, head and norms are no maps between hidden states and stay with AdamW.
+weight decay serve both. Embeddings, head and norms do not map hidden states to hidden states and stay with AdamW.
 Price: five Newton-Schulz iterations a matrix and step, about 30 m^2 n FLOPs for m x n with m <= n, in bf16; it keeps
 one moment for a matrix where AdamW keeps two. Eight bits (adamw8bit.py) are for matrices; norms stay with AdamW.
 """
@@ -45,7 +45,7 @@ def build_optimizer(
         members.append(AdamW8bit(own.values(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
     if rest:
         members.append(AdamW(decay_groups(rest, weight_decay), lr=lr, betas=betas, eps=eps, fused=True))
-    return members[0] if len(members) == 1 else Together(*members)
+    return members[0] if len(members) == 1 else CombinedOptimizer(*members)
 
 
 def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -57,14 +57,14 @@ def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> li
 
 
 def empty_state(parameter: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros for a saved piece of optimizer state: laid out like the parameter, if it has its rows, and whole if not."""
+    """Zeros to load optimizer state into: sharded like the parameter if it has as many rows, else replicated."""
     if len(shape) == parameter.ndim and shape[0] == parameter.shape[0]:
         like = parameter.detach() if tuple(shape) == tuple(parameter.shape) else parameter.detach()[:, : shape[1]]
         return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     return torch.zeros(shape, dtype=dtype, device=parameter.device)
 
 
-class Together(Optimizer):
+class CombinedOptimizer(Optimizer):
     """Several optimizers over disjoint parameters, used as one: the same groups, and one state for all."""
 
     def __init__(self, *members: Optimizer) -> None:
@@ -80,3 +80,6 @@ class Together(Optimizer):
         assert closure is None, "no optimizer here needs a closure"
         for member in self.members:
             member.step()
+
+
+Together = CombinedOptimizer  # its old name, until train/in_backward.py uses the new one

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, as pure functions of the step: nothing to save, nothing to get out of order."""
+"""Learning-rate schedules as pure functions of the step, so that they have no state to save."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a training run will cost, before it is started (`arriero plan`)."""
+"""Estimates of what a training run will cost (`arriero plan`)."""

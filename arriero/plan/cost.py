@@ -1,8 +1,8 @@
-"""What a way to split a model costs, before any GPU is rented: memory, bytes sent, pipeline bubble.
+"""Estimates the cost of a way to parallelise a model: memory, bytes sent, pipeline bubble.
 
-Counted for this code, on the process that holds most: weights, gradients and moments are exact (but that norms are
-counted as matrices); what is kept for the backward pass is that of compiled blocks (a test counts it; uncompiled ones
-keep about 40% more) and leaves out temporaries and the allocator's fragments, so leave a tenth or two of a GPU free.
+The numbers are those of this implementation, for the process with the largest part. Weights, gradients and moments are
+exact (but that norms are counted as matrices). Activations are those of compiled blocks (a test counts them; uncompiled
+blocks keep about 40% more), without temporaries and fragmentation of the allocator, so leave 10 to 20% of a GPU free.
 Collectives are counted as rings: of n bytes each of m processes sends n (m - 1) / m. No torch here.
 
 Shapes: T tokens of a micro-batch on one process's part of the row, D model width, F FFN width, V vocabulary.

@@ -1,10 +1,9 @@
 """What a run will cost, before it is started: parameters, memory by part, tokens, time by part.
 
 Two ways. By arithmetic, for any known shape, with no weights at hand: exact for weights, adapter, gradients and
-optimizer, estimated for activations. By a rehearsal, for a model and data that are here: the run is built as it would
-be, and everything that it will do is done once, in its order, in a process of its own: answers, validation, a few
-micro-batches, an optimizer step, a checkpoint. Peak memory is what that took; time is each part's times how often it
-will come.
+optimizer, estimated for activations. By a dry run, where model and data are available: the run is built as usual, and
+each of its parts is executed once, in order, in a process of its own: answers, validation, a few micro-batches, an
+optimizer step, a checkpoint. Peak memory is measured; time is that of each part, times how often it will be executed.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class Plan:
 
 
 def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> Plan | Cost:
-    """Plan a run: by a rehearsal where the model and data are here, else by arithmetic from the known shape.
+    """Plan a run: by a dry run where the model and data are here, else by arithmetic from the known shape.
 
     Where degrees of parallelism are given, the arithmetic is that of each process. Raises what the run itself would
     raise for settings or data it refuses.
@@ -102,10 +101,10 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
             f"known shapes by arithmetic: {', '.join(SHAPES)}"
         )
     if config.parallel.cpu_offload:
-        raise ConfigError("a rehearsal offloads nothing; plan cpu_offload by arithmetic: leave --data out")
+        raise ConfigError("a dry run does not offload; plan cpu_offload by arithmetic: leave --data out")
     recipe = next(name for name, cls in RECIPES.items() if type(config) is cls)
     console = console or notes()
-    with console.status("rehearsing: everything that the run will do, once"), tempfile.TemporaryDirectory() as work:
+    with console.status("dry run: each part of the run, once"), tempfile.TemporaryDirectory() as work:
         file = Path(work) / "config.toml"
         file.write_text(settings.to_toml(dataclasses.replace(config, out=str(Path(work) / "run")), recipe), "utf-8")
         # A process of its own: its peak is the run's, not that of whatever called this.
@@ -113,7 +112,7 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
     if done.returncode == 2:
         raise UserError(split_lines(done.stderr.strip())[-1])
     if done.returncode:
-        raise RuntimeError(f"the rehearsal failed:\n{done.stderr}")
+        raise RuntimeError(f"the dry run failed:\n{done.stderr}")
     measured = json.loads(split_lines(done.stdout)[-1])
     for warning in measured.pop("warnings"):
         warn_once(warning)
@@ -183,8 +182,8 @@ def _adapter_size(shape: LlamaConfig, config: Any) -> int:
     return shape.n_layers * config.lora.rank * sum(sum(widths[name]) for name in adapted)
 
 
-def rehearse(recipe: str, config: Any) -> dict[str, Any]:
-    """Build the run and do each of its parts once, in its order; what the whole will take."""
+def dry_run(recipe: str, config: Any) -> dict[str, Any]:
+    """Build the run and execute each of its parts once, in order; returns what the whole run will take."""
     from arriero.train.metrics import memory_bytes
 
     build = importlib.import_module(f"arriero.train.{recipe}").build
@@ -242,7 +241,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Warnings(logging.Handler):
-    """Keeps what the rehearsal warns of, for the process that asked for the plan to say."""
+    """Keeps the warnings of the dry run, which the process that makes the plan prints."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -255,7 +254,7 @@ class _Warnings(logging.Handler):
 if __name__ == "__main__":
     log.addHandler(warned := _Warnings())
     try:
-        print(json_text(rehearse(*settings.load_recipe(RECIPES, sys.argv[1])) | {"warnings": warned.said}))
+        print(json_text(dry_run(*settings.load_recipe(RECIPES, sys.argv[1])) | {"warnings": warned.said}))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

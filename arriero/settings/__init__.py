@@ -1,12 +1,12 @@
-"""Frozen dataclasses to and from TOML (or JSON), and changes by name.
+"""Configurations: frozen dataclasses, read from and written to TOML (or read from JSON), and changed by field name.
 
-A configuration is plain data: the dataclass says which keys exist, of what type, and (in the string under each
-field) what they mean. The file may leave out whatever keeps its default. Every refusal names the key, the
-value, what was expected, and the file and line where that is known; the ranges are the dataclasses' own business,
-checked when they are built. No torch here.
+A configuration is plain data: the dataclass defines which keys exist, their types, and (in the string under each field)
+their documentation. A file may omit whatever keeps its default. Every error names the key, the value, what was
+expected, and the file and line where known. Ranges are checked by the dataclasses themselves on construction. No torch
+here.
 
-What a configuration does first when it is built, from a file, from flags or in Python, is `settle`: it expands "~" in
-paths, and refuses numbers that are none. None has no TOML form: it is written and read as the string "none".
+However a configuration is built (from a file, from flags or in Python), `settle` is called first: it expands "~" in
+paths, and refuses numbers that are not finite. TOML has no null: None is written and read as the string "none".
 """
 
 from arriero.settings.build import from_dict

@@ -1,4 +1,4 @@
-"""Nested dicts, as TOML and JSON give them, to a configuration; every refusal names the key and its place."""
+"""Builds a configuration from nested dicts, as TOML and JSON give them; errors name the key and its place."""
 
 from __future__ import annotations
 

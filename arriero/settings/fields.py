@@ -1,4 +1,4 @@
-"""What a configuration class says of its fields: their dotted names, and the string under each."""
+"""The fields of a configuration class: their dotted names, and the documentation string under each."""
 
 from __future__ import annotations
 

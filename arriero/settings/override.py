@@ -1,4 +1,4 @@
-"""Changes by name: a copy of a configuration with some of its fields set, as flags give them."""
+"""A copy of a configuration with some fields changed, by name, as flags do."""
 
 from __future__ import annotations
 

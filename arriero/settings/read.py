@@ -1,4 +1,4 @@
-"""A configuration from a TOML file, or a JSON file where the name ends in .json."""
+"""Reads a configuration from a TOML file, or from a JSON file if the name ends in .json."""
 
 from __future__ import annotations
 

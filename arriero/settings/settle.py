@@ -1,4 +1,4 @@
-"""What every value has to be, whoever gives it: finite, of 64 bits, UTF-8; and paths are expanded."""
+"""Checks that hold for every value of a configuration: finite, of 64 bits, UTF-8; and expands paths."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The types that a setting may have: their names for people, and values read and checked against them.
+"""The types that a setting may have: their names for people, and parsing and checking of values.
 
-Understood are int, float, bool, str, Path, Literal, tuple, dict of such, Optional, nested dataclasses, and tuples of
-dataclasses. A value of the wrong type is a `Mismatch`, for which the caller knows the place.
+Supported are int, float, bool, str, Path, Literal, tuple, dict of such, Optional, nested dataclasses, and tuples of
+dataclasses. A value of the wrong type raises `Mismatch`, to which the caller adds the place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A configuration as nested dicts, and as TOML with each key under its documentation."""
+"""Writes a configuration as nested dicts, and as TOML with each key under its documentation."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What people look at: the terminal, progress bars, and the style of report pages."""
+"""Output for people: the terminal, progress bars, and the style of report pages."""

@@ -1,6 +1,6 @@
-"""What the reports share: the style of a page, its template, and the colours of its figures.
+"""The common parts of the HTML reports: the style of a page, its template, and the colours of its figures.
 
-A report is one HTML file that needs nothing else: styles and pictures stand in it.
+A report is one self-contained HTML file: styles and pictures are embedded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DARK = Theme("#211f1c", "#cfc8bc", "#37332e", "#6fb3d2", "#e8935f")
 
 
 def template(package: str, name: str) -> Any:
-    """A Jinja template that lies in a package; `style` in it is the common style sheet."""
+    """A Jinja template of a package; `style` in it is the common style sheet."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals["style"] = Markup(_text("arriero.show", "page.html").strip())
     return environment.from_string(_text(package, name))

@@ -1,6 +1,6 @@
-"""Progress bars of one look: what is being done, how far it is, what the work says of itself, and the time left.
+"""Progress bars in one style: a description, the progress, a text from the work itself, and the time left.
 
-A bar is there on a terminal only, and gone when its work ends.
+A bar is shown on a terminal only, and removed when its work ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Note = str | Callable[[], str]  # a function is asked anew each time that the ba
 
 
 class Bar:
-    """How the work tells its bar how far it is."""
+    """A progress bar, as the work updates it."""
 
     def __init__(self, shown: Progress, title: str, total: float | None) -> None:
         self._shown, self._task = shown, shown.add_task(title, total=total, note="")
@@ -43,7 +43,7 @@ class Bar:
         self._shown.update(self._task, completed=done)
 
     def say(self, note: Note) -> None:
-        """What stands behind the bar from now on."""
+        """Set the text after the bar."""
         self._shown.update(self._task, note=note)
 
     @property
@@ -54,7 +54,7 @@ class Bar:
 
 @contextmanager
 def progress(title: str, total: float | None = None, console: Console | None = None) -> Iterator[Bar]:
-    """A bar while the block runs; a wheel that turns where nobody knows the `total`."""
+    """A bar while the block runs; a spinner where the `total` is unknown."""
     console = console or notes()
     columns: list[ProgressColumn] = [label(), _NoteColumn(), TimeElapsedColumn()]
     if total is None:

@@ -1,10 +1,10 @@
-"""What is printed for a person: tables, notes, text that others wrote, and warnings that are said once.
+"""Printing for people: tables, notes, text from other authors, and warnings that are printed once.
 
-Text that others wrote (an answer, a document, a file's name) is data. It is never read as rich's markup, so `[/INST]`
-is six characters and a bracket; on a terminal its control characters, which could rewrite the screen, are shown as
-escapes (`\\x1b`), and so are the marks that turn the direction of writing; and what the output's encoding lacks is
-written as an escape too. Whoever prints takes `output`, `notes`, `say` or `complain`. What goes to a pipe or a file as
-a result (an answer, decoded text) is left as it is.
+Text from other authors (an answer, a document, a file's name) is data. It is never parsed as rich's markup, so
+`[/INST]` is six characters and a bracket; on a terminal its control characters, which could rewrite the screen, are
+shown as escapes (`\\x1b`), and so are bidirectional control characters; what the output's encoding lacks is written as
+an escape too. Code that prints uses `output`, `notes`, `say` or `complain`. Results that go to a pipe or a file (an
+answer, decoded text) are left as they are.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def output() -> Console:
 
 
 def notes(quiet: bool = False) -> Console:
-    """Standard error, for what is said beside the result."""
+    """The console of standard error, for everything but results."""
     return _console()(stderr=True, quiet=quiet)
 
 
 def label(form: str = "{task.description}") -> TextColumn:
-    """A column of a progress bar that says what is being done, of a file or model of any name."""
+    """A column of a progress bar for its description, which may hold a file's name."""
     from rich.progress import TextColumn
 
     return TextColumn(form, markup=False)
@@ -140,8 +140,8 @@ def check_input(text: str) -> str:
 def warn_once(message: str) -> None:
     """Log a warning through the logger "arriero", once in a process and, under torchrun, by process 0 alone.
 
-    For what a user's file says that is used otherwise than stated, or not at all; the text names the file, both values
-    and the rule.
+    For contents of a user's file that are not used as stated, or not at all; the text names the file, both values and
+    the rule.
     """
     if os.environ.get("RANK", "0") == "0":
         log.warning(clean(message))

@@ -1,9 +1,9 @@
-"""C++ for the loops that torch has no fast operator for: compiled on first use by the system's compiler, and cached.
+"""C++ for loops that torch has no fast operator for: compiled on first use by the system's compiler, and cached.
 
-A C++ file here is one self-contained source with a plain C interface, called through ctypes, and only ever the faster
-twin of something in torch: where it cannot be built, that runs instead, and a line of notice says so. The first use
-costs a few seconds. What the binary depends on (source, flags, compiler, CPU) is in its name, so it cannot be stale.
-No torch here.
+A C++ file is one self-contained source with a plain C interface, called through ctypes, and always a faster twin of
+Python or torch code: where it cannot be compiled, that runs instead, and a notice says so. The first use costs a few
+seconds. Everything that the binary depends on (source, flags, compiler, CPU) is hashed into its name, so it cannot be
+stale. No torch here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-Wno-psabi", "-shared", "-fPIC",
 
 
 def load_cpp(source: Path, instead: str, *flags: str) -> ctypes.CDLL | None:
-    """The compiled `source`, from Arriero's cache or made now; None when that fails, and a warning that says why.
+    """The compiled `source`, from Arriero's cache or made now; None, with a warning, when that fails.
 
     instead: what happens then, for the warning ("decoding through torch"). flags: for the compiler, besides `FLAGS`.
     """

@@ -1,11 +1,11 @@
-"""Work spread over processes of this machine, through the death of any of them.
+"""A pool of worker processes on this machine that survives the death of workers.
 
-Our own, since concurrent.futures' pool hangs for good where a worker is killed while it starts. Here a worker that
-dies (killed, out of memory) is replaced and its work done again; work at which three die is given up with an error.
+concurrent.futures' pool hangs for ever if a worker is killed while it starts. Here a worker that dies (killed, out of
+memory) is replaced and its tasks are repeated; a task at which three workers have died ends in an error.
 
-Processes are spawned, not forked: torch's threads do not survive a fork. They end with the process that started them,
-even where that was killed by a signal that it could not act on.
-Price: starting one takes about a second; what it is given and what it gives back is pickled once each.
+Processes are spawned, not forked: torch's threads do not survive a fork. They end with their parent, even where that
+was killed by SIGKILL.
+Price: starting a process takes about a second; arguments and results are pickled once each.
 """
 
 from __future__ import annotations
@@ -92,25 +92,11 @@ class Pool:
         queue: tasks that a worker holds; with 2 it need not wait for a caller that is busy elsewhere.
         ahead: how far the newest task may be from the oldest that is not done.
         """
-        left = enumerate(tasks)
-        begun = 0
-        again: list[tuple[int, Task]] = []
+        left = _Tasks(tasks, ahead)
         deaths: Counter[int] = Counter()
-
-        def following() -> tuple[int, Task] | None:
-            nonlocal begun
-            if again:
-                return again.pop()
-            oldest = min((number for worker in self._workers for number, _ in worker.tasks), default=begun)
-            if ahead is not None and begun - oldest > ahead:
-                return None
-            task = next(left, None)
-            begun += task is not None
-            return task
-
         try:
             while True:
-                while self._has_room(queue) and (task := following()) is not None:
+                while self._has_room(queue) and (task := left.next(self._oldest())) is not None:
                     self._least_busy().begin(function, *task)
                 busy = {worker.connection: worker for worker in self._workers if worker.tasks}
                 if not busy:
@@ -121,7 +107,7 @@ class Pool:
                         succeeded, result = worker.connection.recv()
                     except LOST as error:
                         self._remove(worker)
-                        again += reversed(worker.tasks)
+                        left.put_back(worker.tasks)
                         at, _ = worker.tasks[0]
                         deaths[at] += 1
                         if deaths[at] == DEATHS:
@@ -137,6 +123,10 @@ class Pool:
         """End the processes at once: what they were writing stays under a temporary name."""
         for worker in list(self._workers):
             self._remove(worker)
+
+    def _oldest(self) -> int | None:
+        """The number of the oldest task that a worker holds."""
+        return min((number for worker in self._workers for number, _ in worker.tasks), default=None)
 
     def _has_room(self, queue: int) -> bool:
         return len(self._workers) < self._size or any(len(worker.tasks) < queue for worker in self._workers)
@@ -160,8 +150,34 @@ class Pool:
         )
 
 
+class _Tasks:
+    """Tasks with their numbers, in order; those of workers that died come first.
+
+    ahead: how far the next task may be from the oldest one under way.
+    """
+
+    def __init__(self, tasks: Iterable[Task], ahead: int | None) -> None:
+        self._left, self._ahead = enumerate(tasks), ahead
+        self._begun = 0
+        self._again: list[tuple[int, Task]] = []
+
+    def next(self, oldest: int | None) -> tuple[int, Task] | None:
+        """The next task, or None if there is none or it is too far ahead of `oldest`, the oldest under way."""
+        if self._again:
+            return self._again.pop()
+        if self._ahead is not None and oldest is not None and self._begun - oldest > self._ahead:
+            return None
+        task = next(self._left, None)
+        self._begun += task is not None
+        return task
+
+    def put_back(self, tasks: Iterable[tuple[int, Task]]) -> None:
+        """Do these again, before any other."""
+        self._again += reversed(list(tasks))
+
+
 class _Worker:
-    """One process and the line to it."""
+    """One process and the pipe to it."""
 
     def __init__(self) -> None:
         context = get_context("spawn")

@@ -1,15 +1,16 @@
-"""The interface that every tokenizer family keeps to, and what the families share.
+"""The interface of all tokenizer families, and the code that they share.
 
-Text reaches the model by two doors. `encode` is for text that somebody wrote: the characters "<|eot_id|>" in it stay
-characters. `encode_rendered` is for text that a chat template produced: there the same characters are the token. Added
-tokens that are not special are words of the vocabulary, so both doors know them, as in transformers; of those, a token
-that ends generation is kept out of the messages of a conversation too (chat.py), or a user's text could end an answer.
-Splitting at special tokens, decoding, streaming and the fingerprint live here once; a family (`hf.py`, `llama3.py`,
-`sentencepiece.py`) only turns plain segments into ids and ids into bytes, each through the library that defines its
-format. Broken surrogates are treated as tiktoken treats them in every family: halves of a pair are joined, a lone
-half becomes U+FFFD.
+There are two ways to encode a text. `encode` is for text that a person wrote: the characters "<|eot_id|>" in it are
+encoded as plain text. `encode_rendered` is for the output of a chat template, where the same characters are the special
+token. Added tokens that are not special are words of the vocabulary and recognised by both, as in transformers; those
+of them that end generation are kept out of a conversation's messages too (chat.py), or a user's text could end an
+answer.
+Splitting at special tokens, decoding, streaming and the fingerprint are implemented here; a family (`hf.py`,
+`llama3.py`, `sentencepiece.py`) only turns plain segments into ids and ids into bytes, through the library that defines
+its format. Broken surrogates are treated as tiktoken treats them: halves of a pair are joined, a lone half becomes
+U+FFFD.
 
-Price: the splitting costs one pass of a compiled regular expression, about 1% of the encoding itself.
+Price: splitting costs one pass of a compiled regular expression, about 1% of the encoding itself.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Conversations as ids, and which of those ids a model learns from.
+"""Encodes conversations, and says which of the ids a model is trained on.
 
-Text inside a message can never become a special token, nor another one that stops generation: before rendering
-(template.py), the text of each such token in the messages is broken by a character that occurs nowhere else, and after
-the text has been split at the template's own tokens that character is taken out again.
+Text of a message never becomes a special token or another token that ends generation: before rendering (template.py),
+each occurrence of such a token's text in the messages is interrupted by a character that occurs nowhere else, and that
+character is removed again once the rendered text has been split at the template's own tokens.
 
-`encode_training` builds the loss mask by rendering, never by searching for role names. For each answer the template
-is rendered up to the generation prompt, and up to the answer's end; the whole conversation must begin with both texts,
-or the template rewrites history and is refused. What lies between, up to and including the first token that ends a
-turn, is trained. An answer is encoded apart from its prompt, just as it is generated: prompt ids first, then answer.
+`encode_training` builds the loss mask by rendering, not by searching for role names. For each answer the template is
+rendered up to the generation prompt, and up to the answer's end; the whole conversation must begin with both texts,
+else the template changes earlier turns and is refused. The text between the two, up to and including the first token
+that ends a turn, is trained. An answer is encoded apart from its prompt, just as it is generated.
 
-Price: two renders per answer, and a single tokenization (docs/log.md has the speeds).
+Price: two renders per answer, and one tokenisation (docs/log.md has the speeds).
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""What a conversation says: which of its messages are trained, what counts as text, and whether a template wrote it.
+"""Which messages of a conversation are trained, what counts as their text, and whether the template rendered all of it.
 
-A template reads the fields that its author thought of and passes over all others without a word. So after a
-conversation has been rendered, each text in it is looked for: contents, reasoning, the names and arguments of calls,
-and any member that nobody here knows. Within a stretch of the rendering that one answer, or the messages between two
-answers, gave, every text must have a place of its own: that "Cusco" stands in the question does not show that it was
-written into the call.
+A template reads the fields that its author thought of and silently ignores all others. So after rendering, each text of
+the conversation is searched for: contents, reasoning, names and arguments of calls, and members of unknown names. Each
+text must have its own place within the part of the rendering that its answer, or the messages between two answers,
+produced: that "Cusco" occurs in the question does not prove that it was rendered in the call.
 
 Price: for messages of role and content one `str.find` each; for others about five microseconds a text.
 """

@@ -1,15 +1,15 @@
-"""A byte-level vocabulary grown from new text, as Llama 3 grew from 32K to 128K tokens: no id changes its meaning.
+"""Grows a byte-level vocabulary from new text, as Llama 3's grew from 32K to 128K; existing ids keep their meaning.
 
-New merges are learned on top of the base's: text is encoded by the base, and byte-pair encoding goes on from there,
-within the same words. In the grown tokenizer the new merges come after all of the base's, so they act exactly where
-they were learned, and a text that no new token fits keeps its ids. New ids follow every old one, special tokens
-included; `parts` says which base tokens each stands for, which is what a model's new rows are made from
+New merges are learned on top of the base's: text is encoded with the base tokenizer, and byte-pair encoding continues
+on its tokens, within the same words. In the grown tokenizer the new merges rank after all of the base's, so they apply
+exactly where they were learned, and a text in which no new token fits keeps its ids. New ids follow all old ones,
+special tokens included; `parts` lists the base tokens that each stands for, from which a model's new rows are computed
 (checkpoint/resize.py).
 
-The learner is `tokenizers`' own, over an alphabet of base tokens: id i is written as the letter U+10000 + i, so that a
-word of base tokens is a word of letters. rustbpe, faster by four, starts from bytes only and cannot go on.
+The learner is that of `tokenizers`, over an alphabet of base tokens: id i is written as the character U+10000 + i, so
+that a word of base tokens is a word of characters. rustbpe is four times as fast, but can only start from bytes.
 
-Price: splitting text into words at 2 MB/s; the sample in memory once more, as letters, and the learner's counts of
+Price: splitting text into words at 2 MB/s; the sample in memory once more, as characters, and the learner's counts of
 distinct words. The result is a tokenizer.json; Llama 3's own file format cannot hold it, since there special tokens
 come right after the ranks.
 """

@@ -1,8 +1,8 @@
-"""A tokenizer's directory in Hugging Face's layout: its small files read as transformers reads them, all of it written.
+"""The small files of a tokenizer's directory in Hugging Face's layout: read as transformers reads them, and written.
 
 tokenizer_config.json names the tokens that have a role and lists the added ones with their flags; where it does not
-list them (`added_tokens_decoder`), special_tokens_map.json has the last word on the roles, and added_tokens.json may
-add tokens. Chat templates lie in chat_template.jinja and additional_chat_templates/, else in tokenizer_config.json.
+list them (`added_tokens_decoder`), special_tokens_map.json takes precedence for the roles, and added_tokens.json may
+add tokens. Chat templates are in chat_template.jinja and additional_chat_templates/, else in tokenizer_config.json.
 generation_config.json and config.json list the ids that end a text.
 """
 

@@ -1,8 +1,8 @@
-"""The tokenizer that a GGUF file carries in its metadata, both ways.
+"""The tokenizer in a GGUF file's metadata, read and written.
 
-`tokenizer.ggml.model` names the kind: "gpt2" is byte-level BPE with merges, where `tokenizer.ggml.pre` names the rule
-that splits text first; "llama" is SentencePiece, given by pieces and scores. Reading builds the `tokenizers` pipeline
-or the SentencePiece model that these describe; writing states the same for llama.cpp.
+`tokenizer.ggml.model` is the kind: "gpt2" is byte-level BPE with merges, where `tokenizer.ggml.pre` names the rule that
+splits text first; "llama" is SentencePiece, given by pieces and scores. Reading builds the `tokenizers` pipeline or the
+SentencePiece model that these describe; writing states the same for llama.cpp.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a tokenizer does that the same tokenizer in a GGUF file will not: llama.cpp has no place for it.
+"""Features of a tokenizer that a GGUF file cannot express, so that llama.cpp will give other ids: each is warned of.
 
-A GGUF file holds tokens, scores or merges, types and a name for the way of splitting. llama.cpp's BPE normalises
-nothing, its SentencePiece only writes spaces as "▁" (with one before a text and after every special token, or none),
-and both match added tokens as they stand (llama-vocab.cpp). Each difference is told with what it changes.
+A GGUF file holds tokens, scores or merges, types and a name for the rule that splits text. llama.cpp's BPE has no
+normaliser, its SentencePiece only writes spaces as "▁" (with one before a text and after every special token, or none),
+and both match added tokens exactly as written (llama-vocab.cpp).
 """
 
 from __future__ import annotations

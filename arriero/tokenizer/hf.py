@@ -1,8 +1,8 @@
 """tokenizer.json, through the `tokenizers` library.
 
-The file states its whole pipeline, so the library decides every id; we only keep special tokens out of plain text.
-White space that an added token takes up, whole words only, and the rest of their flags are the library's too: a
-rendered text goes through it in one call, with special tokens switched on for as long as that takes.
+The file states its whole pipeline, so the library decides every id; our code only keeps special tokens out of plain
+text. The flags of added tokens (stripping white space, whole words only and so on) are the library's matter too: a
+rendered text is encoded in one call, with special tokens enabled for its duration.
 Two kinds occur among Llamas: byte-level BPE (Llama 3, SmolLM2), and SentencePiece's BPE rebuilt from tokens with a
 space marker and byte fallback (Llama 1 and 2).
 """

@@ -1,14 +1,14 @@
-"""Many documents to one flat array of ids: what `arriero shard` runs on, as fast as exact ids can be had.
+"""Encodes many documents to one flat array of ids, as fast as is possible with exact ids; used by `arriero shard`.
 
 The library that defines a format decides the ids (`Tokenizer.encode_batch`): 15 MB of text a second and core for Llama
 3's vocabulary, 2 for a tokenizer.json, 5 for SentencePiece. gigatoken (extra `data`) gives the same ids nine to forty
-times faster, by a hand-written splitter and a cache of words, so it does the work wherever it proves equal: on a list
-of hard texts when the encoder is made, and again on one document in a thousand for as long as it runs. Where it does
-not know a pipeline, or is not installed, the defining library encodes; ids are the same either way.
+times faster, by a hand-written splitter and a cache of words. It is used wherever it proves equal: on a list of hard
+texts when the encoder is made, and on one document in a thousand while it runs. Where it does not support a pipeline,
+or is not installed, the defining library encodes; the ids are the same either way.
 
 Price: building gigatoken's tables takes half a second for 128K tokens, and as long again to state the pipeline. Its
-cache takes about 85 bytes a distinct word and never shrinks (5 GB after 540 MB of random words), so the tables are
-built anew when the process has grown by `MAX_GROWTH`.
+cache takes about 85 bytes per distinct word and never shrinks (5 GB after 540 MB of random words), so the tables are
+rebuilt when the process has grown by `MAX_GROWTH`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The little of protobuf's wire format that a SentencePiece model needs, instead of a dependency on protobuf.
+"""The subset of protobuf's wire format that a SentencePiece model needs, which saves a dependency on protobuf.
 
-A message is a row of fields, each a key (number and type) and a value. One that occurs twice is merged by readers, the
-later winning, so a setting is changed by appending a field.
+A message is a sequence of fields, each a key (number and type) and a value. If a field occurs twice, readers take the
+later one, so a setting is changed by appending a field.
 """
 
 from __future__ import annotations

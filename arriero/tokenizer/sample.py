@@ -1,7 +1,7 @@
-"""The text that a vocabulary is learned from: a sample of a stream, of at most so many bytes, and some of it held out.
+"""Samples the text that a vocabulary is learned from: at most a given number of bytes of a stream, some of it held out.
 
-A document is taken in chunks, and those chunks stay whose hash is smallest, so the sample depends on the texts alone:
-not on their order, nor on how much else is read. One hundredth of it is held out, to measure on.
+Documents are cut into chunks, and the chunks with the smallest hashes are kept, so the sample depends on the texts
+alone: not on their order, nor on how much else is read. One hundredth of it is held out, to measure on.
 
 Price: the sample in memory, as UTF-8; hashing runs at about 1 GB/s.
 """

@@ -1,13 +1,13 @@
-"""Jinja for programs that strangers wrote: bounded in time and memory, and out of reach of Python's objects.
+"""A Jinja sandbox for untrusted templates: limits time and memory, and denies access to Python objects.
 
-A chat template comes with a model, so anybody may have written it. Jinja's own sandbox keeps it from changing what it
-is given and from names that begin with an underscore; it lets a template run for ever, fill the memory, and touch the
-attributes of any object that it meets. Here
-- an attribute is read only where it is listed, for JSON's types and Jinja's own helpers (`_ATTRIBUTES`);
-- each iteration, call, filter and test looks at the clock (`_step`);
-- each text and list that is made is paid for, by its size, and what would be large is paid for before it is made
-  (`_pay`); the rest of Python's operations take time in proportion to what they are given;
-- filters that no chat template needs (wordwrap, urlize, random and the like) are unknown.
+A chat template comes with a model, so anybody may have written it. Jinja's own sandbox prevents changes to the
+arguments and access to names that begin with an underscore, but a template can still loop for ever, fill the memory,
+and read attributes of any object that it gets. Here
+- an attribute can be read only where it is listed, for JSON's types and Jinja's own helpers (`_ATTRIBUTES`);
+- each iteration, call, filter and test checks the time (`_step`);
+- each text and list is charged by its size to a budget, large ones before they are made (`_pay`); the remaining Python
+  operations take time in proportion to their arguments;
+- filters that no chat template needs (wordwrap, urlize, random and the like) are undefined.
 
 Price: about a fifth of a rendering (docs/log.md); the clock is read at every sixteenth step.
 """

@@ -1,11 +1,11 @@
-"""A chat template: the Jinja program that turns a conversation into the text that a model was tuned on.
+"""Chat templates: the Jinja program that renders a conversation as the text that a model was tuned on.
 
-It ships with the model, so it is somebody else's code: it runs in a sandbox (sandbox.py), with the helpers that
-transformers gives it, on copies of the messages that are made of JSON's types only.
+A template comes with the model and is untrusted code: it runs in a sandbox (sandbox.py), with the helper functions that
+transformers provides, on copies of the messages that consist of JSON's types only.
 
 A model may have several by name. As in transformers, "tool_use" applies where tools are given, else "default".
 
-Price: compiling takes some milliseconds, once a process and template; a rendering some ten microseconds a message.
+Price: compiling takes some milliseconds, once per process and template; a rendering some ten microseconds a message.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A vocabulary learned from text: Llama 3's kind (byte-level BPE) or Llama 1 and 2's (SentencePiece BPE).
+"""Learns a vocabulary from text: of Llama 3's kind (byte-level BPE) or Llama 1 and 2's (SentencePiece BPE).
 
-Text is streamed; what is learned from is a sample of it (sample.py), and a hundredth of that is held out to measure on.
+Text is streamed, and a sample of it is used (sample.py), of which one hundredth is held out to measure on.
 
 Llama 3's kind is learned by rustbpe: the merges that `tokenizers` learns (equal bytes per token to six digits), in a
 quarter of its time and half its memory. Llama 1 and 2's kind is defined, and learned, by the sentencepiece library.
@@ -129,7 +129,7 @@ def learn_llama2(training: Iterable[bytes], vocab_size: int) -> SentencePieceTok
 
 
 def _reason(message: str) -> str:
-    """Return the reason in a message of sentencepiece, and the remedy in our terms where it is one of the usual two."""
+    """The reason in a message of sentencepiece, and the remedy in our terms for the two common reasons."""
     if few := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
         return f"its characters, the bytes and special tokens take {few[1]}; give a vocab_size of at least that"
     if most := re.search(r"set it to a value <= (\d+)", message):
@@ -153,7 +153,7 @@ def learn(sample: Sample, config: TrainingConfig) -> Tokenizer:
 def train(texts: Iterable[str], config: TrainingConfig, directory: Path) -> dict[str, Any]:
     """Learn a tokenizer from a stream of texts, write it into `directory`, and return the report, written there too.
 
-    What is written: tokenizer.json with its companions, and tokenizer.model in the kind's native form.
+    What is written: tokenizer.json with its sidecar files, and tokenizer.model in the kind's native form.
     """
     if config.kind == "llama3":
         require("rustbpe", "data")  # before the reading, not after it

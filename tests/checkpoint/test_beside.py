@@ -11,7 +11,7 @@ from helpers.toys import LORAS, toy_model
 from arriero.checkpoint.adapter import save_adapter
 from arriero.checkpoint.beside import read_beside, sampling_of
 from arriero.checkpoint.convert import convert
-from arriero.checkpoint.hf import companions, save_hf
+from arriero.checkpoint.hf import save_hf, sidecar_writer
 from arriero.checkpoint.merge import merge
 from arriero.errors import CheckpointError, ConfigError
 from arriero.infer.config import SamplingConfig, SamplingFlags
@@ -81,12 +81,12 @@ def test_generation_settings_config_entries_and_licence_survive(source, route, t
         assert f"{source}: Meta's layout has no place for these entries of config.json: custom_thing" in caplog.messages
 
 
-def test_merge_and_companions_keep_them_too_but_no_model_card(source, tmp_path):
+def test_merge_and_sidecars_keep_them_too_but_no_model_card(source, tmp_path):
     lora = LORAS["all"]
     save_adapter(add_lora(toy_model(SHAPE), lora), tmp_path / "adapter", lora, "source")
     merge(source, tmp_path / "adapter", tmp_path / "merged")
     (tmp_path / "step").mkdir()
-    companions(SHAPE, small_sentencepiece(), read_beside(source))(tmp_path / "step")
+    sidecar_writer(SHAPE, small_sentencepiece(), read_beside(source))(tmp_path / "step")
     for directory in (tmp_path / "merged", tmp_path / "step"):
         assert settings_of(directory) == settings_of(source)
         assert json.loads((directory / "config.json").read_text())["custom_thing"] == {"a": [1, 2]}

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from arriero.checkpoint.hf import companions
+from arriero.checkpoint.hf import sidecar_writer
 from arriero.distributed.config import ParallelConfig
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh, init_mesh
@@ -73,7 +73,7 @@ def make_trainer(run: Run, mesh: Mesh) -> Trainer:
     def validate() -> dict:
         return {"loss": engine.measure(lambda i: loader.collate([loader.row(i)]), 3, next_token()).loss}
 
-    beside = companions(shape, small_sentencepiece())
+    beside = sidecar_writer(shape, small_sentencepiece())
     optim = OptimConfig(**{"lr": 1e-3} | run.optim)
     return Trainer(
         engine, next_token(), batches, run.steps, loop, optim, Path(run.run_dir), validate, companions=beside

@@ -88,7 +88,7 @@ def test_the_probe_foretells_the_runs_peak_memory_and_says_its_warnings(toy_mode
     assert found.peak == pytest.approx(int(done.stdout), rel=0.15)
 
 
-def test_a_pretraining_run_is_rehearsed_likewise(shards, tmp_path):
+def test_a_pretraining_run_is_dry_run_likewise(shards, tmp_path):
     config = PretrainConfig(
         model="1m",
         out=str(tmp_path / "run"),

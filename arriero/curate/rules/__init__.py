@@ -1,8 +1,8 @@
-"""Published rules for what a document must be, as dataclasses: their fields are their thresholds.
+"""Published rules for the quality of documents, as dataclasses whose fields are the thresholds.
 
-A rule judges a whole batch that has been analysed once: `judge(analysis)` gives for each document None, to keep it,
-or a short reason to drop it. One that changes texts has `edit(analysis)` instead, which gives (new text, None or the
-reason). docs/curation-rules.md lists them with their sources.
+A rule judges a whole batch that has been analysed once: `judge(analysis)` returns for each document None, to keep it,
+or a short reason to drop it. A rule that changes texts has `edit(analysis)` instead, which returns for each document
+the new text and None or a reason. docs/curation-rules.md lists the rules with their sources.
 """
 
 from arriero.curate.rules.c4 import C4Rules

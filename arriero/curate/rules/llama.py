@@ -1,4 +1,4 @@
-"""Rules that Llama 1 and Llama 3 name without their thresholds; ours are measured, and said where they are set.
+"""Rules that Llama 1 and Llama 3 describe without thresholds; ours were measured, as noted where they are set.
 
 Sources: Llama 3 (Dubey et al. 2024, arXiv 2407.21783, section 3.1.1): duplicated n-gram coverage of lines, dirty words,
 token distributions far from the corpus'. Llama 1 (Touvron et al. 2023, arXiv 2302.13971, section 2.1): line length and

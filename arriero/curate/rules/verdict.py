@@ -1,4 +1,4 @@
-"""From numbers of a whole batch to verdicts a person can judge: "dup_line_frac 0.41 > 0.30"."""
+"""Turns measured numbers of a batch into reasons for dropping that a person can read: "dup_line_frac 0.41 > 0.30"."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Steps that only the whole corpus can decide: duplicates, frequent lines, unusual words. Memory stays bounded.
+"""Steps that need the whole corpus: duplicates, frequent lines, rare words. Memory is bounded.
 
-Each goes in three moves. `collect` takes what it needs of each document, as a structured array, and `pack` makes that
-of a part (some 10,000 documents) one file. `ranges` cuts the space of keys so that each range holds at most `AT_ONCE`
-records of all parts together, and `reduce` decides one range, alone and in any order, into a file. `decide` looks a
-part's documents up in these files. So any number of processes gives the same result, and none holds more than one
+Each step is a map-reduce. `collect` extracts the keys of each document as a structured array, and `pack` writes those
+of a part (some 10,000 documents) to one file. `ranges` divides the key space so that each range holds at most `AT_ONCE`
+records of all parts together, and `reduce` decides one range, independently of the others, into a file. `decide` looks
+up a part's documents in these files. So any number of processes gives the same result, and none holds more than one
 range: 8 million records, some 300 MB. (Near duplicates are clustered by one process: about 30 bytes a document, and up
 to 1 GB to sort.)
 
-Duplicates are kept in the order of the corpus: the first stays, of equal URLs the newest.
+Of duplicates the first in the order of the corpus is kept; of equal URLs the newest.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Documents that hold texts of evaluation sets, found by their n-grams and dropped, with a list of what was hit.
+"""Drops documents that share n-grams with evaluation sets, and lists what was hit.
 
-GPT-3 (Brown et al. 2020, appendix C) searched 13-grams of lower-case words without punctuation, and for evaluation
-texts that are shorter the whole text from 8 words on; so is it here, and accents do not count, while numbers do. One
-match drops the document. Short answers ("18") are in no corpus by accident alone, and are not searched.
+GPT-3 (Brown et al. 2020, appendix C) searched for 13-grams of lower-case words without punctuation, and for shorter
+evaluation texts as a whole, from 8 words on; so does this step, which also ignores accents but not numbers. One match
+drops the document. Short answers ("18") occur by accident in any corpus, and are not searched for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which licence a source file is under, by what its row or its first lines say."""
+"""Determines the licence of a source file from its row's metadata or its first lines."""
 
 from __future__ import annotations
 

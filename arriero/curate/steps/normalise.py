@@ -1,4 +1,4 @@
-"""One form for what looks the same: NFC, line ends, no invisible characters."""
+"""Normalises texts that look the same to one form: NFC, line ends, no invisible characters."""
 
 from __future__ import annotations
 
