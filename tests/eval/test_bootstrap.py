@@ -22,6 +22,20 @@ def test_a_ratio_weighs_rows_by_their_denominators():
     assert Ratio(bits_per_token.over, bits_per_token.under, exponent=True).value == pytest.approx(4.0)
 
 
+def test_draws_and_intervals_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(19)
+    over, under = rng.gamma(2, 30, 113), rng.integers(5, 40, 113).astype(float)
+    theirs = stats.bootstrap(
+        (over, under), lambda o, u, axis: o.sum(axis) / u.sum(axis), paired=True, vectorized=True, n_resamples=300,
+        method="percentile", rng=np.random.default_rng(3), batch=1,
+    )  # fmt: skip
+    ours = Ratio(over, under)
+    np.testing.assert_allclose(ours.draws(300, seed=3), theirs.bootstrap_distribution, rtol=1e-12)
+    found = interval(ours, 300, seed=3)
+    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval))
+
+
 def test_pairing_removes_the_noise_that_two_models_share():
     hard = np.random.default_rng(13).normal(0.0, 10.0, 113)
     before, after = mean(list(hard)), mean(list(hard + 0.5))

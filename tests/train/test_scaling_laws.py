@@ -14,7 +14,7 @@ from rich.console import Console
 from arriero import cli
 from arriero.errors import ConfigError, DataError
 from arriero.train.scaling.budget import PEAKS, THIS, make_plan, peak_of
-from arriero.train.scaling.fit import Runs, _objective, at_bounds, budgets_of, fit, fit_loss, fit_power, interval
+from arriero.train.scaling.fit import Runs, at_bounds, budgets_of, fit, fit_loss, fit_power, interval
 from arriero.train.scaling.laws import PUBLISHED_LAWS, LossLaw, PowerLaw, suggested_batch, suggested_lr
 from arriero.train.scaling.run_fit import read_runs
 
@@ -149,18 +149,6 @@ def test_six_models_a_budget_with_their_minimum_at_the_edge_are_enough_for_inter
 def test_the_same_seed_gives_the_same_intervals() -> None:
     first, second, other = (fit(measured(0.002), resamples=5, seed=seed) for seed in (7, 7, 8))
     assert first.summary() == second.summary() != other.summary()
-
-
-def test_the_gradient_of_the_objective_is_that_of_its_values() -> None:
-    runs = measured(noise=0.01)
-    logs = np.log(runs.params), np.log(runs.tokens), np.log(runs.loss)
-    at = np.array([0.5, 6.1, 0.37, 7.3, 0.35])
-    _, gradient = _objective(at, *logs)
-    for i in range(5):
-        step = np.zeros(5)
-        step[i] = 1e-7
-        slope = (_objective(at + step, *logs)[0] - _objective(at - step, *logs)[0]) / 2e-7
-        assert gradient[i] == pytest.approx(slope, rel=1e-4), i
 
 
 def test_two_budgets_are_joined_by_the_line_through_them() -> None:

@@ -41,7 +41,7 @@ ROUNDING = 1e-6  # share by which FLOPs of one budget differ that nobody need he
 SPREAD = 1.25  # times by which the FLOPs of a budget may differ in all: budgets lie further apart, and laws need that
 LEVEL = 95  # per cent of the resamples that an interval holds
 HUBER = 1e-3  # residual of log L from which it counts by its size, not its square (Chinchilla)
-BEGINNINGS = 24  # of the grid's points, those of lowest objective that the search is begun from
+BEGINNINGS = 8  # of the grid's points, those of lowest objective that the search is begun from
 NEAR_RULE = f"runs are of one budget where the FLOPs of each lie within {NEAR:.0%} of the next one's"
 REMEDY = "run more --sizes, over a larger --spread, around other --tokens-per-param, or with more --seeds"
 BOUNDS = ((-20, 20), (-50, 100), (-1, 6), (-50, 100), (-1, 6))  # of e, a, alpha, b, beta; published laws lie far inside
@@ -305,58 +305,46 @@ def fit_loss(runs: Runs, beginning: LossLaw | None = None) -> LossLaw:
     log L is a log-sum-exp of e, a - alpha log N and b - beta log D with E = exp(e), A = exp(a), B = exp(b), so that
     all three stay positive. BOUNDS hold what the runs leave open: a term that only one of them asks for has no end.
     """
-    optimize = require("scipy.optimize", "scaling")
+    optimize, special = require("scipy.optimize", "scaling"), require("scipy.special", "scaling")
     log_n, log_d, log_l = np.log(runs.params), np.log(runs.tokens), np.log(runs.loss)
+    bounds = np.transpose(BOUNDS)
 
-    def objective(p: Array) -> tuple[float, Array]:
-        return _objective(p, log_n, log_d, log_l)
+    def residuals(p: Array) -> Array:
+        e, a, alpha, b, beta = p
+        return np.logaddexp(np.logaddexp(e, a - alpha * log_n), b - beta * log_d) - log_l
 
     if beginning is None:
         # The grid of the paper, section D.1: e, a, alpha, b, beta.
         axes = [np.linspace(-1, 1, 5), np.arange(0, 26, 5), np.linspace(0, 2, 5)]
         grid = np.stack(np.meshgrid(*axes, *axes[1:], indexing="ij"), axis=-1).reshape(-1, 5)
-        order = np.argsort([objective(p)[0] for p in grid], kind="stable")
+        order = np.argsort([special.huber(HUBER, residuals(p)).sum() for p in grid], kind="stable")
         beginnings = grid[order[:BEGINNINGS]]
     else:
-        law = beginning
-        beginnings = np.array([[math.log(law.floor), math.log(law.a), law.alpha, math.log(law.b), law.beta]])
-    options = {"maxiter": 5000, "maxfun": 20_000, "ftol": 1e-14, "gtol": 1e-8}
+        beginnings = np.clip([_point(beginning)], *bounds)  # the logarithm of a bound may lie beyond it
     ends = [
-        optimize.minimize(objective, p, jac=True, method="L-BFGS-B", bounds=BOUNDS, options=options) for p in beginnings
-    ]
-    e, a, alpha, b, beta = min(ends, key=lambda end: end.fun if math.isfinite(end.fun) else math.inf).x
+        optimize.least_squares(
+            residuals, p, jac="3-point", bounds=bounds, x_scale="jac", loss="huber", f_scale=HUBER,
+            ftol=1e-12, xtol=1e-12, gtol=1e-12, max_nfev=5000,
+        )
+        for p in beginnings
+    ]  # fmt: skip
+    e, a, alpha, b, beta = min(ends, key=lambda end: end.cost).x
     return LossLaw(math.exp(e), math.exp(a), float(alpha), math.exp(b), float(beta))
+
+
+def _point(law: LossLaw) -> tuple[float, ...]:
+    """A law's place in the search: e, a, alpha, b, beta."""
+    return math.log(law.floor), math.log(law.a), law.alpha, math.log(law.b), law.beta
 
 
 def at_bounds(law: LossLaw) -> list[str]:
     """The constants of a law that lie at the bounds of their search, which ended there for want of anything better."""
-    point = (math.log(law.floor), math.log(law.a), law.alpha, math.log(law.b), law.beta)
     names = [field.name for field in dataclasses.fields(law)]
     return [
         name
-        for name, value, (low, high) in zip(names, point, BOUNDS, strict=True)
+        for name, value, (low, high) in zip(names, _point(law), BOUNDS, strict=True)
         if min(value - low, high - value) < 1e-6 * (high - low)
     ]
-
-
-def _objective(p: Array, log_n: Array, log_d: Array, log_l: Array) -> tuple[float, Array]:
-    """The sum of Huber's function of residual / HUBER, and its gradient, at p = (e, a, alpha, b, beta).
-
-    In units of HUBER, so that the gradient is of the size that the optimizer's tolerances are meant for.
-    """
-    e, a, alpha, b, beta = p
-    terms = np.stack([np.full_like(log_n, e), a - alpha * log_n, b - beta * log_d])
-    top = terms.max(axis=0)
-    weights = np.exp(terms - top)
-    total = weights.sum(axis=0)
-    residual = (top + np.log(total) - log_l) / HUBER
-    size = np.abs(residual)
-    value = np.where(size <= 1, 0.5 * residual**2, size - 0.5).sum()
-    shares = weights / total  # of the three terms in L: d log L / d term
-    slope = np.clip(residual, -1, 1) / HUBER
-    by_term = shares * slope
-    gradient = [by_term[0], by_term[1], -by_term[1] * log_n, by_term[2], -by_term[2] * log_d]
-    return float(value), np.array([part.sum() for part in gradient])
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
