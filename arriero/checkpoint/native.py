@@ -242,6 +242,8 @@ def at_step(run_dir: Path, step: int, rank: int = 0, world: int = 1) -> Saved | 
     files = manifest.get("files")
     if manifest.get("format") != FORMAT or manifest.get("step") != step or not isinstance(files, dict):
         raise CheckpointError(f"{path / 'manifest.json'}: it is not the manifest of step {step} in format {FORMAT}")
+    if elsewhere := [name for name in files if name.startswith("/") or ".." in name.split("/")]:
+        raise CheckpointError(f"{path / 'manifest.json'}: damaged, it names {elsewhere[0]!r:.80}, out of its directory")
     for name in sorted({"state.json"} | files.keys())[rank::world]:
         _verify(path / name, files.get(name))
     for file in path.rglob("*.safetensors"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,9 @@ from arriero.tokenizer.extend import Extension, backend_of, extend
 from arriero.tokenizer.sample import draw_sample
 
 View = Literal["ids", "count", "show", "decode"]
+MOST = (
+    100_000_000  # characters that are encoded as one text, which takes some gigabytes; a device or pipe may never end
+)
 
 
 def run_encode(
@@ -33,11 +37,17 @@ def run_encode(
     eos: bool = False,
 ) -> None:
     """Print what `view` asks for, of the words given, of a file, or of standard input."""
-    texts = _texts(words, file, lines or view == "decode")
-    if view == "decode":
-        for text in texts:
-            say(tokenizer.decode(_ids(text, tokenizer.vocab_size), skip_special=not special))
-        return
+    with closing(_texts(words, file, lines or view == "decode")) as texts:  # a refusal leaves no file open
+        if view == "decode":
+            for text in texts:
+                say(tokenizer.decode(_ids(text, tokenizer.vocab_size), skip_special=not special))
+        else:
+            _print_encoded(tokenizer, texts, view, lines=lines, special=special, bos=bos, eos=eos)
+
+
+def _print_encoded(
+    tokenizer: Tokenizer, texts: Iterable[str], view: View, *, lines: bool, special: bool, bos: bool, eos: bool
+) -> None:
     before = [tokenizer.bos_id] if bos else []
     after = [tokenizer.eos_id] if eos else []
     tokenizer.encode("", bos=bos, eos=eos)  # refuses what the tokenizer lacks
@@ -68,8 +78,11 @@ def _show(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> None:
     )
 
 
-def _texts(words: Sequence[str], file: Path | None, lines: bool) -> Iterator[str]:
-    """Yield the texts to encode. Bytes that are not UTF-8 come out as U+FFFD; a byte order mark is no text."""
+def _texts(words: Sequence[str], file: Path | None, lines: bool) -> Generator[str, None, None]:
+    """Yield the texts to encode. Bytes that are not UTF-8 come out as U+FFFD; a byte order mark is no text.
+
+    Raises `DataError` for a file that cannot be read, and for a text or line of more than `MOST` characters.
+    """
     if words:
         whole = " ".join(words)
         yield from split_lines(whole) if lines else [whole]
@@ -79,10 +92,16 @@ def _texts(words: Sequence[str], file: Path | None, lines: bool) -> Iterator[str
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); check the path") from error
     with io.TextIOWrapper(source, "utf-8-sig", "replace", newline=None if lines else "") as text:
-        if lines:
-            yield from (line.removesuffix("\n") for line in text)
-        else:
-            yield text.read()
+        if not lines:
+            yield _bounded(text.read(MOST + 1), file, "in lines (--lines), or make token shards of it (arriero shard)")
+        while lines and (line := text.readline(MOST + 1)):
+            yield _bounded(line, file, "in shorter lines").removesuffix("\n")
+
+
+def _bounded(text: str, file: Path | None, remedy: str) -> str:
+    if len(text) > MOST:
+        raise DataError(f"{file or 'standard input'}: more than {MOST:,} characters in one text; give it {remedy}")
+    return text
 
 
 def _ids(text: str, vocab_size: int) -> list[int]:

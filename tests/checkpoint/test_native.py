@@ -196,6 +196,14 @@ def test_a_manifest_of_names_that_no_file_can_have_is_damaged(tmp_path: Path, ca
     assert "cannot be read (File name too long); trying the checkpoint before it" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["/optimizer.safetensors", "optimizer/../../optimizer.safetensors"])
+def test_a_manifest_that_names_files_elsewhere_is_damaged(tmp_path: Path, name: str) -> None:
+    manifest = save(tmp_path, 20) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("optimizer/optimizer.safetensors", name))
+    with pytest.raises(CheckpointError, match=rf"step-00000020/manifest\.json: damaged, it names '{name}', out of its"):
+        native.at_step(tmp_path, 20)
+
+
 def test_when_all_are_damaged_each_is_named(tmp_path: Path) -> None:
     for step in (10, 20):
         (save(tmp_path, step) / "weights/model.safetensors").write_bytes(b"")

@@ -6,11 +6,13 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from helpers.tokenizers import hard_strings, python_source, small_sentencepiece, train_sentencepiece
 
 from arriero import cli
+from arriero.cli import tokenizer_commands
 from arriero.cli.tokenizer_tables import token_view
 from arriero.errors import DataError
 from arriero.tokenizer import Tokenizer, load_tokenizer
@@ -135,6 +137,24 @@ def test_encode_refuses_what_it_cannot_read(directory, capsys, monkeypatch):
         in run(capsys, monkeypatch, "encode", name, "--file", "nowhere.txt")[2]
     )
     assert "give one of them" in run(capsys, monkeypatch, "encode", name, "a", "--file", "b")[2]
+
+
+@pytest.mark.parametrize("flags", [[], ["--lines"], ["--decode"]], ids=" ".join)
+def test_a_file_without_end_is_refused(flags, directory, capsys, monkeypatch):
+    monkeypatch.setattr(tokenizer_commands, "MOST", 10_000)
+    code, _, err = run(capsys, monkeypatch, "encode", str(directory), "--file", "/dev/zero", *flags)
+    remedy = r"in shorter lines" if flags else r"in lines \(--lines\), or make token shards of it \(arriero shard\)"
+    assert code == 2 and re.search(rf"/dev/zero: more than 10,000 characters in one text; give it {remedy}", err)
+
+
+def test_a_refusal_in_the_middle_of_a_file_leaves_it_closed(directory, monkeypatch, tmp_path):
+    (tmp_path / "ids.txt").write_text("1 2\nx\n3\n")
+    opened = []
+    path_open = Path.open
+    monkeypatch.setattr(Path, "open", lambda *a, **k: opened.append(path_open(*a, **k)) or opened[-1])
+    with pytest.raises(DataError, match="'x' is not an id") as refusal:
+        tokenizer_commands.run_encode(load_tokenizer(directory), [], tmp_path / "ids.txt", "decode")
+    assert refusal.value.__traceback__ is not None and opened[-1].closed
 
 
 def test_compare_prints_a_table_or_json(directory, capsys, monkeypatch, tmp_path):
