@@ -22,7 +22,8 @@ from arriero.errors import CheckpointError
 from arriero.io.files import write_json
 from arriero.io.paths import as_path
 from arriero.io.reading import read_json
-from arriero.model.lora import add_lora, lora_state
+from arriero.model.linear import Product, named_products
+from arriero.model.lora import DEFAULT, add_lora, lora_state
 from arriero.model.lora_config import LINEARS, LoraConfig
 from arriero.show.terminal import warn_once
 
@@ -55,22 +56,24 @@ def save_adapter(
         save_beside(temporary)
 
 
-def load_adapter(model: nn.Module, directory: str | Path, base: str | Path | None = None) -> LoraConfig:
-    """Wrap `model` with the adapter of a PEFT directory (or Hub id), in place; returns what it adapts and how.
+def load_adapter(
+    model: nn.Module, directory: str | Path, base: str | Path | None = None, *, name: str = DEFAULT
+) -> LoraConfig:
+    """Put the adapter of a PEFT directory (or Hub id) on `model`, in place; returns what it adapts and how.
 
-    base: what the model is called, to warn where the adapter names another. Raises what `read_adapter` raises.
+    name: what the model calls it, where it carries several; it is the one that acts from now on. base: what the model
+    is called, to warn where the adapter names another. Raises what `read_adapter` raises.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    lora, tensors = read_adapter(linears, directory, base)
-    add_lora(model, lora)
+    lora, tensors = read_adapter(linears_of(model), directory, base)
+    add_lora(model, lora, name=name)
     with torch.no_grad():
-        for name, parameter in lora_state(model).items():
-            parameter.copy_(tensors[name])
+        for tensor, parameter in lora_state(model, name).items():
+            parameter.copy_(tensors[tensor])
     return lora
 
 
 def read_adapter(
-    linears: Mapping[str, nn.Linear], directory: str | Path, base: str | Path | None = None
+    linears: Mapping[str, Product], directory: str | Path, base: str | Path | None = None
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """What an adapter does to the linears of a model, and its tensors by name (`lora_state`), fp32.
 
@@ -87,6 +90,11 @@ def read_adapter(
         warn_once(f"{config.file}: the adapter was trained on {config.base}, and it is put on {base}")
     read = tensor_reader(file)
     return lora, {name: check_finite(file, name, read(key).float()) for name, key in keys.items()}
+
+
+def linears_of(model: nn.Module) -> dict[str, Product]:
+    """The linears that an adapter may act on, by name."""
+    return {name: module for name, module in named_products(model) if isinstance(module, Product)}
 
 
 def adapter_base(directory: str | Path) -> str:
@@ -153,7 +161,7 @@ def _keys(file: Path, entries: Mapping[str, Entry], known: Collection[str]) -> d
 
 
 def _ranks(
-    config: PeftConfig, file: Path, shapes: Mapping[str, tuple[int, ...]], linears: Mapping[str, nn.Linear]
+    config: PeftConfig, file: Path, shapes: Mapping[str, tuple[int, ...]], linears: Mapping[str, Product]
 ) -> dict[str, int]:
     """Full name -> rank of every linear that the adapter acts on, where settings, tensors and model say the same."""
     ranks = {}

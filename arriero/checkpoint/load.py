@@ -13,6 +13,7 @@ import torch
 
 from arriero.checkpoint.adapter import load_adapter
 from arriero.checkpoint.gguf import open_gguf
+from arriero.checkpoint.held import held_in, kind_of_base
 from arriero.checkpoint.hf import open_hf
 from arriero.checkpoint.meta import open_meta
 from arriero.checkpoint.rows import check_rows
@@ -54,13 +55,15 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     progress: Callable[[str], None] = lambda name: None,
+    quantization: str | None = None,
 ) -> Llama:
     """Load a model by path, Hub id or built-in name, ready for use (`.train()` for dropout).
 
-    dtype: the type to hold the weights in; None keeps the stored one (quantised weights become fp32).
+    dtype: the type to hold the weights in; None keeps the stored one (quantised weights become fp32). quantization:
+    "int8" or "nf4" rounds the matrices of the blocks as those formats hold them.
     Raises `CheckpointError` when it is not found, damaged, or of an unknown architecture.
     """
-    weights = open_weights(resolve(name_or_path))
+    weights = held_in(open_weights(resolve(name_or_path)), quantization)
     dtype = dtype or weights.dtype
     model = empty_model(weights.config)
     state = {}
@@ -91,10 +94,12 @@ def load(
 ) -> tuple[Llama, Tokenizer]:
     """Load a model and its tokenizer by path, Hub id or built-in name, with a PEFT adapter on it when given.
 
+    An adapter that was trained on a quantised base gets its base's weights as that format holds them (held.py).
     chat_template: as in `load_tokenizer_at`.
     """
     path = resolve(name)
-    model = load_model(path, dtype=dtype, device=device)
+    kind = None if adapter is None else kind_of_base(resolve(adapter))
+    model = load_model(path, dtype=dtype, device=device, quantization=kind)
     if adapter is not None:
         load_adapter(model, adapter, base=name)
     tokenizer = load_tokenizer_at(path, adapter=adapter, chat_template=chat_template)

@@ -1,8 +1,8 @@
 """Folding an adapter into its model, and the proof that nothing was lost.
 
 A tensor at a time: each weight that the adapter acts on becomes W + s B A, added in fp32 and rounded once to the type
-written. What lies on the disk then is read by other code than wrote it, and compared with the files of model and
-adapter (`verify.py`): what is checked is what will be used.
+written; W is what the adapter was trained on (held.py). What lies on the disk then is read by other code than wrote it,
+and compared with the files of model and adapter (`verify.py`): what is checked is what will be used.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from arriero.checkpoint.adapter import read_adapter
+from arriero.checkpoint.adapter import linears_of, read_adapter
 from arriero.checkpoint.beside import read_beside
 from arriero.checkpoint.convert import check_destination, tensor_bar, tokenizer_to_write
+from arriero.checkpoint.held import held_in, kind_of_base
 from arriero.checkpoint.hf import write_hf
 from arriero.checkpoint.load import open_weights
 from arriero.checkpoint.rows import check_rows
@@ -34,9 +35,13 @@ def merge(
     *,
     dtype: torch.dtype | None = None,
     chat_template: str = "",
+    original_base: bool = False,
     force: bool = False,
 ) -> Verdict:
     """Fold `adapter` into the model, write the result as a Hugging Face directory at `dst`, and check it.
+
+    An adapter that was trained on a quantised base is folded into the base as it was held in training, which
+    `Verdict.base` names, or with `original_base` into the model's own weights.
 
     dtype: type of the written weights; None keeps the model's stored type. chat_template: what is written as the
     result's (a name or file, as in `load_tokenizer_at`); empty writes the one that the adapter was trained with.
@@ -45,13 +50,14 @@ def merge(
     """
     source, directory, dst = resolve(model_name), resolve(adapter), as_path(dst)
     check_destination(source, dst, force)
-    weights = open_weights(source)
-    linears = {n: m for n, m in empty_model(weights.config).named_modules() if isinstance(m, nn.Linear)}
+    kind = None if original_base else kind_of_base(directory)
+    weights = held_in(open_weights(source), kind)
+    linears = linears_of(empty_model(weights.config))
     folded = merged(weights, *read_adapter(linears, directory, base=model_name))
     dtype, verdicts = dtype or weights.dtype, []
 
     def check(written: Path) -> None:
-        verdicts.append(check_written(source, written, dtype, adapter=directory, called=dst))
+        verdicts.append(check_written(source, written, dtype, adapter=directory, held=kind, called=dst))
 
     tokenizer = tokenizer_to_write(source, adapter=directory, chat_template=chat_template)
     if tokenizer is not None:

@@ -83,19 +83,27 @@ class Verdict:
     """What was compared.
 
     n_tensors: how many. largest_difference: by rounding, of merged and quantised tensors, relative to the largest value
-    of the tensor; the others are the source's as torch rounds them.
+    of the tensor; the others are the source's as torch rounds them. base: the format that the source's matrices were
+    rounded to before an adapter was added, or None.
     """
 
     n_tensors: int
     largest_difference: float
+    base: str | None = None
 
 
 def check_written(
-    source: Path, written: Path, dtype: torch.dtype | str, adapter: Path | None = None, called: Path | None = None
+    source: Path,
+    written: Path,
+    dtype: torch.dtype | str,
+    adapter: Path | None = None,
+    held: str | None = None,
+    called: Path | None = None,
 ) -> Verdict:
     """Compare a checkpoint that was just written with its source, with an adapter folded in where one is given.
 
-    dtype: the type written, or "q8_0". called: what to call `written` in a message. Raises `CheckpointError` naming the
+    dtype: the type written, or "q8_0". held: "int8" or "nf4", to which the source's matrices of the blocks were rounded
+    before the adapter was added. called: what to call `written` in a message. Raises `CheckpointError` naming the
     first tensor or entry that is not the source's.
     """
     called = called or written
@@ -121,7 +129,10 @@ def check_written(
             raise _fault(called, f"{name} is in only one of {source} and the result")
         exact = dtype if len(theirs.shapes[origin]) > 1 or isinstance(dtype, torch.dtype) else torch.float32
         try:
-            largest = max(largest, _difference(ours.read(name), theirs.read(origin), delta.get(origin), exact))
+            base = theirs.read(origin)
+            if held is not None and origin.endswith(_MATRICES):
+                base = _ROUNDED[held](base)
+            largest = max(largest, _difference(ours.read(name), base, delta.get(origin), exact))
         except _Differs as error:
             raise _fault(called, f"{name} differs from {origin} of {source}: {error}") from None
         except _NotFinite as error:
@@ -129,7 +140,7 @@ def check_written(
                 f"{called}: not written: {name} has values that {error} cannot hold, or not finite in {source}: "
                 "write bf16 or f32"
             ) from None
-    return Verdict(len(pairs), largest)
+    return Verdict(len(pairs), largest, held)
 
 
 class _Differs(Exception):
@@ -396,3 +407,33 @@ def _fault(called: Path, what: str) -> CheckpointError:
         f"{called}: not written: read back by other means, {what}; this is a fault of Arriero's or of the disk: try "
         "again, and if it stays please report it"
     )
+
+
+def _rounded_to_int8(weight: Tensor) -> Tensor:
+    """Each row as whole multiples of its largest magnitude / 127; by NumPy, in fp32 as the format says."""
+    values = weight.float().numpy()
+    steps = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
+    codes = np.rint(np.divide(values, steps, out=np.zeros_like(values), where=steps > 0))
+    return torch.from_numpy(codes * steps).to(weight.dtype)
+
+
+def _rounded_to_nf4(weight: Tensor) -> Tensor:
+    """Each 64 values as levels of the largest magnitude among them; between two levels the border is halfway."""
+    levels = np.array(_NF4, np.float32)
+    values = weight.float().numpy().reshape(-1)
+    blocks = np.pad(values, (0, -len(values) % 64)).reshape(-1, 64)
+    largest = np.abs(blocks).max(axis=1, keepdims=True)
+    normed = np.divide(blocks, largest, out=np.zeros_like(blocks), where=largest > 0)
+    chosen = np.searchsorted((levels[1:] + levels[:-1]) / np.float32(2), normed)
+    out = (levels[chosen] * largest).reshape(-1)[: len(values)].reshape(weight.shape)
+    return torch.from_numpy(out).to(weight.dtype)
+
+
+_MATRICES = tuple(f".{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+_ROUNDED = {"int8": _rounded_to_int8, "nf4": _rounded_to_nf4}
+# QLoRA's levels (arXiv 2305.14314, appendix E), written once more: a wrong digit in quant/nf4.py is to be seen here
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip

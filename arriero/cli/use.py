@@ -69,6 +69,7 @@ def merge(
     *,
     dtype: NumberType | None = None,
     chat_template: PathText | None = None,
+    original_base: bool = False,
     force: bool = False,
 ) -> None:
     """Fold a LoRA adapter into its model, and check what was written against the files of both.
@@ -83,6 +84,8 @@ def merge(
         dtype: Type of the written weights; the model's own when not given.
         chat_template: A template's name (chatml, llama2, llama3, llama3.1, or one of the model's own) or a .jinja file;
             when not given, the one that the adapter was trained with.
+        original_base: Fold an adapter of `sft --quantize` into the model's own weights, not into those that it was
+            trained on, which the quantised base held.
         force: Overwrite what is there.
     """
     import torch
@@ -91,7 +94,9 @@ def merge(
 
     types = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
     number, template = types[dtype] if dtype else None, chat_template or ""
-    found = fold(model, adapter, out, dtype=number, chat_template=template, force=force)
+    found = fold(model, adapter, out, dtype=number, chat_template=template, original_base=original_base, force=force)
+    held = "" if found.base is None else f" as {found.base} holds it, which the adapter was trained on"
+    say(f"merged onto {model}{held}")
     say(
         f"{out} written and read back: all {found.n_tensors} tensors are those of model plus adapter, the largest "
         f"difference by rounding {found.largest_difference:.2g} of a tensor's largest value"

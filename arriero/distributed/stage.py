@@ -21,6 +21,8 @@ from arriero.data.batch import Batch
 from arriero.distributed.objective import Objective
 from arriero.model.build import empty_model
 from arriero.model.llama import EMBEDDINGS, HEAD, Llama
+from arriero.model.lora import plain_name
+from arriero.model.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,13 @@ class StageModel(nn.Module):
     def named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This stage's parameters by their names in the whole model; a tied copy's name is that of the embeddings."""
         for name, parameter in self.model.named_parameters():
-            yield EMBEDDINGS if self.tied_copy and name == HEAD else name, parameter
+            yield EMBEDDINGS if self.tied_copy and name == HEAD else plain_name(name), parameter
+
+    def quantized(self) -> Iterator[tuple[str, QuantizedLinear]]:
+        """The linears here whose weight is held in few bits, by the weight's name in the whole model."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                yield plain_name(f"{name}.weight"), module
 
 
 class PassThrough(nn.Module):

@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.placement_types import Placement
 
+from arriero.model.linear import Linear
 from arriero.model.llama import Llama
 from arriero.model.qwen3 import Qwen3
 
@@ -85,14 +86,16 @@ class Columns(ColwiseParallel):
     """A linear split by output; an adapter's A is replicated, its B split like the matrix."""
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        _distribute(module, device_mesh, Replicate() if name == "lora_A" else Shard(0))
+        if isinstance(module, Linear):
+            _distribute(module, device_mesh, Replicate() if name.startswith("lora_A") else Shard(0))
 
 
 class Rows(RowwiseParallel):
     """A linear split by input; an adapter's A is split like the matrix, its B replicated."""
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        _distribute(module, device_mesh, Replicate() if name == "lora_B" else Shard(1))
+        if isinstance(module, Linear):
+            _distribute(module, device_mesh, Replicate() if name.startswith("lora_B") else Shard(1))
 
 
 class Embeddings(RowwiseParallel):

@@ -27,8 +27,8 @@ from arriero.eval.results import Results, examples_table, measures_table, refuse
 from arriero.io.files import make_output, read_text
 from arriero.io.paths import hint
 from arriero.io.records import Record, parse_row, read_records, source_files
+from arriero.model.linear import densify
 from arriero.model.llama import Llama
-from arriero.model.lora import merge_lora
 from arriero.show.progress import progress
 from arriero.show.terminal import output
 from arriero.tokenizer.base import Tokenizer, utf8
@@ -77,7 +77,7 @@ def before_and_after(
     def measured(name: str, adapter: str) -> R:
         dtype, device = DTYPES[config.precision], best_device()
         model, tokenizer = load(name, dtype=dtype, device=device, adapter=adapter or None, chat_template=chosen)
-        return measure(merge_lora(model), tokenizer, f"{name} + {adapter}" if adapter else name)
+        return measure(densify(model), tokenizer, f"{name} + {adapter}" if adapter else name)
 
     before = measured(config.compare_with, "") if config.compare_with else None
     return before, measured(config.model, config.adapter)

@@ -25,12 +25,14 @@ import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from arriero.model.cache import KVCache
-from arriero.model.llama import Block, Linear, Llama
+from arriero.model.linear import Linear, named_products
+from arriero.model.llama import Block, Llama
 from arriero.model.rope import rope_attention, rope_frequencies
 from arriero.model.scaling import DynamicScaling
 from arriero.system.cpp import load_cpp
@@ -62,7 +64,7 @@ def _fits(model: Llama, cache: KVCache) -> bool:
 
     Positions that the scaling of RoPE does not reach are refused by the torch step.
     """
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    linears: list[Any] = [model.model.embed_tokens, model.head, *(module for _, module in named_products(model))]
     dtype = model.head.weight.dtype
     return (
         type(model) is Llama

@@ -21,22 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from arriero.model.config import LlamaConfig
 from arriero.model.initial import initial_weight, whole
 from arriero.model.layout import Attend, Layout, Rows
+from arriero.model.linear import Linear
 from arriero.model.rope import Rope, apply_rope, rope_tables
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one and the same where they are tied
 
 HeadKind = Literal["logits", "score", "value"]
 _HEAD_NAMES = {"logits": "lm_head", "score": "score", "value": "value"}  # Hugging Face's, but for the last
-
-
-class Linear(nn.Linear):
-    """y = x W^T, without bias, computed in the type of x; W [out, in] may be stored in a wider one."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):

@@ -1,16 +1,23 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): W x + s B A x with W frozen and A, B small.
 
-A wrapped linear keeps its weight under its own name and gains `lora_A.weight` and `lora_B.weight`, so the
-state dict stays a Hugging Face checkpoint plus PEFT's adapter keys without their prefix.
+Any linear of the decoder may be adapted, whatever its weight is held in. A model may carry several adapters by name, of
+which one acts, or none, or, for serving, another for each sequence (`use_adapter`). The one that is trained or loaded
+without a name is `DEFAULT`.
 Price at rank r: r*(in + out) parameters a linear; for SmolLM2-135M at rank 16 on all linears 4.9 M, 3.6%.
 
-Shapes: in, out widths of the wrapped linear; r rank.
+Names: in the module tree an adapted linear has `base.weight`, `lora_A.NAME.weight` and `lora_B.NAME.weight`; in files,
+and wherever parameters are named, it is `weight`, `lora_A.weight` and `lora_B.weight` (`plain_name`), so a state dict
+of Hugging Face's and PEFT's keys.
+
+Shapes: in, out widths of the wrapped linear; r rank; B sequences.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -19,89 +26,164 @@ from torch import Tensor, nn
 
 from arriero.errors import ConfigError
 from arriero.model.initial import initial_adapter, whole
-from arriero.model.llama import Linear
+from arriero.model.linear import Linear, Product, densify, named_products, replace_linears
 from arriero.model.lora_config import LINEARS, LoraConfig
 
 M = TypeVar("M", bound=nn.Module)
 
+DEFAULT = "default"
+Active = str | None | tuple[str | None, ...]
+"""The adapter that acts; None: none of them; a tuple: one, or none, for each sequence."""
 
-class LoraLinear(Linear):
-    """y = x W^T + s * dropout(x) A^T B^T; W [out, in] frozen, A [r, in], B [out, r] trained in fp32."""
 
-    def __init__(self, base: Linear, rank: int, scale: float, dropout: float) -> None:
-        nn.Module.__init__(self)
+class LoraLinear(nn.Module):
+    """y = base(x) + s * dropout(x) A^T B^T of the active adapter; A [r, in] and B [out, r] in fp32, the base frozen."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(base, Product)
+        self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight = base.weight
-        self.register_parameter("bias", None)
-        self.scale, self.dropout = scale, dropout
-        device = base.weight.device
-        self.lora_A = Linear(self.in_features, rank).to(device, torch.float32)
-        self.lora_B = Linear(rank, self.out_features).to(device, torch.float32)
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self.scales: dict[str, float] = {}
+        self.dropouts: dict[str, float] = {}
+        self.active: Active = None
         self.train(base.training)  # a model for use stays one: no dropout
 
+    def add(self, name: str, rank: int, scale: float, dropout: float, device: torch.device) -> None:
+        """Carry one more adapter, which acts from now on."""
+        self.lora_A[name] = Linear(self.in_features, rank).to(device, torch.float32).train(self.training)
+        self.lora_B[name] = Linear(rank, self.out_features).to(device, torch.float32).train(self.training)
+        self.scales[name], self.dropouts[name] = scale, dropout
+        self.active = name
+
     def forward(self, x: Tensor) -> Tensor:
-        low = self.lora_A(F.dropout(x, self.dropout, self.training) if self.dropout else x)
-        return super().forward(x) + self.lora_B(low) * self.scale
+        y = self.base(x)
+        if not isinstance(self.active, tuple):
+            return y if self.active is None or self.active not in self.scales else y + self._product(self.active, x)
+        for name in dict.fromkeys(self.active):  # x is [B, T, in]: the sequences of each adapter together
+            if name is not None and name in self.scales:
+                rows = torch.tensor([i for i, other in enumerate(self.active) if other == name], device=x.device)
+                y = y.index_add(0, rows, self._product(name, x[rows]).to(y.dtype))
+        return y
+
+    def _product(self, name: str, x: Tensor) -> Tensor:
+        dropout = self.dropouts[name]
+        low = self.lora_A[name](F.dropout(x, dropout, self.training) if dropout else x)
+        product: Tensor = self.lora_B[name](low) * self.scales[name]
+        return product
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """s B A, fp32 [out, in]: what merging adds to the weight."""
-        return self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+        """s B A of the active adapter, fp32 [out, in]: what merging adds to the weight."""
+        name = self._acting()
+        assert name is not None
+        a, b = self.lora_A[name], self.lora_B[name]
+        assert isinstance(a, Linear) and isinstance(b, Linear)
+        return self.scales[name] * (b.weight.float() @ a.weight.float())
 
     @torch.no_grad()
-    def merged(self) -> Linear:
-        """A plain linear with W + s B A, added in fp32 and rounded once to W's type."""
-        with torch.device("meta"):
-            plain = Linear(self.in_features, self.out_features)
-        plain.weight = nn.Parameter((self.weight.float() + self.delta()).to(self.weight.dtype), requires_grad=False)
-        return plain
+    def dense(self) -> Tensor:
+        """W + s B A of the active adapter, added in fp32 and rounded once to W's type."""
+        weight: Tensor = self.base.dense()
+        return weight if self._acting() is None else (weight.float() + self.delta()).to(weight.dtype)
+
+    def _acting(self) -> str | None:
+        """The adapter that acts on this linear."""
+        if isinstance(self.active, tuple):
+            raise ValueError("each sequence has an adapter of its own, so there is no one matrix; use one adapter")
+        return self.active if self.active in self.scales else None
 
 
-def add_lora(model: M, config: LoraConfig, seed: int = 0) -> M:
-    """Freeze the model and wrap the linears that `config.targets` names, in place; returns the model.
+def add_lora(model: M, config: LoraConfig, seed: int = 0, *, name: str = DEFAULT) -> M:
+    """Freeze the model and adapt the linears that `config.targets` names, in place; returns the model.
 
-    seed: of the adapter's first values (`initial_adapter`), which on the meta device are left to come. Raises
-    `ConfigError` when a target matches no linear, or the model is adapted already.
+    name: of the adapter, which acts from now on. seed: of its first values (`initial_adapter`), which on the meta
+    device are left to come. Raises `ConfigError` when a target matches no linear, or there is an adapter of that name.
     """
-    head = getattr(model, "head", None)
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, Linear) and m is not head}
-    if any(isinstance(m, LoraLinear) for m in linears.values()):
-        raise ConfigError("lora: the model carries an adapter already; merge it first (arriero merge)")
+    linears = dict(named_products(model))
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ConfigError(f"lora: an adapter's name is {name!r}; it may have letters, digits, _ and -")
+    if name in adapters(model):
+        raise ConfigError(
+            f"lora: the model carries an adapter {name!r} already; merge it first (arriero merge), or give another name"
+        )
     for target in config.targets:
         if target != "all-linear" and not any(n == target or n.endswith("." + target) for n in linears):
             raise ConfigError(
                 f"lora: target {target!r} matches no linear; known are {', '.join(LINEARS)} and 'all-linear'"
             )
     model.requires_grad_(False)
-    for name, linear in linears.items():
-        if config.matches(name):
-            rank = config.rank_pattern.get(name, config.rank)
-            scale = config.scale(rank, config.alpha_pattern.get(name, config.alpha))
-            _replace(model, name, LoraLinear(linear, rank, scale, config.dropout))
-    for name, p in lora_state(model).items():
+
+    def adapted(linear: str, module: nn.Module) -> nn.Module | None:
+        if not config.matches(linear):
+            return None
+        device = next(module.parameters(), next(module.buffers(), torch.empty(0))).device
+        wrapped = module if isinstance(module, LoraLinear) else LoraLinear(module)
+        rank = config.rank_pattern.get(linear, config.rank)
+        scale = config.scale(rank, config.alpha_pattern.get(linear, config.alpha))
+        wrapped.add(name, rank, scale, config.dropout, device)
+        return wrapped
+
+    replace_linears(model, adapted)
+    use_adapter(model, name)
+    for tensor, p in lora_state(model, name).items():
         if not p.is_meta:
-            p.data.copy_(initial_adapter(name, p.shape, whole(p.shape), seed=seed))
+            p.data.copy_(initial_adapter(tensor, p.shape, whole(p.shape), seed=seed))
     return model
 
 
-def merge_lora(model: M) -> M:
-    """Fold every adapter into its weight, in place; returns the model with plain linears."""
-    for name, wrapped in list(_wrapped(model)):
-        _replace(model, name, wrapped.merged())
-    return model
+def adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that the model carries."""
+    return list(dict.fromkeys(name for module in _wrapped(model) for name in module.lora_A))
+
+
+def use_adapter(model: nn.Module, active: Active | Sequence[str | None]) -> None:
+    """Let the adapter of that name act, or none, or one for each sequence of the batches to come.
+
+    Raises `ConfigError` for an adapter that the model does not carry.
+    """
+    active = active if active is None or isinstance(active, str) else tuple(active)
+    known = adapters(model)
+    for name in (active,) if not isinstance(active, tuple) else active:
+        if name is not None and name not in known:
+            raise ConfigError(f"the model carries no adapter {name!r}; it has {', '.join(known) or 'none'}")
+    for module in _wrapped(model):
+        module.active = active
+
+
+@contextmanager
+def using_adapter(model: nn.Module, active: Active | Sequence[str | None]) -> Iterator[None]:
+    """`use_adapter` while the block runs; afterwards what acted before acts again."""
+    before = [(module, module.active) for module in _wrapped(model)]
+    use_adapter(model, active)
+    try:
+        yield
+    finally:
+        for module, was in before:
+            module.active = was
 
 
 def merged_copy(model: M) -> M:
-    """The model with adapters folded, sharing every tensor that has none; the model itself when it has none."""
-    if next(_wrapped(model), None) is None:
+    """The model with dense weights, adapters folded, sharing every tensor that has none; itself when all are plain."""
+    if all(type(module) is Linear for _, module in named_products(model)):
         return model
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return merge_lora(copy.deepcopy(model, memo=shared))
+    return densify(copy.deepcopy(model, memo=shared))
 
 
-def lora_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors by full name: `...q_proj.lora_A.weight` [r, in] and `...lora_B.weight` [out, r]."""
-    return {name: p for name, p in model.named_parameters() if is_adapter(name)}
+def lora_state(model: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
+    """An adapter's tensors by full name: `...q_proj.lora_A.weight` [r, in] and `...lora_B.weight` [out, r]."""
+    return {
+        full.replace(f".{name}.weight", ".weight"): p
+        for full, p in model.named_parameters()
+        if is_adapter(full) and full.endswith(f".{name}.weight")
+    }
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wraps it: that of Hugging Face's and PEFT's files."""
+    return name.replace(".base.", ".").replace(f".{DEFAULT}.weight", ".weight")
 
 
 def is_adapter(name: str) -> bool:
@@ -109,10 +191,5 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def _wrapped(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+def _wrapped(model: nn.Module) -> Iterator[LoraLinear]:
+    return (module for module in model.modules() if isinstance(module, LoraLinear))

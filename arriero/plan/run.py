@@ -34,7 +34,6 @@ from arriero.io.files import json_text, split_lines
 from arriero.io.paths import hint
 from arriero.model.catalogue import LADDER, SHAPES, named_shape
 from arriero.model.config import LlamaConfig
-from arriero.model.lora_config import LINEARS
 from arriero.plan.cost import MOMENTS, Cost, cost, gradients_at_once, kept, moment_bytes
 from arriero.show.terminal import log, notes, warn_once
 from arriero.train.config import RECIPES, PretrainConfig, SftConfig
@@ -136,7 +135,7 @@ def by_arithmetic(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Pla
     optimizer = config.optim.optimizer
     tokens = config.loop.micro_rows * config.data.seq_len
     memory = {
-        "weights": shape.n_params * stored,
+        **_weight_bytes(shape, config, stored),
         "trained weights, fp32": trained * 4 if lora else 0,
         "gradients, fp32": 4 * (at_once if config.optim.in_backward else trained),
         MOMENTS[optimizer]: moment_bytes(optimizer, trained - outside, outside),
@@ -146,6 +145,20 @@ def by_arithmetic(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Pla
         "a chunk of logits, fp32": 2 * 256 * shape.vocab_size * 4,
     }
     return Plan(shape.n_params, trained, {part: size for part, size in memory.items() if size})
+
+
+def _weight_bytes(shape: LlamaConfig, config: SftConfig | PretrainConfig, stored: float) -> dict[str, int]:
+    """Bytes of the weights by how they are held: those of the blocks' matrices, and the rest."""
+    if not isinstance(config, SftConfig) or config.quantize == "none":
+        return {"weights": int(shape.n_params * stored)}
+    matrices = {name: shape.n_layers * out * width for name, (out, width) in matrix_shapes(shape).items()}
+    bits = {"int8": 8, "nf4": 4 + 32 / 64}[config.quantize]  # and int8's scale of a row, which is next to nothing
+    n = sum(matrices.values())
+    return {
+        f"matrices of the blocks, {config.quantize}": int(n * bits / 8),
+        "a matrix while it is used": int(max(out * width for out, width in matrix_shapes(shape).values()) * stored),
+        "other weights": int((shape.n_params - n) * stored),
+    }
 
 
 def split(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Cost:
@@ -167,19 +180,23 @@ def split(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Cost:
     )
 
 
-def _adapter_size(shape: LlamaConfig, config: Any) -> int:
+def matrix_shapes(shape: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of a block's matrices."""
     q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
-    widths = {
-        "q_proj": (shape.dim, q),
-        "k_proj": (shape.dim, kv),
-        "v_proj": (shape.dim, kv),
-        "o_proj": (q, shape.dim),
-        "gate_proj": (shape.dim, shape.ffn_dim),
-        "up_proj": (shape.dim, shape.ffn_dim),
-        "down_proj": (shape.ffn_dim, shape.dim),
+    return {
+        "q_proj": (q, shape.dim),
+        "k_proj": (kv, shape.dim),
+        "v_proj": (kv, shape.dim),
+        "o_proj": (shape.dim, q),
+        "gate_proj": (shape.ffn_dim, shape.dim),
+        "up_proj": (shape.ffn_dim, shape.dim),
+        "down_proj": (shape.dim, shape.ffn_dim),
     }
-    adapted = [name for name in LINEARS if config.lora.matches(name)]
-    return shape.n_layers * config.lora.rank * sum(sum(widths[name]) for name in adapted)
+
+
+def _adapter_size(shape: LlamaConfig, config: Any) -> int:
+    adapted = [sum(widths) for name, widths in matrix_shapes(shape).items() if config.lora.matches(name)]
+    return shape.n_layers * config.lora.rank * sum(adapted)
 
 
 def dry_run(recipe: str, config: Any) -> dict[str, Any]:

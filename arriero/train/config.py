@@ -199,6 +199,9 @@ class SftConfig:
     """Run directory: config, metrics, checkpoints, report, and the trained adapter or model."""
     method: Literal["lora", "full"] = "lora"
     """Train a low-rank adapter, or every weight."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Hold the frozen matrices under an adapter in 8 or 4.5 bits a weight (QLoRA, arXiv 2305.14314), for less memory
+    and more time. Embeddings, head and norms stay as they are."""
     chat_template: PathText = ""
     """A template's name (chatml, llama2, llama3, llama3.1, or one of the model's own) or a .jinja file, which is saved
     with the result and used with it from then on; empty takes the model's own."""
@@ -215,6 +218,16 @@ class SftConfig:
     def __post_init__(self) -> None:
         settle(self)
         check(self.samples >= 0, f"samples is {self.samples}; it must be at least 0")
+        check(
+            self.quantize == "none" or self.method == "lora",
+            f"quantize is {self.quantize} and method {self.method}; only frozen weights are held in few bits: take "
+            "method lora, or leave quantize out",
+        )
+        check(
+            self.quantize == "none" or self.parallel.tp == 1,
+            f"quantize is {self.quantize} and tp is {self.parallel.tp}; a quantised matrix is whole on each process: "
+            "take dp_shard or dp_replicate instead of tp",
+        )
         check_together(self.optim, self.loop, self.parallel)
 
 

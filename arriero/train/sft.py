@@ -6,7 +6,6 @@ in PEFT's layout or `model/` in Hugging Face's.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from arriero.checkpoint.adapter import save_adapter
 from arriero.checkpoint.beside import NOTHING, Beside, read_beside
+from arriero.checkpoint.held import write_kind
 from arriero.checkpoint.hf import companions, save_hf
 from arriero.checkpoint.load import load_tokenizer_at, open_model
 from arriero.checkpoint.rows import check_rows
@@ -26,9 +26,10 @@ from arriero.data.sft_loader import SftLoader
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.parallelize import parallelize
-from arriero.model.build import build_model
+from arriero.model.build import empty_model
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
+from arriero.model.quantized import quantize_linears
 from arriero.model.scaling import DynamicScaling
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.files import save_template
@@ -64,12 +65,14 @@ class SftRun:
 
     def summary(self) -> str:
         """What is about to happen, in a few lines."""
-        trained = sum(p.numel() for p in self.trainer.parameters.values())
-        total = sum(p.numel() for p in self.model.parameters())
-        config, rows = self.config, self.loader.rows_in_epoch(0)
+        config, trained = self.config, sum(p.numel() for p in self.trainer.parameters.values())
+        total = self.model.config.n_params + (trained if config.method == "lora" else 0)
+        rows = self.loader.rows_in_epoch(0)
         held_out = 0 if self.validation is None else len(self.validation)
+        held = "" if config.quantize == "none" else f" held in {config.quantize}"
         return (
-            f"{config.model}: {config.method}, {trained:,} of {total:,} parameters trained ({config.loop.precision})\n"
+            f"{config.model}{held}: {config.method}, {trained:,} of {total:,} parameters trained "
+            f"({config.loop.precision})\n"
             f"{len(self.training):,} examples, {rows:,} rows of {config.data.seq_len:,} tokens; {held_out:,} held out\n"
             f"{self.trainer.total_steps:,} steps of {config.loop.batch_rows} rows -> {config.out}"
             + warmup_note(config.optim, self.trainer.total_steps)
@@ -107,18 +110,21 @@ class SftRun:
         if model is None:
             return directory
         if config.method == "lora":
-            save_adapter(model, directory, config.lora, config.model, functools.partial(save_template, self.tokenizer))
+            save_adapter(model, directory, config.lora, config.model, self._save_beside)
         else:
             save_hf(model, directory, self.tokenizer, dtype=DTYPES[config.loop.precision], beside=self.beside)
         return directory
 
+    def _save_beside(self, directory: Path) -> None:
+        """What belongs to an adapter: the template that it was trained with, and how its base was held."""
+        save_template(self.tokenizer, directory)
+        if self.config.quantize != "none":
+            write_kind(directory, self.config.quantize)
+
     def _whole(self) -> Llama | None:
         """The model as it is now, on process 0."""
-        lora = self.config.lora if self.config.method == "lora" else None
-        shape = self.model.config
-        return self.trainer.engine.whole_model(
-            lambda: add_lora(build_model(shape), lora) if lora else build_model(shape)
-        )
+        shape, dtype = self.model.config, DTYPES[self.config.loop.precision]
+        return self.trainer.engine.whole_model(lambda: adapted(empty_model(shape).to(dtype), self.config))
 
 
 def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftRun:
@@ -144,8 +150,7 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
         )
     loader = SftLoader(training, config.data.seq_len, loop.seed, config.data.packing)
     steps = loop.steps or max(1, math.ceil(loop.epochs * loader.rows_in_epoch(0) / loop.batch_rows))
-    if config.method == "lora":
-        add_lora(model, config.lora)
+    adapted(model, config)
     model.set_compute_dtype(DTYPES[loop.precision]).train()
     compiled = compiles(loop, steps * loop.batch_rows * config.data.seq_len)
     values = first_values(weights.part, loop.seed)
@@ -170,6 +175,13 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     out = Path(config.out)
     trainer = Trainer(engine, next_token(), batches, steps, loop, config.optim, out, validate, companions=files)
     return SftRun(config, model, tokenizer, training, validation, loader, trainer, beside)
+
+
+def adapted(model: Llama, config: SftConfig) -> Llama:
+    """The model with what is trained in it: its base held as told, and an adapter; in place."""
+    if config.quantize != "none":
+        quantize_linears(model, config.quantize)
+    return add_lora(model, config.lora) if config.method == "lora" else model
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,9 @@ from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig, Qwen3Config
 from arriero.model.initial import initial_adapter, initial_weight, whole
 from arriero.model.llama import Llama
-from arriero.model.lora import add_lora
+from arriero.model.lora import add_lora, lora_state
 from arriero.model.lora_config import LoraConfig
+from arriero.model.quantized import quantize_linears
 from arriero.optim.build import decay_groups
 from arriero.train.objectives import next_token
 from helpers.objectives import mixed, mixed_row
@@ -63,6 +64,7 @@ class Case:
     dropout: float = 0.0
     micro_batches: int = MICRO_BATCHES
     mixed: bool = False  # an objective with several denominators
+    quantize: str = ""  # how the base under an adapter is held
 
     def name(self) -> str:
         """As a file may be called."""
@@ -119,8 +121,10 @@ def toy_model(case: Case) -> Llama:
     if model.device.type != "meta":
         model.init_weights(std=0.1, seed=1)
     if case.lora:
+        if case.quantize:
+            quantize_linears(model, case.quantize)
         add_lora(model, LoraConfig(rank=3, dropout=case.dropout), seed=2)
-        for name, p in model.named_parameters():
+        for name, p in lora_state(model).items():
             if ".lora_B." in name and not p.is_meta:
                 p.data.copy_(toy_values(name, p.shape, whole(p.shape)))
     return model.set_compute_dtype(getattr(torch, case.dtype)).train()

@@ -3,8 +3,18 @@ import torch
 
 from arriero.errors import ConfigError
 from arriero.model.config import LlamaConfig
+from arriero.model.linear import densify
 from arriero.model.llama import Llama
-from arriero.model.lora import LoraLinear, add_lora, lora_state, merge_lora, merged_copy
+from arriero.model.lora import (
+    LoraLinear,
+    adapters,
+    add_lora,
+    lora_state,
+    merged_copy,
+    plain_name,
+    use_adapter,
+    using_adapter,
+)
 from arriero.model.lora_config import LINEARS, LoraConfig
 
 CONFIG = LlamaConfig(dim=44, n_layers=2, n_heads=11, n_kv_heads=11, ffn_dim=29, vocab_size=101, max_context=64)
@@ -28,9 +38,10 @@ def test_a_fresh_adapter_changes_nothing():
 
 def test_only_the_adapter_is_trained_and_the_base_keeps_its_names():
     model = adapted()
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    names = {plain_name(n): p.requires_grad for n, p in model.named_parameters()}
+    trained = {n for n, wanted in names.items() if wanted}
     assert trained == lora_state(model).keys()
-    assert Llama(CONFIG).state_dict().keys() <= model.state_dict().keys()
+    assert dict(Llama(CONFIG).named_parameters()).keys() == names.keys() - trained
     assert len(trained) == 2 * len(LINEARS) * CONFIG.n_layers
 
 
@@ -47,7 +58,7 @@ def test_merged_equals_adapted(rslora):
     torch.testing.assert_close(copy(TOKENS), with_adapter, atol=1e-4, rtol=1e-4)
     assert any(isinstance(m, LoraLinear) for m in model.modules()), "merged_copy must leave the model as it was"
     assert copy.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    torch.testing.assert_close(merge_lora(model)(TOKENS), with_adapter, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(densify(model)(TOKENS), with_adapter, atol=1e-4, rtol=1e-4)
     assert not lora_state(model)
 
 
@@ -69,5 +80,67 @@ def test_an_unknown_target_is_refused():
 
 
 def test_a_second_adapter_is_refused():
-    with pytest.raises(ConfigError, match="carries an adapter already"):
+    with pytest.raises(ConfigError, match=r"carries an adapter 'default' already; merge it first"):
         add_lora(adapted(), LoraConfig())
+
+
+# -- several adapters ----------------------------------------------------------------------------------------------
+
+
+def randomise(model: Llama, name: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in lora_state(model, name).values():
+            p.normal_(0, 0.3, generator=generator)
+
+
+def test_of_several_adapters_the_chosen_one_acts_as_if_it_were_alone():
+    configs = {
+        "chat": LoraConfig(rank=3),
+        "code": LoraConfig(rank=5, alpha=7.0, targets=("q_proj", "down_proj")),
+    }
+    alone = {}
+    for seed, (name, config) in enumerate(configs.items()):
+        model = add_lora(Llama(CONFIG).init_weights(std=0.2, seed=3), config, name=name)
+        randomise(model, name, seed)
+        alone[name] = model(TOKENS)
+    stack = Llama(CONFIG).init_weights(std=0.2, seed=3)
+    base = stack(TOKENS)
+    for seed, (name, config) in enumerate(configs.items()):
+        add_lora(stack, config, name=name)
+        randomise(stack, name, seed)
+    assert adapters(stack) == ["chat", "code"]
+    for name, expected in alone.items():
+        use_adapter(stack, name)
+        torch.testing.assert_close(stack(TOKENS), expected, rtol=0, atol=0)
+        torch.testing.assert_close(merged_copy(stack)(TOKENS), expected, rtol=1e-4, atol=1e-4)
+    with using_adapter(stack, None):
+        torch.testing.assert_close(stack(TOKENS), base, rtol=0, atol=0)
+        torch.testing.assert_close(merged_copy(stack)(TOKENS), base, rtol=0, atol=0)
+    torch.testing.assert_close(stack(TOKENS), alone["code"], rtol=0, atol=0)  # as before the block
+
+
+def test_each_sequence_of_a_batch_may_have_an_adapter_of_its_own():
+    model = add_lora(Llama(CONFIG).init_weights(std=0.2, seed=3), LoraConfig(rank=3), name="a")
+    add_lora(model, LoraConfig(rank=2, targets=("o_proj",)), name="b")
+    randomise(model, "a", 1)
+    randomise(model, "b", 2)
+    rows = torch.randint(0, CONFIG.vocab_size, (5, 7), generator=torch.Generator().manual_seed(0))
+    chosen = ["b", None, "a", "b", "a"]
+    with using_adapter(model, chosen):
+        together = model(rows)
+        with pytest.raises(ValueError, match="each sequence has an adapter of its own"):
+            merged_copy(model)
+    for row, name, found in zip(rows, chosen, together, strict=True):
+        with using_adapter(model, name):
+            torch.testing.assert_close(found, model(row[None])[0], rtol=1e-3, atol=1e-4)
+
+
+def test_an_adapter_that_is_not_there_is_refused_by_name():
+    model = adapted()
+    with pytest.raises(ConfigError, match="carries no adapter 'chat'; it has default"):
+        use_adapter(model, "chat")
+    with pytest.raises(ConfigError, match="carries no adapter 'b'"):
+        use_adapter(model, ["default", "b"])
+    with pytest.raises(ConfigError, match=r"'a\.b'.*letters, digits"):
+        add_lora(model, LoraConfig(), name="a.b")

@@ -1,0 +1,78 @@
+"""The linear of the model, and the one way in which others take its place.
+
+What may stand where a `Linear` stood is a `Product`: a quantised weight (quantized.py), a linear with adapters
+(lora.py), a quantised weight with adapters. Each can say which dense matrix it multiplies by, so that it can be merged,
+exported, or handed to a program that knows plain linears only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@runtime_checkable
+class Product(Protocol):
+    """y = x W^T for some W [out, in], however it is held."""
+
+    in_features: int
+    out_features: int
+
+    def dense(self) -> Tensor:
+        """W, in the type that it is computed from: what a plain linear in this one's place would hold."""
+
+
+class Linear(nn.Linear):
+    """y = x W^T, without bias, computed in the type of x; W [out, in] may be stored in a wider one."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def dense(self) -> Tensor:
+        """W itself."""
+        return self.weight.detach()
+
+
+def named_products(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linears of the decoder by their names, whatever stands in their place; not the head."""
+    head = getattr(model, "head", None)
+    inside: tuple[str, ...] = ()
+    module: nn.Module
+    for name, module in model.named_modules():
+        if isinstance(module, Product) and module is not head and not name.startswith(inside or ("\0",)):
+            inside = (*inside, name + ".")
+            yield name, model.get_submodule(name)
+
+
+def replace_linears(model: M, replace: Callable[[str, nn.Module], nn.Module | None]) -> M:
+    """Put `replace(name, linear)` where each linear of the decoder stands, in place, but where that is None."""
+    for name, module in list(named_products(model)):
+        if (other := replace(name, module)) is not None:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, other)
+    return model
+
+
+@torch.no_grad()
+def densify(model: M) -> M:
+    """Give every linear of the decoder its dense weight, in place: adapters folded, quantised weights rounded."""
+    return replace_linears(model, lambda _, module: None if type(module) is Linear else plain(module))
+
+
+@torch.no_grad()
+def plain(module: nn.Module) -> Linear:
+    """A plain linear that multiplies by what `module` does."""
+    assert isinstance(module, Product)
+    with torch.device("meta"):
+        linear = Linear(module.in_features, module.out_features)
+    linear.weight = nn.Parameter(module.dense(), requires_grad=False)
+    return linear
