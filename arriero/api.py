@@ -1,7 +1,7 @@
-"""The route for Python: what `arriero pretrain`, `sft` and `eval` do, with settings as keywords.
+"""The Python interface: what `arriero pretrain`, `sft` and `eval` do, with settings as keywords.
 
 Settings are the fields of the configuration, by short name (`lr=1e-4`) or with their section written as
-`**{"optim.lr": 1e-4}`. Whoever has a configuration already calls the recipe's own `main(config)`.
+`**{"optim.lr": 1e-4}`. With a complete configuration, call the recipe's own `main(config)`.
 """
 
 from __future__ import annotations

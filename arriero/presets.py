@@ -1,6 +1,6 @@
 """Named configurations: plain functions that return one, to copy (`arriero cp`), run, or change in Python.
 
-Where a preset follows a published setting, its docstring says whose. torchtune counts unpacked examples in a
+Where a preset follows a published setting, its docstring names the source. torchtune counts unpacked examples in a
 batch; rows here are packed, so the same number of rows holds more examples.
 """
 

@@ -127,22 +127,9 @@ def read_beside(source: Path, *, same_model: bool = False, warn: bool = True) ->
     are not carried over, and token ids that differ.
     """
     if source.is_file():
-        metadata = read_metadata(source)
-        generation = {name: _decimal(metadata[key]) for key, name in SAMPLING_KEYS.items() if key in metadata}
-        if "temperature" in generation:
-            generation["do_sample"] = generation["temperature"] > 0
-        _check_numbers(source, generation)
-        return Beside(generation, general={k: v for k, v in metadata.items() if _describes(k)})
+        return _beside_in_gguf(source)
     config = read_json(source / "config.json") if (source / "config.json").is_file() else {}
-    if (source / GENERATION).is_file():
-        generation = read_json(source / GENERATION)
-    else:
-        generation = {name: config[name] for name in (*IDS, *_GENERATION_ENTRIES) if config.get(name) is not None}
-        config = {name: value for name, value in config.items() if name not in _GENERATION_ENTRIES}
-    generation = {name: value for name, value in generation.items() if name != "_from_model_config"}
-    for name in IDS:
-        _check_ids(source, name, generation.get(name))
-    _check_numbers(source, generation)
+    generation, config = _generation(source, config)
     if warn:
         _warn_of_ids(source, generation, config)
         if untrue := [name for name in _UNTRUE if config.get(name)]:
@@ -155,6 +142,29 @@ def read_beside(source: Path, *, same_model: bool = False, warn: bool = True) ->
             _check_ids(source, name, config[name])
             generation[name] = config[name]
     return Beside(generation, further, _files(source, same_model, warn), _tokenizer_entries(source / TOKENIZER))
+
+
+def _beside_in_gguf(source: Path) -> Beside:
+    metadata = read_metadata(source)
+    generation = {name: _decimal(metadata[key]) for key, name in SAMPLING_KEYS.items() if key in metadata}
+    if "temperature" in generation:
+        generation["do_sample"] = generation["temperature"] > 0
+    _check_numbers(source, generation)
+    return Beside(generation, general={k: v for k, v in metadata.items() if _describes(k)})
+
+
+def _generation(source: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The checked generation settings of a directory, and the entries of `config` that are none of them."""
+    if (source / GENERATION).is_file():
+        generation = read_json(source / GENERATION)
+    else:
+        generation = {name: config[name] for name in (*IDS, *_GENERATION_ENTRIES) if config.get(name) is not None}
+        config = {name: value for name, value in config.items() if name not in _GENERATION_ENTRIES}
+    generation = {name: value for name, value in generation.items() if name != "_from_model_config"}
+    for name in IDS:
+        _check_ids(source, name, generation.get(name))
+    _check_numbers(source, generation)
+    return generation, config
 
 
 def warn_of_losses(source: Path, beside: Beside, to: str) -> None:

@@ -42,25 +42,17 @@ def read_scaling(fields: Fields, config: LlamaConfig, factors: Tensor | None) ->
 
     fields: the architecture's entries of the metadata. config: the shape. factors: the `rope_freqs` tensor, if any.
     """
-    kind = fields.get("rope.scaling.type", "linear")  # as a file of old converters says nothing, but has the factor
+    kind = fields.get("rope.scaling.type", "linear")  # old converters write the factor only
     if kind not in ("none", "linear", "yarn"):
         raise CheckpointError(
             f"{fields.file}: RoPE scaling {shown(kind)}; computed here are 'linear', 'yarn' and Llama 3.1's: take "
             "another model, or run this one with llama.cpp"
         )
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 0.0)) if kind != "none" else 1.0
-    factor = shortest(factor) or 1.0  # 0 is llama.cpp's word for none
+    factor = shortest(factor) or 1.0  # 0 means none in llama.cpp
     attention = shortest(fields.number("rope.scaling.attn_factor", 1.0))
-    odd = [key for key, neutral in _NEUTRAL.items() if fields.number(f"rope.scaling.{key}", neutral) != neutral]
     by_table = factors is not None and bool((factors != 1).any())
-    if odd or (attention != 1 and kind != "yarn") or (by_table and (factor != 1 or kind == "yarn")):
-        values = [f"rope.scaling.{key} {fields[f'rope.scaling.{key}']}" for key in odd]
-        raise CheckpointError(
-            f"{fields.file}: RoPE is scaled by "
-            + ", ".join([kind, f"factor {factor:g}", f"attn_factor {attention:g}", *values])
-            + (f" and by {ROPE_FREQS}" if by_table else "")
-            + ", which is not computed here: take another model, or run this one with llama.cpp"
-        )
+    _check_computed(fields, kind, factor, attention, by_table)
     if factors is not None and by_table:
         return _from_factors(fields, config, factors)
     if factor == 1 and attention == 1:
@@ -69,6 +61,19 @@ def read_scaling(fields: Fields, config: LlamaConfig, factors: Tensor | None) ->
         return LinearScaling(factor)
     original = fields.whole("rope.scaling.original_context_length", config.max_context)
     return YarnScaling(factor, original, attention * yarn_attention(factor))
+
+
+def _check_computed(fields: Fields, kind: str, factor: float, attention: float, by_table: bool) -> None:
+    """Refuse a combination of settings that is not computed here. by_table: a `rope_freqs` tensor scales too."""
+    odd = [key for key, neutral in _NEUTRAL.items() if fields.number(f"rope.scaling.{key}", neutral) != neutral]
+    if odd or (attention != 1 and kind != "yarn") or (by_table and (factor != 1 or kind == "yarn")):
+        values = [f"rope.scaling.{key} {fields[f'rope.scaling.{key}']}" for key in odd]
+        raise CheckpointError(
+            f"{fields.file}: RoPE is scaled by "
+            + ", ".join([kind, f"factor {factor:g}", f"attn_factor {attention:g}", *values])
+            + (f" and by {ROPE_FREQS}" if by_table else "")
+            + ", which is not computed here: take another model, or run this one with llama.cpp"
+        )
 
 
 def scaling_entries(source: Path, config: LlamaConfig, by_factors: bool) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def load_chosen(config: GenerateConfig | ChatConfig) -> tuple[Llama, Tokenizer]:
 
 
 def sampling_for(config: GenerateConfig | ChatConfig, otherwise: SamplingConfig) -> SamplingConfig:
-    """How to sample: as the flags say, else as the model's own generation settings, else as `otherwise` says."""
+    """How to sample: by the flags, else by the model's own generation settings, else by `otherwise`."""
     source = resolve(config.model)
     own = read_beside(source, warn=False).generation
     if unused := unused_settings(own):
@@ -102,7 +102,7 @@ class Screen:
         say(piece, end="")
 
     def messages(self) -> Iterator[str]:
-        """What the user says, message by message, until the input ends."""
+        """The user's messages, until the input ends."""
         if self.typed:
             import readline  # noqa: F401  gives `input` editing, history and pasting of several lines
         while True:

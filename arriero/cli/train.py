@@ -58,9 +58,9 @@ def start(recipe: str, config: Any) -> None:
 
 
 def finish(outcome: Any) -> None:
-    """End the process as what interrupted the training asks for, if anything did.
+    """End the process with the status of the signal that interrupted the training, if any did.
 
-    Raises `TrainingError` where what was trained gives no finite loss, so that no script goes on with it.
+    Raises `TrainingError` where the trained model has no finite loss, so that no script continues with it.
     """
     if outcome is None:
         return

@@ -33,13 +33,13 @@ from arriero.system.cpp import load_cpp
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the rules know of a batch.
+    """The analysis of a batch that the rules work on.
 
-    documents: int64 [D + 1], where each text begins in the joined characters. words.hash is of the characters as they
-    stand; `folded`, uint64 [W], is of the word in lower case without accents and punctuation, its digits as one "0",
-    and 0 for a word with nothing left. Lines end at each "\\n" (an empty line is a line); paragraphs at two or more
-    of them, after white space is taken off both ends of the document. alphanumeric: int64 [D], characters for which
-    `str.isalnum` holds.
+    documents: int64 [D + 1], where each text begins in the joined characters. words.hash is of the unchanged
+    characters; `folded`, uint64 [W], is of the word in lower case without accents and punctuation, its digits as one
+    "0", and 0 for a word with nothing left. Lines end at each "\\n" (an empty line is a line); paragraphs at two or
+    more of them, after white space is taken off both ends of the document. alphanumeric: int64 [D], characters for
+    which `str.isalnum` holds.
     """
 
     texts: list[str]

@@ -45,9 +45,9 @@ class Batch:
         return self if same else Batch([self.documents[i] for i in alive], self.is_code)
 
     def after(self, result: Result, alive: Sequence[int]) -> tuple[Batch, list[int]]:
-        """The batch as a step leaves it, given what that said of the documents `alive`, and which of those still are.
+        """The batch after a step with these verdicts on the documents `alive`, and which of those are kept.
 
-        While texts stay as they are, dropped documents stay too, so that the analysis holds for the next rule.
+        As long as no text changes, dropped documents stay in the batch, so that its analysis remains valid.
         """
         left = [i for i, (_, reason) in zip(alive, result, strict=True) if reason is None]
         documents = list(self.documents)
@@ -60,7 +60,7 @@ class Batch:
 
 
 def run_step(step: Any, batch: Batch, alive: Sequence[int]) -> Result:
-    """What a step of any of the first three forms says of the documents `alive` of a batch."""
+    """The verdicts of a step of any of the first three forms on the documents `alive` of a batch."""
     if hasattr(step, "run"):
         return step.run(batch.only(alive))
     if hasattr(step, "judge"):

@@ -131,7 +131,7 @@ def _characters(which: str) -> NDArray[np.bool_]:
 
 
 def _members(ranges: str) -> NDArray[np.bool_]:
-    """Whether each code point lies in one of the hexadecimal ranges."""
+    """Whether each code point is in one of the hexadecimal ranges."""
     mask = np.zeros(LIMIT, bool)
     for part in ranges.split():
         low, _, high = part.partition("-")

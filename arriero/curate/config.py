@@ -145,7 +145,7 @@ class CurateConfig:
         return made[name]() if name in made else getattr(self, name.replace("-", "_"))
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide the output's bytes: all but where it lies and who works, and unused steps'
+        """The settings that the output's bytes depend on: all but directory and executor, and without unused steps'
         tables."""
         from arriero.settings import to_dict
 

@@ -84,7 +84,7 @@ def _without_depth(page: bytes, deepest: int) -> bytes:
 
 
 def _close(open_: list[bytes], name: bytes, walls: frozenset[bytes]) -> None:
-    """Close an element and what stands open within it, unless a wall stands between."""
+    """Close an element and those open within it, unless one of `walls` is between them."""
     for i in range(len(open_) - 1, -1, -1):
         if open_[i] == name:
             del open_[i:]

@@ -25,7 +25,7 @@ SINGLE_BYTE = re.compile("cp(?:125|4|8)|iso8859|koi8|mac|x-user")
 
 
 class Decoded(NamedTuple):
-    """A text, and the share of its characters outside ASCII that stand for bytes which fit nowhere."""
+    """A text, and the fraction of its non-ASCII characters that replace undecodable bytes."""
 
     text: str
     broken: float
@@ -33,10 +33,10 @@ class Decoded(NamedTuple):
 
 @cache
 def codec_of(label: str) -> codecs.CodecInfo | None:
-    """The codec that a label means; None for a label of nothing known.
+    """The codec of a label; None for an unknown label.
 
-    The standard refuses some (ISO-2022-KR, HZ), for they can hide scripts, which are no matter here: they are read
-    where Python can, as are labels that Python alone knows.
+    The standard refuses some (ISO-2022-KR, HZ), because they can hide scripts, which does not matter here: they are
+    decoded if Python can, as are labels that only Python knows.
     """
     label = label.strip("\"'\t\n\f\r ")
     try:
@@ -65,7 +65,7 @@ def decode(data: bytes, codec: codecs.CodecInfo) -> Decoded:
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:
-    """What stands for the bytes that a codec cannot decode, and where it goes on."""
+    """The replacement for bytes that a codec cannot decode, and the position at which it continues."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     data, at, encoding = error.object, error.start, error.encoding
@@ -88,7 +88,7 @@ def _replaced(error: UnicodeError) -> tuple[str, int]:
 
 
 def _not_ascii(data: bytes) -> int:
-    """How many bytes stand before the first of ASCII."""
+    """The number of bytes before the first ASCII one."""
     return next((i for i, byte in enumerate(data) if byte < 0x80), len(data))
 
 

@@ -48,8 +48,7 @@ FORMAT = 1  # of the work directory and manifest
 
 
 def curate(config: CurateConfig, console: Console | None = None) -> Json:
-    """Curate the sources into `config.out`, or go on where an earlier run of the same plan ended; returns the
-    manifest."""
+    """Curate the sources into `config.out`, or resume an earlier run of the same plan; returns the manifest."""
     console = console or notes()
     if not config.sources:
         raise ConfigError("no sources; give files, directories, 'stdlib' or Hub data set ids")
@@ -116,7 +115,7 @@ class CurationRun:
         return manifest
 
     def _directory(self, number: int) -> Path:
-        """Where a stage's parts lie; -1 is what was read from the sources."""
+        """The directory of a stage's parts; stage -1 is what was read from the sources."""
         return self.work / ("read" if number < 0 else f"stage-{number:02d}")
 
     def _read(self, files: Sequence[SourceFile]) -> Json:
@@ -241,12 +240,12 @@ class CurationRun:
 
 
 def is_below(path: Path, directory: Path) -> bool:
-    """Whether a file lies in a directory; links are not followed."""
+    """Whether a file is in a directory; links are not followed."""
     return os.path.abspath(path).startswith(os.path.abspath(directory) + os.sep)
 
 
 def parts_in(directory: Path) -> str:
-    """How many parts a directory holds by now: one large file is one piece of work, and its bar stands still."""
+    """The number of parts in a directory: progress within one large file, which is a single task."""
     return f", {len(os.listdir(directory)) // 2 if directory.exists() else 0:,} parts"  # a part is two files
 
 

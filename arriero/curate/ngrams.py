@@ -36,7 +36,7 @@ def top_ngram(hashes: NDArray[np.uint64], lengths: Int, first: Int, sizes: tuple
 def duplicate_ngrams(hashes: NDArray[np.uint64], lengths: Int, first: Int, sizes: tuple[int, ...]) -> Int:
     """Characters in n-grams seen before, without overlap, reading from left to right, spaces excluded: [G, sizes].
 
-    After a repeated n-gram reading goes on behind it, so nothing counts twice. sizes: ascending. (The same table.)
+    After a repeated n-gram, counting continues behind it, so nothing counts twice. sizes: ascending. (The same table.)
     """
     return _count("duplicate_ngrams", _duplicate_slowly, hashes, lengths, first, sizes)
 

@@ -69,7 +69,7 @@ def versions() -> dict[str, str]:
 
 
 def refuse_other_plan(out: Path, old: Json, new: Json) -> None:
-    """Raise ConfigError where a directory was begun with other settings, sources or versions; it says which."""
+    """Raise ConfigError where a directory was begun with other settings, sources or versions, naming them."""
     changed = list(_differences(old["config"], new["config"]))
     changed += [f"the content of {path}" for path in new["inputs"] if old["inputs"].get(path) != new["inputs"][path]]
     if old["sources_sha256"] != new["sources_sha256"]:

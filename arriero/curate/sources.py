@@ -81,7 +81,7 @@ NOT_LIBRARY = frozenset(
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source. `name` says which, in documents' ids: without the directories above what the user named."""
+    """One file of a source. `name` identifies it in documents' ids: its path below what the user named."""
 
     path: Path
     name: str
@@ -116,7 +116,8 @@ def read_documents(
 ) -> Iterator[Document]:
     """Stream the documents of the sources, in order.
 
-    A row or file that cannot be used raises DataError; with `on_error` that gets the error, and reading goes on.
+    A row or file that cannot be used raises DataError; with `on_error`, that is called with the error and reading
+    continues.
     """
     files = list_files(sources)
     for document, _ in read_from(files, START, Reading(text_key, html), on_error=on_error):
@@ -131,7 +132,7 @@ def read_from(
     on_error: Callable[[DataError], object] | None = None,
     on_passed: Callable[[PassedOver], object] = lambda passed: None,
 ) -> Iterator[tuple[Document, Position]]:
-    """Stream the documents after `start`, each with the position at which reading goes on after it.
+    """Stream the documents after `start`, each with the position to resume from after it.
 
     on_passed: gets each record of a web archive that is no document.
     """
@@ -313,9 +314,9 @@ def python_files(root: Path, skipped: frozenset[str] = SKIPPED_DIRECTORIES) -> I
 def walk(
     root: Path, skipped: frozenset[str], is_whole: Callable[[Path], bool] = lambda directory: False
 ) -> Iterator[Path]:
-    """What is no directory below `root`; hidden paths and directories of the names `skipped` are left out.
+    """Everything below `root` that is no directory; hidden paths and directories of the names `skipped` are left out.
 
-    Links to directories, and directories that are one thing as a whole, come themselves, not what lies in them.
+    Links to directories, and directories that count as one item, are yielded themselves, not their contents.
     """
     for path in root.iterdir():
         if path.name.startswith("."):
@@ -390,16 +391,7 @@ def _from_row(row: dict[str, Any], file: SourceFile, record: Record, text_key: s
         )
     if not isinstance(text, str):
         raise DataError(f"{where}: {text_key!r} is of type {type(text).__name__}; it must be a text")
-    meta = rest.pop("meta", None) or {}
-    if isinstance(meta, str):  # how curated shards hold it
-        try:
-            meta = as_row(json.loads(meta), file.path, number)
-        except ValueError:  # DataError is one
-            meta = {"meta": meta}
-        except RecursionError as error:
-            raise DataError(f"{where}: {TOO_DEEP}") from error
-    elif not isinstance(meta, dict):
-        meta = {"meta": meta}
+    meta = _meta(rest.pop("meta", None) or {}, file.path, number)
     named = {key: _word(rest.pop(key, None)) for key in OWN}
     return Document(
         valid(text),
@@ -409,6 +401,18 @@ def _from_row(row: dict[str, Any], file: SourceFile, record: Record, text_key: s
         named["date"],
         _plain({**{key: value for key, value in rest.items() if value is not None}, **meta}, where),
     )
+
+
+def _meta(value: Any, path: Path, number: int) -> dict[str, Any]:
+    """The column `meta` as an object; curated shards hold it as JSON in a string."""
+    if isinstance(value, str):
+        try:
+            return as_row(json.loads(value), path, number)
+        except ValueError:  # DataError is one
+            return {"meta": value}
+        except RecursionError as error:
+            raise DataError(f"row {number} of {path}: {TOO_DEEP}") from error
+    return value if isinstance(value, dict) else {"meta": value}
 
 
 def _decoded(value: Any, key: str, where: str) -> Any:

@@ -104,6 +104,6 @@ def hash_text(text: str) -> int:
 
 
 def pointer(array: NDArray[Any]) -> ctypes.c_void_p:
-    """Where a contiguous array lies, for C++; the array lives as long as the pointer."""
+    """The address of a contiguous array, for C++; the pointer keeps the array alive."""
     assert array.flags.c_contiguous
     return array.ctypes.data_as(ctypes.c_void_p)

@@ -44,7 +44,7 @@ ERRORS_SHOWN = 20
 
 
 def read_unit(config: CurateConfig, directory: Path, number: int, files: Sequence[SourceFile]) -> None:
-    """Read some source files into parts named NUMBER-0, NUMBER-1, ...; goes on behind the last that is there."""
+    """Read some source files into parts named NUMBER-0, NUMBER-1, ...; resumes after the last one that exists."""
     one_thread()
     position, part = START, 0
     while (record := directory / f"{number:06d}-{part:06d}.json").exists():
@@ -218,7 +218,7 @@ def _collect(step: Any, name: str, documents: list[Document], row: int, code_sou
 
 
 def split(documents: Sequence[Document], code_sources: Sequence[str]) -> dict[str, list[int]]:
-    """Where prose and source code stand among the documents."""
+    """The indices of prose and of source code among the documents."""
     places: dict[str, list[int]] = {}
     for i, document in enumerate(documents):
         places.setdefault("code" if document.source in code_sources else "prose", []).append(i)
@@ -236,7 +236,7 @@ def reduce_range(config: CurateConfig, name: str, keys: Sequence[KeyFile], piece
 
 
 def decision_path(directory: Path, number: int) -> Path:
-    """Where the decisions on one range lie."""
+    """The file of the decisions on one range."""
     return directory / "decisions" / f"{number:06d}.npy"
 
 

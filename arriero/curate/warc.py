@@ -41,7 +41,7 @@ class Content(NamedTuple):
 def content_of(record: Any) -> Content | PassedOver:
     """The content of a fastwarc record whose HTTP is not parsed yet.
 
-    Raises `DataError`, without the place, where it is cut, too long, or not packed as it says.
+    Raises `DataError`, without the place, where it is truncated, too long, or not compressed as declared.
     """
     type_ = str(record.record_type)
     if record.headers.get("Content-Length") is None:  # it has to have one; this header is cut
@@ -93,10 +93,10 @@ HEADER = re.compile(rb"([!#-'*+.^-z|~\w-]+)[ \t]*:")
 
 
 def parse_http(data: bytes) -> tuple[int | None, dict[str, str], bytes]:
-    """The status (None where no line says it), the headers by their names in lower case, and the body of a response.
+    """The status (None without a status line), the headers by their names in lower case, and the body of a response.
 
-    Of headers that stand more than once the last counts, but encodings are joined. What begins neither with a status
-    nor with a header is all body.
+    Of repeated headers the last counts, but encodings are joined. Data that begin neither with a status nor with a
+    header are all body.
     """
     status = STATUS.match(data)
     if status is None and HEADER.match(data) is None:
@@ -125,7 +125,7 @@ MARKS = (b"\xef\xbb\xbf", b"\xfe\xff", b"\xff\xfe")
 
 
 def mime_type(said: str, data: bytes) -> tuple[str, str | None]:
-    """The type of some content and its encoding, by the header, or, where that says nothing, by its first bytes."""
+    """The type of some content and its encoding, by the header, or, without one, by its first bytes."""
     found, charset = MIME.match(said), CHARSET.search(said)
     kind = found[1].lower() if found else ""
     if kind in ("", "unknown/unknown", "application/unknown", "*/*"):

@@ -14,7 +14,7 @@ Extractor = Literal["resiliparse", "trafilatura"]
 
 
 def main_text(data: bytes, extractor: Extractor, where: str, charset: str | None = None) -> str:
-    """The main text of a page, without menus, headers and the like. charset: as the HTTP header says."""
+    """The main text of a page, without menus, headers and the like. charset: of the HTTP header."""
     try:
         page = flattened(decoded(data, charset, declaration(data)))
         if extractor == "trafilatura":

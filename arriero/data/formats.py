@@ -184,22 +184,32 @@ def _layout(row: RowDict) -> tuple[list[Any], set[str]]:
     used.add("history")
     for ask, answer in INSTRUCTED:
         if ask in row and answer in row:
-            beside = [name for name in BESIDE_INSTRUCTION if name in row and not _is_empty(row[name])][:1]
-            parts = [_text(row[name], name) for name in (ask, *beside)]
-            prompt = "\n\n".join(part for part in parts if not is_blank(part))
-            talk = [_said("user", _asked(prompt, ask)), _said("assistant", _text(row[answer], answer))]
-            return _history(row.get("history")) + talk, used | {ask, answer, *beside}
+            talk, columns = _instruction(row, ask, answer)
+            return _history(row.get("history")) + talk, used | columns
     for ask, answer in PAIRS:
         if ask in row and answer in row:
-            if isinstance(row.get("label"), bool):
-                raise DataError(
-                    "'label' says whether the answer is good, which fine-tuning does not learn; keep the good answers "
-                    "and remove the column"
-                )
-            asked = [_given(m) for m in _side("user", _asked(row[ask], ask), ask)]
-            talk = asked + _side("assistant", row[answer], answer)
-            return _history(row.get("history")) + talk, used | {ask, answer}
+            return _history(row.get("history")) + _pair(row, ask, answer), used | {ask, answer}
     raise _no_layout(row)
+
+
+def _instruction(row: RowDict, ask: str, answer: str) -> tuple[list[Any], set[str]]:
+    """Question and answer of a row in Alpaca's or Dolly's layout, and the columns that they come from."""
+    beside = [name for name in BESIDE_INSTRUCTION if name in row and not _is_empty(row[name])][:1]
+    parts = [_text(row[name], name) for name in (ask, *beside)]
+    prompt = "\n\n".join(part for part in parts if not is_blank(part))
+    talk = [_said("user", _asked(prompt, ask)), _said("assistant", _text(row[answer], answer))]
+    return talk, {ask, answer, *beside}
+
+
+def _pair(row: RowDict, ask: str, answer: str) -> list[Any]:
+    """The messages of a pair of a prompt and an answer, each a text or messages."""
+    if isinstance(row.get("label"), bool):
+        raise DataError(
+            "'label' says whether the answer is good, which fine-tuning does not learn; keep the good answers "
+            "and remove the column"
+        )
+    asked = [_given(m) for m in _side("user", _asked(row[ask], ask), ask)]
+    return asked + _side("assistant", row[answer], answer)
 
 
 def _given(message: Any) -> Any:
@@ -413,9 +423,14 @@ def _checked(message: dict[str, Any], unused: set[str]) -> dict[str, Any]:
             raise DataError("it has tool_calls, which only the assistant's messages may have; take them out")
         kept["tool_calls"] = calls
     is_trained(kept)
-    if content is None and calls:
-        return kept
-    if content is None and "function_call" in kept:
+    if content is not None or not calls:
+        _check_content(role, content, has_calls=bool(calls), older_calls="function_call" in kept)
+    return kept
+
+
+def _check_content(role: str, content: Any, has_calls: bool, older_calls: bool) -> None:
+    """Refuse content that is no text and no list of parts, and an answer without any."""
+    if content is None and older_calls:
         raise DataError(
             "it has a function_call, the older form; write it as tool_calls: "
             "[{type: function, function: {name, arguments}}]"
@@ -428,9 +443,8 @@ def _checked(message: dict[str, Any], unused: set[str]) -> dict[str, Any]:
     if isinstance(content, str) and PRINTED_PARTS.match(content):
         raise DataError("its content is a text of a list of parts; make it the list itself, or the text of the parts")
     text = content if isinstance(content, str) else "".join(part_texts(content))
-    if role == "assistant" and not calls and is_blank(text):
+    if role == "assistant" and not has_calls and is_blank(text):
         raise DataError("it is an empty answer; nothing to learn; write it or drop the row")
-    return kept
 
 
 def _is_kept(name: str, value: Any, unused: set[str]) -> bool:

@@ -47,7 +47,7 @@ from arriero.errors import DataError, check
 from arriero.io.limits import remedy
 from arriero.io.paths import as_path
 from arriero.io.records import Record, read_records
-from arriero.show.progress import progress
+from arriero.show.progress import Bar, progress
 from arriero.show.terminal import notes
 from arriero.system.pool import in_order
 from arriero.tokenizer.base import Tokenizer
@@ -300,25 +300,14 @@ def _shard(
     bos, eos = document_marks(encode.tokenizer)
     own = {"format": FORMAT, "tokenizer": encode.tokenizer.fingerprint, "bos": bos, "eos": eos}
     request = own | request | {"by_source": encode.by_source, "part_size": part_size}
-    workers = workers or os.cpu_count() or 1
-    before = np.cumsum([0, *sizes])
     try:
         with (
             ShardWriter(out, encode.tokenizer, request, encode.by_source) as writer,
             progress("sharding", sum(sizes) or None, console) as bar,
         ):
-            n_bytes = 0
             if not writer.state.complete:
                 chunks = chunked(items(Position(*writer.state.position)), part_size)
-                for chunk, result in in_order(encode, chunks, workers, "tokenising"):
-                    last = chunk.items[-1]
-                    writer.add(result.encoded, result.left_out, last.position)
-                    if chunk.ends_part:
-                        writer.commit()
-                    n_bytes += result.n_bytes
-                    bar.say(f"{n_bytes / 1e6 / bar.elapsed:.1f} MB/s of text")
-                    if sizes:
-                        bar.reach(float(before[last.position.file] + last.done * sizes[last.position.file]))
+                _write_chunks(writer, encode, chunks, workers or os.cpu_count() or 1, sizes, bar)
                 if refusal := _refusal(writer.state, encode):
                     writer.discard()
                     raise DataError(f"{out}: {refusal}")
@@ -332,6 +321,21 @@ def _shard(
         place = out if error.filename is None else error.filename  # a full disk comes without a name
         raise DataError(f"{place}: {error.strerror}; {remedy(error)}, and run again: it goes on from there") from error
     return {split: open_sources(out / split) for split in SPLITS if (out / split).is_dir()}
+
+
+def _write_chunks(
+    writer: ShardWriter, encode: Encode, chunks: Iterable[Chunk], workers: int, sizes: Sequence[int], bar: Bar
+) -> None:
+    """Encode chunks in worker processes, and write and commit them in their order."""
+    before, n_bytes = np.cumsum([0, *sizes]), 0
+    for chunk, result in in_order(encode, chunks, workers, "tokenising"):
+        last = chunk.items[-1]
+        writer.add(result.encoded, result.left_out, last.position)
+        if chunk.ends_part:
+            writer.commit()
+        n_bytes += result.n_bytes
+        bar.say(f"{n_bytes / 1e6 / bar.elapsed:.1f} MB/s of text")
+        bar.reach(float(before[last.position.file] + last.done * sizes[last.position.file]))
 
 
 def _refusal(state: State, encode: Encode) -> str:

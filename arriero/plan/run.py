@@ -44,7 +44,7 @@ PROBED = 3  # micro-batches timed, after one that compiles
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of a run. Memory in bytes, time in seconds; None where only a probe could tell."""
+    """The cost of a run. Memory in bytes, time in seconds; None where only a dry run could measure it."""
 
     parameters: int
     trained: int

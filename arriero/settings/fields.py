@@ -22,7 +22,7 @@ def field_paths(cls: Any) -> Iterator[str]:
 
 
 def field_docs(cls: Any) -> dict[str, str]:
-    """What the string under each field of a dataclass says, on one line."""
+    """The documentation string under each field of a dataclass, on one line."""
     docs: dict[str, str] = {}
     bases: list[Any] = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     for base in bases:

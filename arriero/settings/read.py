@@ -57,7 +57,7 @@ def _read(path: Path) -> tuple[str | None, dict[str, Any], str]:
 
 
 def _text(path: Path) -> str:
-    """What a file says, its lines ended by newlines, without a byte order mark."""
+    """The text of a file with lines ended by newlines, without a byte order mark."""
     try:
         data = path.read_bytes()
         if data.startswith(_UTF16) or b"\0" in data[:100]:

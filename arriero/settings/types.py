@@ -24,7 +24,7 @@ class Mismatch(Exception):
 
 
 def check_leaf(annotation: Any, value: Any) -> Any:
-    """`value` as a leaf of the annotated type, or `Mismatch`. A bool is no number; an int may stand for a float."""
+    """`value` as a leaf of the annotated type, or `Mismatch`. A bool is no number; an int is accepted as a float."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in _UNIONS:
         return _check_union(args, value)

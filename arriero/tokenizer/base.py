@@ -50,10 +50,10 @@ PrefixRule = Literal["never", "first", "always"]
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What a tokenizer's files say about the tokens that are added to its vocabulary.
+    """The tokens added to a vocabulary, as the tokenizer's files declare them.
 
     ids: every special token, by its text. words: added tokens that are not special, by their text. bos, eos, pad, unk:
-    the texts of those that have a role. stops: ids that the files say end a text, whatever token they are.
+    the texts of those that have a role. stops: ids that end a text according to the files, special or not.
     adds_bos: whether the family's own `encode` puts `bos` before a text.
     """
 
@@ -125,7 +125,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _token_table(self) -> list[bytes]:
-        """Return the bytes that each id stands for."""
+        """Return the bytes of each id."""
 
     @abstractmethod
     def _identity(self) -> bytes:
@@ -151,7 +151,7 @@ class Tokenizer(ABC):
 
     @property
     def begin_ids(self) -> list[int]:
-        """Ids that the family's own `encode` puts before a text: what a text that stands alone begins with."""
+        """Ids that the family's own `encode` puts before a text."""
         return [self.bos_id] if self.special.adds_bos and self.bos_id is not None else []
 
     @cached_property
@@ -249,13 +249,13 @@ class Tokenizer(ABC):
             yield match.start(), match.end(), self.control_ids[match[0]]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that an id stands for (special tokens: their text)."""
+        """Return the bytes of an id (of special tokens: their text)."""
         return self._bytes[token_id]
 
     def text_bytes(self, ids: Sequence[int] | NDArray[Any], total: int | None = None) -> NDArray[np.float64]:
-        """Bytes of text that each of `ids` stands for, [n]: what a loss over some of them is divided by.
+        """Bytes of text of each of `ids`, [n]: the denominators of bits per byte.
 
-        Special tokens are no text and have none; a token that ends within a character has its own bytes of it.
+        Special tokens have none; a token that ends within a character counts its own bytes of it.
         total: UTF-8 bytes of the text, where `ids` are all of one: then they sum to that. A space that the family put
         before the text does not count, and where the tokenizer changes the text (NFC, unknown characters) the tokens
         have their shares of it.
@@ -270,9 +270,9 @@ class Tokenizer(ABC):
         return sizes * (total / max(1.0, sizes.sum()))
 
     def lost(self, text: str) -> set[str]:
-        """The characters of a text that the vocabulary cannot say.
+        """The characters of a text that the vocabulary cannot represent.
 
-        Libraries drop the bytes that a vocabulary lacks, or put the token for unknown characters, and say nothing.
+        Libraries silently drop the bytes that a vocabulary lacks, or use the token for unknown characters.
         """
         if self._lacking is None or not self._lacking.search(utf8(text)):
             return set()
@@ -280,7 +280,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def _lacking(self) -> re.Pattern[bytes] | None:
-        """Bytes that no id stands for alone: only a character with one of them can be lost."""
+        """Bytes without a token of their own: only a character with one of them can be lost."""
         alone = {token for token in self._bytes if len(token) == 1}
         lacking = [re.escape(b) for b in map(bytes, zip(range(256), strict=True)) if b not in alone]
         return re.compile(b"[" + b"".join(lacking) + b"]") if lacking else None
@@ -303,7 +303,7 @@ class Tokenizer(ABC):
         return [i for i, token in enumerate(self._bytes) if not token and i not in self._special_texts]
 
     def holds(self, other: Tokenizer) -> bool:
-        """Whether every id of `other` stands for the same bytes here, so that a model of ours can read its ids."""
+        """Whether every id of `other` has the same bytes here, so that a model of this tokenizer can read its ids."""
         n = other.vocab_size
         return n <= self.vocab_size and all(self.token_bytes(i) == other.token_bytes(i) for i in range(n))
 

@@ -73,7 +73,7 @@ def encode_training(
 ) -> TrainingTokens:
     """Return the ids of a conversation, trained on the assistant's messages and the token that ends each.
 
-    An assistant message with "train": 0, or another mark that says so (contents.py), is context only. The ids begin
+    An assistant message with "train": 0, or an equivalent mark (contents.py), is context only. The ids begin
     with `encode_chat(messages before the first trained answer)`, and equal `encode_chat(messages,
     add_generation_prompt=False)` unless a token of the latter would cross from a generation prompt into an answer.
     Raises DataError where nothing is trained, where the template drops, reorders or rewrites a text of the messages,

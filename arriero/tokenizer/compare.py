@@ -68,7 +68,7 @@ class Measure:
         return self.fallback / max(self.tokens, 1)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the counts and the ratios, the latter rounded to what text of this length can tell."""
+        """Return the counts and the ratios, the latter rounded to the precision that a text of this length gives."""
         ratios = ("bytes_per_token", "characters_per_token", "fertility", "unknown_share", "fallback_share")
         return {**dataclasses.asdict(self), **{name: round(getattr(self, name), 4) for name in ratios}}
 

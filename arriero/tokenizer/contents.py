@@ -44,7 +44,7 @@ _LINKS = frozenset(["id", "type", "index"])  # of a call: they tie it to its res
 
 
 def mark_of(entry: Message) -> bool | None:
-    """What the marks of a message or row say: True for trained, False for context only, None where there is none.
+    """The meaning of the marks of a message or row: True for trained, False for context only, None without marks.
 
     1, 1.0, true (also as text) and 0, 0.0, false are known; raises DataError for anything else, for two that disagree,
     and for a name whose meaning differs between data sets.
@@ -158,7 +158,7 @@ def _leaves(where: str, value: Any, called: bool) -> Iterator[_Text]:
 
 
 def first_text(rendered: str, message: Message) -> int | None:
-    """Where the first of a message's own texts stands in what a template wrote for it; None where none does."""
+    """The position of the first of a message's own texts in its rendering; None where none is found."""
     found = (rendered.find(spelling) for text in _texts(message) for spelling in text.spellings)
     return min((at for at in found if at >= 0), default=None)
 
@@ -168,7 +168,7 @@ def _as_it_is(text: str) -> list[str]:
 
 
 def _in_json(text: str) -> list[str]:
-    """A text as it is, and as it stands within the quotes of JSON."""
+    """A text unchanged, and as written within the quotes of JSON."""
     return list(dict.fromkeys([text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]]))
 
 
@@ -176,10 +176,10 @@ def _in_json(text: str) -> list[str]:
 
 
 def check_written(whole: str, messages: Sequence[dict[str, Any]], answers: Sequence[int], cuts: Sequence[int]) -> None:
-    """Refuse a template that drops, reorders or rewrites: each text of `messages` must stand in `whole`.
+    """Refuse a template that drops, reorders or rewrites: each text of `messages` must occur in `whole`.
 
     `cuts` are the offsets where the prompts and the `answers` (indices of messages) begin and end in turn. Texts must
-    stand within the stretch of their message, and contents in their order.
+    occur within the part of their message, and contents in their order.
     """
     begin = 0
     for k, (low, high) in enumerate(itertools.pairwise(cuts)):
@@ -192,7 +192,7 @@ def check_written(whole: str, messages: Sequence[dict[str, Any]], answers: Seque
 
 
 def _check_results(whole: str, messages: Sequence[dict[str, Any]], i: int) -> None:
-    """Refuse results in another order than message i's calls where the template does not write the ids that tell."""
+    """Refuse results in another order than message i's calls unless the template writes the ids that match them."""
     results = list(itertools.takewhile(lambda m: m.get("role") in _RESULTS, messages[i + 1 :]))
     links = [result["tool_call_id"] for result in results if result.get("tool_call_id")]
     calls = [call.get("id") for call in messages[i]["tool_calls"] if isinstance(call, dict) and call.get("id") in links]
@@ -261,7 +261,7 @@ class _Places:
         self.resume: dict[tuple[str, bool], int] = {}  # where a spelling was last found, all before being taken
 
     def take(self, spelling: str, alone: bool) -> bool:
-        """Take the first free place where `spelling` stands; False where there is none."""
+        """Take the first free occurrence of `spelling`; False where there is none."""
         at = self.resume.get((spelling, alone), 0)
         while (at := self.text.find(spelling, at)) >= 0:
             end = at + len(spelling)
@@ -302,7 +302,7 @@ def function_name(entry: Any) -> str | None:
 
 
 def check_tools(whole: str, without: str | None, tools: Iterable[Any]) -> None:
-    """Refuse a template that drops tools: the names and descriptions of each must stand in `whole`.
+    """Refuse a template that drops tools: the names and descriptions of each must occur in `whole`.
 
     `without` is the conversation rendered without tools, None where the template refuses that.
     """

@@ -36,10 +36,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Declared:
-    """What the files beside a vocabulary say of its added tokens.
+    """The added tokens of a vocabulary, as the files beside it declare them.
 
     roles: texts by role ("bos"). placed: tokens with the id that they must have, by id. named: tokens that have a role,
-    or are listed as special, and take the next ids where the vocabulary lacks them. directory: where it is said.
+    or are listed as special, and take the next ids where the vocabulary lacks them. directory: of these files.
     """
 
     directory: Path
@@ -60,7 +60,6 @@ def read_declared(directory: Path, defaults: Mapping[str, str] | None = None) ->
         if value is not None:
             _token(file, key, value)
     listed = _listed(file, config)
-    placed: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in config:
         placed = _decoder(file, config["added_tokens_decoder"])
     else:
@@ -68,13 +67,28 @@ def read_declared(directory: Path, defaults: Mapping[str, str] | None = None) ->
         values = _overridden(older, values, file)
         listed |= _listed(older, read_json(older))
         special = {text for value in values.values() if (text := token_text(value))} | set(listed)
-        for text, token_id in read_json(directory / ADDED).items():
-            if not text or isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise CheckpointError(f"{directory / ADDED}: {text!r} is {token_id!r}; every token has a whole id")
-            placed[token_id] = AddedToken(text, special=text in special, normalized=text not in special)
+        placed = _added(directory / ADDED, special)
+    roles, named = _roles(file, values, placed)
+    return Declared(directory, {**(defaults or {}), **roles}, placed, named | listed)
+
+
+def _added(file: Path, special: set[str]) -> dict[int, AddedToken]:
+    """The tokens of added_tokens.json by id. special: texts of those that are special."""
+    placed = {}
+    for text, token_id in read_json(file).items():
+        if not text or isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+            raise CheckpointError(f"{file}: {text!r} is {token_id!r}; every token has a whole id")
+        placed[token_id] = AddedToken(text, special=text in special, normalized=text not in special)
+    return placed
+
+
+def _roles(
+    file: Path, values: Mapping[str, Any], placed: Mapping[int, AddedToken]
+) -> tuple[dict[str, str | None], dict[str, AddedToken]]:
+    """The text of each role, and the tokens named by entries NAME_token, by text."""
     by_text = {token.content: token for token in placed.values()}
     named: dict[str, AddedToken] = {}
-    roles: dict[str, str | None] = dict(defaults or {})
+    roles: dict[str, str | None] = {}
     for key, value in values.items():
         token = _token(file, key, value, special=True) if value is not None else None
         role = key.removesuffix("_token")
@@ -82,7 +96,7 @@ def read_declared(directory: Path, defaults: Mapping[str, str] | None = None) ->
             roles[role] = None if token is None else token.content
         if token is not None and (role in _ALL_ROLES or isinstance(value, str)):
             named[token.content] = by_text.get(token.content, token)
-    return Declared(directory, roles, placed, named | listed)
+    return roles, named
 
 
 def token_text(value: Any) -> str | None:
@@ -138,7 +152,7 @@ def _token(file: Path, key: str, value: Any, special: bool = False) -> AddedToke
 def add_declared(backend: Backend, declared: Declared) -> Backend:
     """Give a pipeline the added tokens that the files declare, in place, flags and order as in transformers.
 
-    Raises CheckpointError where a token would get another id than the files say.
+    Raises CheckpointError where a token would get another id than the declared one.
     """
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     changed = [token for token in declared.placed.values() if _differs(known.get(token.content), token)]
@@ -204,7 +218,7 @@ def special_tokens_of(backend: Backend, declared: Declared, adds_bos: bool) -> S
 
 
 def read_stops(directory: Path) -> frozenset[int]:
-    """Return every id that generation_config.json and config.json say ends a text."""
+    """Return every id that ends a text according to generation_config.json and config.json."""
     stops: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         value = read_json(directory / name).get("eos_token_id")
@@ -301,7 +315,7 @@ def save_template(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def write_templates(directory: Path, template: ChatTemplate) -> dict[str, Any]:
-    """Write the chat templates; returns what tokenizer_config.json has to say of them.
+    """Write the chat templates; returns the entries of tokenizer_config.json for them.
 
     One, the default, is a file of its own, as transformers writes it. Several are a list in tokenizer_config.json,
     which every version of transformers, vLLM and llama.cpp's converter read.

@@ -62,7 +62,7 @@ def _steps(component: Mapping[str, Any] | None, key: str) -> list[dict[str, Any]
 
 
 def _of_steps(tokenizer: HfTokenizer, state: Mapping[str, Any]) -> Iterator[str]:
-    """Normalizers and pre-tokenizers; byte-level pre-tokenizers are told by name, or refused (`tokenizer_to_gguf`)."""
+    """Normalizers and pre-tokenizers; byte-level pre-tokenizers have names, or are refused (`tokenizer_to_gguf`)."""
     steps = _steps(state["normalizer"], "normalizers")
     if not tokenizer.byte_level:
         steps = [step for step in steps if step not in _SPACES]

@@ -227,7 +227,7 @@ def with_bos(backend: Backend, special: SpecialTokens) -> Backend:
 def byte_level_alphabet() -> dict[int, str]:
     """Return the letter that byte-level BPE writes for each byte (Radford et al. 2019, GPT-2).
 
-    Printable Latin-1 stands for itself; the other 68 bytes get the letters from U+0100 on, in order.
+    Printable Latin-1 characters represent themselves; the other 68 bytes get the letters from U+0100 on, in order.
     """
     itself = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -240,7 +240,7 @@ def _byte_of_letter() -> dict[str, int]:
 
 
 def byte_level_bytes(token: str) -> bytes:
-    """Return the bytes of a byte-level token; a token with other letters stands for its own UTF-8."""
+    """Return the bytes of a byte-level token; of a token with other letters, its own UTF-8."""
     table = _byte_of_letter()
     return bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()
 

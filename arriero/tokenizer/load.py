@@ -1,4 +1,4 @@
-"""From files to a tokenizer: which family reads them."""
+"""Loads a tokenizer from files, by the family that reads them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer of a Hugging Face directory, a tokenizer.json, a tokenizer.model or a .gguf file.
 
-    A tokenizer.model is SentencePiece (Llama 1 and 2) or tiktoken's format (Llama 3); its content tells which. Of a
-    directory with vocab.json and merges.txt only, tokenizer_config.json tells the class, and so the pipeline.
+    A tokenizer.model is SentencePiece (Llama 1 and 2) or tiktoken's format (Llama 3); its content decides. In a
+    directory with vocab.json and merges.txt only, tokenizer_config.json names the class, and so the pipeline.
     Raises CheckpointError where there is none, or where it cannot be read.
     """
     path = as_path(path)

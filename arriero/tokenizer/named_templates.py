@@ -13,7 +13,7 @@ from arriero.tokenizer.template import BUILTIN_TEMPLATES, ChatTemplate
 
 
 def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """Return the template that `name` stands for, with the special tokens of `tokenizer`.
+    """Return the template called `name`, with the special tokens of `tokenizer`.
 
     Tried in order: a file, one of the tokenizer's own by name, a built-in one. Raises CheckpointError for what is none
     of these, and where a built-in one writes a token that the tokenizer lacks.

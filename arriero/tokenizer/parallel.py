@@ -227,7 +227,7 @@ def _plain_pipeline(tokenizer: Tokenizer) -> dict[str, Any] | None:
 
 
 def _add_missing_bytes(pipeline: dict[str, Any], vocab_size: int) -> None:
-    """Give bytes without a token (SmolLM2 lacks 21) a stand-in from `vocab_size` on: gigatoken wants all 256."""
+    """Give bytes without a token (SmolLM2 lacks 21) a placeholder id from `vocab_size` on: gigatoken needs all 256."""
     if not pipeline["model"].get("byte_fallback"):
         vocabulary = pipeline["model"]["vocab"]
         missing = [letter for letter in byte_level_alphabet().values() if letter not in vocabulary]

@@ -36,7 +36,7 @@ class Sample:
 
 
 def draw_sample(texts: Iterable[str], limit: int, progress: Callable[[int], None] = lambda n: None) -> Sample:
-    """Keep the chunks of smallest hash that fit in `limit` bytes together; progress(n) is told of every n bytes read.
+    """Keep the chunks of smallest hash that fit in `limit` bytes together; progress(n) is called after each n bytes.
 
     Raises DataError where there is no text.
     """

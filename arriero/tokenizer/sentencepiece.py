@@ -115,7 +115,7 @@ class SentencePieceTokenizer(Tokenizer):
         return backend
 
     def _pipeline(self, prefixed: bool) -> Backend:
-        """Return vocabulary, merges and decoder, for a text in which "▁" stands for each space."""
+        """Return vocabulary, merges and decoder, for a text in which "▁" replaces each space."""
         pieces = self.pieces()
         if not self.is_plain_bpe:
             raise CheckpointError(

@@ -61,7 +61,7 @@ class ChatTemplate:
 
     @property
     def identity(self) -> list[str | None]:
-        """What tells one from another: the default, the one for tools, then names and sources of the rest."""
+        """The identity of the templates: the default, the one for tools, then names and sources of the rest."""
         rest = {name: source for name, source in sorted(self.others.items()) if name != TOOL_USE}
         return [self.source, self.others.get(TOOL_USE), *(part for item in rest.items() for part in item)]
 

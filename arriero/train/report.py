@@ -1,8 +1,8 @@
-"""The record of a run as a page: loss.png, and report.html in one file that needs nothing else.
+"""The report of a run: loss.png, and a self-contained report.html.
 
-A run directory holds everything there is to know about a run:
+The files of a run directory:
 
-    config.toml        what was asked for, seed included; `arriero run config.toml` does it again
+    config.toml        the settings, seed included; `arriero run config.toml` repeats the run
     environment.json   versions, commit, hardware, command line (train/environment.py)
     data.json          files, fingerprints, lengths and mask statistics
     metrics.jsonl      a line per logged step and per event (train/metrics.py)

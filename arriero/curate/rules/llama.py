@@ -115,10 +115,10 @@ def _ngram_hashes(words: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class CodeRules:
-    """Drop source files that nobody wrote: minified or generated lines, data, binary in disguise.
+    """Drop source files that are not written by people: minified or generated lines, data, encoded binary.
 
     The bounds are those of Codex (Chen et al. 2021, arXiv 2107.03374, section 3.1) for lines, and of RedPajama's
-    remake of Llama 1's data for the alphanumeric share; Llama 1 names the rules only. Costs nothing to speak of.
+    reproduction of Llama 1's data for the alphanumeric share; Llama 1 names the rules only. The cost is negligible.
     """
 
     name: ClassVar[str] = "code"

@@ -12,7 +12,7 @@ from arriero.errors import ConfigError
 
 
 class Check(NamedTuple):
-    """One threshold: a document is dropped where `values` ([D]) lies on that side of `bound`."""
+    """One threshold: a document is dropped where its value ([D]) is on that side of `bound`."""
 
     name: str
     values: NDArray[Any]
@@ -37,7 +37,7 @@ def ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def check_bounds(rule: Any, low: float, high: float, *fields: str) -> None:
-    """Raise `ConfigError` unless these fields of a rule (in a tuple: each number) lie between the bounds."""
+    """Raise `ConfigError` unless these fields of a rule (in a tuple: each number) are within the bounds."""
     for field in fields:
         value = getattr(rule, field)
         if not all(low <= number <= high for number in (value if isinstance(value, tuple) else (value,))):
@@ -46,7 +46,7 @@ def check_bounds(rule: Any, low: float, high: float, *fields: str) -> None:
 
 
 def _number(value: Any, bound: float) -> str:
-    """With as many digits as show on which side of the bound it lies."""
+    """The number with enough digits to show on which side of the bound it is."""
     if isinstance(value, (int, np.integer)):
         return str(value)
     for digits in range(2, 9):

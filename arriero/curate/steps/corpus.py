@@ -83,7 +83,7 @@ def by_key(files: Sequence[KeyFile], which: Sequence[int] | None = None) -> list
 
 
 def records_of(files: Sequence[KeyFile], piece: Range) -> Iterator[tuple[int, Records]]:
-    """The records of each file whose key lies in the range; files are sorted by key."""
+    """The records of each file whose key is in the range; files are sorted by key."""
     low, high = (-(-(i << 64) // piece.of) for i in (piece.number, piece.number + 1))
     for number in piece.files:
         records = np.load(files[number].path, mmap_mode="r")
@@ -249,7 +249,7 @@ class NearDedup:
         return records[np.argsort(records["row"], kind="stable")]
 
     def reduce(self, files: Sequence[KeyFile], piece: Range) -> Records:
-        """Which documents are dropped, and for which. Keys and signatures of the corpus lie in two temporary files."""
+        """The documents to drop, each with the one it duplicates. Keys and signatures are in two temporary files."""
         starts = np.append(0, np.cumsum([file.records for file in files]))
         total, scratch = (
             int(starts[-1]),

@@ -78,7 +78,7 @@ class Decontaminate:
 
 
 def _words(analysis: Analysis) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """As `Analysis.content`, but for numbers, which are hashed as they stand: 1, 2, 3 is not 7, 8, 9."""
+    """As `Analysis.content`, but for numbers, which are hashed unchanged: 1, 2, 3 is not 7, 8, 9."""
     words, (_, first) = analysis.words, analysis.content
     hashes = np.where((words.kind & HAS_LETTER) > 0, analysis.folded, words.hash)
     return hashes[analysis.folded != 0], first
@@ -124,7 +124,7 @@ def _index(step: Decontaminate) -> Index:
 
 
 def evaluation_texts(sources: tuple[str, ...]) -> Iterator[tuple[Item, str]]:
-    """Every text of every row, or every line of a plain text, with where it stands."""
+    """Every text of every row, or every line of a plain text, with its place."""
     for file in list_files(sources):
         if file.kind == "rows":
             for record in read_records(file.path, 0, lambda name, holds_bytes: not holds_bytes):

@@ -44,7 +44,7 @@ class Scrub:
         return IPV4.sub(self._address, text) if self.ip else text
 
     def _address(self, match: re.Match[str]) -> str:
-        """Private addresses, version numbers and the like identify nobody and stay."""
+        """Private addresses, version numbers and the like identify no one and are kept."""
         if match.start() and BEFORE.match(match.string, match.start() - 1):
             return match[0]
         try:

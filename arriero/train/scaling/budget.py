@@ -1,8 +1,8 @@
-"""A plan for a budget: how large a model, on how many tokens, in how many steps, how long and for how much.
+"""The plan for a compute budget: model size, tokens, steps, time and price.
 
-The law is a fit of your own sweep or a published one; the hardware one of a few named devices, or this machine,
-measured. Time is C / (devices x peak x MFU) with C = 6 N D, as good as the MFU that it is given: Llama 3 405B had 38 to
-43% on H100s (arXiv 2407.21783, table 4).
+The law is a fit of your own sweep or a published one; the hardware one of a few named devices, or this machine, which
+is measured. Time is C / (devices x peak x MFU) with C = 6 N D, as accurate as the given MFU: Llama 3 405B had 38 to 43%
+on H100s (arXiv 2407.21783, table 4).
 
 C FLOPs, N parameters, D tokens.
 """
@@ -228,7 +228,7 @@ def _check(**numbers: float) -> None:
 
 
 def _amount(number: float) -> str:
-    """A large number as people say it: 16.3T, 383B, 1.24M."""
+    """A large number with a unit: 16.3T, 383B, 1.24M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}" if number < 1000 * size else f"{number / size:,.0f}{unit}"

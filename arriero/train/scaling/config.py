@@ -1,4 +1,4 @@
-"""What a sweep is told. No torch here: the command line reads this module to print its help."""
+"""Settings of a sweep. No torch here: the command line reads this module to print its help."""
 
 from __future__ import annotations
 

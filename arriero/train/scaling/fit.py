@@ -1,18 +1,18 @@
-"""From the losses of a sweep to laws, in the two ways that are published, each with bootstrap intervals.
+"""Fits scaling laws to the losses of a sweep, by the two published methods, each with bootstrap intervals.
 
 isoFLOP: for each budget a parabola of loss over log N has its minimum at the best size; the tokens that go with these
 sizes follow D = A C^alpha, a line in log-log (Chinchilla, arXiv 2203.15556, approach 2; Llama 3, 2407.21783, 3.2.1).
-Parametric: L(N, D) = E + A/N^alpha + B/D^beta by Huber loss on log L, from a grid of beginnings (Chinchilla, approach
-3). Its optimizer has to be run to the end: stopped early it gave Chinchilla its own odd constants (arXiv 2404.10102).
+Parametric: L(N, D) = E + A/N^alpha + B/D^beta by Huber loss on log L, from a grid of initial values (Chinchilla,
+approach 3). The optimizer has to converge: stopped early it gave Chinchilla's odd constants (arXiv 2404.10102).
 
-Runs are of one budget where their FLOPs lie within NEAR of each other, in a row: tokens are rounded to batches, so 6 N
-D of runs that were meant to cost the same differ.
+Runs belong to one budget where their sorted FLOPs are each within NEAR of the next: tokens are rounded to batches, so
+6 N D of runs of one budget differs slightly.
 
-A sweep costs hours, so what can be said of it is: a budget whose losses have no minimum is left out of the isoFLOP law
-and kept for the parametric one, which needs none; without two minima only the parametric law is left.
+A sweep costs hours, so every law that its runs determine is given: a budget whose losses have no minimum is left out of
+the isoFLOP law only; with fewer than two minima there is the parametric law only.
 
-Intervals: what the fitted curves leave unexplained is drawn again with replacement and added to them, everything is
-fitted again, and the middle 95% is kept. Drawing whole runs instead would lose the sizes around a minimum, of which a
+Intervals: residuals of the fitted curves are resampled with replacement and added to the curves, everything is fitted
+again, and the middle 95% is kept. Resampling whole runs instead would lose the sizes around a minimum, of which a
 small sweep has two or three. Price: about 5 ms a resample for two dozen runs.
 
 C FLOPs, N parameters, D tokens, n runs.
@@ -198,9 +198,9 @@ class Fit:
 
 
 def budgets_of(flops: Array) -> Array:
-    """The budget of each run: of those that lie within NEAR of each other, in a row, the median FLOPs.
+    """The budget of each run: the median FLOPs of those within NEAR of each other.
 
-    Raises `DataError` where budgets cannot be told apart, since such a row goes on over more than SPREAD.
+    Raises `DataError` where budgets cannot be distinguished, since a group spreads over more than SPREAD.
     """
     budgets = np.empty_like(flops)
     order = np.argsort(flops, kind="stable")
@@ -220,7 +220,8 @@ def fit(runs: Runs, resamples: int = 1000, seed: int = 0) -> Fit:
     """Fit both laws, and again to `resamples` draws.
 
     Budgets whose losses have no minimum are left out of the isoFLOP law, with a warning; where fewer than two are left,
-    or most resamples lose one, the fit says why it has no such law. Raises `DataError` for too few budgets or sizes.
+    or most resamples lose one, there is no such law, and `refused` has the reason. Raises `DataError` for too few
+    budgets or sizes.
     """
     _check(runs)
     minima = [_minimum(runs, flops) for flops in runs.budgets]
@@ -276,7 +277,7 @@ def _resampled(
 
 
 def _warn(runs: Runs, flops: float) -> None:
-    """Say that a budget is left out, and on which side of its models the best size seems to lie."""
+    """Warn that a budget is left out, and on which side of its models the best size seems to be."""
     own = runs.flops == flops
     falls = np.polyfit(np.log(runs.params[own]), runs.loss[own], 1)[0] < 0
     side, change = ("larger", "lower") if falls else ("smaller", "higher")
@@ -338,7 +339,7 @@ def _point(law: LossLaw) -> tuple[float, ...]:
 
 
 def at_bounds(law: LossLaw) -> list[str]:
-    """The constants of a law that lie at the bounds of their search, which ended there for want of anything better."""
+    """The constants of a law that are at the bounds of their search range."""
     names = [field.name for field in dataclasses.fields(law)]
     return [
         name
@@ -357,7 +358,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def _minimum(runs: Runs, flops: float) -> Minimum:
     """The bottom of the parabola through one budget's losses; not found where it opens downwards or is nearly flat.
 
-    Flat is one whose bottom lies further from the runs' middle than they lie apart: they do not tell its place.
+    It is nearly flat if its minimum is further from the middle of the runs than they are apart.
     """
     own = runs.flops == flops
     x, y = np.log(runs.params[own]), runs.loss[own]

@@ -1,4 +1,4 @@
-"""The picture of a fit: each budget's losses with its parabola, and the best size over compute with both laws."""
+"""The figure of a fit: each budget's losses with its parabola, and the best size over compute by both laws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `arriero scaling fit`: from runs to laws, to the terminal, and to fit.json and fit.png."""
+"""The command `arriero scaling fit`: reads runs, fits laws, prints them, and writes fit.json and fit.png."""
 
 from __future__ import annotations
 

@@ -2,14 +2,15 @@
 
 Each is a run of `arriero pretrain` with a schedule of its own that ends with its budget (Chinchilla, arXiv 2203.15556,
 section 3.2: a loss in the middle of a longer run is too high). All read the same rows in the same order, and are
-measured on the same held-out ones, so most of the chance in a loss is common to all and shifts no minimum. Learning
-rate and batch follow the budget alone (Llama 3, arXiv 2407.21783, section 3.2.1, fixes the batch of a budget too).
+measured on the same held-out ones, so most of the noise in the losses is common to all and does not shift a minimum.
+Learning rate and batch depend on the budget alone (Llama 3, arXiv 2407.21783, section 3.2.1, fixes the batch of a
+budget too).
 
-    OUT/sweep.toml       what was asked for
+    OUT/sweep.toml       the settings
     OUT/runs.jsonl       a line for each finished run: flops, params, tokens, loss, and what it was
     OUT/runs/NAME/       the run: config.toml, metrics.jsonl, model/, report.html
 
-A sweep that was stopped goes on by the same command: finished runs are not done again, a half-done one is resumed, and
+The same command resumes a sweep that was stopped: finished runs are not repeated, an unfinished one is resumed, and
 budgets, sizes and seeds may be added. Price: sizes x seeds x the sum of the budgets.
 """
 
@@ -153,7 +154,7 @@ def _shapes(flops: float, config: SweepConfig, vocab_size: int) -> list[LlamaCon
 
 
 def pretrain_config(run: PlannedRun, config: SweepConfig) -> PretrainConfig:
-    """The run as `arriero pretrain` is told it: one validation, at the end, and no samples."""
+    """The settings of a run for `arriero pretrain`: one validation, at the end, and no samples."""
     directory = Path(config.out) / "runs" / run.name
     steps = max(1, round(run.tokens / (run.batch_rows * config.seq_len)))
     at_once = max(1, config.micro_tokens // config.seq_len)
@@ -215,7 +216,7 @@ def _train(run: PlannedRun, config: SweepConfig, tokenizer: Tokenizer) -> Outcom
 
 
 def _claim(config: SweepConfig, prints: dict[str, str]) -> None:
-    """Begin the directory, or go on in it with the same settings and data; else raise `ConfigError` or `DataError`."""
+    """Start in the directory, or resume with the same settings and data; else raise `ConfigError` or `DataError`."""
     out = Path(config.out)
     record, data = out / "sweep.toml", out / "data.json"
     if record.exists():
