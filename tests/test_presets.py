@@ -11,7 +11,7 @@ from arriero import cli, presets, settings
 from arriero.errors import ConfigError
 from arriero.model.catalogue import LADDER, SHAPES
 from arriero.train.config import PretrainConfig
-from arriero.train.pretrain import Phase, count_steps, durations, timetable, tokens_of
+from arriero.train.phases import Phase, count_steps, durations, timetable, tokens_of
 
 
 @pytest.mark.parametrize(("name", "rank", "alpha"), [("lora-1b", 64, 128), ("lora-8b", 8, 16), ("lora-70b", 16, 32)])

@@ -191,9 +191,6 @@ def sidecar_writer(config: LlamaConfig, tokenizer: Tokenizer, beside: Beside = N
     return lambda directory: _write_sidecars(directory, config, torch.float32, tokenizer, beside)
 
 
-companions = sidecar_writer  # its old name, until the recipes use the new one
-
-
 def _write_sidecars(
     directory: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer | None, beside: Beside
 ) -> None:

@@ -40,6 +40,7 @@ from arriero.errors import CheckpointError, UserError
 log = logging.getLogger(__name__)
 
 Groups = Mapping[str, Mapping[str, Tensor]]
+Piece = tuple[str, Tensor, Sequence[int]]  # its name, itself, and where it begins in the whole tensor
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,22 @@ class Checkpoints:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, groups: Groups, state: Mapping[str, Any], keep: Collection[int] = ()) -> None:
+    def save(
+        self,
+        step: int,
+        groups: Groups,
+        state: Mapping[str, Any],
+        keep: Collection[int] = (),
+        own: Collection[str] = (),
+    ) -> None:
         """Save the checkpoint of `step`; every process calls it. Returns as soon as what is saved may be changed.
 
+        own: groups of which each process gives tensors of its own, whole and under names that no other gives.
         Waits for the save before this one. Raises `CheckpointError` if that one failed, or if this one does where
         nothing is written in the background.
         """
         self.wait()
-        parts = {group: self._part(group, tensors) for group, tensors in groups.items()}
+        parts = {group: self._part(group, tensors, group in own) for group, tensors in groups.items()}
         arguments = step, parts, json.loads(json.dumps(state)), tuple(keep)  # a copy, all the way down
         if not self.behind:
             self._write(*arguments)
@@ -181,15 +190,20 @@ class Checkpoints:
     # -- what this process writes --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _part(self, group: str, tensors: Mapping[str, Tensor]) -> Part:
-        whole = group == native.WEIGHTS and self.peers.world > 1
+    def _part(self, group: str, tensors: Mapping[str, Tensor], own: bool) -> Part:
         part = Part({}, {})
-        for name, tensor, begins in self._whole(tensors) if whole else self._pieces(tensors):
+        if own:
+            held: Iterator[Piece] = ((name, tensor, [0] * tensor.ndim) for name, tensor in tensors.items())
+        elif group == native.WEIGHTS and self.peers.world > 1:
+            held = self._whole(tensors)
+        else:
+            held = self._pieces(tensors)
+        for name, tensor, begins in held:
             part.tensors[name] = tensor.detach().to("cpu", copy=True) if self.behind else tensor.detach()
             part.offsets[name] = begins
         return part
 
-    def _whole(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Sequence[int]]]:
+    def _whole(self, tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
         """Whole tensors, each on one of the processes that hold it: on the one that has the fewest bytes so far."""
         loads = dict.fromkeys(self.holders, 0)
         for name, tensor in tensors.items():
@@ -199,7 +213,7 @@ class Checkpoints:
             if owner == self.peers.rank:
                 yield name, gathered, [0] * gathered.ndim
 
-    def _pieces(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Sequence[int]]]:
+    def _pieces(self, tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
         """What this process holds and no process before it: of copies, the first is written."""
         for name, tensor in tensors.items():
             if not isinstance(tensor, DTensor):

@@ -9,6 +9,8 @@ Price: the documents that the rows touch are read once.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,8 @@ import numpy as np
 from arriero.data.batch import Row
 from arriero.data.order import BestFit, Pieces, Windows
 from arriero.data.shards import Shards
+from arriero.errors import DataError
+from arriero.show.terminal import warn_once
 from arriero.tokenizer.base import Tokenizer
 
 
@@ -31,6 +35,30 @@ class HeldOutRows:
     def row(self, index: int) -> Row:
         """Row `index`, the same in every run."""
         return self.run.row(index)
+
+
+def held_out_rows(
+    held_out: Mapping[str, Shards], tokenizer: Tokenizer, seq_len: int, n_tokens: int
+) -> dict[str, HeldOutRows]:
+    """About `n_tokens` of the held-out sets in rows of `seq_len`, of each set in proportion to its size.
+
+    A set of which no token is predicted is left out, with a warning; raises `DataError` where that leaves none.
+    """
+    total = sum(shards.n_tokens for shards in held_out.values())
+    found = {}
+    for name, shards in held_out.items():
+        share = math.ceil(n_tokens * shards.n_tokens / total)
+        rows = first_rows(shards, name, tokenizer, seq_len, share)
+        if rows.n_tokens:
+            found[name] = rows
+        else:
+            warn_once(f"{shards.directory}: its documents are of one token each, which nothing predicts: not measured")
+    if held_out and not found:
+        raise DataError(
+            f"{next(iter(held_out.values())).directory}: every held-out document is one token, which nothing predicts; "
+            "hold out others (arriero shard --validation), or validate on another set (--validation DIR)"
+        )
+    return found
 
 
 def first_rows(shards: Shards, name: str, tokenizer: Tokenizer, seq_len: int, n_tokens: int) -> HeldOutRows:

@@ -95,8 +95,8 @@ class Mesh:
         """Whether this process has coordinate 0 along all of `dimensions`."""
         return all(self.coordinate(name) == 0 for name in dimensions)
 
-    # Old names, until train/ and engine.py use the new ones.
-    place, share, leads = coordinate, local_shard, is_first
+    # Old names, until engine.py uses the new ones.
+    place, leads = coordinate, is_first
 
     def sub(self, *dimensions: str) -> DeviceMesh:
         """The processes that differ from this one only along `dimensions` ("fsdp" is dp_shard with cp)."""

@@ -78,8 +78,6 @@ class Peers:
         self._await(topic, [f"{key}/0"], 1.5 * self.timeout)
         return json.loads(self.store.get(f"{key}/0"))
 
-    announce = broadcast  # its old name, until train/claim.py calls it by the new one
-
     def _key(self, topic: str) -> str:
         self._n_calls += 1
         return f"{self._n_calls}/{topic}"

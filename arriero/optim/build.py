@@ -80,6 +80,3 @@ class CombinedOptimizer(Optimizer):
         assert closure is None, "no optimizer here needs a closure"
         for member in self.members:
             member.step()
-
-
-Together = CombinedOptimizer  # its old name, until train/in_backward.py uses the new one

@@ -205,7 +205,7 @@ def dry_run(recipe: str, config: Any) -> dict[str, Any]:
 
     build = importlib.import_module(f"arriero.train.{recipe}").build
     run, loading = _timed(lambda: build(config, Console(quiet=True)))
-    trainer, loop = run.trainer, config.loop
+    trainer, learner, loop = run.trainer, run.trainer.learner, config.loop
     Path(config.out).mkdir(parents=True, exist_ok=True)
     seconds = {
         "loading and tokenising": loading,
@@ -216,17 +216,17 @@ def dry_run(recipe: str, config: Any) -> dict[str, Any]:
         validations = 1 + math.ceil(trainer.total_steps / (trainer.loop.validate_every or tenth))
         seconds["validation"] = validations * _timed(trainer.measure)[1]
     batches = [trainer.batches(step)[0] for step in range(PROBED + 1)]
-    times = [_timed(lambda batch=batch: _micro_batch(trainer, batch))[1] for batch in batches]  # type: ignore[misc]
+    times = [_timed(lambda batch=batch: _micro_batch(learner, batch))[1] for batch in batches]  # type: ignore[misc]
     steady = median(times[1:]) / (loop.micro_rows * config.data.seq_len)  # seconds a token
-    optimizer = min(_timed(trainer.optimizer.step)[1] for _ in range(2))
-    trainer.optimizer.zero_grad()
+    optimizer = min(_timed(learner.optimizer.step)[1] for _ in range(2))
+    learner.optimizer.zero_grad()
     seconds["steps"] = steady * run.total_tokens + optimizer * trainer.total_steps
     seconds["compiling"] = max(0.0, times[0] - median(times[1:]))
     saves = math.ceil(trainer.total_steps / (loop.save_every or tenth))
     seconds["checkpoints"] = (saves + 1) * _timed(trainer.save)[1]  # and the result, which is no larger
     run.sample("after")
     return {
-        "shape": trainer.engine.stages[0].model.config.to_hf(),
+        "shape": learner.engine.model.config.to_hf(),
         "steps": trainer.total_steps,
         "tokens": run.total_tokens,
         "peak": memory_bytes(),
@@ -234,8 +234,8 @@ def dry_run(recipe: str, config: Any) -> dict[str, Any]:
     }
 
 
-def _micro_batch(trainer: Any, batch: Any) -> None:
-    trainer.engine.forward_backward([batch], trainer.objective)
+def _micro_batch(learner: Any, batch: Any) -> None:
+    learner.engine.forward_backward([batch], learner.objective)
 
 
 def _timed(action: Callable[[], Any]) -> tuple[Any, float]:

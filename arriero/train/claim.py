@@ -69,7 +69,7 @@ def claimed(config: Any, recipe: str, mesh: Mesh) -> Iterator[dict[str, str] | N
                 recorded = begun_with(config, recipe)
             except UserError as error:
                 refusal = str(error)
-        recorded, refusal = peers_of_this_run(mesh.config.timeout).announce("run directory", [recorded, refusal])
+        recorded, refusal = peers_of_this_run(mesh.config.timeout).broadcast("run directory", [recorded, refusal])
         if refusal is not None:
             raise ConfigError(refusal)
         yield recorded

@@ -7,11 +7,14 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 
 import psutil
 import torch
 
+from arriero.data.batch import Batch
 from arriero.errors import ConfigError
+from arriero.model.config import LlamaConfig
 
 
 @functools.cache
@@ -26,6 +29,21 @@ def matmul_peak(device: str, dtype: torch.dtype, size: int = 2048) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def seconds_at_peak(shape: LlamaConfig, device: str, dtype: torch.dtype) -> Callable[[Sequence[Batch]], float]:
+    """How long a global batch would take at the measured speed of large matrix products: the numerator of `mfu`."""
+    peak = matmul_peak(device, dtype)
+
+    def seconds(batches: Sequence[Batch]) -> float:
+        flops = 0.0
+        for batch in batches:
+            lengths = torch.tensor(batch.documents.lengths, dtype=torch.float64)
+            context = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())  # causal, within documents
+            flops += batch.n_trained * shape.flops_per_token(context)
+        return flops / peak
+
+    return seconds
 
 
 def keep_freed_memory(keep: bool = True) -> None:

@@ -26,11 +26,11 @@ from arriero.distributed.engine import Engine
 from arriero.distributed.objective import Objective
 from arriero.errors import ConfigError
 from arriero.model.llama import Llama
-from arriero.optim.build import Together, build_optimizer
+from arriero.optim.build import CombinedOptimizer, build_optimizer
 from arriero.train.config import OptimConfig
 
 
-class InBackward(Together):
+class InBackward(CombinedOptimizer):
     """The optimizer of `optim` over the engine's parameters, which a backward pass steps."""
 
     def __init__(self, engine: Engine, optim: OptimConfig) -> None:

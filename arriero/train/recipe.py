@@ -13,7 +13,6 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -100,43 +99,60 @@ def _execute(
         record(config, recipe, run)
     console.print(run.summary(), markup=False, soft_wrap=True)
     trainer = run.trainer
-    saved = trainer.checkpoints.latest() if recorded is not None else None
-    if saved is not None:
-        trainer.restore(saved)
-        console.print(f"resuming at step {saved.step} from {saved.path}", markup=False, soft_wrap=True)
-    elif recorded is not None:
-        console.print(f"{run_dir} holds no checkpoint: its run begins again", markup=False, soft_wrap=True)
+    if recorded is not None:
+        _take_up(trainer, console)
     if trainer.progress.step == 0:
         run.sample("before")
-    after = trainer.progress.step
-    if mesh.rank == 0:
-        attempts.begin(run_dir, after, mesh.world, began)
-    with MetricsLog(run_dir, config.loop.trackers, after) if mesh.rank == 0 else Unheard() as log:
-        outcome = trainer.run(log)
-        if mesh.rank == 0:
-            _account(outcome, run_dir, log, console)
-        if outcome.interrupted is not None:
-            step, from_step = outcome.progress.step, next(reversed(native.steps(run_dir)), 0)
-            lost = f" (which was not finite, so step {from_step} is the last saved)" if from_step < step else ""
-            command = f"arriero run {shlex.quote(str(run_dir / 'config.toml'))} --resume"
-            if mesh.distributed:
-                local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world))
-                nodes = f"--nnodes {mesh.world // local} ... " if local < mesh.world else ""
-                command = f"torchrun {nodes}--nproc-per-node {local} -m {command}"
-            console.print(
-                f"stopped by {outcome.interrupted.name} after step {step} of {trainer.total_steps}{lost}; "
-                f"go on with: {command}",
-                markup=False,
-                soft_wrap=True,
-            )
-            return outcome
-        outcome = dataclasses.replace(outcome, result_loss=trainer.load_result(log))
+    outcome = _train(trainer, config.loop.trackers, console, began)
+    if outcome.interrupted is not None:
+        console.print(_how_to_go_on(trainer, outcome), markup=False, soft_wrap=True)
+        return outcome
     final = run.export()  # first: what goes wrong after it costs no result
     run.sample("after")
     if mesh.rank == 0:
         console.print(f"saved {final}\nreport {write_report(run_dir)}", markup=False, soft_wrap=True)
     mesh.wait()
     return outcome
+
+
+def _take_up(trainer: Trainer, console: Console) -> None:
+    """Go on from the newest whole checkpoint, if there is one."""
+    if (saved := trainer.checkpoints.latest()) is None:
+        said = f"{trainer.run_dir} holds no checkpoint: its run begins again"
+    else:
+        trainer.restore(saved)
+        said = f"resuming at step {saved.step} from {saved.path}"
+    console.print(said, markup=False, soft_wrap=True)
+
+
+def _train(trainer: Trainer, trackers: Sequence[str], console: Console, began: float) -> Outcome:
+    """All steps that are left, with their record; then what the run is for is in the model, unless it was stopped."""
+    first, after, run_dir = trainer.mesh.rank == 0, trainer.progress.step, trainer.run_dir
+    if first:
+        attempts.begin(run_dir, after, trainer.mesh.world, began)
+    with MetricsLog(run_dir, trackers, after) if first else Unheard() as log:
+        outcome = trainer.run(log)
+        if first:
+            _account(outcome, run_dir, log, console)
+        if outcome.interrupted is not None:
+            return outcome
+        return dataclasses.replace(outcome, result_loss=trainer.load_result(log))
+
+
+def _how_to_go_on(trainer: Trainer, outcome: Outcome) -> str:
+    """What stopped a run, and the command that goes on with it."""
+    assert outcome.interrupted is not None
+    mesh, run_dir, step = trainer.mesh, trainer.run_dir, outcome.progress.step
+    from_step = next(reversed(native.steps(run_dir)), 0)
+    lost = f" (which was not finite, so step {from_step} is the last saved)" if from_step < step else ""
+    command = f"arriero run {shlex.quote(str(run_dir / 'config.toml'))} --resume"
+    if mesh.distributed:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world))
+        nodes = f"--nnodes {mesh.world // local} ... " if local < mesh.world else ""
+        command = f"torchrun {nodes}--nproc-per-node {local} -m {command}"
+    return (
+        f"stopped by {outcome.interrupted.name} after step {step} of {trainer.total_steps}{lost}; go on with: {command}"
+    )
 
 
 def _account(outcome: Outcome, run_dir: Path, log: MetricsLog, console: Console) -> None:
@@ -183,8 +199,3 @@ def first_values(base: Values, seed: int) -> Values:
 def alone() -> Mesh:
     """One process, on the GPU if there is one."""
     return Mesh.alone(best_device())
-
-
-def eagerly() -> AbstractContextManager[None]:
-    """Leaves compiled blocks aside: text is generated in shapes that would each compile them again."""
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]

@@ -1,21 +1,29 @@
-"""A few held-out prompts answered before and after training, for the report: what the numbers look like as text."""
+"""What a model says, for the report: held-out prompts answered before and after training, texts that it continues."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from arriero.data.formats import Conversation, text_of
 from arriero.data.sft import SftDataset
+from arriero.distributed.engine import Engine
+from arriero.errors import ConfigError
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import generate
 from arriero.io.files import write_jsonl
+from arriero.model.build import build_model
 from arriero.model.llama import Llama
 from arriero.tokenizer.base import Tokenizer
 from arriero.train.metrics import surviving_records
 
 MAX_NEW_TOKENS = 64
+CONTINUED = SamplingConfig(temperature=0.8, top_p=0.95, seed=0)
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,9 @@ def answer(model: Llama, tokenizer: Tokenizer, held_out: SftDataset | None, n: i
         return []
     pairs = [held_out.last_answer(i) for i in range(min(n, len(held_out)))]
     conversations = held_out.conversations(range(len(pairs)))
-    results = generate(model, tokenizer, [prompt for prompt, _ in pairs], SamplingConfig(temperature=0), MAX_NEW_TOKENS)
+    greedy = SamplingConfig(temperature=0)
+    with _eagerly():
+        results = generate(model, tokenizer, [prompt for prompt, _ in pairs], greedy, MAX_NEW_TOKENS)
     return [
         Sample(_asked(conversation), tokenizer.decode(reference[:-1]), result.text)  # without the token that ends it
         for conversation, (_, reference), result in zip(conversations, pairs, results, strict=True)
@@ -59,3 +69,43 @@ def write_samples(run_dir: Path, samples: list[Sample], when: Literal["before", 
         for s in samples
     ]
     write_jsonl(path, rows)
+
+
+# -- texts that are continued ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text that the model goes on from, and its tokens."""
+
+    text: str
+    ids: list[int]
+
+
+def encode_prompts(texts: Sequence[str], tokenizer: Tokenizer, context: int) -> list[Prompt]:
+    """What the model goes on from at validations; raises `ConfigError` for what leaves it no room, or is nothing."""
+    prompts = [Prompt(text, [*tokenizer.begin_ids, *tokenizer.encode(text)]) for text in texts]
+    for prompt in prompts:
+        if not 0 < (n := len(prompt.ids)) < context:
+            raise ConfigError(
+                f"prompts: {prompt.text[:40]!r} has {n:,} tokens; for a context of {context:,} it must have at least "
+                "1 and leave room for an answer"
+            )
+    return prompts
+
+
+def continuations(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
+    """Each prompt and how the model goes on, on process 0; every process has to call it."""
+    if not prompts:
+        return []
+    shape = engine.model.config
+    if (model := engine.whole_model(lambda: build_model(shape))) is None:
+        return []
+    with _eagerly():
+        answers = generate(model, tokenizer, [prompt.ids for prompt in prompts], CONTINUED, MAX_NEW_TOKENS)
+    return [prompt.text + answer.text for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def _eagerly() -> AbstractContextManager[None]:
+    """Leaves compiled blocks aside: text is generated in shapes that would each compile them again."""
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]

@@ -17,10 +17,10 @@ from rich.console import Console
 from arriero.checkpoint.adapter import save_adapter
 from arriero.checkpoint.beside import NOTHING, Beside, read_beside
 from arriero.checkpoint.held import write_kind
-from arriero.checkpoint.hf import companions, save_hf
+from arriero.checkpoint.hf import save_hf, sidecar_writer
 from arriero.checkpoint.load import load_tokenizer_at, open_model
 from arriero.checkpoint.rows import check_rows
-from arriero.data.batch import Batch, row_groups
+from arriero.data.batch import Batch
 from arriero.data.sft import SftDataset, build_splits, data_stats
 from arriero.data.sft_loader import SftLoader
 from arriero.distributed.engine import Engine
@@ -33,11 +33,14 @@ from arriero.model.quantized import quantize_linears
 from arriero.model.scaling import DynamicScaling
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.files import save_template
+from arriero.train.batches import micro_batches
 from arriero.train.config import SftConfig
+from arriero.train.learner import Learner
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.objectives import next_token
-from arriero.train.recipe import DTYPES, alone, compiles, eagerly, execute, first_values, warmup_note
+from arriero.train.recipe import DTYPES, alone, compiles, execute, first_values, warmup_note
 from arriero.train.samples import answer, write_samples
+from arriero.train.validation import HeldOut, Validation
 
 
 def main(config: SftConfig) -> Outcome:
@@ -65,7 +68,7 @@ class SftRun:
 
     def summary(self) -> str:
         """What is about to happen, in a few lines."""
-        config, trained = self.config, sum(p.numel() for p in self.trainer.parameters.values())
+        config, trained = self.config, sum(p.numel() for p in self.trainer.learner.parameters.values())
         total = self.model.config.n_params + (trained if config.method == "lora" else 0)
         rows = self.loader.rows_in_epoch(0)
         held_out = 0 if self.validation is None else len(self.validation)
@@ -99,8 +102,7 @@ class SftRun:
         """Answer a few held-out prompts."""
         if (model := self._whole()) is None:
             return
-        with eagerly():
-            answers = answer(model, self.tokenizer, self.validation, self.config.samples)
+        answers = answer(model, self.tokenizer, self.validation, self.config.samples)
         write_samples(Path(self.config.out), answers, when)
 
     def export(self) -> Path:
@@ -124,14 +126,13 @@ class SftRun:
     def _whole(self) -> Llama | None:
         """The model as it is now, on process 0."""
         shape, dtype = self.model.config, DTYPES[self.config.loop.precision]
-        return self.trainer.engine.whole_model(lambda: adapted(empty_model(shape).to(dtype), self.config))
+        return self.trainer.learner.engine.whole_model(lambda: adapted(empty_model(shape).to(dtype), self.config))
 
 
 def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftRun:
     """Load, tokenise, adapt, split over `mesh` (None: one process): everything up to step 1."""
     loop, mesh = config.loop, mesh or alone()
     mesh.config.check_batch(loop.batch_rows, loop.micro_rows, config.data.seq_len)
-    device = mesh.device
     # A frozen base is computed with, never updated, so it is held in the compute type; trained weights stay fp32.
     stored = DTYPES[loop.precision] if config.method == "lora" else torch.float32
     model, weights = open_model(config.model, stored)
@@ -160,20 +161,19 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
         row = None  # what fills a batch up may be longer than any text, and than the positions that the model has
 
     def batches(step: int) -> list[Batch]:
-        first = step * loop.batch_rows
-        groups = row_groups(first, loop.micro_rows, mesh.share(loop.batch_rows // loop.micro_rows))
-        pad_to = row and loop.micro_rows * row
-        return [loader.collate([loader.row(i) for i in rows], pad_to).to(device) for rows in groups]
+        first, pad_to = step * loop.batch_rows, row and loop.micro_rows * row
+        return micro_batches(loader, first, loop.batch_rows, loop.micro_rows, mesh, pad_to)
 
     validate = None
     if validation is not None:
         held_out = SftLoader(validation, config.data.seq_len, seed=0)
-        validate = Validation(engine, held_out, pad_to=row)
+        measured = HeldOut(lambda i: held_out.collate([held_out.row(i)], row), held_out.rows_in_epoch(0))
+        validate = Validation(engine, {"held out": measured})
     whole = config.method != "lora"  # an adapter goes without what its base says
     beside = read_beside(weights.source).for_training(tokenizer) if whole else NOTHING
-    files = companions(model.config, tokenizer, beside) if whole else None
-    out = Path(config.out)
-    trainer = Trainer(engine, next_token(), batches, steps, loop, config.optim, out, validate, companions=files)
+    files = sidecar_writer(model.config, tokenizer, beside) if whole else None
+    learner = Learner(engine, next_token(), config.optim, steps, seed=loop.seed, spike=loop.spike, average=loop.average)
+    trainer = Trainer(learner, batches, steps, loop, Path(config.out), validate, files)
     return SftRun(config, model, tokenizer, training, validation, loader, trainer, beside)
 
 
@@ -182,18 +182,3 @@ def adapted(model: Llama, config: SftConfig) -> Llama:
     if config.quantize != "none":
         quantize_linears(model, config.quantize)
     return add_lora(model, config.lora) if config.method == "lora" else model
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Mean loss per trained token over the held-out rows, in nats."""
-
-    engine: Engine
-    loader: SftLoader
-    pad_to: int | None
-
-    def __call__(self) -> dict[str, Any]:
-        return {"loss": self.engine.measure(self._batch, self.loader.rows_in_epoch(0), next_token()).loss}
-
-    def _batch(self, index: int) -> Batch:
-        return self.loader.collate([self.loader.row(index)], self.pad_to).to(self.engine.mesh.device)

@@ -25,10 +25,13 @@ from arriero.distributed.parallelize import parallelize
 from arriero.model.build import empty_model
 from arriero.model.config import LlamaConfig
 from arriero.model.initial import initial_weight
+from arriero.train.batches import micro_batches
 from arriero.train.config import LoopConfig, OptimConfig
+from arriero.train.learner import Learner
 from arriero.train.loop import Trainer
 from arriero.train.metrics import MetricsLog
 from arriero.train.objectives import next_token
+from arriero.train.validation import HeldOut, Validation
 from helpers.parallel import run_processes
 from helpers.tokenizers import small_sentencepiece
 from helpers.training import toy_loader
@@ -62,22 +65,18 @@ def make_trainer(run: Run, mesh: Mesh) -> Trainer:
 
     def batches(step: int) -> list:
         time.sleep(run.sleep)
-        rows = [loader.row(step * BATCH_ROWS + i) for i in mesh.local_shard(BATCH_ROWS)]
-        return [loader.collate(rows)] if run.at_once else [loader.collate([row]) for row in rows]
+        return micro_batches(loader, step * BATCH_ROWS, BATCH_ROWS, micro_rows, mesh)
 
     micro_rows = BATCH_ROWS // mesh.dp_size if run.at_once else 1
     loop = LoopConfig(
         batch_rows=BATCH_ROWS, micro_rows=micro_rows, precision="fp32", seed=5, save_every=run.save_every, average=0.5
     )
 
-    def validate() -> dict:
-        return {"loss": engine.measure(lambda i: loader.collate([loader.row(i)]), 3, next_token()).loss}
-
-    beside = sidecar_writer(shape, small_sentencepiece())
+    validate = Validation(engine, {"first": HeldOut(lambda i: loader.collate([loader.row(i)]), 3)})
+    sidecars = sidecar_writer(shape, small_sentencepiece())
     optim = OptimConfig(**{"lr": 1e-3} | run.optim)
-    return Trainer(
-        engine, next_token(), batches, run.steps, loop, optim, Path(run.run_dir), validate, companions=beside
-    )
+    learner = Learner(engine, next_token(), optim, run.steps, seed=loop.seed, average=loop.average)
+    return Trainer(learner, batches, run.steps, loop, Path(run.run_dir), validate, sidecars)
 
 
 def do(run: Run, mesh: Mesh) -> Trainer:
@@ -96,7 +95,7 @@ def do(run: Run, mesh: Mesh) -> Trainer:
             return trainer
         outcome = trainer.run(log)
         trainer.load_result(log)
-    weights = trainer.engine.full_state_dict()
+    weights = trainer.learner.engine.full_state_dict()
     if mesh.rank == 0:
         if outcome.interrupted is None:
             save_file({name: t.clone() for name, t in weights.items()}, run_dir / "final.safetensors")

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arriero.checkpoint import native
-from arriero.data.batch import row_groups
 from arriero.data.sft_loader import SftLoader
 from arriero.distributed.engine import Engine
 from arriero.distributed.objective import Objective
@@ -19,7 +18,9 @@ from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
 from arriero.model.lora_config import LoraConfig
+from arriero.train.batches import micro_batches
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig
+from arriero.train.learner import Learner
 from arriero.train.loop import Trainer
 from arriero.train.metrics import surviving_records
 from arriero.train.objectives import next_token
@@ -71,13 +72,13 @@ def toy_trainer(
     if not full:
         add_lora(model, LoraConfig(rank=3, dropout=dropout))
     loader = toy_loader(packing, loop.seed)
+    engine, optim = Engine.alone(model.train()), optim or OptimConfig(lr=1e-2)
 
     def batches(step: int):
-        groups = row_groups(step * loop.batch_rows, loop.micro_rows, range(loop.batch_rows // loop.micro_rows))
-        return [loader.collate([loader.row(i) for i in rows]) for rows in groups]
+        return micro_batches(loader, step * loop.batch_rows, loop.batch_rows, loop.micro_rows, engine.mesh)
 
-    optim = optim or OptimConfig(lr=1e-2)
-    return Trainer(Engine.alone(model.train()), next_token(), batches, steps, loop, optim, run_dir, validate)
+    learner = Learner(engine, next_token(), optim, steps, seed=loop.seed, spike=loop.spike, average=loop.average)
+    return Trainer(learner, batches, steps, loop, run_dir, validate)
 
 
 def whole_and_resumed(config: PretrainConfig, directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -26,7 +26,7 @@ def run(trainer, run_dir):
 
 
 def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    return {name: p.detach().clone() for name, p in trainer.learner.parameters.items()}
 
 
 def test_training_lowers_the_loss(tmp_path):
@@ -58,8 +58,8 @@ def test_packed_gradients_equal_unpacked_ones(tmp_path):
         epoch = [loader.collate([loader.row(i)]) for i in range(loader.rows_in_epoch(0))]
         total = sum(batch.n_trained for batch in epoch)
         for batch in epoch:
-            (trainer.objective.sums(trainer.engine.model, batch)["loss"] / total).backward()
-        grads.append({name: p.grad for name, p in trainer.parameters.items()})
+            (trainer.learner.objective.sums(trainer.learner.engine.model, batch)["loss"] / total).backward()
+        grads.append({name: p.grad for name, p in trainer.learner.parameters.items()})
     for name, packed in grads[0].items():
         torch.testing.assert_close(packed, grads[1][name], atol=1e-6, rtol=1e-4, msg=name)
 
@@ -84,7 +84,7 @@ def test_resume_gives_the_same_losses_and_weights(tmp_path):
 CHILD = """
 import sys
 from pathlib import Path
-from arriero.checkpoint import native
+from arriero.checkpoint.sharded import Checkpoints
 from arriero.train.metrics import MetricsLog
 from helpers.training import toy_loader, toy_trainer
 run_dir = Path(sys.argv[1])
@@ -150,20 +150,22 @@ def test_a_signal_saves_and_stops(tmp_path, number):
 def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
     trainer = toy_trainer(tmp_path, dropout=0.0)
     trainer.step()
-    before, honest = weights(trainer), trainer.objective
-    trainer.objective = changed(honest, lambda loss: loss * float("nan"))
+    before, honest = weights(trainer), trainer.learner.objective
+    trainer.learner.objective = changed(honest, lambda loss: loss * float("nan"))
     metrics = trainer.step()
     assert metrics["skipped"] == 1
     assert_same(weights(trainer), before)
-    trainer.objective = honest
+    trainer.learner.objective = honest
     assert trainer.step()["skipped"] == 1
-    assert trainer.skipped_in_a_row == 0
+    assert trainer.learner.skipped_in_a_row == 0
 
 
 def test_many_non_finite_steps_in_a_row_stop_with_a_clear_error_and_keep_good_checkpoints(tmp_path):
     trainer = toy_trainer(tmp_path, max_skipped=4, save_every=1, keep_last=2)
-    honest = trainer.objective
-    trainer.objective = changed(honest, lambda loss: loss * (float("inf") if trainer.progress.step >= 5 else 1.0))
+    honest = trainer.learner.objective
+    trainer.learner.objective = changed(
+        honest, lambda loss: loss * (float("inf") if trainer.progress.step >= 5 else 1.0)
+    )
     message = r"not finite for 4 steps in a row \(max_skipped\); begin a new run with an lr below .*00000005/weights$"
     with pytest.raises(TrainingError, match=message):
         run(trainer, tmp_path)
@@ -172,8 +174,10 @@ def test_many_non_finite_steps_in_a_row_stop_with_a_clear_error_and_keep_good_ch
 
 def test_a_save_that_is_due_at_a_step_that_is_not_finite_waits_for_the_next_good_one(tmp_path):
     trainer = toy_trainer(tmp_path, steps=10, save_every=4, keep_last=9)
-    honest = trainer.objective
-    trainer.objective = changed(honest, lambda loss: loss * (float("inf") if trainer.progress.step in (3, 4) else 1.0))
+    honest = trainer.learner.objective
+    trainer.learner.objective = changed(
+        honest, lambda loss: loss * (float("inf") if trainer.progress.step in (3, 4) else 1.0)
+    )
     run(trainer, tmp_path)
     assert native.steps(tmp_path) == [6, 8, 10]
 
@@ -181,8 +185,10 @@ def test_a_save_that_is_due_at_a_step_that_is_not_finite_waits_for_the_next_good
 def test_weights_that_steps_are_not_finite_with_are_never_the_best(tmp_path):
     values = iter([3.0, 2.0, 1.0])
     trainer = toy_trainer(tmp_path, steps=8, validate=lambda: {"loss": next(values)}, validate_every=4)
-    honest = trainer.objective
-    trainer.objective = changed(honest, lambda loss: loss * (float("inf") if trainer.progress.step >= 5 else 1.0))
+    honest = trainer.learner.objective
+    trainer.learner.objective = changed(
+        honest, lambda loss: loss * (float("inf") if trainer.progress.step >= 5 else 1.0)
+    )
     run(trainer, tmp_path)
     assert trainer.progress.best_step == 4
 
@@ -262,8 +268,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 def test_a_checkpoint_without_the_moments_of_every_weight_is_refused(tmp_path):
     trainer = toy_trainer(tmp_path)
     trainer.step()
-    name, parameter = next(iter(trainer.parameters.items()))
-    del trainer.optimizer.state[parameter]
+    name, parameter = next(iter(trainer.learner.parameters.items()))
+    del trainer.learner.optimizer.state[parameter]
     trainer.save()
     with pytest.raises(CheckpointError, match=f"no optimizer state of 1 tensors .for example {re.escape(name)}"):
         toy_trainer(tmp_path).restore(Checkpoints(tmp_path).latest())
@@ -272,12 +278,12 @@ def test_a_checkpoint_without_the_moments_of_every_weight_is_refused(tmp_path):
 def test_clipping_bounds_the_gradient_of_a_step(tmp_path):
     trainer = toy_trainer(tmp_path, dropout=0.0)
     seen = {}
-    original = trainer.optimizer.step
-    trainer.optimizer.step = lambda: (
-        seen.update(norm=torch.cat([p.grad.flatten() for p in trainer.parameters.values()]).norm()),
+    original = trainer.learner.optimizer.step
+    trainer.learner.optimizer.step = lambda: (
+        seen.update(norm=torch.cat([p.grad.flatten() for p in trainer.learner.parameters.values()]).norm()),
         original(),
     )
-    object.__setattr__(trainer.optim, "clip", 1e-3)
+    object.__setattr__(trainer.learner.optim, "clip", 1e-3)
     assert trainer.step()["grad_norm"] > 1e-3
     assert seen["norm"] == pytest.approx(1e-3, rel=1e-3)
 
@@ -286,11 +292,11 @@ def test_a_spike_is_skipped_counted_and_leaves_the_weights_alone(tmp_path):
     trainer = toy_trainer(tmp_path, steps=80, dropout=0.0, spike=6.0, batch_rows=2)
     for _ in range(60):
         trainer.step()
-    before, objective = weights(trainer), trainer.objective
-    trainer.objective = changed(objective, lambda loss: loss * 40)
-    assert trainer.step()["skipped"] == 1 and trainer.progress.spikes == 1
+    before, objective = weights(trainer), trainer.learner.objective
+    trainer.learner.objective = changed(objective, lambda loss: loss * 40)
+    assert trainer.step()["skipped"] == 1 and trainer.learner.counters.spikes == 1
     assert_same(weights(trainer), before)
-    trainer.objective = objective
+    trainer.learner.objective = objective
     assert trainer.step()["skipped"] == 1
 
 

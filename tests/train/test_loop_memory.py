@@ -48,8 +48,8 @@ def test_stepping_in_the_backward_pass_is_the_ordinary_step_bit_by_bit(tmp_path,
         expected, found = ordinary.step(), ours.step()
         assert found["loss"] == expected["loss"]
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
-    assert_same(ours.parameters, ordinary.parameters)
-    assert_same(ours._optimizer_tensors(), ordinary._optimizer_tensors())
+    assert_same(ours.learner.parameters, ordinary.learner.parameters)
+    assert_same(ours.learner.optimizer_tensors(), ordinary.learner.optimizer_tensors())
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -83,30 +83,30 @@ def test_gradients_never_lie_in_memory_together(recompute):
 def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.step()
-    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-    state = {name: t.clone() for name, t in trainer._optimizer_tensors().items()}
-    honest = trainer.objective
+    before = {name: p.detach().clone() for name, p in trainer.learner.parameters.items()}
+    state = {name: t.clone() for name, t in trainer.learner.optimizer_tensors().items()}
+    honest = trainer.learner.objective
     for wrong in (lambda loss: loss * float("nan"), lambda loss: loss + float("inf")):  # with and without a gradient
-        trainer.objective = changed(honest, wrong)
+        trainer.learner.objective = changed(honest, wrong)
         trainer.step()
-    assert trainer.progress.skipped == 2
-    assert_same(trainer.parameters, before)
-    assert_same(trainer._optimizer_tensors(), state)
-    trainer.objective = honest
-    assert trainer.step()["skipped"] == 2 and trainer.skipped_in_a_row == 0
+    assert trainer.learner.counters.skipped == 2
+    assert_same(trainer.learner.parameters, before)
+    assert_same(trainer.learner.optimizer_tensors(), state)
+    trainer.learner.objective = honest
+    assert trainer.step()["skipped"] == 2 and trainer.learner.skipped_in_a_row == 0
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied_and_the_step_is_counted(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.step()
     wrong = "model.layers.0.mlp.up_proj.weight"
-    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-    handle = trainer.parameters[wrong].register_hook(lambda grad: grad * float("nan"))
+    before = {name: p.detach().clone() for name, p in trainer.learner.parameters.items()}
+    handle = trainer.learner.parameters[wrong].register_hook(lambda grad: grad * float("nan"))
     assert trainer.step()["skipped"] == 1
     handle.remove()
-    unchanged = [name for name, p in trainer.parameters.items() if torch.equal(p, before[name])]
+    unchanged = [name for name, p in trainer.learner.parameters.items() if torch.equal(p, before[name])]
     assert unchanged == [wrong]
-    assert all(p.isfinite().all() for p in trainer.parameters.values())
+    assert all(p.isfinite().all() for p in trainer.learner.parameters.values())
     assert trainer.step()["skipped"] == 1
 
 
@@ -122,8 +122,8 @@ def test_resume_gives_the_same_losses_weights_and_state(tmp_path, optimizer, in_
     resumed = trainer_of(tmp_path / "parts", in_backward, optimizer, steps=11)
     resumed.restore(Checkpoints(tmp_path / "parts").latest())
     assert [resumed.step()["loss"] for _ in range(6)] == losses[5:]
-    assert_same(resumed.parameters, whole.parameters)
-    assert_same(resumed._optimizer_tensors(), whole._optimizer_tensors())
+    assert_same(resumed.learner.parameters, whole.learner.parameters)
+    assert_same(resumed.learner.optimizer_tensors(), whole.learner.optimizer_tensors())
 
 
 def test_a_run_in_eight_bits_learns_as_one_in_full(tmp_path):
@@ -194,7 +194,7 @@ def test_eight_bits_go_on_with_another_number_of_processes(tmp_path):
     shutil.copytree(two, three)
     do_together([Run(three, stop_at=12, optim=optim)], 3, tmp_path / "plan.json")
     trainer = do_alone(Run(one, stop_at=11, optim=optim))
-    assert_same(trainer._optimizer_tensors(), native.at_step(Path(two), 11).tensors("optimizer"))
+    assert_same(trainer.learner.optimizer_tensors(), native.at_step(Path(two), 11).tensors("optimizer"))
     do_alone(Run(one, optim=optim))
     do_alone(Run(three, optim=optim))
     for run_dir in (one, three):

@@ -19,6 +19,7 @@ from helpers.training import assert_same, losses, whole_and_resumed
 from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load
 from arriero.cli.recipes import validate
+from arriero.data.held_out import held_out_rows
 from arriero.data.sharding import shard_sources
 from arriero.data.shards import open_sources
 from arriero.errors import ConfigError, DataError
@@ -30,17 +31,10 @@ from arriero.tokenizer.train import learn_llama3
 from arriero.train.config import LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig, TrainingStage
 from arriero.train.hardware import refuse_what_cannot_fit
 from arriero.train.metrics import surviving_records
-from arriero.train.pretrain import (
-    Phase,
-    build,
-    count_steps,
-    durations,
-    held_out_rows,
-    main,
-    timetable,
-    validation_interval,
-)
+from arriero.train.phases import Phase, count_steps, durations, timetable
+from arriero.train.pretrain import build, main
 from arriero.train.recipe import warmup_note
+from arriero.train.validation import validation_interval
 
 SHAPE = LlamaConfig(44, 2, 11, 11, 29, 101, 64, tied_embeddings=True)
 
@@ -142,7 +136,7 @@ def test_bits_per_byte_are_over_the_bytes_of_the_tokens_that_are_measured(tmp_pa
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(shards / "tokenizer")
     bits, n_bytes = {}, {}
-    for name, rows in run.trainer.validate.held_out.items():
+    for name, rows in held_out_rows(run.held_out, run.tokenizer, config.data.seq_len, n_tokens).items():
         nats, n_bytes[name] = 0.0, 0
         for row in map(rows.row, range(rows.n_rows)):
             at = 0
@@ -163,14 +157,15 @@ def test_bits_per_byte_are_over_the_bytes_of_the_tokens_that_are_measured(tmp_pa
 
 
 def test_held_out_documents_of_one_token_are_passed_over_or_refused(tmp_path, caplog):
-    data, tokenizer = PretrainDataConfig(train="x"), small_sentencepiece()
+    tokenizer, data = small_sentencepiece(), PretrainDataConfig()
+    limits = data.seq_len, data.validation_tokens
     ones, more = write_shards(tmp_path / "ones", [1, 1, 1]), write_shards(tmp_path / "more", [1, 5, 7])
     with pytest.raises(DataError, match="ones: every held-out document is one token, which nothing predicts; hold"):
-        held_out_rows(data, {"ones": ones}, tokenizer)
+        held_out_rows({"ones": ones}, tokenizer, *limits)
     with caplog.at_level("WARNING"):
-        assert [*held_out_rows(data, {"ones": ones, "more": more}, tokenizer)] == ["more"]
+        assert [*held_out_rows({"ones": ones, "more": more}, tokenizer, *limits)] == ["more"]
     assert "ones: its documents are of one token each, which nothing predicts: not measured" in caplog.text
-    assert held_out_rows(data, {}, tokenizer) == {}
+    assert held_out_rows({}, tokenizer, *limits) == {}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
