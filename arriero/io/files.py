@@ -128,7 +128,7 @@ def make_output(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = "it is a file" if directory.is_file() else f"{error.strerror}{hint(directory)}"
+        reason = "it is a file" if directory.exists() else f"{error.strerror}{hint(directory)}"
         raise ConfigError(f"{directory}: nothing can be written there ({reason}); give another --out") from error
     if not os.access(directory, os.W_OK):
         raise ConfigError(f"{directory}: nothing can be written there (no permission); give another --out")

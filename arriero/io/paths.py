@@ -70,7 +70,9 @@ def hint(path: str | Path) -> str:
     """The end of an error for a missing `path`: the target of a broken link, or similar names, if any."""
     path = Path(path)
     try:
-        if path.is_symlink() and not path.exists():
+        if path.exists():  # and is of another kind than was asked for
+            return ""
+        if path.is_symlink():
             return f" (it is a link to {os.readlink(path)!r}, which is not there)"
         near = did_you_mean(path.name, (other.name for other in path.parent.iterdir()))
     except OSError:  # no such directory either, or one that may not be read

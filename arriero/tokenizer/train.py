@@ -189,7 +189,7 @@ def train(texts: Iterable[str], config: TrainingConfig, directory: Path) -> dict
 
 def check_empty(out: Path, force: bool) -> None:
     """Refuse to write where a file is, or without `force` where a directory holds something."""
-    if out.is_file():
+    if out.exists() and not out.is_dir():  # a file, or a device
         raise UserError(f"{out}: is a file, and a directory is to be written; choose another name")
     if out.is_dir() and any(out.iterdir()) and not force:
         raise UserError(f"{out}: exists already; choose another name, or give --force to write over it")

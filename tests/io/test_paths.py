@@ -169,6 +169,7 @@ def test_a_path_that_is_not_there_is_told_with_names_like_it_or_where_its_link_l
     assert hint("shrads") == "; did you mean 'shards'?"
     assert hint("broken") == " (it is a link to 'nowhere/at all', which is not there)"
     assert hint("$DATA/shards") == " (environment variables are not expanded)"
+    assert hint("shards") == ""  # it is there, and of another kind than was asked for
     assert hint("no/such/directory") == hint("qqqq") == ""
     with pytest.raises(DataError, match=r"shrads\.jsonl: no such file or directory; .*did you mean 'shards'\?"):
         list_files(["shrads.jsonl"])

@@ -254,6 +254,8 @@ def test_too_little_text_is_refused_with_what_it_would_give(tmp_path):
     (tmp_path / "there").write_text("x")
     with pytest.raises(UserError, match="there: is a file, and a directory is to be written; choose another name"):
         check_empty(tmp_path / "there", force=True)
+    with pytest.raises(UserError, match="/dev/zero: is a file, and a directory is to be written; choose another name"):
+        check_empty(Path("/dev/zero"), force=True)
     with pytest.raises(UserError, match="exists already; choose another name, or give --force"):
         check_empty(tmp_path, force=False)
     check_empty(tmp_path, force=True)

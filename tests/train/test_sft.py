@@ -13,10 +13,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from arriero.checkpoint.hf import read_config, save_hf
 from arriero.checkpoint.load import load
 from arriero.errors import ConfigError, DataError, UserError
+from arriero.model.llama import Llama
 from arriero.model.lora_config import LoraConfig
 from arriero.settings import load_recipe
+from arriero.tokenizer.load import load_tokenizer
 from arriero.train.config import DataConfig, LoopConfig, OptimConfig, SftConfig
 from arriero.train.metrics import surviving_records
 from arriero.train.recipe import compiles
@@ -138,6 +141,28 @@ def test_samples_with_any_character_and_another_number_of_them_survive_a_resume(
     assert ["before" in row for row in found] == [True, True, False, False]
     assert all("\u2028" in row["prompt"] and "after" in row for row in found)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_of_a_model_whose_tie_flag_lies_resumes_with_its_own_head(toy_model, rows, tmp_path):
+    """config.json says tied, the file has a head that differs: it is kept, trained, and there after a resume."""
+    tokenizer = load_tokenizer(toy_model)
+    base = tmp_path / "base"
+    shape = replace(read_config(toy_model), tied_embeddings=False)
+    save_hf(Llama(shape).init_weights(seed=5), base, tokenizer)
+    described = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(described | {"tie_word_embeddings": True}))
+    config = settings(base, rows, tmp_path / "run", method="full", samples=0)
+    config = replace(config, loop=replace(config.loop, save_every=3))
+    main(config)
+    whole = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert not torch.equal(whole["lm_head.weight"], whole["model.embed_tokens.weight"])
+    assert not torch.equal(whole["lm_head.weight"], load_file(base / "model.safetensors")["lm_head.weight"])
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["tie_word_embeddings"] is False
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    shutil.rmtree(tmp_path / "run" / "model")
+    main(replace(config, resume=True))
+    again = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_resuming_with_other_settings_is_refused_by_name(toy_model, rows, tmp_path):
