@@ -115,14 +115,7 @@ def check_written(
     names = {*ours.shapes, *theirs.shapes} - {_HEAD}
     if lost := delta.keys() - names:
         raise _fault(called, f"the adapter acts on {min(lost)}, which the model lacks")
-    pairs = [(name, name) for name in sorted(names)]
-    match ours.head(), theirs.head():
-        case (None, _) | (_, None):
-            raise _fault(called, f"it or {source} has neither a head nor tied embeddings")
-        case (str(head), str(origin)) if _HEAD in (head, origin):
-            pairs.append((head, origin))
-    if ours.facts.get(_TIED) and _HEAD in ours.shapes:
-        pairs.append((_HEAD, _EMBEDDINGS))  # who ties by the flag and who reads the head have one model
+    pairs = [(name, name) for name in sorted(names)] + _head_pairs(ours, theirs, source, called)
     largest = 0.0
     for name, origin in pairs:
         if name not in ours.shapes or origin not in theirs.shapes:
@@ -143,6 +136,19 @@ def check_written(
     return Verdict(len(pairs), largest, held)
 
 
+def _head_pairs(ours: Reading, theirs: Reading, source: Path, called: Path) -> list[tuple[str, str]]:
+    """The tensors to compare for the head: (name in the result, name in the source)."""
+    pairs = []
+    match ours.head(), theirs.head():
+        case (None, _) | (_, None):
+            raise _fault(called, f"it or {source} has neither a head nor tied embeddings")
+        case (str(head), str(origin)) if _HEAD in (head, origin):
+            pairs.append((head, origin))
+    if ours.facts.get(_TIED) and _HEAD in ours.shapes:
+        pairs.append((_HEAD, _EMBEDDINGS))  # a reader that ties by the flag and one that reads the head get one model
+    return pairs
+
+
 class _Differs(Exception):
     """A tensor differs from its source; the message says by how much."""
 
@@ -160,14 +166,7 @@ def read_independently(path: Path) -> Reading:
 
 def _read_hf(directory: Path) -> Reading:
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    one, shapes = directory / "model.safetensors", dict[str, tuple[int, ...]]()
-    if one.is_file():
-        with safe_open(one, "pt") as tensors:
-            owners = {name: (one, name) for name in tensors.keys()}  # noqa: SIM118
-    else:
-        index = json.loads((directory / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        owners = {name: (directory / file, name) for name, file in index["weight_map"].items()}
-    owners = {name: owner for name, owner in owners.items() if "rotary_emb" not in name}
+    owners, shapes = _hf_owners(directory), dict[str, tuple[int, ...]]()
     for file in sorted({file for file, _ in owners.values()}):
         with safe_open(file, "pt") as tensors:
             there = [name for name, owner in owners.items() if owner[0] == file]
@@ -180,6 +179,24 @@ def _read_hf(directory: Path) -> Reading:
         with safe_open(file, "pt") as tensors:  # anew each time: what is mapped counts as memory
             return tensors.get_tensor(key).clone()
 
+    facts = {**_hf_facts(config), "vocab_size": shapes[_EMBEDDINGS][0]}
+    return Reading(facts, shapes, read)
+
+
+def _hf_owners(directory: Path) -> dict[str, tuple[Path, str]]:
+    """The file of each tensor, and its name there."""
+    one = directory / "model.safetensors"
+    if one.is_file():
+        with safe_open(one, "pt") as tensors:
+            owners = {name: (one, name) for name in tensors.keys()}  # noqa: SIM118
+    else:
+        index = json.loads((directory / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        owners = {name: (directory / file, name) for name, file in index["weight_map"].items()}
+    return {name: owner for name, owner in owners.items() if "rotary_emb" not in name}
+
+
+def _hf_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts in config.json, all but the size of the vocabulary."""
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     facts = {name: config[name] for name in _GGUF_FACTS if config.get(name) is not None}
     facts.setdefault("num_key_value_heads", config["num_attention_heads"])
@@ -190,8 +207,7 @@ def _read_hf(directory: Path) -> Reading:
     context = facts.get("max_position_embeddings", 2048)
     original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or context
     facts["rope"] = _rope(facts, {**rope, "original_max_position_embeddings": original})
-    facts["vocab_size"] = shapes[_EMBEDDINGS][0]
-    return Reading(facts, shapes, read)
+    return facts
 
 
 class _GgufReader(gguf.GGUFReader):

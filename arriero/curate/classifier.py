@@ -117,13 +117,10 @@ def train(
     out = as_path(out)
     if out.is_dir():
         raise DataError(f"{out} is a directory; give a file for the classifier with --out")
-    sets = []
-    for name, sources in (("good", good), ("random", against)):
-        sets.append(_read(sources, text_key, max_documents, seed, console))
-        if len(sets[-1][0]) < LEAST:
-            raise DataError(
-                f"{len(sets[-1][0])} {name} documents in {', '.join(map(str, sources))}; at least {LEAST} are needed"
-            )
+    sets = [
+        _read_kind(name, sources, text_key, max_documents, seed, console)
+        for name, sources in (("good", good), ("random", against))
+    ]
     documents = [features_of for kind in sets for features_of in kind[0]]
     digests = np.concatenate([kind[1] for kind in sets])
     label = np.repeat([1.0, 0.0], [len(kind[0]) for kind in sets])
@@ -152,6 +149,18 @@ def train(
     classifier = Classifier(weights, bias, report)
     save(classifier, out)
     return classifier
+
+
+def _read_kind(
+    name: str, sources: Sequence[str | Path], text_key: str, most: int, seed: int, console: Console
+) -> tuple[list[NDArray[np.uint32]], NDArray[np.uint64]]:
+    """`_read`, refusing too few documents."""
+    found = _read(sources, text_key, most, seed, console)
+    if len(found[0]) < LEAST:
+        raise DataError(
+            f"{len(found[0])} {name} documents in {', '.join(map(str, sources))}; at least {LEAST} are needed"
+        )
+    return found
 
 
 def _read(

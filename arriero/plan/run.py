@@ -101,12 +101,17 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
         )
     if config.parallel.cpu_offload:
         raise ConfigError("a dry run does not offload; plan cpu_offload by arithmetic: leave --data out")
+    measured = _dry_run_apart(config, console or notes())
+    shape = LlamaConfig.from_hf(measured.pop("shape"))
+    return dataclasses.replace(by_arithmetic(shape, config), **measured)
+
+
+def _dry_run_apart(config: SftConfig | PretrainConfig, console: Console) -> dict[str, Any]:
+    """What `dry_run` returns, made in a process of its own, whose peak memory is then the run's alone."""
     recipe = next(name for name, cls in RECIPES.items() if type(config) is cls)
-    console = console or notes()
     with console.status("dry run: each part of the run, once"), tempfile.TemporaryDirectory() as work:
         file = Path(work) / "config.toml"
         file.write_text(settings.to_toml(dataclasses.replace(config, out=str(Path(work) / "run")), recipe), "utf-8")
-        # A process of its own: its peak is the run's, not that of whatever called this.
         done = subprocess.run([sys.executable, "-m", __name__, str(file)], capture_output=True, text=True)
     if done.returncode == 2:
         raise UserError(split_lines(done.stderr.strip())[-1])
@@ -115,8 +120,7 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
     measured = json.loads(split_lines(done.stdout)[-1])
     for warning in measured.pop("warnings"):
         warn_once(warning)
-    shape = LlamaConfig.from_hf(measured.pop("shape"))
-    return dataclasses.replace(by_arithmetic(shape, config), **measured)
+    return dict(measured)
 
 
 def by_arithmetic(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Plan:

@@ -205,21 +205,23 @@ def _check_results(whole: str, messages: Sequence[dict[str, Any]], i: int) -> No
 
 
 def _check_stretch(stretch: str, texts: dict[int, list[_Text]], messages: Sequence[dict[str, Any]]) -> None:
+    """Refuse a stretch of the rendering that lacks one of the texts of its messages, or a place for each."""
+    every = [(i, text) for i, of_message in texts.items() for text in of_message]
+    contents = [(i, text) for i, text in every if text.where == "content"]
     at = 0
-    for i, of_message in texts.items():
-        for text in of_message:
-            if text.where == "content":
-                found = [(k, s) for s in text.spellings if (k := stretch.find(s, at)) >= 0]
-                if not found:
-                    raise _not_written(i, messages[i], text)
-                # An answer's content may stand anywhere in its stretch, beside calls and reasoning.
-                at = min(found)[0] + len(min(found)[1])
-    if all(text.where == "content" for of_message in texts.values() for text in of_message):
-        return
+    for i, text in contents:  # anywhere in the stretch, beside calls and reasoning, but in their order
+        found = [(k, s) for s in text.spellings if (k := stretch.find(s, at)) >= 0]
+        if not found:
+            raise _not_written(i, messages[i], text)
+        at = min(found)[0] + len(min(found)[1])
+    if len(contents) < len(every):
+        _check_places(stretch, every, messages)
+
+
+def _check_places(stretch: str, texts: list[tuple[int, _Text]], messages: Sequence[dict[str, Any]]) -> None:
+    """Refuse a stretch in which not each text has a place of its own."""
     free = _Places(stretch)
-    longest_first = sorted(
-        ((i, text) for i, of_message in texts.items() for text in of_message), key=lambda t: -len(t[1].spellings[0])
-    )
+    longest_first = sorted(texts, key=lambda t: -len(t[1].spellings[0]))
     called = [name for message in messages for name in _called(message)]
     for i, text in longest_first:
         if any(free.take(spelling, text.alone) for spelling in text.spellings):

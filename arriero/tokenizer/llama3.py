@@ -132,19 +132,7 @@ def is_tiktoken_file(path: Path) -> bool:
 
 def load_tiktoken_model(path: Path) -> Tokenizer:
     """Load Llama 3's tokenizer.model; a params.json beside it without `use_scaled_rope` marks version 3.0."""
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as error:
-            raise CheckpointError(
-                f"{path}, line {number}: not 'base64 rank' ({error}); fetch the file again"
-            ) from error
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise CheckpointError(f"{path}: its {len(ranks)} ranks are not 0, 1, 2, ...; the file is cut or damaged")
-    if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise CheckpointError(f"{path}: the byte {lacking[0]:#04x} has no rank of its own; the file is cut or damaged")
+    ranks = _read_ranks(path)
     params = Fields(files.read_json(path.parent / "params.json"), str(path.parent / "params.json"))
     version_3_0 = len(params) > 0 and not params.flag("use_scaled_rope", False)
     left = params.whole("vocab_size", -1, least=-1) - len(ranks)  # Meta's files say -1 where the tokenizer decides
@@ -160,6 +148,24 @@ def load_tiktoken_model(path: Path) -> Tokenizer:
     adds_bos = files.read_flag(path.parent, "add_bos_token", True)
     special = replace(special, stops=files.read_stops(path.parent), adds_bos=adds_bos, **roles)  # type: ignore[arg-type]
     return TiktokenTokenizer(ranks, special, files.read_chat_template(path.parent, special))
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """The rank of each token of a tokenizer.model; raises CheckpointError where ranks or bytes are missing."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise CheckpointError(
+                f"{path}, line {number}: not 'base64 rank' ({error}); fetch the file again"
+            ) from error
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise CheckpointError(f"{path}: its {len(ranks)} ranks are not 0, 1, 2, ...; the file is cut or damaged")
+    if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise CheckpointError(f"{path}: the byte {lacking[0]:#04x} has no rank of its own; the file is cut or damaged")
+    return ranks
 
 
 def _is_known(token: AddedToken, special: SpecialTokens, token_id: int | None) -> bool:
