@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from arriero.data.batch import Batch
 from arriero.data.pretrain_loader import DataStage, PretrainLoader
 from arriero.data.shards import Shards
+from arriero.distributed.mesh import Mesh
 from arriero.errors import ConfigError, did_you_mean
+from arriero.train.batches import micro_batches
 from arriero.train.config import PretrainConfig
 
 
@@ -56,11 +59,6 @@ def phases_of(config: PretrainConfig, weights: Mapping[str, float], total_steps:
     """The timetable without phases that get no step."""
     phases = timetable(config, weights, total_steps)
     return [phase for phase, n in zip(phases, durations(phases, total_steps), strict=True) if n]
-
-
-def phase_at(phases: Sequence[Phase], step: int) -> Phase:
-    """The phase that a step is in."""
-    return phases[bisect.bisect_right([phase.first_step for phase in phases], step) - 1]
 
 
 def durations(phases: Sequence[Phase], total_steps: int) -> list[int]:
@@ -109,3 +107,17 @@ def open_rows(
             "raise max_epochs, train for fewer tokens, or add data"
         )
     return loader
+
+
+def batches_of(
+    phases: Sequence[Phase], rows: PretrainLoader, micro_rows: int, mesh: Mesh
+) -> Callable[[int], list[Batch]]:
+    """This process's micro-batches of each step, of one shape within a phase (see `batch.collate`)."""
+    starts = [phase.first_step for phase in phases]
+
+    def batches(step: int) -> list[Batch]:
+        phase = phases[bisect.bisect_right(starts, step) - 1]
+        first, pad_to = phase.first_row_of(step), micro_rows * phase.seq_len
+        return micro_batches(rows, first, phase.batch_rows, micro_rows, mesh, pad_to)
+
+    return batches

@@ -9,7 +9,7 @@ may change in the middle of a run (`TrainingStage`); what a step reads is still 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +18,9 @@ from rich.console import Console
 
 from arriero.checkpoint.beside import Beside
 from arriero.checkpoint.hf import save_hf, sidecar_writer
-from arriero.data.batch import Batch, collate
+from arriero.data.batch import collate
 from arriero.data.held_out import HeldOutRows, held_out_rows
 from arriero.data.prefetch import Prefetched
-from arriero.data.pretrain_loader import PretrainLoader
 from arriero.data.shards import Shards, fingerprints, open_splits
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh
@@ -30,20 +29,19 @@ from arriero.model.build import build_model
 from arriero.model.catalogue import named_shape
 from arriero.model.llama import Llama
 from arriero.tokenizer import Tokenizer, load_tokenizer
-from arriero.train.batches import micro_batches
 from arriero.train.begin import first_model
-from arriero.train.config import LoopConfig, PretrainConfig
+from arriero.train.config import PretrainConfig
 from arriero.train.hardware import keep_freed_memory, seconds_at_peak
 from arriero.train.learner import Learner
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.objectives import next_token
 from arriero.train.phases import (
     Phase,
+    batches_of,
     count_steps,
     durations,
     mixture,
     open_rows,
-    phase_at,
     phases_of,
     timetable,
     tokens_of,
@@ -153,12 +151,12 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
         found = held_out_rows(held_out, tokenizer, data.seq_len, data.validation_tokens)
         measured = {name: _measured(one, data.seq_len) for name, one in found.items()}
         validate = Validation(engine, measured, samples=lambda: continuations(engine, tokenizer, prompts))
-        loop = _with_interval(
-            loop, steps, tokens, min(data.validation_tokens, sum(s.n_tokens for s in held_out.values()))
-        )
+        n_measured = min(data.validation_tokens, sum(shards.n_tokens for shards in held_out.values()))
+        every = loop.validate_every or validation_interval(steps, tokens, n_measured)
+        loop = dataclasses.replace(loop, validate_every=every)
     trainer = Trainer(
         learner,
-        Prefetched(_batches(rows, phases, loop.micro_rows, mesh), steps),
+        Prefetched(batches_of(phases, rows, loop.micro_rows, mesh), steps),
         steps,
         loop,
         Path(config.out),
@@ -168,24 +166,5 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
     return PretrainRun(config, model, tokenizer, sources, held_out, phases, trainer, begun.beside)
 
 
-def _batches(
-    rows: PretrainLoader, phases: Sequence[Phase], micro_rows: int, mesh: Mesh
-) -> Callable[[int], list[Batch]]:
-    """The micro-batches of a step on this process, of one shape within a phase (see `batch.collate`)."""
-
-    def batches(step: int) -> list[Batch]:
-        phase = phase_at(phases, step)
-        first, pad_to = phase.first_row_of(step), micro_rows * phase.seq_len
-        return micro_batches(rows, first, phase.batch_rows, micro_rows, mesh, pad_to)
-
-    return batches
-
-
 def _measured(rows: HeldOutRows, seq_len: int) -> HeldOut:
     return HeldOut(lambda i: collate([rows.row(i)], seq_len), rows.n_rows, rows.n_bytes)
-
-
-def _with_interval(loop: LoopConfig, steps: int, tokens: int, measured: int) -> LoopConfig:
-    """With the steps between validations of `measured` tokens, where the settings leave them open."""
-    every = loop.validate_every or validation_interval(steps, tokens, measured)
-    return dataclasses.replace(loop, validate_every=every)

@@ -53,6 +53,14 @@ def test_what_four_processes_save_in_any_layout_one_reads_whole(written: Path) -
         assert_whole(native.at_step(written, step))
 
 
+def test_what_each_of_four_processes_alone_has_one_reads_whole(written: Path) -> None:
+    for step in native.steps(written):
+        saved = native.at_step(written, step)
+        assert saved is not None and saved.tensors("nothing") == {}
+        found = {name: tensor.tolist() for name, tensor in saved.tensors("journal").items()}
+        assert found == {f"{rank}/answer": [*range(5 * step + rank)] for rank in range(4)}
+
+
 def test_no_file_is_a_pickle(written: Path) -> None:
     assert {p.suffix for p in written.rglob("*") if p.is_file()} == {".safetensors", ".json"}
 

@@ -59,7 +59,9 @@ def save(checkpoints: Checkpoints, step: int, layout: str) -> None:
         group: {name: laid_out(t.clone(), layout) for name, t in tensors.items()}
         for group, tensors in known(step).items()
     }
-    checkpoints.save(step, groups, {"step": step})
+    own = {f"{checkpoints.peers.rank}/answer": torch.arange(5 * step + checkpoints.peers.rank)}
+    groups |= {"journal": own, "nothing": {}}
+    checkpoints.save(step, groups, {"step": step}, own={"journal", "nothing"})
     for tensors in groups.values():
         for tensor in tensors.values():
             tensor.zero_()
