@@ -111,16 +111,31 @@ def _sound(batches: Iterator[Any], path: Path) -> Iterator[Any]:
 
 
 def _of_bytes(type_: Any) -> Any:
-    """An Arrow type with bytes for texts: those that are not UTF-8 cost their row, not the file."""
+    """An Arrow type that is stored alike, without what is checked of single values: those cost their row, not the file.
+
+    Texts are bytes (they may be no UTF-8), days in milliseconds are numbers (they may not be whole days), decimals are
+    bytes (they may have too many digits). A time of day stays: pyarrow makes another time of one beyond 24 hours.
+    """
     import pyarrow as pa
 
-    plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    plain = {
+        pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view(),
+        pa.date64(): pa.int64(),
+    }  # fmt: skip
     types = pa.types
+    if types.is_decimal(type_):
+        return pa.binary(type_.byte_width)
     if types.is_struct(type_):
         return pa.struct([field.with_type(_of_bytes(field.type)) for field in type_])
+    if types.is_map(type_):
+        return pa.map_(
+            type_.key_field.with_type(_of_bytes(type_.key_type)), type_.item_field.with_type(_of_bytes(type_.item_type))
+        )
     for is_kind, make in ((types.is_list, pa.list_), (types.is_large_list, pa.large_list)):
         if is_kind(type_):
             return make(type_.value_field.with_type(_of_bytes(type_.value_type)))
+    if types.is_fixed_size_list(type_):
+        return pa.list_(type_.value_field.with_type(_of_bytes(type_.value_type)), type_.list_size)
     return plain.get(type_, type_)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import signal
 import struct
@@ -67,6 +68,39 @@ def test_bytes_that_are_no_text_cost_their_row_alone(tmp_path: Path) -> None:
     found = list(read_records(tmp_path / "a.arrow"))
     assert [record.raw for record in found if record.error is None] == [{"text": ["good"]}, {"text": ["fine"]}]
     assert [record.row for record in found if record.error is not None] == [2]
+
+
+MS = 2**40  # after 1970: some time on 3 November 2004
+
+
+@pytest.mark.parametrize(
+    ("values", "read"),
+    [
+        (pa.array([MS], pa.date64()), datetime.date(2004, 11, 3)),
+        (pa.array([[MS]], pa.list_(pa.date64())), [datetime.date(2004, 11, 3)]),
+        (pa.array([[MS]], pa.list_(pa.date64(), 1)), [datetime.date(2004, 11, 3)]),
+        (pa.array([[("a", MS)]], pa.map_(pa.string(), pa.date64())), [("a", datetime.date(2004, 11, 3))]),
+        (pa.array([b"\1" + bytes(14) + b"\1"]).view(pa.binary()).cast(pa.binary(16)).view(pa.decimal128(5, 2)), None),
+    ],
+    ids=["date", "list", "list of one", "map", "decimal"],
+)
+def test_values_that_break_a_rule_of_their_type_do_not_cost_the_file(values: pa.Array, read, tmp_path: Path) -> None:
+    with pytest.raises(pa.ArrowInvalid):
+        values.validate(full=True)
+    table = pa.table({"text": ["one"], "more": values})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
+        writer.write_table(table)
+    [record] = read_records(tmp_path / "a.arrow")
+    assert record.error is None and record.raw["text"] == "one"
+    assert read is None or record.raw["more"] == read
+
+
+def test_a_time_beyond_the_day_is_refused_since_pyarrow_makes_another_of_it(tmp_path: Path) -> None:
+    table = pa.table({"text": ["one"], "at": pa.array([10**8], pa.int32()).view(pa.time32("ms"))})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match=r"a\.arrow: not readable .*100000000 is not within the acceptable range"):
+        list(read_records(tmp_path / "a.arrow"))
 
 
 def without_levels(file: Path, columns: dict[str, list]) -> None:
