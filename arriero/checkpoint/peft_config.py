@@ -28,7 +28,7 @@ _REFUSED = (
 )  # fmt: skip
 # Ways to begin that leave W as it is; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ train over another W than the base has.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-_DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8.0  # PEFT's, where the file says nothing
+_DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8.0  # PEFT's defaults
 _DEFAULT_TARGETS = ("q_proj", "v_proj")  # PEFT's for Llama and Qwen3
 # What only training reads, what only describes, and what is said by the entries above.
 _WITHOUT_EFFECT = frozenset(

@@ -118,7 +118,7 @@ class Checkpoints:
     def _try_to_write(self, *arguments: Any) -> None:
         try:
             self._write(*arguments)
-        except BaseException as error:  # it belongs to whoever waits
+        except BaseException as error:  # raised by `wait`
             self._failure = error
 
     def _write(self, step: int, parts: Mapping[str, Part], state: Mapping[str, Any], keep: Collection[int]) -> None:

@@ -271,7 +271,7 @@ class Chat:
         new = from_dict(SamplingConfig, {k: v for k, v in vars(old).items() if v is not None} | changes, "/params")
         if "seed" in changes:
             self.sampler = Sampler(new, tokenizer=self.tokenizer)
-        self.sampler.config = new  # the generator goes on where it was
+        self.sampler.config = new  # the generator's state is kept
         self.screen.note(" ".join(f"{f.name}={getattr(new, f.name)}" for f in dataclasses.fields(new)))
 
     def _last_message(self, command: str) -> str:

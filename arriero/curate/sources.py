@@ -268,7 +268,7 @@ def is_curation(directory: Path) -> bool:
     except OSError:
         return False
     except (ValueError, RecursionError):
-        return any(directory.glob("shard-*"))  # damaged: whoever reads it says so
+        return any(directory.glob("shard-*"))  # damaged, which reading it will report
     return isinstance(manifest, dict) and str(manifest.get("format")).startswith(KIND)
 
 

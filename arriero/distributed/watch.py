@@ -61,7 +61,7 @@ class Watch:
                 if silent := {other: now - since for other, (_, since) in moved.items() if now - since > limit}:
                     self._end(silent)
             store.set(f"beat/{rank}", LEFT)
-        except Exception:  # the store is gone, and with it the run: the collectives will say so
+        except Exception:  # the store is gone, and with it the run: the collectives will fail
             return
 
     def _end(self, silent: dict[int, float]) -> None:

@@ -37,7 +37,7 @@ class Record(NamedTuple):
     raw: bytes | RowDict  # a line of JSON, or the row itself
     done: float  # share of the file that has been read, for progress bars
     error: DataError | None = None  # why there is no row
-    unread: tuple[str, ...] = ()  # columns of a table that nobody asked for
+    unread: tuple[str, ...] = ()  # columns of a table that were not requested
 
 
 def source_files(source: str | Path) -> list[Path]:

@@ -92,5 +92,5 @@ SHAPES = {**LADDER, **PUBLISHED, **QWEN3}
 
 
 def named_shape(name: str) -> LlamaConfig | None:
-    """The known shape of that name; None where there is none, or where the name is a path here, which says so once."""
+    """The known shape of that name; None where there is none, or where the name is an existing path, with a notice."""
     return None if name not in SHAPES or lies_here(name, "the shape") else SHAPES[name]

@@ -84,7 +84,7 @@ class LlamaConfig:
         return 6 * products + 12 * self.n_layers * self.n_heads * self.head_dim * context
 
     def check_length(self, n_tokens: int) -> None:
-        """Refuse a text of so many tokens where its positions cannot be computed: `DynamicScaling` says why."""
+        """Refuse a text of so many tokens where its positions cannot be computed (see `DynamicScaling`)."""
         if isinstance(self.rope_scaling, DynamicScaling) and n_tokens > self.max_context:
             raise ConfigError(
                 f"a text of {n_tokens:,} tokens, and the model's RoPE scaling is 'dynamic' beyond {self.max_context:,} "
@@ -94,7 +94,7 @@ class LlamaConfig:
 
     @staticmethod
     def from_hf(config: Mapping[str, Any], file: str = "config.json") -> LlamaConfig:
-        """Read a Hugging Face `config.json`; `model_type` there says which of the classes here comes back.
+        """Read a Hugging Face `config.json`; its `model_type` decides the class.
 
         file: its name for messages. Raises `CheckpointError` for what these decoders do not compute (other
         architectures, biases, windows, other activations, other RoPE) and for values of a wrong type or range.

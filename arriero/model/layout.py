@@ -81,7 +81,7 @@ class Documents:
     """Documents end to end in one row of N tokens; each sees itself and the documents that it continues.
 
     lengths: tokens of each document. leads: for each, the index of the earlier document that it continues, or -1.
-    Its positions go on where those of its lead end.
+    Its positions continue those of its lead.
     """
 
     lengths: tuple[int, ...]

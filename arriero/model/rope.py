@@ -21,7 +21,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 def rope_frequencies(config: LlamaConfig, device: torch.device | str | None = None) -> Tensor:
-    """Return the angular frequencies f_i = theta^(-2i/h), fp32 [h/2], scaled where the config says so.
+    """Return the angular frequencies f_i = theta^(-2i/h), fp32 [h/2], with the config's scaling.
 
     Source: arXiv 2104.09864 eq. 15; scaling as each kind in scaling.py says.
     """

@@ -31,7 +31,7 @@ from arriero.tokenizer.llama3 import TiktokenTokenizer
 
 _FIRST_LETTER = 0x10000  # from here on no code point is whitespace, and none is a surrogate
 _MAX_IDS = 0x110000 - _FIRST_LETTER
-_MIN_COUNT = 2  # a merge seen once says nothing about other text
+_MIN_COUNT = 2  # a merge seen once does not generalise to other text
 _SPARE = 1.05  # a few merges spell a token that another has spelled
 
 

@@ -425,7 +425,7 @@ def _pay_for_joining(separator: str, parts: Any) -> list[Any]:
 
 def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a filter that counts a step and pays for its result."""
-    at = 1 if hasattr(function, "jinja_pass_arg") else 0  # where the filtered value stands among the arguments
+    at = 1 if hasattr(function, "jinja_pass_arg") else 0  # index of the filtered value among the arguments
     before = _BEFORE_FILTER.get(name)
     nests, generates = name in ("list", "groupby"), name in _GENERATING
 

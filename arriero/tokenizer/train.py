@@ -36,7 +36,7 @@ from arriero.version import __version__
 Kind = Literal["llama3", "llama2"]
 
 LARGEST_VOCABULARY = 2**24
-N_NAMED = 11  # the special block's last name stands at offset 10
+N_NAMED = 11  # the last named token of the special block is at offset 10
 REPORT = "report.json"
 
 _TEMPLATES = {"llama3": "llama3.1", "llama2": "llama2"}
@@ -134,7 +134,7 @@ def _reason(message: str) -> str:
         return f"its characters, the bytes and special tokens take {few[1]}; give a vocab_size of at least that"
     if most := re.search(r"set it to a value <= (\d+)", message):
         return f"it gives {most[1]}; give more text, or a vocab_size of at most {most[1]}"
-    # "Internal: trainer.cc(670) [condition] text": the place in its source helps nobody
+    # "Internal: trainer.cc(670) [condition] text": the place in its source is of no help
     return f"{message.rsplit('] ', 1)[-1].strip().rstrip('.') or message}; give more text, or another vocab_size"
 
 

@@ -156,7 +156,7 @@ def _summary(steps: list[dict[str, Any]], validation: list[dict[str, Any]], run_
 
 
 def _total_steps(run_dir: Path) -> int | None:
-    """The steps that the run was to take, as its newest checkpoint says."""
+    """The planned number of steps, from the newest checkpoint."""
     known = [_json(native.path_of(run_dir, step) / "state.json").get("total_steps") for step in native.steps(run_dir)]
     return known[-1] if known else None
 
@@ -185,22 +185,22 @@ def _tiles(steps: list[dict[str, Any]], validation: list[dict[str, Any]]) -> lis
 
 
 def _continuations(records: list[dict[str, Any]], prompts: Sequence[str] | None) -> list[list[tuple[int, str]]]:
-    """For each prompt of a pretraining run what the model said to it, as (step, text), at up to four validations.
+    """For each prompt of a pretraining run the model's continuations, as (step, text), at up to four validations.
 
-    prompts: those of now, which may have changed on resume; None where the settings are lost.
+    prompts: the current ones, which may have changed on resume; None where the settings are lost.
     """
-    spoken = [record for record in records if record.get("event") == "validation" and record.get("samples")]
-    if not spoken:
+    sampled = [record for record in records if record.get("event") == "validation" and record.get("samples")]
+    if not sampled:
         return []
-    asked = [""] * len(spoken[-1]["samples"]) if prompts is None else prompts
-    said: list[list[tuple[int, str]]] = [[] for _ in asked]
-    for record in spoken:
+    asked = [""] * len(sampled[-1]["samples"]) if prompts is None else prompts
+    texts_of: list[list[tuple[int, str]]] = [[] for _ in asked]
+    for record in sampled:
         texts = record["samples"]
         in_order = len(texts) == len(asked) and all(map(str.startswith, texts, asked))
         for i, prompt in enumerate(asked):
             answers = texts[i : i + 1] if in_order else [text for text in texts if text.startswith(prompt)]
-            said[i] += [(record["step"], text) for text in answers[:1]]
-    return [_four(texts) for texts in said if texts]
+            texts_of[i] += [(record["step"], text) for text in answers[:1]]
+    return [_four(texts) for texts in texts_of if texts]
 
 
 def _four(texts: list[tuple[int, str]]) -> list[tuple[int, str]]:
@@ -224,7 +224,7 @@ def _checkpoints(run_dir: Path, validation: list[dict[str, Any]]) -> list[dict[s
 
 
 def size(count: int) -> str:
-    """Return bytes as people say them: 512 bytes, 3.4 MB, 1.20 GB."""
+    """Return bytes with a unit: 512 bytes, 3.4 MB, 1.20 GB."""
     if count >= 1e9:
         return f"{count / 1e9:.2f} GB"
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count:,} bytes"

@@ -12,7 +12,7 @@ from arriero.errors import ConfigError
 
 LOOKED_AT = 8000  # characters from the beginning: long licence texts stand whole in a header
 SPDX = re.compile(r"SPDX-License-Identifier:\s*\(?([\w.+-]+)", re.IGNORECASE)
-# The first that stands in the text names the licence: the stricter ones come before those whose words they share.
+# The first one found in the text names the licence: stricter ones come before those whose words they share.
 PHRASES = (
     ("agpl", ("affero general public licen",)),
     ("lgpl", ("lesser general public licen", "library general public licen")),
@@ -28,7 +28,7 @@ PHRASES = (
     ("unlicense", ("this is free and unencumbered software", "released into the public domain")),
     ("proprietary", ("proprietary and confidential", "confidential and proprietary")),
 )
-HINTS = ("licen", "permission", "redistribution", "public domain", "proprietary")  # one stands in each phrase
+HINTS = ("licen", "permission", "redistribution", "public domain", "proprietary")  # each phrase contains one
 _COMMENT = re.compile(r"^[ \t]*(?:#+|//+|\*+|--|;+|%+|\"\"\"|/\*+)?[ \t]*", re.MULTILINE)
 
 

@@ -17,7 +17,7 @@ EMAIL = re.compile(
     r"(?<![\w.+-])[A-Za-z0-9][\w.!#$%&'*+/=?^`{|}~-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w-])",
     re.ASCII,
 )
-# What stands before it is looked at later: a pattern that begins with a digit is found three times faster.
+# The characters before it are checked later: a pattern that begins with a digit is found three times faster.
 IPV4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![\w-]|\.\d)", re.ASCII)
 BEFORE = re.compile(r"[\w.-]", re.ASCII)
 

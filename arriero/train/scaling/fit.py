@@ -37,7 +37,7 @@ from arriero.errors import DataError, require
 from arriero.show.progress import each
 from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, NEAR, LossLaw, PowerLaw
 
-ROUNDING = 1e-6  # share by which FLOPs of one budget differ that nobody need hear of
+ROUNDING = 1e-6  # relative difference of FLOPs within a budget that needs no notice
 SPREAD = 1.25  # times by which the FLOPs of a budget may differ in all: budgets lie further apart, and laws need that
 LEVEL = 95  # per cent of the resamples that an interval holds
 HUBER = 1e-3  # residual of log L from which it counts by its size, not its square (Chinchilla)

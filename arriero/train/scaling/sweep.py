@@ -45,7 +45,7 @@ from arriero.train.metrics import duration, surviving_records
 from arriero.train.scaling.config import SweepConfig
 from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, suggested_batch, suggested_lr
 
-# settings that may differ when a sweep goes on
+# settings that may differ when a sweep is resumed
 ADDED = ("out", "budgets", "sizes", "spread", "tokens_per_param", "seeds")
 WIDTHS = (*range(32, 256, 32), *range(256, 1024, 64), *range(1024, 4097, 128))
 REPEATED = 4  # epochs up to which repeated text is about as good as new (Muennighoff et al., arXiv 2305.16264)
