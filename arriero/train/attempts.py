@@ -1,10 +1,10 @@
-"""RUN/attempts.jsonl: when a run was begun, and begun again, and how each attempt ended.
+"""RUN/attempts.jsonl: when a run was started and restarted, and how each attempt ended.
 
 One line when an attempt begins ({"began": seconds since 1970, "step", "processes", "job"}) and one when it ends by
 itself ({"ended", "step", "how"}); an attempt that crashed has no second line. From it comes the effective training
 time that Llama 3 reports (arXiv 2407.21783, section 3.3.4): seconds in steps that count, as a share of the time that
 the run took with its starts, validations, saves, crashes, and the steps that crashes lost. The time between an attempt
-that ended by itself and the next one is nobody's loss and is not counted.
+that ended by itself and the next one is not counted.
 """
 
 from __future__ import annotations

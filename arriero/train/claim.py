@@ -1,4 +1,6 @@
-"""Whose a run directory is: a new run's, or that of the run which goes on in it with the same settings and data."""
+"""Which run may use a run directory: a new one if it is empty, else the run that began there, with the same settings
+and data; and one group of processes at a time.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +126,7 @@ def _refuse_other_settings(config: Any, recipe: str, record: Path) -> None:
 def refuse_changed(recorded: Mapping[str, str] | None, found: Mapping[str, str], run: str) -> None:
     """Raise `DataError` where fingerprints are not those recorded: order and rows would be others.
 
-    Both are by what they are of, in words; with nothing recorded, all is well. run: what cannot go on, for the message.
+    Keys say in words what was hashed. recorded: None where a run begins. run: what cannot go on, for the message.
     """
     if recorded is None:
         return

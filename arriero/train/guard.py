@@ -1,9 +1,8 @@
-"""Spikes: steps whose loss or gradient norm is far above what has been usual. Skipping their update is the guard of
-PaLM (arXiv 2204.02311, section 5.1) and OLMo 2 (2501.00656) made automatic: one bad batch in a billion tokens should
-not cost a run.
+"""Spikes: steps whose loss or gradient norm is far above its running mean. Their update is skipped, as PaLM (arXiv
+2204.02311, section 5.1) and OLMo 2 (2501.00656) did by hand: one bad batch in a billion tokens should not cost a run.
 
-Usual is an exponential mean and variance over about the last hundred steps. What a spike adds to them is capped at
-the threshold, so a lasting change (another mixture, longer rows) is accepted after some tens of steps.
+Mean and variance are exponential, over about the last hundred steps. What a spike adds to them is capped at the
+threshold, so a lasting change (another mixture, longer rows) is accepted after some tens of steps.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ import math
 from collections.abc import Sequence
 
 MEMORY = 0.99  # weight of the past
-WARM = 50  # steps before anything is called unusual
+WARM = 50  # steps before any step is called a spike
 
 
 class SpikeGuard:
-    """Says of each step whether it is a spike; `state` is all it knows, as JSON holds it."""
+    """Tells spikes from other steps; `state` is all that has to be saved, as JSON holds it."""
 
     def __init__(self, deviations: float, state: Sequence[float] = ()) -> None:
         """deviations: standard deviations above the mean from which a value is a spike; 0 calls nothing one."""
@@ -30,7 +29,7 @@ class SpikeGuard:
         return [self.steps, *self._mean, *self._variance]
 
     def is_spike(self, loss: float, grad_norm: float) -> bool:
-        """Whether a finite step is a spike; takes it into what is usual either way."""
+        """Whether a finite step is a spike; it is added to mean and variance either way."""
         if not self.deviations:
             return False
         spike = False

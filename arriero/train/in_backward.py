@@ -49,7 +49,7 @@ class InBackward(CombinedOptimizer):
             p.register_post_accumulate_grad_hook(functools.partial(self._take, each[name]))
 
     def watched(self, objective: Objective) -> Objective:
-        """The objective, heard by this optimizer: gradients of a loss that is not finite are not applied."""
+        """The same objective, whose loss this optimizer sees: if it is not finite, its gradients are not applied."""
 
         def watched(model: Llama, batch: Batch) -> Mapping[str, Tensor]:
             sums = objective.sums(model, batch)

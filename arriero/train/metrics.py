@@ -15,6 +15,7 @@ that was never stopped. A number that is not finite is written as null: NaN is n
     skipped          steps passed over so far because loss or gradient was not finite, or a spike
     waited           seconds of this step spent waiting for its data
     mfu              model-FLOP use: the step's useful FLOPs at the measured matmul peak, as a share of its time
+    NAME/loss ...    the same of another learner, where a run trains several; the plain keys are of the first
 """
 
 from __future__ import annotations
@@ -187,8 +188,8 @@ _TRACKERS: dict[str, Callable[[Path, int], _Tracker]] = {
 # -- the screen --------------------------------------------------------------------------------------------------
 
 
-class Unheard(MetricsLog):
-    """The log of a process whose numbers another one writes."""
+class NoLog(MetricsLog):
+    """Writes nothing: for processes other than process 0, which writes for all."""
 
     def __init__(self) -> None:
         """Opens nothing."""

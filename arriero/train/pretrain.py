@@ -29,9 +29,9 @@ from arriero.model.build import build_model
 from arriero.model.catalogue import named_shape
 from arriero.model.llama import Llama
 from arriero.tokenizer import Tokenizer, load_tokenizer
-from arriero.train.begin import first_model
 from arriero.train.config import PretrainConfig
 from arriero.train.hardware import keep_freed_memory, seconds_at_peak
+from arriero.train.initial_model import initial_model
 from arriero.train.learner import Learner
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.objectives import next_token
@@ -127,14 +127,14 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
     steps = count_steps(config, sum(shards.n_tokens for shards in sources.values()))
     phases = phases_of(config, weights, steps)
     tokens = tokens_of(phases, steps)
-    begun = first_model(config, tokenizer, max(phase.seq_len for phase in phases))
-    model = begun.model.set_compute_dtype(DTYPES[loop.precision]).train()
+    initial = initial_model(config, tokenizer, max(phase.seq_len for phase in phases))
+    model = initial.model.set_compute_dtype(DTYPES[loop.precision]).train()
     prompts = encode_prompts(config.prompts, tokenizer, model.config.max_context)
     compiled = compiles(loop, tokens)
     keep_freed_memory()
     for phase in phases:
         mesh.config.check_batch(phase.batch_rows, loop.micro_rows, phase.seq_len)
-    engine = Engine(parallelize(model, mesh, values=begun.values, recompute=loop.recompute, compile=compiled), mesh)
+    engine = Engine(parallelize(model, mesh, values=initial.values, recompute=loop.recompute, compile=compiled), mesh)
     rows = open_rows(config, sources, phases, steps)
     learner = Learner(
         engine,
@@ -161,9 +161,9 @@ def build(config: PretrainConfig, console: Console, mesh: Mesh | None = None) ->
         loop,
         Path(config.out),
         validate,
-        sidecar_writer(model.config, tokenizer, begun.beside),
+        sidecar_writer(model.config, tokenizer, initial.beside),
     )
-    return PretrainRun(config, model, tokenizer, sources, held_out, phases, trainer, begun.beside)
+    return PretrainRun(config, model, tokenizer, sources, held_out, phases, trainer, initial.beside)
 
 
 def _measured(rows: HeldOutRows, seq_len: int) -> HeldOut:

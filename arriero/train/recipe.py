@@ -36,7 +36,7 @@ from arriero.train.claim import check_named, claimed, refuse_changed
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.environment import describe
 from arriero.train.loop import Outcome, Trainer
-from arriero.train.metrics import MetricsLog, Unheard, require_trackers
+from arriero.train.metrics import MetricsLog, NoLog, require_trackers
 from arriero.train.report import write_report
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -130,7 +130,7 @@ def _train(trainer: Trainer, trackers: Sequence[str], console: Console, began: f
     first, after, run_dir = trainer.mesh.rank == 0, trainer.progress.step, trainer.run_dir
     if first:
         attempts.begin(run_dir, after, trainer.mesh.world, began)
-    with MetricsLog(run_dir, trackers, after) if first else Unheard() as log:
+    with MetricsLog(run_dir, trackers, after) if first else NoLog() as log:
         outcome = trainer.run(log)
         if first:
             _account(outcome, run_dir, log, console)

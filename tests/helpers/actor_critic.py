@@ -33,7 +33,7 @@ from arriero.model.llama import Llama
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.learner import Learner
 from arriero.train.loop import Trainer
-from arriero.train.metrics import MetricsLog, Unheard
+from arriero.train.metrics import MetricsLog, NoLog
 from arriero.train.validation import HeldOut, Validation
 
 POLICY = LlamaConfig(22, 2, 6, 2, 34, 31, 64, head_dim=10)
@@ -192,7 +192,7 @@ def run(trainer: Trainer, mesh: Mesh) -> None:
     if (saved := trainer.checkpoints.latest()) is not None:
         trainer.restore(saved)
     after = trainer.progress.step
-    with MetricsLog(trainer.run_dir, after=after) if mesh.rank == 0 else Unheard() as log:
+    with MetricsLog(trainer.run_dir, after=after) if mesh.rank == 0 else NoLog() as log:
         outcome = trainer.run(log)
     if mesh.rank == 0:
         print("ended", outcome.progress.step, "begun at", after, flush=True)

@@ -1,4 +1,4 @@
-"""The model that pretraining begins from: a shape with random weights, or a model that goes on."""
+"""The model that pretraining begins from: a known shape with random weights, or a pretrained model."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from arriero.train.hardware import refuse_what_cannot_fit
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """A model without memory, where its values come from, and what else it says of itself."""
+class InitialModel:
+    """A model on the meta device, where its values come from, and the files beside it that its copies keep."""
 
     model: Llama
     values: Values
     beside: Beside
 
 
-def first_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> Beginning:
+def initial_model(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> InitialModel:
     """A new model of the shape that `config.model` names, or the model of that name.
 
     tokenizer: that of the shards. seq_len: tokens of the longest row of the run.
     """
     shape = named_shape(config.model)
-    return _going_on(config, tokenizer, seq_len) if shape is None else _new(config, shape, tokenizer, seq_len)
+    return _pretrained(config, tokenizer, seq_len) if shape is None else _random(config, shape, tokenizer, seq_len)
 
 
-def _new(config: PretrainConfig, shape: LlamaConfig, tokenizer: Tokenizer, seq_len: int) -> Beginning:
+def _random(config: PretrainConfig, shape: LlamaConfig, tokenizer: Tokenizer, seq_len: int) -> InitialModel:
     """A shape of the ladder gets the tokenizer's vocabulary and the context of its longest row (past it a model is
     lost); a published one keeps its own, if its vocabulary holds the tokenizer's."""
     if config.model in LADDER:
@@ -54,10 +54,10 @@ def _new(config: PretrainConfig, shape: LlamaConfig, tokenizer: Tokenizer, seq_l
     shape = dataclasses.replace(shape, max_context=max(seq_len, shape.max_context), rope_theta=theta)
     refuse_what_cannot_fit(config.model, shape.n_params)
     drawn = functools.partial(initial_weight, seed=config.loop.seed, depth_scaled=shape.n_layers)
-    return Beginning(empty_model(shape), drawn, NOTHING)
+    return InitialModel(empty_model(shape), drawn, NOTHING)
 
 
-def _going_on(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> Beginning:
+def _pretrained(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> InitialModel:
     """A model's own tokenizer must give the ids of the shards the same meaning; one that comes without a tokenizer is
     taken on trust."""
     near = did_you_mean(config.model, SHAPES)
@@ -78,7 +78,7 @@ def _going_on(config: PretrainConfig, tokenizer: Tokenizer, seq_len: int) -> Beg
     if config.rope_theta:
         changes["rope_theta"] = config.rope_theta
     model.config = model.model.config = dataclasses.replace(model.config, **changes)
-    return Beginning(model, weights.part, read_beside(path).for_training(tokenizer))
+    return InitialModel(model, weights.part, read_beside(path).for_training(tokenizer))
 
 
 def _check_vocabulary(name: str, size: int, tokenizer: Tokenizer) -> None:
