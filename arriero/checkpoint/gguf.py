@@ -167,10 +167,10 @@ def write_gguf(
     """
     config = weights.config
     scaling = scaling_entries(weights.source, config, _LAYOUTS[config.model_type].rope_scaling)
-    said = dict(beside.general) | beside.sampling_metadata(weights.source)
+    stated = dict(beside.general) | beside.sampling_metadata(weights.source)
     with replaced_file(file) as temporary:
         with closing(gguf.GGUFWriter(temporary, config.model_type)) as writer:
-            for key, value in {**_metadata(config, kind, name), **scaling, **said, **tokenizer}.items():
+            for key, value in {**_metadata(config, kind, name), **scaling, **stated, **tokenizer}.items():
                 _add(writer, key, value)
             _write_tensors(writer, weights, kind, progress)
         check(temporary)

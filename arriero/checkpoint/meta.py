@@ -211,9 +211,11 @@ def _check_rest(params: Fields, vocab_size: int) -> None:
                 f"{params.file}: {name} is {shown(params[name])}, which is not computed here: take another "
                 "model, or this one's own software"
             )
-    said = params.get("vocab_size", -1)
-    if said not in (-1, vocab_size):
-        warn_once(f"{params.file}: vocab_size is {shown(said)}, and the embeddings have {vocab_size} rows; these count")
+    given = params.get("vocab_size", -1)
+    if given not in (-1, vocab_size):
+        warn_once(
+            f"{params.file}: vocab_size is {shown(given)}, and the embeddings have {vocab_size} rows; these count"
+        )
     if unused := sorted(set(params) - {*_READ, *_REFUSED}):
         warn_once(f"{params.file}: not used: {', '.join(unused)}")
 

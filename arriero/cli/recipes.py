@@ -28,8 +28,8 @@ def ls(what: Literal["models", "presets", "steps"]) -> None:
         from arriero.curate.config import KINDS, CurateConfig
 
         for name, kinds in KINDS.items():
-            says = (inspect.getdoc(CurateConfig().step(name)) or "").splitlines()[0]
-            print(f"{name:<17}  {'/'.join(kinds):<10}  {says}")
+            first_line = (inspect.getdoc(CurateConfig().step(name)) or "").splitlines()[0]
+            print(f"{name:<17}  {'/'.join(kinds):<10}  {first_line}")
         return
     if what == "presets":
         width = max(map(len, presets.PRESETS))

@@ -55,10 +55,10 @@ def content_of(record: Any) -> Content | PassedOver:
     data = record.reader.read(MOST)
     if len(data) < record.content_length:  # fastwarc ends in silence at a cut
         raise DataError(CUT)
-    said = record.headers.get("Content-Type") or ""
-    if type_ == "response" and (not said or "application/http" in said.lower()):
+    content_type = record.headers.get("Content-Type") or ""
+    if type_ == "response" and (not content_type or "application/http" in content_type.lower()):
         return _of_response(data)
-    kind, charset = mime_type(said, data)
+    kind, charset = mime_type(content_type, data)
     return _of_kind(kind, data, "utf-8" if type_ == "conversion" else charset)
 
 
@@ -71,11 +71,11 @@ def _of_response(data: bytes) -> Content | PassedOver:
         return PassedOver(f"status {status}")
     if not body:
         return PassedOver("empty body")
-    said = headers.get("content-type", "")
-    if said and (kind := mime_type(said, body)[0]) not in WEB_TEXT:
+    content_type = headers.get("content-type", "")
+    if content_type and (kind := mime_type(content_type, body)[0]) not in WEB_TEXT:
         return PassedOver(f"content type {kind}")  # what it is packed in does not matter
     body = unpacked(body, headers)
-    kind, charset = mime_type(said, body)
+    kind, charset = mime_type(content_type, body)
     return _of_kind(kind, body, charset)
 
 
@@ -124,9 +124,9 @@ BINARY = re.compile(rb"[\0-\x08\x0b\x0e-\x1a\x1c-\x1f]")
 MARKS = (b"\xef\xbb\xbf", b"\xfe\xff", b"\xff\xfe")
 
 
-def mime_type(said: str, data: bytes) -> tuple[str, str | None]:
+def mime_type(content_type: str, data: bytes) -> tuple[str, str | None]:
     """The type of some content and its encoding, by the header, or, without one, by its first bytes."""
-    found, charset = MIME.match(said), CHARSET.search(said)
+    found, charset = MIME.match(content_type), CHARSET.search(content_type)
     kind = found[1].lower() if found else ""
     if kind in ("", "unknown/unknown", "application/unknown", "*/*"):
         head = data[:1445].removeprefix(MARKS[0])

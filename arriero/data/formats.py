@@ -197,7 +197,7 @@ def _instruction(row: RowDict, ask: str, answer: str) -> tuple[list[Any], set[st
     beside = [name for name in BESIDE_INSTRUCTION if name in row and not _is_empty(row[name])][:1]
     parts = [_text(row[name], name) for name in (ask, *beside)]
     prompt = "\n\n".join(part for part in parts if not is_blank(part))
-    talk = [_said("user", _asked(prompt, ask)), _said("assistant", _text(row[answer], answer))]
+    talk = [_as_message("user", _asked(prompt, ask)), _as_message("assistant", _text(row[answer], answer))]
     return talk, {ask, answer, *beside}
 
 
@@ -282,8 +282,8 @@ def _stands_in(value: Any, messages: list[dict[str, Any]]) -> bool:
     texts: list[Any] = [value] if isinstance(value, str) else []
     if isinstance(value, list):
         texts = [m.get("content", 0) if isinstance(m, dict) else 0 for m in value]
-    said = [text_of(message) for message in messages]
-    return bool(texts) and all(isinstance(t, str) and any(t.strip() in s for s in said) for t in texts)
+    contents = [text_of(message) for message in messages]
+    return bool(texts) and all(isinstance(t, str) and any(t.strip() in c for c in contents) for t in texts)
 
 
 # Cells
@@ -316,20 +316,20 @@ def _list(value: Any, name: str) -> list[Any]:
     return value
 
 
-def _said(role: str, content: Any) -> dict[str, Any]:
+def _as_message(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _side(role: str, said: Any, name: str) -> list[Any]:
+def _side(role: str, value: Any, name: str) -> list[Any]:
     """One side of a prompt/completion pair: messages as they are or as JSON text, or a text as one message."""
-    if isinstance(said, str) and said.lstrip().startswith("[{"):
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
-            parsed = parse_json(said)
+            parsed = parse_json(value)
         except (ValueError, RecursionError):
             parsed = []
         if parsed and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in parsed):
             return parsed
-    return said if isinstance(said, list) else [_said(role, _text(said, name))]
+    return value if isinstance(value, list) else [_as_message(role, _text(value, name))]
 
 
 def _history(value: Any) -> list[Any]:
@@ -340,7 +340,7 @@ def _history(value: Any) -> list[Any]:
     if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise DataError("'history' is no list of [question, answer] pairs; make it one, or use 'messages'")
     texts = [_text(text, "history") for turn in turns for text in turn]
-    return [_said(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+    return [_as_message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
 
 
 def _system(row: RowDict) -> str | None:
@@ -355,7 +355,7 @@ def _with_system(system: str | None, messages: list[dict[str, Any]]) -> list[dic
     if system is None:
         return messages
     if messages[0]["role"] not in ("system", "developer"):
-        return [_said("system", system), *messages]
+        return [_as_message("system", system), *messages]
     if text_of(messages[0]).strip() != system.strip():
         raise DataError(f"'system' stands beside a first message of role {messages[0]['role']!r}; keep one of the two")
     return messages
@@ -386,8 +386,8 @@ def _from_sharegpt(message: Any, i: int) -> Any:
             raise DataError(f"message {i} has both {theirs!r} and {ours!r}; keep one")
     rest = {k: v for k, v in message.items() if k not in ("from", "value")}
     role = message["from"]
-    said = _said(ROLE_ALIASES.get(role, role) if isinstance(role, str) else role, message.get("value"))
-    return said | _present(rest)
+    role = ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
+    return _as_message(role, message.get("value")) | _present(rest)
 
 
 def _message(message: Any, i: int, unused: set[str]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def first_rows(shards: Shards, name: str, tokenizer: Tokenizer, seq_len: int, n_
     while count < n_tokens and len(rows) < run.rows_in_epoch:
         rows.append(run.pieces(len(rows)))
         count += int((rows[-1].stop - rows[-1].start).sum())
-    n_bytes = _bytes(shards, tokenizer, Pieces.together(rows).joined()) if rows else 0.0
+    n_bytes = _bytes(shards, tokenizer, Pieces.concatenated(rows).joined()) if rows else 0.0
     return HeldOutRows(run, len(rows), count, n_bytes)
 
 

@@ -130,7 +130,7 @@ class Pieces:
         return Pieces(document[first], start[first], stop[last])
 
     @classmethod
-    def together(cls, pieces: Sequence[Pieces]) -> Pieces:
+    def concatenated(cls, pieces: Sequence[Pieces]) -> Pieces:
         """All of them, one after another."""
         columns = ([getattr(p, name) for p in pieces] for name in ("document", "start", "stop"))
         return cls(*(np.concatenate(column) for column in columns))

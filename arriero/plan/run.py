@@ -266,16 +266,16 @@ class _Warnings(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
 if __name__ == "__main__":
     log.addHandler(warned := _Warnings())
     try:
-        print(json_text(dry_run(*settings.load_recipe(RECIPES, sys.argv[1])) | {"warnings": warned.said}))
+        print(json_text(dry_run(*settings.load_recipe(RECIPES, sys.argv[1])) | {"warnings": warned.messages}))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

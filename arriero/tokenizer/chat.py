@@ -125,10 +125,10 @@ def encode_training(
 def end_of_answers(tokenizer: Tokenizer) -> int | None:
     """Return the id that the chat template ends an answer with; None where there is no template to train with."""
     try:
-        told = encode_training(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
+        probe = encode_training(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
     except UserError:
         return None
-    return [i for i, trained in zip(told.ids, told.trained, strict=True) if trained][-1]
+    return [i for i, trained in zip(probe.ids, probe.trained, strict=True) if trained][-1]
 
 
 def _is_answer(message: Message, i: int) -> bool:

@@ -181,13 +181,13 @@ def pretrain_config(run: PlannedRun, config: SweepConfig) -> PretrainConfig:
 
 def _train(run: PlannedRun, config: SweepConfig, tokenizer: Tokenizer) -> Outcome:
     """One run to its end, and its line in runs.jsonl; what only a resume needs is removed then."""
-    told = pretrain_config(run, config)
-    directory = Path(told.out)
+    settled = pretrain_config(run, config)
+    directory = Path(settled.out)
     if not (directory / "init").exists():
         model = build_model(run.shape).init_weights(seed=run.seed, depth_scaled=True)
         save_hf(model, directory / "init", tokenizer, dtype=torch.float32)
     torch.compiler.reset()  # type: ignore[no-untyped-call]  # else code for ever more shapes is kept, up to a limit
-    outcome = pretrain.main(told)
+    outcome = pretrain.main(settled)
     if outcome.interrupted is not None:
         return outcome
     p = outcome.progress
@@ -200,7 +200,7 @@ def _train(run: PlannedRun, config: SweepConfig, tokenizer: Tokenizer) -> Outcom
         "name": run.name,
         "flops": run.flops,
         "params": run.shape.n_params,
-        "tokens": told.loop.steps * run.batch_rows * config.seq_len,
+        "tokens": settled.loop.steps * run.batch_rows * config.seq_len,
         "loss": loss,
         "width": run.shape.dim,
         "layers": run.shape.n_layers,
