@@ -35,23 +35,23 @@ _KEY = re.compile(
 
 
 def save_adapter(
-    model: nn.Module,
+    tensors: Mapping[str, Tensor],
     directory: str | Path,
     lora: LoraConfig,
     base_name: str,
     save_beside: Callable[[Path], None] = lambda directory: None,
 ) -> None:
-    """Write the adapter in `model` as PEFT does, all or nothing.
+    """Write an adapter as PEFT does, all or nothing.
 
-    base_name: what the adapter was trained on (path, Hub id or built-in name), for `base_model_name_or_path`.
-    save_beside(directory) adds what else belongs to it: the chat template that it was trained with.
+    tensors: by name, as `lora_state` gives them. base_name: what the adapter was trained on (path, Hub id or built-in
+    name), for `base_model_name_or_path`. save_beside(directory) adds what else belongs to it: the chat template that it
+    was trained with.
     """
-    state = lora_state(model)
-    if not state:
+    if not tensors:
         raise CheckpointError(f"{directory}: the model carries no adapter, so there is none to save")
-    entries = {PREFIX + name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+    entries = {PREFIX + name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     with replaced_directory(as_path(directory), replaces=WEIGHTS) as temporary:
-        write_safetensors(temporary / WEIGHTS, entries, lambda name: state[name.removeprefix(PREFIX)].detach())
+        write_safetensors(temporary / WEIGHTS, entries, lambda name: tensors[name.removeprefix(PREFIX)].detach())
         write_json(temporary / CONFIG, _to_peft(lora, base_name))
         save_beside(temporary)
 

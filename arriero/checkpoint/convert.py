@@ -16,7 +16,7 @@ import torch
 from arriero.checkpoint.beside import Beside, read_beside, warn_of_losses, warn_of_tokenizer_ids
 from arriero.checkpoint.gguf import Kind, write_gguf
 from arriero.checkpoint.hf import write_hf
-from arriero.checkpoint.load import has_tokenizer, load_tokenizer_at, open_weights
+from arriero.checkpoint.load import check_head, has_tokenizer, load_tokenizer_at, open_weights
 from arriero.checkpoint.meta import write_meta
 from arriero.checkpoint.rows import check_rows, with_unused_tokens
 from arriero.checkpoint.source import resolve
@@ -63,6 +63,8 @@ def convert(
     check_destination(source, dst, force)
     tokenizer = tokenizer_to_write(source, chat_template=chat_template)
     weights = open_weights(source)
+    if to != "hf":
+        check_head(weights, "logits")
     if tokenizer is not None:
         check_rows(source, weights.config.vocab_size, tokenizer)
     beside = read_beside(source, same_model=True)

@@ -23,7 +23,7 @@ from arriero.io.files import write_json
 from arriero.io.paths import as_path
 from arriero.io.reading import read_json, reading
 from arriero.model.config import LlamaConfig
-from arriero.model.llama import Llama
+from arriero.model.llama import HeadKind, Llama
 from arriero.show.terminal import warn_once
 
 if TYPE_CHECKING:
@@ -32,12 +32,26 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ALL_WEIGHTS = "model*.safetensors*"
+CLASSIFIER = "ForSequenceClassification"
 
 
 def read_config(directory: Path) -> LlamaConfig:
     """The shape of the model in a Hugging Face directory."""
     file = directory / "config.json"
     return LlamaConfig.from_hf(read_json(file), str(file))
+
+
+def read_head(directory: Path) -> HeadKind:
+    """The kind of the model's head, by config.json: logits, or one score (a model for sequence classification)."""
+    file = directory / "config.json"
+    config = read_json(file)
+    named = config.get("architectures")
+    if not isinstance(named, list) or not any(str(name).endswith(CLASSIFIER) for name in named):
+        return "logits"
+    labels = config.get("num_labels", len(config.get("id2label") or (0, 1)))
+    if labels != 1:
+        raise CheckpointError(f"{file}: a classifier of {labels} labels; read are those of one, which score a text")
+    return "score"
 
 
 def open_hf(directory: Path) -> Weights:
@@ -69,6 +83,7 @@ def open_hf(directory: Path) -> Weights:
         entries,
         lambda name: readers[name](name),
         lambda name, start, stop: readers[name](name, start, stop),
+        read_head(directory),
     )
 
 
@@ -156,7 +171,7 @@ def write_hf(
             total = sum(prod(entry.shape) * dtype.itemsize for entry in entries.values())
             where = {name: file for file, names in shards.items() for name in names}
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-        _write_sidecars(temporary, weights.config, dtype, tokenizer, beside)
+        _write_sidecars(temporary, weights.config, dtype, tokenizer, beside, weights.head)
         check(temporary)
 
 
@@ -192,12 +207,22 @@ def sidecar_writer(config: LlamaConfig, tokenizer: Tokenizer, beside: Beside = N
 
 
 def _write_sidecars(
-    directory: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer | None, beside: Beside
+    directory: Path,
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    beside: Beside,
+    head: HeadKind = "logits",
 ) -> None:
-    """Write config.json, generation_config.json, the tokenizer's files and those that are copied along."""
+    """Write config.json, generation_config.json, the tokenizer's files and what goes along."""
     if tokenizer is not None:
         tokenizer.save(directory)
-    beside.write(directory, tokenizer, config.to_hf(str(dtype).removeprefix("torch.")))
+    shape = config.to_hf(str(dtype).removeprefix("torch."))
+    if head != "logits":
+        assert head == "score", "no Hugging Face class has a head of values"
+        shape["architectures"] = [name.replace("ForCausalLM", CLASSIFIER) for name in shape["architectures"]]
+        shape |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
+    beside.write(directory, tokenizer, shape)
 
 
 def _shards(entries: Mapping[str, Entry], max_bytes: int) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError
 from arriero.io.gguf_header import read_metadata
 from arriero.model.build import empty_model
-from arriero.model.llama import Llama
+from arriero.model.llama import HeadKind, Llama
 from arriero.show.terminal import warn_once
 from arriero.tokenizer.load import TOKENIZER_FILES
 
@@ -56,16 +56,18 @@ def load_model(
     device: str | torch.device = "cpu",
     progress: Callable[[str], None] = lambda name: None,
     quantization: str | None = None,
+    head: HeadKind = "logits",
 ) -> Llama:
     """Load a model by path, Hub id or built-in name, ready for use (`.train()` for dropout).
 
     dtype: the type to hold the weights in; None keeps the stored one (quantised weights become fp32). quantization:
-    "int8" or "nf4" rounds the matrices of the blocks as those formats hold them.
+    "int8" or "nf4" rounds the matrices of the blocks as those formats hold them. head: what is wanted of the model.
     Raises `CheckpointError` when it is not found, damaged, or of an unknown architecture.
     """
     weights = held_in(open_weights(resolve(name_or_path)), quantization)
+    check_head(weights, head)
     dtype = dtype or weights.dtype
-    model = empty_model(weights.config)
+    model = empty_model(weights.config, head)
     state = {}
     for name in weights.entries:
         progress(name)
@@ -75,12 +77,22 @@ def load_model(
     return model.eval()
 
 
+def check_head(weights: Weights, wanted: HeadKind) -> None:
+    """Refuse a model whose head is of another kind than wanted."""
+    does = {"logits": "predicts the next token", "score": "scores a text", "value": "gives each token a value"}
+    if weights.head != wanted:
+        raise CheckpointError(
+            f"{weights.source}: its head {does[weights.head]}, and a model is needed that {does[wanted]}; name another"
+        )
+
+
 def open_model(name_or_path: str | Path, dtype: torch.dtype) -> tuple[Llama, Weights]:
     """A model without memory yet, its weights to be of type `dtype`, and the checkpoint that has their values.
 
     For `parallelize`, whose `values` are `Weights.part`. Raises what `load_model` raises.
     """
     weights = open_weights(resolve(name_or_path))
+    check_head(weights, "logits")
     return empty_model(weights.config).to(dtype), weights
 
 

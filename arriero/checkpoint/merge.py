@@ -18,7 +18,7 @@ from arriero.checkpoint.beside import read_beside
 from arriero.checkpoint.convert import check_destination, tensor_bar, tokenizer_to_write
 from arriero.checkpoint.held import held_in, kind_of_base
 from arriero.checkpoint.hf import write_hf
-from arriero.checkpoint.load import open_weights
+from arriero.checkpoint.load import check_head, open_weights
 from arriero.checkpoint.rows import check_rows
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.verify import Verdict, check_written
@@ -52,6 +52,7 @@ def merge(
     check_destination(source, dst, force)
     kind = None if original_base else kind_of_base(directory)
     weights = held_in(open_weights(source), kind)
+    check_head(weights, "logits")
     linears = linears_of(empty_model(weights.config))
     folded = merged(weights, *read_adapter(linears, directory, base=model_name))
     dtype, verdicts = dtype or weights.dtype, []

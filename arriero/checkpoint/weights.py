@@ -21,9 +21,9 @@ from torch import Tensor
 
 from arriero.checkpoint.tensor_file import Entry, check_finite
 from arriero.errors import CheckpointError
-from arriero.model.build import empty_model
+from arriero.model.build import tensor_shapes
 from arriero.model.config import LlamaConfig
-from arriero.model.llama import EMBEDDINGS, HEAD, Llama
+from arriero.model.llama import EMBEDDINGS, HEAD, HeadKind, Llama
 from arriero.show.terminal import warn_once
 
 _COMPARED = 1 << 22  # values of two matrices that are compared at a time
@@ -35,6 +35,7 @@ class Weights:
 
     source: the file or directory, for messages. read(name) returns a new tensor of `entries[name]`'s shape and type;
     read_rows(name, start, stop) some of its rows, where the format allows it. Both refuse NaN and infinite values.
+    head: the kind of the model's head.
     """
 
     source: Path
@@ -42,6 +43,7 @@ class Weights:
     entries: Mapping[str, Entry]
     read: Callable[[str], Tensor]
     read_rows: Callable[[str, int, int], Tensor] | None = None
+    head: HeadKind = "logits"
 
     def part(self, name: str, _: Sequence[int], box: tuple[slice, ...]) -> Tensor:
         """The values of a tensor within `box`, a slice for each dimension; rows outside it are not read, if possible.
@@ -62,20 +64,13 @@ class Weights:
         return sizes.most_common(1)[0][0]
 
 
-def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint of this shape, by Hugging Face name; a tied head is not among them."""
-    model = empty_model(config)
-    return {
-        name: tuple(p.shape) for name, p in model.named_parameters() if not (config.tied_embeddings and name == HEAD)
-    }
-
-
 def opened(
     source: Path,
     config: LlamaConfig,
     entries: Mapping[str, Entry],
     read: Callable[[str], Tensor],
     read_rows: Callable[[str, int, int], Tensor] | None = None,
+    head: HeadKind = "logits",
 ) -> Weights:
     """`Weights` of a file, checked by `checked`, whose values are checked to be finite; decides whether they are tied.
 
@@ -100,7 +95,7 @@ def opened(
             f"holds a {HEAD} that differs from {EMBEDDINGS}; the two are kept apart, as in transformers"
         )
         config = replace(config, tied_embeddings=False)
-    return checked(source, config, entries, finite, weights.read_rows)
+    return checked(source, config, entries, finite, weights.read_rows, head)
 
 
 def _renamed(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -149,13 +144,14 @@ def checked(
     entries: Mapping[str, Entry],
     read: Callable[[str], Tensor],
     read_rows: Callable[[str, int, int], Tensor] | None = None,
+    head: HeadKind = "logits",
 ) -> Weights:
     """`Weights` of exactly the tensors that the shape calls for.
 
     Left out without complaint: rotary tables (`...rotary_emb.inv_freq`), which are computed here, and a head where
     the embeddings are tied. Raises `CheckpointError` naming missing, unexpected and mis-shaped tensors.
     """
-    expected = expected_shapes(config)
+    expected = tensor_shapes(config, head)
     ignored = {HEAD, *(name for name in entries if name.endswith("rotary_emb.inv_freq"))}
     unexpected = [name for name in entries if name not in expected and name not in ignored]
     problems = [f"missing: {_some(missing)}"] if (missing := [n for n in expected if n not in entries]) else []
@@ -170,14 +166,14 @@ def checked(
         raise CheckpointError(
             f"{source}: the tensors are not those of the Llama that its config describes; " + "; ".join(problems[:4])
         )
-    return Weights(source, config, {name: entries[name] for name in expected}, read, read_rows)
+    return Weights(source, config, {name: entries[name] for name in expected}, read, read_rows, head)
 
 
 def from_model(model: Llama) -> Weights:
     """View a model as `Weights`, without copying. The model must have no adapter in it."""
     state = model.state_dict()
     entries = {name: Entry(tuple(t.shape), t.dtype) for name, t in state.items()}
-    return checked(Path("model"), model.config, entries, lambda name: state[name].detach())
+    return checked(Path("model"), model.config, entries, lambda name: state[name].detach(), head=model.head_kind)
 
 
 def to_halves(weight: Tensor, n_heads: int) -> Tensor:

@@ -7,9 +7,10 @@ over the whole GLOBAL batch (objective.py), so any number of processes gives the
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,11 +21,14 @@ from torch.distributed.tensor.placement_types import Replicate
 
 from arriero.data.batch import Batch
 from arriero.distributed.context import HeldDocuments
+from arriero.distributed.gather import gathered, source_of
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.objective import Objective, Totals
 from arriero.distributed.pipeline import Pipeline
 from arriero.distributed.stage import MicroBatch, Stage
+from arriero.model.build import empty_model, tensor_shapes
 from arriero.model.llama import EMBEDDINGS, Llama
+from arriero.model.lora import Active, using_adapter
 
 
 class Engine:
@@ -60,6 +64,14 @@ class Engine:
         """Put all stages into training (dropout on) or evaluation mode."""
         for stage in self.stages:
             stage.train(mode)
+
+    @contextmanager
+    def using_adapter(self, active: Active) -> Iterator[None]:
+        """Let another adapter act while the block runs, or none: a policy without its adapter is its reference."""
+        with ExitStack() as stack:
+            for stage in self.stages:
+                stack.enter_context(using_adapter(stage.model, active))
+            yield
 
     # -- loss and gradients --------------------------------------------------------------------------------------
 
@@ -99,7 +111,7 @@ class Engine:
         ours = _local(tied.grad)
         if ours.numel():
             theirs, apart = torch.empty_like(ours), mesh.world - len(mesh.stage_ranks)  # from first to last stage
-            peer = mesh.rank + (apart if mesh.place("pp") == 0 else -apart)
+            peer = mesh.rank + (apart if mesh.coordinate("pp") == 0 else -apart)
             for work in dist.batch_isend_irecv(
                 [dist.P2POp(dist.isend, ours, peer), dist.P2POp(dist.irecv, theirs, peer)]
             ):
@@ -173,7 +185,7 @@ class Engine:
     def _totals(self, objective: Objective, counts: Mapping[str, float]) -> Totals:
         """The sums of all processes, which only the last stage of a pipeline has."""
         names, last = sorted(counts), self.stages[-1]
-        here = last.last and self.mesh.leads("tp")
+        here = last.last and self.mesh.is_first("tp")
         zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         own = torch.stack([last.sums[name].double() if here else zero for name in names])
         return Totals(dict(zip(names, self.mesh.sum(own).tolist(), strict=True)), counts, objective.weights)
@@ -235,74 +247,40 @@ class Engine:
 
     # -- whole tensors -------------------------------------------------------------------------------------------
 
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """Every tensor of the model whole, on the CPU of process 0, by name; empty on the others.
+    def dense_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The current weights as a plain model has them, one whole tensor at a time, on the CPU of process 0.
 
-        Every process has to call it. One tensor at a time is gathered.
+        Names and order are those of `tensor_shapes`: adapters are folded into their weights, quantised weights are
+        multiplied out. Nothing comes on the other processes; every process has to iterate to the end.
         """
-        return dict(self.full_tensors())
+        sources = {name: source for stage in self.stages for name, source in stage.dense_sources()}
+        names = tensor_shapes(self.model.config, self.model.head_kind)
+        return gathered(sources, self.mesh, list(names).index)
 
-    def whole_model(self, skeleton: Callable[[], Llama]) -> Llama | None:
-        """The model on process 0, to be read, not trained: itself where there is one process, else gathered on the CPU.
+    def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The trained parameters likewise, as they are: of an adapted model its adapter, in fp32."""
+        return gathered({name: source_of(p) for name, p in self.counted.items()}, self.mesh, _in_order)
 
-        skeleton: makes the same model without weights. None on the other processes; every process has to call it.
+    def whole_model(self) -> Llama | None:
+        """The model on process 0, to be read, not trained: itself where there is one process, else a plain one.
+
+        That is gathered on the CPU, with adapters folded. None on the other processes; every process has to call it.
         """
         if not self.mesh.distributed:
             return self.model
-        state = self.full_state_dict()
+        state = dict(self.dense_tensors())
         if self.mesh.rank > 0:
             return None
-        with torch.device("meta"):
-            model = skeleton()
-        model.load_state_dict(state, assign=True)
+        model = empty_model(self.model.config, self.model.head_kind)
+        model.load_state_dict(state, assign=True, strict=False)  # a tied head is missing
         model.tie_weights()
         model.model.compute_dtype = self.model.model.compute_dtype
         return model.eval()
 
-    def full_gradients(self) -> dict[str, Tensor]:
-        """The gradients of the trained parameters likewise."""
-        return dict(self._whole({name: p.grad for name, p in self.counted.items() if p.grad is not None}))
 
-    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of `full_state_dict` one by one, for a file larger than memory."""
-        return self._whole({name: p for stage in self.stages for name, p in stage.model.state_dict().items()})
-
-    @torch.no_grad()
-    def _whole(self, here: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        mesh = self.mesh
-        for place in range(mesh.config.pp):
-            leader = place * (mesh.world // mesh.config.pp)  # the pipeline is the outermost dimension
-            if mesh.place("pp") == place:
-                if mesh.rank == leader != 0:
-                    _send_names(here, mesh.device)
-                for name, tensor in here.items():
-                    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-                    if mesh.rank == 0:
-                        yield name, whole.cpu()
-                    elif mesh.rank == leader:
-                        dist.send(whole.contiguous(), 0)
-            elif mesh.rank == 0:
-                for name, tensor in _receive_names(leader, mesh.device).items():
-                    dist.recv(tensor, leader)
-                    yield name, tensor.cpu()
-
-
-def _send_names(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Tell process 0 which tensors will come."""
-    rows = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
-    encoded = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(device)
-    dist.send(torch.tensor([len(encoded)], device=device), 0)
-    dist.send(encoded, 0)
-
-
-def _receive_names(source: int, device: torch.device) -> dict[str, Tensor]:
-    """Empty tensors for what `source` will send."""
-    length = torch.zeros(1, dtype=torch.long, device=device)
-    dist.recv(length, source)
-    encoded = torch.zeros(int(length), dtype=torch.uint8, device=device)
-    dist.recv(encoded, source)
-    rows = json.loads(bytes(encoded.tolist()))
-    return {name: torch.empty(shape, dtype=getattr(torch, dtype), device=device) for name, dtype, shape in rows}
+def _in_order(name: str) -> list[Any]:
+    """Layer 2 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in name.split(".")]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -95,9 +95,6 @@ class Mesh:
         """Whether this process has coordinate 0 along all of `dimensions`."""
         return all(self.coordinate(name) == 0 for name in dimensions)
 
-    # Old names, until engine.py uses the new ones.
-    place, leads = coordinate, is_first
-
     def sub(self, *dimensions: str) -> DeviceMesh:
         """The processes that differ from this one only along `dimensions` ("fsdp" is dp_shard with cp)."""
         assert self._processes is not None

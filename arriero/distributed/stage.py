@@ -11,6 +11,7 @@ Model and objective are one module because FSDP gathers sharded weights only for
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from arriero.data.batch import Batch
+from arriero.distributed.gather import Source, source_of, whole_tensor
 from arriero.distributed.objective import Objective
 from arriero.model.build import empty_model
+from arriero.model.linear import Product, named_products
 from arriero.model.llama import EMBEDDINGS, HEAD, Llama
 from arriero.model.lora import plain_name
 from arriero.model.quantized import QuantizedLinear
@@ -82,6 +85,18 @@ class StageModel(nn.Module):
         """This stage's parameters by their names in the whole model; a tied copy's name is that of the embeddings."""
         for name, parameter in self.model.named_parameters():
             yield EMBEDDINGS if self.tied_copy and name == HEAD else plain_name(name), parameter
+
+    def dense_sources(self) -> Iterator[tuple[str, Source]]:
+        """The tensors that a plain model has here, by their name there: each linear as one dense matrix."""
+        inside: list[str] = []
+        for name, module in named_products(self.model):
+            inside.append(name + ".")
+            assert isinstance(module, Product)
+            shape = module.out_features, module.in_features
+            yield f"{name}.weight", Source(shape, module.dtype, functools.partial(module.dense, whole_tensor))
+        for name, parameter in self.model.named_parameters():
+            if not name.startswith(tuple(inside)) and not (name == HEAD and self.model.tied):
+                yield name, source_of(parameter)
 
     def quantized(self) -> Iterator[tuple[str, QuantizedLinear]]:
         """The linears here whose weight is held in few bits, by the weight's name in the whole model."""

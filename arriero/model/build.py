@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from arriero.model.config import LlamaConfig, Qwen3Config
-from arriero.model.llama import HeadKind, Llama
+from arriero.model.llama import HEAD, HeadKind, Llama
 from arriero.model.qwen3 import Qwen3
 
 _MODELS: dict[type[LlamaConfig], type[Llama]] = {LlamaConfig: Llama, Qwen3Config: Qwen3}
@@ -23,6 +23,12 @@ def empty_model(config: LlamaConfig, head: HeadKind = "logits") -> Llama:
     """A model of this shape on the meta device: no memory, no values."""
     with torch.device("meta"), _NoInit():
         return build_model(config, head)
+
+
+def tensor_shapes(config: LlamaConfig, head: HeadKind = "logits") -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint of this shape, by Hugging Face name, in order; a tied head is not among them."""
+    model = empty_model(config, head)
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if not (model.tied and name == HEAD)}
 
 
 class _NoInit(TorchFunctionMode):

@@ -17,6 +17,14 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 
+Gather = Callable[[Tensor], Tensor]
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    """The tensor, which is whole here."""
+    return tensor
+
+
 @runtime_checkable
 class Product(Protocol):
     """y = x W^T for some W [out, in], however it is held."""
@@ -24,8 +32,15 @@ class Product(Protocol):
     in_features: int
     out_features: int
 
-    def dense(self) -> Tensor:
-        """W, in the type that it is computed from: what a plain linear in this one's place would hold."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """What W counts as, however it is held."""
+
+    def dense(self, whole: Gather = as_it_is) -> Tensor:
+        """W in `dtype`: what a plain linear in this one's place would hold.
+
+        whole: gathers each tensor that this one is made of, where they are split over processes.
+        """
 
 
 class Linear(nn.Linear):
@@ -37,9 +52,14 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
-    def dense(self) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that W is stored in."""
+        return self.weight.dtype
+
+    def dense(self, whole: Gather = as_it_is) -> Tensor:
         """W itself."""
-        return self.weight.detach()
+        return whole(self.weight.detach())
 
 
 def named_products(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

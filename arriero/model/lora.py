@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from arriero.errors import ConfigError
 from arriero.model.initial import initial_adapter, whole
-from arriero.model.linear import Linear, Product, densify, named_products, replace_linears
+from arriero.model.linear import Gather, Linear, Product, as_it_is, densify, named_products, replace_linears
 from arriero.model.lora_config import LINEARS, LoraConfig
 
 M = TypeVar("M", bound=nn.Module)
@@ -73,20 +73,27 @@ class LoraLinear(nn.Module):
         product: Tensor = self.lora_B[name](low) * self.scales[name]
         return product
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's."""
+        dtype = self.base.dtype
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
     @torch.no_grad()
-    def delta(self) -> Tensor:
+    def delta(self, whole: Gather = as_it_is) -> Tensor:
         """s B A of the active adapter, fp32 [out, in]: what merging adds to the weight."""
         name = self._acting()
         assert name is not None
         a, b = self.lora_A[name], self.lora_B[name]
         assert isinstance(a, Linear) and isinstance(b, Linear)
-        return self.scales[name] * (b.weight.float() @ a.weight.float())
+        return self.scales[name] * (whole(b.weight).float() @ whole(a.weight).float())
 
     @torch.no_grad()
-    def dense(self) -> Tensor:
+    def dense(self, whole: Gather = as_it_is) -> Tensor:
         """W + s B A of the active adapter, added in fp32 and rounded once to W's type."""
-        weight: Tensor = self.base.dense()
-        return weight if self._acting() is None else (weight.float() + self.delta()).to(weight.dtype)
+        weight: Tensor = self.base.dense(whole)
+        return weight if self._acting() is None else (weight.float() + self.delta(whole)).to(weight.dtype)
 
     def _acting(self) -> str | None:
         """The adapter that acts on this linear."""

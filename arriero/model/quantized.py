@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arriero.model.linear import Linear, replace_linears
+from arriero.model.linear import Gather, Linear, as_it_is, replace_linears
 from arriero.quant.formats import FORMATS
 
 M = TypeVar("M", bound=nn.Module)
@@ -42,10 +42,10 @@ class QuantizedLinear(nn.Module):
         self.codes.copy_(codes)
         self.scales.copy_(scales)
 
-    def dense(self) -> Tensor:
+    def dense(self, whole: Gather = as_it_is) -> Tensor:
         """W as it is held, in `dtype`."""
         shape = self.out_features, self.in_features
-        return FORMATS[self.kind].dequantize(self.codes, self.scales, shape, self.dtype)
+        return FORMATS[self.kind].dequantize(whole(self.codes), whole(self.scales), shape, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, self.codes, self.scales, self.kind, self.out_features)  # type: ignore[no-untyped-call]

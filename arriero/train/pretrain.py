@@ -17,7 +17,8 @@ from typing import Any, Literal
 from rich.console import Console
 
 from arriero.checkpoint.beside import Beside
-from arriero.checkpoint.hf import save_hf, sidecar_writer
+from arriero.checkpoint.export import export_hf
+from arriero.checkpoint.hf import sidecar_writer
 from arriero.data.batch import collate
 from arriero.data.held_out import HeldOutRows, held_out_rows
 from arriero.data.prefetch import Prefetched
@@ -25,7 +26,6 @@ from arriero.data.shards import Shards, fingerprints, open_splits
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.parallelize import parallelize
-from arriero.model.build import build_model
 from arriero.model.catalogue import named_shape
 from arriero.model.llama import Llama
 from arriero.tokenizer import Tokenizer, load_tokenizer
@@ -111,10 +111,8 @@ class PretrainRun:
 
     def export(self) -> Path:
         """Write the model in Hugging Face's layout; returns its directory."""
-        directory = Path(self.config.out) / "model"
-        if (model := self.trainer.learner.engine.whole_model(lambda: build_model(self.model.config))) is not None:
-            precision = DTYPES[self.config.loop.precision]
-            save_hf(model, directory, self.tokenizer, dtype=precision, beside=self.beside)
+        directory, precision = Path(self.config.out) / "model", DTYPES[self.config.loop.precision]
+        export_hf(self.trainer.learner.engine, directory, self.tokenizer, dtype=precision, beside=self.beside)
         return directory
 
 

@@ -17,7 +17,6 @@ from arriero.errors import ConfigError
 from arriero.infer.config import SamplingConfig
 from arriero.infer.generate import generate
 from arriero.io.files import write_jsonl
-from arriero.model.build import build_model
 from arriero.model.llama import Llama
 from arriero.tokenizer.base import Tokenizer
 from arriero.train.metrics import surviving_records
@@ -98,8 +97,7 @@ def continuations(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt
     """Each prompt and how the model goes on, on process 0; every process has to call it."""
     if not prompts:
         return []
-    shape = engine.model.config
-    if (model := engine.whole_model(lambda: build_model(shape))) is None:
+    if (model := engine.whole_model()) is None:
         return []
     with _eagerly():
         answers = generate(model, tokenizer, [prompt.ids for prompt in prompts], CONTINUED, MAX_NEW_TOKENS)

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from arriero.checkpoint.adapter import save_adapter
 from arriero.checkpoint.beside import NOTHING, Beside, read_beside
+from arriero.checkpoint.export import export_hf
 from arriero.checkpoint.held import write_kind
-from arriero.checkpoint.hf import save_hf, sidecar_writer
+from arriero.checkpoint.hf import sidecar_writer
 from arriero.checkpoint.load import load_tokenizer_at, open_model
 from arriero.checkpoint.rows import check_rows
 from arriero.data.batch import Batch
@@ -26,7 +27,6 @@ from arriero.data.sft_loader import SftLoader
 from arriero.distributed.engine import Engine
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.parallelize import parallelize
-from arriero.model.build import empty_model
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
 from arriero.model.quantized import quantize_linears
@@ -100,21 +100,19 @@ class SftRun:
 
     def sample(self, when: Literal["before", "after"]) -> None:
         """Answer a few held-out prompts."""
-        if (model := self._whole()) is None:
+        if (model := self.trainer.learner.engine.whole_model()) is None:
             return
         answers = answer(model, self.tokenizer, self.validation, self.config.samples)
         write_samples(Path(self.config.out), answers, when)
 
     def export(self) -> Path:
         """Write the trained adapter (PEFT's layout) or model (Hugging Face's); returns its directory."""
-        config, model = self.config, self._whole()
+        config, engine = self.config, self.trainer.learner.engine
         directory = Path(config.out) / ("adapter" if config.method == "lora" else "model")
-        if model is None:
-            return directory
-        if config.method == "lora":
-            save_adapter(model, directory, config.lora, config.model, self._save_beside)
-        else:
-            save_hf(model, directory, self.tokenizer, dtype=DTYPES[config.loop.precision], beside=self.beside)
+        if config.method == "full":
+            export_hf(engine, directory, self.tokenizer, dtype=DTYPES[config.loop.precision], beside=self.beside)
+        elif (tensors := dict(engine.trained_tensors())) and engine.mesh.rank == 0:
+            save_adapter(tensors, directory, config.lora, config.model, self._save_beside)
         return directory
 
     def _save_beside(self, directory: Path) -> None:
@@ -122,11 +120,6 @@ class SftRun:
         save_template(self.tokenizer, directory)
         if self.config.quantize != "none":
             write_kind(directory, self.config.quantize)
-
-    def _whole(self) -> Llama | None:
-        """The model as it is now, on process 0."""
-        shape, dtype = self.model.config, DTYPES[self.config.loop.precision]
-        return self.trainer.learner.engine.whole_model(lambda: adapted(empty_model(shape).to(dtype), self.config))
 
 
 def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftRun:

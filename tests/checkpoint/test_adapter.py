@@ -34,7 +34,7 @@ def adapted(lora: LoraConfig):
 @pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
 def test_an_adapter_comes_back_bit_for_bit(lora, tmp_path):
     model = adapted(lora)
-    save_adapter(model, tmp_path, lora, "some/base")
+    save_adapter(lora_state(model), tmp_path, lora, "some/base")
     fresh = toy_model("llama3-8b")
     read = load_adapter(fresh, tmp_path)
     assert (read.rank, read.alpha, read.dropout, read.rslora) == (lora.rank, lora.alpha, lora.dropout, lora.rslora)
@@ -50,7 +50,7 @@ def test_a_loaded_model_drops_nothing_out(tmp_path):
     lora = LORAS["rslora"]
     assert lora.dropout > 0
     save_hf(toy_model("llama3-8b"), tmp_path / "base")
-    save_adapter(adapted(lora), tmp_path / "adapter", lora, "base")
+    save_adapter(lora_state(adapted(lora)), tmp_path / "adapter", lora, "base")
     model = load_model(tmp_path / "base")
     load_adapter(model, tmp_path / "adapter")
     tokens = torch.randint(211, (2, 13), generator=torch.Generator().manual_seed(3))
@@ -60,7 +60,7 @@ def test_a_loaded_model_drops_nothing_out(tmp_path):
 
 def test_saving_and_loading_keeps_the_targets_short(tmp_path):
     lora = LORAS["rslora"]
-    save_adapter(adapted(lora), tmp_path, lora, "base")
+    save_adapter(lora_state(adapted(lora)), tmp_path, lora, "base")
     assert load_adapter(toy_model("llama3-8b"), tmp_path).targets == ("q_proj", "v_proj")
 
 
@@ -97,7 +97,7 @@ def test_saving_and_loading_keeps_the_targets_short(tmp_path):
     ],
 )
 def test_adapters_that_are_no_plain_lora_are_refused(tmp_path, changes, problem):
-    save_adapter(adapted(LORAS["all"]), tmp_path, LORAS["all"], "base")
+    save_adapter(lora_state(adapted(LORAS["all"])), tmp_path, LORAS["all"], "base")
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     model = toy_model("llama3-8b")
@@ -107,7 +107,7 @@ def test_adapters_that_are_no_plain_lora_are_refused(tmp_path, changes, problem)
 
 
 def test_a_base_whose_name_no_file_can_have_is_refused(tmp_path):
-    save_adapter(adapted(LORAS["all"]), tmp_path, LORAS["all"], "b" * 5000)
+    save_adapter(lora_state(adapted(LORAS["all"])), tmp_path, LORAS["all"], "b" * 5000)
     with pytest.raises(
         CheckpointError, match=r"'b{120}': cannot be read \(File name too long\); give the name of a model"
     ):
@@ -115,7 +115,7 @@ def test_a_base_whose_name_no_file_can_have_is_refused(tmp_path):
 
 
 def test_what_an_adapter_says_that_has_no_effect_here_is_said(tmp_path, caplog):
-    save_adapter(adapted(LORAS["all"]), tmp_path, LORAS["all"], "meta-llama/Llama-3-8B")
+    save_adapter(lora_state(adapted(LORAS["all"])), tmp_path, LORAS["all"], "meta-llama/Llama-3-8B")
     file = tmp_path / "adapter_config.json"
     settings = json.loads(file.read_text())
     assert said(tmp_path, caplog, base="/models/llama-3-8b-instruct.gguf") == []
@@ -152,7 +152,7 @@ def with_tokenizers(tmp_path):
     own.chat_template = ChatTemplate(TURNS)
     save_hf(toy_model(SHAPE), tmp_path / "base", base)
     (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [260, 2], "temperature": 0.7}')
-    save_adapter(add_lora(toy_model(SHAPE), lora), tmp_path / "adapter", lora, "base")
+    save_adapter(lora_state(add_lora(toy_model(SHAPE), lora)), tmp_path / "adapter", lora, "base")
     own.save(tmp_path / "adapter")
     return tmp_path
 
@@ -195,7 +195,7 @@ def test_an_adapters_tokenizer_of_other_ids_is_said_and_one_of_too_many_refused(
 
 
 def test_adapter_tensors_that_do_not_fit_are_refused(tmp_path):
-    save_adapter(adapted(LORAS["all"]), tmp_path, LORAS["all"], "base/of-another-shape")
+    save_adapter(lora_state(adapted(LORAS["all"])), tmp_path, LORAS["all"], "base/of-another-shape")
     with pytest.raises(CheckpointError, match=r"this model needs .*trained on 'base/of-another-shape'"):
         load_adapter(toy_model("smollm2-135m"), tmp_path)
 
@@ -235,14 +235,14 @@ def test_adapter_tensors_that_do_not_fit_are_refused(tmp_path):
 
 def test_a_model_without_adapter_has_none_to_save(tmp_path):
     with pytest.raises(CheckpointError, match="carries no adapter"):
-        save_adapter(toy_model("llama3-8b"), tmp_path / "a", LORAS["all"], "base")
+        save_adapter(lora_state(toy_model("llama3-8b")), tmp_path / "a", LORAS["all"], "base")
 
 
 @pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
 def test_merge_writes_a_model_with_the_adapted_models_logits(lora, tmp_path):
     model = adapted(lora)
     save_hf(toy_model("llama3-8b"), tmp_path / "base")
-    save_adapter(model, tmp_path / "adapter", lora, "base")
+    save_adapter(lora_state(model), tmp_path / "adapter", lora, "base")
     found = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert found.n_tensors == len(model.state_dict()) - len(lora_state(model))
     assert 0 < found.largest_difference <= 2.0**-22
@@ -260,7 +260,7 @@ def test_merge_refuses_a_type_that_cannot_hold_the_sum_and_leaves_nothing(tmp_pa
         base.model.layers[0].mlp.up_proj.weight[7, 11] = 65_000.0
     lora = LoraConfig(rank=3, alpha=3_000_000.0, targets=("up_proj",))
     save_hf(base, tmp_path / "base")
-    save_adapter(adapted(lora), tmp_path / "adapter", lora, "base")
+    save_adapter(lora_state(adapted(lora)), tmp_path / "adapter", lora, "base")
     with pytest.raises(CheckpointError, match=r"up_proj\.weight holds weights beyond F16's 65,504"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

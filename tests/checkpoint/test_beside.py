@@ -16,7 +16,7 @@ from arriero.checkpoint.merge import merge
 from arriero.errors import CheckpointError, ConfigError
 from arriero.infer.config import SamplingConfig, SamplingFlags
 from arriero.model.config import LlamaConfig
-from arriero.model.lora import add_lora
+from arriero.model.lora import add_lora, lora_state
 from arriero.show.terminal import warn_once
 
 SETTINGS = {
@@ -83,7 +83,7 @@ def test_generation_settings_config_entries_and_licence_survive(source, route, t
 
 def test_merge_and_sidecars_keep_them_too_but_no_model_card(source, tmp_path):
     lora = LORAS["all"]
-    save_adapter(add_lora(toy_model(SHAPE), lora), tmp_path / "adapter", lora, "source")
+    save_adapter(lora_state(add_lora(toy_model(SHAPE), lora)), tmp_path / "adapter", lora, "source")
     merge(source, tmp_path / "adapter", tmp_path / "merged")
     (tmp_path / "step").mkdir()
     sidecar_writer(SHAPE, small_sentencepiece(), read_beside(source))(tmp_path / "step")

@@ -155,7 +155,7 @@ def adapter(tmp_path):
         for name, parameter in lora_state(model).items():
             if "lora_B" in name:
                 parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
-    save_adapter(model, tmp_path / "adapter", lora, "source")
+    save_adapter(lora_state(model), tmp_path / "adapter", lora, "source")
     return tmp_path / "adapter"
 
 

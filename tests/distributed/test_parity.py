@@ -63,6 +63,8 @@ def assert_equal(ours: Result, alone: Result, lora: bool = False) -> None:
     assert ours.validation == pytest.approx(alone.validation, rel=1e-5)
     assert ours.weights.keys() == alone.weights.keys()
     torch.testing.assert_close(ours.logprobs, alone.logprobs, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(ours.reference, alone.reference, atol=1e-3, rtol=1e-3)
+    assert torch.equal(ours.reference, ours.logprobs) != lora, "the reference is the model without its adapter"
     # Ten steps of a toy with adapters turn a relative error of 1e-7 in the gradient into 1e-4.
     later = 1e-3 if lora else 1e-5
     assert ours.norms == pytest.approx(alone.norms, rel=later)

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from arriero.data.batch import IGNORED, Batch, Row, collate, next_token_targets
 from arriero.distributed.config import ParallelConfig
 from arriero.distributed.engine import Engine
+from arriero.distributed.gather import gathered, source_of
 from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.distributed.objective import Objective
 from arriero.distributed.parallelize import parallelize
@@ -97,6 +98,7 @@ class Result:
     norms: list[float]
     validation: float
     logprobs: torch.Tensor  # of the tokens of some batches, which process 0 asked for
+    reference: torch.Tensor  # the same without the adapter
     first: dict[str, torch.Tensor]
     last: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
@@ -152,7 +154,7 @@ def train(case: Case, mesh: Mesh) -> Result:
         share = [case.batch(seed) for seed in seeds]
         losses.append(engine.forward_backward(share, case.objective, seeds).loss)
         if step in (0, STEPS - 1):
-            grads.append({name: grad.clone() for name, grad in engine.full_gradients().items()})
+            grads.append(gradients(engine))
         norms.append(engine.clip_grad_norm_(1.0).item())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -161,7 +163,15 @@ def train(case: Case, mesh: Mesh) -> Result:
     validation = engine.measure(lambda i: case.batch(10_000 + i), held_out, case.objective).loss
     asked = [case.batch(20_000 + i) for i in mesh.local_shard(2 * mesh.dp_size)]
     logprobs = torch.cat(engine.evaluate(asked, logprobs_of_tokens), 1)
-    return Result(losses, norms, validation, logprobs, *grads, engine.full_state_dict())
+    with engine.using_adapter(None):
+        reference = torch.cat(engine.evaluate(asked, logprobs_of_tokens), 1)
+    return Result(losses, norms, validation, logprobs, reference, *grads, dict(engine.dense_tensors()))
+
+
+def gradients(engine: Engine) -> dict[str, torch.Tensor]:
+    """The gradients of the trained parameters, whole on process 0."""
+    sources = {name: source_of(p.grad) for name, p in engine.counted.items() if p.grad is not None}
+    return {name: grad.clone() for name, grad in gathered(sources, engine.mesh, str)}
 
 
 def logprobs_of_tokens(model: Llama, batch: Batch) -> torch.Tensor:
@@ -190,6 +200,7 @@ def main(cases: str, out: str) -> None:
                         "norms": result.norms,
                         "validation": result.validation,
                         "logprobs": result.logprobs.tolist(),
+                        "reference": result.reference.tolist(),
                     }
                 )
             )
@@ -210,7 +221,7 @@ def run_cases(cases: list[Case], world: int, out: Path, timeout: float = 280) ->
         base = out / case.name()
         numbers = json.loads((out / f"{base.name}.json").read_text())
         tensors = (load_file(out / f"{base.name}.{part}") for part in PARTS)
-        numbers["logprobs"] = torch.tensor(numbers["logprobs"])
+        numbers |= {name: torch.tensor(numbers[name]) for name in ("logprobs", "reference")}
         results[case.name()] = Result(**numbers, **dict(zip(PARTS, tensors, strict=True)))
     return results
 

@@ -95,7 +95,7 @@ def do(run: Run, mesh: Mesh) -> Trainer:
             return trainer
         outcome = trainer.run(log)
         trainer.load_result(log)
-    weights = trainer.learner.engine.full_state_dict()
+    weights = dict(trainer.learner.engine.dense_tensors())
     if mesh.rank == 0:
         if outcome.interrupted is None:
             save_file({name: t.clone() for name, t in weights.items()}, run_dir / "final.safetensors")

@@ -43,7 +43,7 @@ from arriero.io.records import read_records, source_files
 from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig, Qwen3Config
 from arriero.model.llama import Llama
-from arriero.model.lora import add_lora
+from arriero.model.lora import add_lora, lora_state
 from arriero.model.lora_config import LoraConfig
 from arriero.model.scaling import Llama3Scaling
 from arriero.tokenizer import Tokenizer, load_tokenizer
@@ -250,7 +250,7 @@ def write_adapter(folder: Path) -> None:
     adapted = build_model(SHAPE).init_weights(std=0.15, seed=5)
     lora = LoraConfig(rank=2, alpha=4.0, rank_pattern={"model.layers.1.mlp.up_proj": 3})
     add_lora(adapted, lora)
-    save_adapter(adapted, folder, lora, "some/base")
+    save_adapter(lora_state(adapted), folder, lora, "some/base")
 
 
 def read_adapter(folder: Path) -> object:

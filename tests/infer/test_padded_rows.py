@@ -23,7 +23,7 @@ from arriero.infer.config import ChatConfig, SamplingConfig
 from arriero.infer.generate import generate, stream
 from arriero.infer.sample import Sampler
 from arriero.model.config import LlamaConfig, Qwen3Config
-from arriero.model.lora import add_lora
+from arriero.model.lora import add_lora, lora_state
 from arriero.model.lora_config import LoraConfig
 
 CHATML = "{% for m in messages %}{{'<|im_start|>'+m['role']+'\\n'+m['content']+'<|im_end|>\\n'}}{% endfor %}"
@@ -189,7 +189,7 @@ def test_fewer_rows_than_ids_are_refused_with_both_sizes_wherever_the_two_are_us
     lora = LoraConfig(rank=2)
     model = load_model(short)
     add_lora(model, lora)
-    save_adapter(model, tmp_path / "adapter", lora, str(short))
+    save_adapter(lora_state(model), tmp_path / "adapter", lora, str(short))
     (tmp_path / "rows.jsonl").write_text(
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
     )

@@ -117,7 +117,7 @@ def test_our_adapter_in_peft_gives_our_logits(name, tmp_path):
     for key, parameter in lora_state(model).items():
         if "lora_B" in key:
             parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(key)))
-    save_adapter(model, tmp_path / "adapter", lora, str(tmp_path / "base"))
+    save_adapter(lora_state(model), tmp_path / "adapter", lora, str(tmp_path / "base"))
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     expected = theirs(TOKENS).logits
