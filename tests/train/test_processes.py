@@ -16,8 +16,10 @@ from arriero.train import attempts
 from arriero.train.metrics import surviving_records
 
 
-def sft(toy_model, rows, out, world, *more):
-    settings = "--seq-len 128 --steps 4 --batch-rows 4 --precision fp32 --rank 3 --samples 2 --lr 1e-3 --workers 1"
+def sft(toy_model, rows, out, world, *more, seq_len=128):
+    settings = (
+        f"--seq-len {seq_len} --steps 4 --batch-rows 4 --precision fp32 --rank 3 --samples 2 --lr 1e-3 --workers 1"
+    )
     command = [sys.executable, "-m", "arriero", "sft", str(toy_model), "--data", str(rows), "--out", str(out)]
     return run_processes([*command, *settings.split(), *more], world, 280)
 
@@ -53,7 +55,7 @@ def test_what_cannot_be_split_so_is_said_before_step_1(toy_model, rows, tmp_path
         sft(toy_model, rows, tmp_path / "run", 2, "--tp", "2")
     assert not (tmp_path / "run" / "checkpoints").exists()
     with pytest.raises(AssertionError, match=r"row 1 of .*: \d+ tokens do not fit 16") as refused:
-        sft(toy_model, rows, tmp_path / "run", 2, "--seq-len", "16")
+        sft(toy_model, rows, tmp_path / "run", 2, seq_len=16)
     assert "RuntimeError" not in str(refused.value) and str(refused.value).count("do not fit") == 1
 
 
