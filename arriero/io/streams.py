@@ -26,6 +26,8 @@ from typing import IO, Any, cast
 from arriero.errors import DataError, require
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+PIECE = 1 << 17  # bytes of a packed file that are read at once
 MOST, RATIO = 8_000_000, 16  # of a row: unpacked bytes, or unpacked bytes for each that was read
 
 
@@ -82,11 +84,9 @@ class _Unpacked(io.RawIOBase):
         elif packing == ".bz2":
             self._read = bz2.BZ2File(raw).read
         elif packing == ".xz":
-            self._read = _Frames(raw, lambda: lzma.LZMADecompressor(memlimit=1 << 27), 1 << 17).read
+            self._read = _Frames(raw, lambda: lzma.LZMADecompressor(memlimit=1 << 27)).read
         else:
-            zstandard = require("zstandard", "data")
-            # It unpacks all that it is given at once: 2 kB become 64 MB at most.
-            self._read = _Frames(raw, lambda: zstandard.ZstdDecompressor().decompressobj(), 1 << 11).read
+            self._read = _Frames(raw, require(ZSTD, "data").ZstdDecompressor).read
 
     def readable(self) -> bool:
         return True
@@ -116,33 +116,31 @@ class _Unpacked(io.RawIOBase):
 class _Frames:
     """The content of frames of zstd or xz, one after another; a cut file raises EOFError."""
 
-    def __init__(self, raw: IO[bytes], new: Callable[[], Any], piece: int) -> None:
-        self._raw, self._new, self._piece = raw, new, piece
+    def __init__(self, raw: IO[bytes], new: Callable[[], Any]) -> None:
+        self._raw, self._new = raw, new
         self._frame: Any = None
-        self._content = memoryview(b"")
 
     def read(self, size: int) -> bytes:
-        while not self._content:
+        content = b""
+        while not content:
             frame = self._frame
             if frame is None or frame.eof:
                 rest = frame.unused_data if frame else b""
-                rest = rest.lstrip(b"\0") or self._raw.read(self._piece)  # xz may be padded with zeros
+                rest = rest.lstrip(b"\0") or self._raw.read(PIECE)  # xz may be padded with zeros
                 if not rest:
                     return b""
                 frame = self._frame = self._new()
-            elif not getattr(frame, "needs_input", True):
+            elif not frame.needs_input:
                 rest = b""
-            elif not (rest := self._raw.read(self._piece)):
+            elif not (rest := self._raw.read(PIECE)):
                 raise EOFError("the last frame is incomplete")
-            limit = (size,) if hasattr(frame, "needs_input") else ()
-            self._content = memoryview(frame.decompress(rest, *limit))
-        content, self._content = self._content[:size], self._content[size:]
-        return bytes(content)
+            content = frame.decompress(rest, size)
+        return content
 
 
 def _zstd_error() -> type[Exception]:
     """What damaged zstd data raises; an error that nothing raises where the package is not even loaded."""
-    module = sys.modules.get("zstandard")
+    module = sys.modules.get(ZSTD)
     return module.ZstdError if module else gzip.BadGzipFile
 
 
