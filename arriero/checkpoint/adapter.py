@@ -1,7 +1,7 @@
-"""LoRA adapters in PEFT's layout, both ways: adapter_config.json and adapter_model.safetensors.
+"""LoRA adapters in PEFT's layout, read and written: adapter_config.json and adapter_model.safetensors.
 
-What the settings mean is `peft_config.py`'s matter; here they are held against the tensors, and both against the model.
-A tensor that the settings do not call for is refused: PEFT would leave it out without a word.
+peft_config.py interprets the settings; here they are compared with the tensors, and both with the model. A tensor that
+the settings do not account for is refused: PEFT would silently ignore it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from arriero.checkpoint.tensor_file import Entry, check_finite, safetensors_entr
 from arriero.errors import CheckpointError
 from arriero.io.files import write_json
 from arriero.io.paths import as_path
-from arriero.io.reading import read_json
 from arriero.model.linear import Product, named_products
 from arriero.model.lora import DEFAULT, add_lora, lora_state
 from arriero.model.lora_config import LINEARS, LoraConfig
@@ -59,7 +58,7 @@ def save_adapter(
 def load_adapter(
     model: nn.Module, directory: str | Path, base: str | Path | None = None, *, name: str = DEFAULT
 ) -> LoraConfig:
-    """Put the adapter of a PEFT directory (or Hub id) on `model`, in place; returns what it adapts and how.
+    """Put the adapter of a PEFT directory (or Hub id) on `model`, in place; returns its settings.
 
     name: what the model calls it, where it carries several; it is the one that acts from now on. base: what the model
     is called, to warn where the adapter names another. Raises what `read_adapter` raises.
@@ -75,7 +74,7 @@ def load_adapter(
 def read_adapter(
     linears: Mapping[str, Product], directory: str | Path, base: str | Path | None = None
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """What an adapter does to the linears of a model, and its tensors by name (`lora_state`), fp32.
+    """The settings of an adapter for the linears of a model, and its tensors by name (`lora_state`), fp32.
 
     Raises `CheckpointError` for adapters that are no plain LoRA, damaged, or made for a model of another shape.
     """
@@ -95,15 +94,6 @@ def read_adapter(
 def linears_of(model: nn.Module) -> dict[str, Product]:
     """The linears that an adapter may act on, by name."""
     return {name: module for name, module in named_products(model) if isinstance(module, Product)}
-
-
-def adapter_base(directory: str | Path) -> str:
-    """The name of the model that the adapter was trained on."""
-    file = resolve(directory) / CONFIG
-    base = read_json(file).get("base_model_name_or_path")
-    if not base:
-        raise CheckpointError(f"{file}: it does not name the model that the adapter was trained on; name the model")
-    return str(base)
 
 
 def _to_peft(lora: LoraConfig, base_name: str) -> dict[str, Any]:
@@ -163,7 +153,7 @@ def _keys(file: Path, entries: Mapping[str, Entry], known: Collection[str]) -> d
 def _ranks(
     config: PeftConfig, file: Path, shapes: Mapping[str, tuple[int, ...]], linears: Mapping[str, Product]
 ) -> dict[str, int]:
-    """Full name -> rank of every linear that the adapter acts on, where settings, tensors and model say the same."""
+    """Full name -> rank of every linear that the adapter acts on; settings, tensors and model have to agree."""
     ranks = {}
     for name, linear in linears.items():
         a, b = shapes.get(f"{name}.lora_A.weight"), shapes.get(f"{name}.lora_B.weight")

@@ -1,4 +1,4 @@
-"""A model that is being trained, written as a Hugging Face directory: tensor by tensor, from however many processes."""
+"""Writes a model in training as a Hugging Face directory, tensor by tensor, from any number of processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def export_hf(
     dtype: torch.dtype,
     beside: Beside = NOTHING,
 ) -> None:
-    """Write the current weights, adapters folded; process 0 writes, and every process has to call it.
+    """Write the current weights, adapters merged; process 0 writes, and every process has to call it.
 
     Process 0 holds one tensor at a time. Other arguments as `write_hf`'s.
     """
@@ -40,4 +40,4 @@ def export_hf(
         weights = Weights(directory, model.config, entries, read, head=model.head_kind)
         write_hf(weights, directory, dtype=dtype, tokenizer=tokenizer, beside=beside)
     for _ in tensors:
-        pass  # on the other processes nothing comes, but they take part
+        pass  # the other processes yield nothing, but take part

@@ -1,8 +1,8 @@
-"""A frozen base that was held in few bits while an adapter was trained on it (`arriero sft --quantize`).
+"""The quantised base that an adapter was trained on (`arriero sft --quantize`).
 
-The adapter belongs to those rounded weights: on the original ones it acts a little differently. So what lies beside
-an adapter, base_quantization.json, names the format, and whoever puts the adapter on its base (chat, eval, merge) reads
-the base as that format holds it, unless told otherwise. PEFT's files have no entry for it; a program that does not know
+An adapter fits the rounded weights that it was trained on; on the original ones it acts slightly differently. So
+base_quantization.json beside an adapter names the format, and commands that load the adapter on its base (chat, eval,
+merge) round the base likewise, unless told otherwise. PEFT's files have no entry for it; a program that does not know
 the file puts the adapter on the original weights, as is common with QLoRA.
 """
 

@@ -1,6 +1,6 @@
-"""From a name to a model: built on the meta device, then given its tensors one at a time.
+"""Loads a model by name: built on the meta device, then filled with its tensors one at a time.
 
-Memory at the peak is one model plus one tensor, whatever the format and the cast.
+Peak memory is one model plus one tensor, whatever the format and the cast.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def load_model(
     for name in weights.entries:
         progress(name)
         state[name] = weights.read(name).to(device, dtype)
-    model.load_state_dict(state, assign=True, strict=False)  # a tied head is missing; `checked` saw to the rest
+    model.load_state_dict(state, assign=True, strict=False)  # a tied head is missing; `checked` has checked the others
     model.tie_weights()
     return model.eval()
 
@@ -150,7 +150,7 @@ def load_tokenizer_at(path: Path, *, adapter: str | Path | None = None, chat_tem
 
 
 def _adapters_own(own: Tokenizer, directory: Path, path: Path) -> Tokenizer:
-    """The tokenizer that lies beside an adapter, with what only the model's files say: further ends, a template."""
+    """The tokenizer beside an adapter, with what only the model's files have: further stop ids, a template."""
     if not has_tokenizer(path):
         return own
     base = load_tokenizer_at(path)

@@ -1,8 +1,8 @@
-"""Folding an adapter into its model, and the proof that nothing was lost.
+"""Merges an adapter into its model, and verifies the result.
 
-A tensor at a time: each weight that the adapter acts on becomes W + s B A, added in fp32 and rounded once to the type
-written; W is what the adapter was trained on (held.py). What lies on the disk then is read by other code than wrote it,
-and compared with the files of model and adapter (`verify.py`): what is checked is what will be used.
+One tensor at a time, each weight that the adapter acts on becomes W + s B A, added in fp32 and rounded once to the
+written type; W is what the adapter was trained on (held.py). The written files are then read by independent code and
+compared with the files of model and adapter (`verify.py`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Runs the micro-batches of a step forward and backward, whatever the parallelism, and gives back the global sums.
+"""Runs the micro-batches of a step forward and backward under any parallelism, and returns the global sums.
 
-A training loop hands over its data-parallel share of a global batch and reads sums; how that share is padded, split
-over a row's processes, sent down a pipeline and reduced is decided here. Each term of the loss is divided by its count
-over the whole GLOBAL batch (objective.py), so any number of processes gives the losses and gradients of one.
+A training loop passes its data-parallel shard of a global batch and reads sums; the engine pads the batches, splits
+them over context-parallel processes, sends them through the pipeline, and reduces. Each term of the loss is divided by
+its count over the whole global batch (objective.py), so any number of processes gives the losses and gradients of one.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from arriero.distributed.gather import gathered, source_of
 from arriero.distributed.mesh import Mesh
 from arriero.distributed.objective import Objective, Totals
 from arriero.distributed.pipeline import Pipeline
-from arriero.distributed.stage import MicroBatch, Stage
+from arriero.distributed.stage import MicroBatch, StageModel
 from arriero.model.build import empty_model, tensor_shapes
 from arriero.model.llama import EMBEDDINGS, Llama
 from arriero.model.lora import Active, using_adapter
 
 
 class Engine:
-    """The stages of this process and the mesh they lie on."""
+    """The pipeline stages of this process, and the mesh."""
 
-    def __init__(self, stages: list[Stage], mesh: Mesh) -> None:
+    def __init__(self, stages: list[StageModel], mesh: Mesh) -> None:
         self.stages, self.mesh = stages, mesh
         self._pipeline = Pipeline(stages, mesh) if mesh.config.pp > 1 else None
 
     @classmethod
     def alone(cls, model: Llama) -> Engine:
-        """One process with the whole model, as it is."""
+        """The engine of a single process, with the whole model."""
         mesh = Mesh.alone(model.device)
-        return cls([Stage(model, 0, range(model.config.n_layers))], mesh)
+        return cls([StageModel(model, 0, range(model.config.n_layers))], mesh)
 
     @property
     def model(self) -> Llama:
-        """The model, of which this process holds a part where there are many."""
+        """The model, or this process's part of it."""
         return self.stages[0].model
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters that this process holds (a part of), by their name in the whole model."""
+        """The trained parameters of this process (or its shards of them), by their names in the whole model."""
         return {name: p for stage in self.stages for name, p in stage.named_parts() if p.requires_grad}
 
     @property
     def counted(self) -> dict[str, nn.Parameter]:
-        """Of `parameters` those that this process answers for: what is saved and measured once. Not a tied copy."""
+        """`parameters` without a tied copy, which another process saves and counts."""
         copied = any(stage.tied_copy for stage in self.stages)
         return {name: p for name, p in self.parameters.items() if not (copied and name == EMBEDDINGS)}
 
@@ -78,10 +78,10 @@ class Engine:
     def forward_backward(
         self, micro_batches: Sequence[Batch], objective: Objective, seeds: Sequence[int] | None = None
     ) -> Totals:
-        """Add the gradient of the global batch to the parameters; returns what the objective sums over it.
+        """Add the gradient of the global batch to the parameters; returns the objective's sums over it.
 
-        micro_batches: this data-parallel share's. seeds: of each micro-batch's dropout. Every process has to call it,
-        with equally many micro-batches.
+        micro_batches: of this process's data-parallel group. seeds: for the dropout of each micro-batch. Every process
+        has to call it, with equally many micro-batches.
         """
         counts = self._counts(micro_batches, objective)
         given = [None] * len(micro_batches) if seeds is None else seeds
@@ -101,9 +101,9 @@ class Engine:
 
     @torch.no_grad()
     def _add_tied_gradients(self) -> None:
-        """Give both ends of a pipeline the gradient of the matrix that is embeddings on one and head on the other.
+        """Add up the gradients of a tied matrix on the first stage (embeddings) and on the last (head).
 
-        Equal gradients and moments keep the two copies equal to the bit, so they are never sent again.
+        Equal gradients and moments keep the two copies equal to the bit, so the weights need not be sent.
         """
         mesh, tied = self.mesh, self.parameters.get(EMBEDDINGS)
         if tied is None or tied.grad is None or not self.model.tied:
@@ -120,9 +120,9 @@ class Engine:
 
     @torch.no_grad()
     def measure(self, batch_of: Callable[[int], Batch], n: int, objective: Objective) -> Totals:
-        """What the objective sums over batches 0 to n - 1, without gradient. Every process has to call it.
+        """The objective's sums over batches 0 to n - 1, without gradient. Every process has to call it.
 
-        The batches are shared out over the data-parallel processes, each of which makes its own only.
+        The batches are divided among the data-parallel groups; each makes its own only.
         """
         mesh = self.mesh
         mine = [start + mesh.dp_rank for start in range(0, n, mesh.dp_size)]
@@ -143,11 +143,12 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], function: Callable[[Llama, Batch], Tensor]) -> list[Tensor]:
-        """What `function` says of each token of these batches, without gradient: fp32 [1, N] for each of them.
+        """The values of `function` for each token of these batches, without gradient: fp32 [1, N] for each batch.
 
-        function(model, batch): values [1, n] of the tokens it is given (log-probabilities of a policy or a reference,
-        values, rewards), which are a part of a batch's on some meshes. batches: this data-parallel share's; all of the
-        share's processes get all values. Every process has to call it, with equally many batches.
+        function(model, batch): values [1, n] of the batch's tokens (log-probabilities of a policy or a reference,
+        values, rewards); with context parallelism it is given a part of a batch. batches: of this process's
+        data-parallel group, all of whose processes get all values. Every process has to call it, with equally many
+        batches.
         """
         found: list[Tensor] = []
 
@@ -159,7 +160,7 @@ class Engine:
         self._forward(self._begin([MicroBatch(part) for part in parts], Objective(sums, lambda _: {"loss": 0}), {}))
         self._reshard()
         here = found or [torch.zeros(1, part.n_tokens, device=self.mesh.device) for part in parts]
-        if self.mesh.config.pp > 1:  # the last stage tells the others
+        if self.mesh.config.pp > 1:  # only the last stage has the values
             group = self.mesh.sub("pp").get_group()
             for values in here:
                 dist.broadcast(values, dist.get_global_rank(group, group.size() - 1), group=group)
@@ -177,13 +178,13 @@ class Engine:
             self.stages[0](one.batch.tokens, index)
 
     def _counts(self, batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
-        """What each sum is divided by, over the global batch of which these are this process's share."""
+        """What each sum is divided by, over the global batch; `batches` are this process's shard of it."""
         each = [objective.counts(batch) for batch in batches]
         own = {name: sum(one[name] for one in each) for name in each[0]}
         return dict(zip(own, self.mesh.count(*own.values()), strict=True))
 
     def _totals(self, objective: Objective, counts: Mapping[str, float]) -> Totals:
-        """The sums of all processes, which only the last stage of a pipeline has."""
+        """The sums over all processes; in a pipeline only the last stage has any."""
         names, last = sorted(counts), self.stages[-1]
         here = last.last and self.mesh.is_first("tp")
         zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -191,10 +192,10 @@ class Engine:
         return Totals(dict(zip(names, self.mesh.sum(own).tolist(), strict=True)), counts, objective.weights)
 
     def _reshard(self) -> None:
-        """Give back the weights that stay gathered for a backward pass, where none has come.
+        """Free the gathered weights after a forward pass without a backward pass, which would have done it.
 
-        Until then a module's parameters are other objects, which the optimizer has no state of, and whose values do
-        not follow what is loaded.
+        Until then a module's parameters are the gathered tensors, for which the optimizer has no state, and into which
+        no checkpoint is loaded.
         """
         for stage in self.stages:
             for module in stage.modules():
@@ -209,8 +210,8 @@ class Engine:
     def _local(self, batches: Sequence[Batch]) -> list[Batch]:
         """This process's part of each batch.
 
-        Batches are filled up to a length that can be split, and in a pipeline to one length for all, since what a stage
-        receives has one shape.
+        Batches are padded to a length that can be split, and in a pipeline all to one length, since a stage receives
+        one shape.
         """
         c = self.mesh.config
         parts = 2 * c.cp * c.tp if c.cp > 1 else c.tp
@@ -240,7 +241,7 @@ class Engine:
         return norm
 
     def squared_norm(self, parameter: Tensor) -> Tensor:
-        """This process's summand of the squared norm of a parameter's gradient, fp32; 0 where there is none."""
+        """This process's contribution to the squared norm of a parameter's gradient, fp32; 0 without a gradient."""
         if parameter.grad is None:
             return torch.zeros((), device=self.mesh.device)
         return _local(parameter.grad).float().square().sum() / _copies(parameter)

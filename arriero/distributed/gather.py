@@ -1,7 +1,7 @@
-"""Whole tensors of a model that is split over processes, one at a time, on the CPU of process 0.
+"""Gathers the whole tensors of a sharded model one at a time, on the CPU of process 0.
 
-For whoever wants the current weights: a file, a merged copy, an inference engine in this process or another. Nothing
-larger than one tensor is gathered, so no process's memory has to hold the model. Every process iterates, in step.
+For any use of the current weights: a file, a merged copy, an inference engine in this process or another. Only one
+tensor at a time is gathered, so no process needs memory for the whole model. All processes iterate together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from arriero.distributed.mesh import Mesh
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor that this process has a part in. whole(): gathers it; each process of the stage calls it."""
+    """A tensor of which this process has a shard. whole(): gathers it; each process of the stage calls it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -29,22 +29,22 @@ class Source:
 
 
 def source_of(tensor: Tensor) -> Source:
-    """Of one tensor as it is."""
+    """The source of one tensor, unchanged."""
     return Source(tuple(tensor.shape), tensor.dtype, lambda: whole_tensor(tensor))
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered, any other as it is."""
+    """A sharded tensor gathered, any other unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def gathered(sources: Mapping[str, Source], mesh: Mesh, key: Callable[[str], Any]) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole tensor of all that any stage has, on process 0; on the others nothing, but they take part.
+    """Name and whole tensor of all tensors of all stages, on process 0; the others yield nothing, but take part.
 
-    sources: what this process's stage has; the first process of a stage sends what process 0 has not. Of a name that
-    several stages have, the first one's is taken. They come in the order of
-    `key(name)`. All processes iterate to the end, at the same time.
+    sources: of this process's stage; the first process of each later stage sends those that process 0 has not. Of a
+    name that several stages have, the first one's is used. The order is that of `key(name)`. All processes iterate to
+    the end, together.
     """
     firsts = [stage * (mesh.world // mesh.config.pp) for stage in range(1, mesh.config.pp)]  # of the later stages
     sent: dict[str, tuple[int, Tensor]] = {}  # what process 0 receives: from where, and into what

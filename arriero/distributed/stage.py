@@ -125,6 +125,3 @@ def part_of(model: Llama, layers: range) -> Llama:
     part.model.norm = model.model.norm if last else PassThrough()  # type: ignore[assignment]
     part.set_head(model.head if last else PassThrough())
     return part
-
-
-Stage = StageModel  # its old name, until engine.py uses the new one

@@ -1,8 +1,7 @@
-"""The linear of the model, and the one way in which others take its place.
+"""The linear of the decoder, and the one function by which other modules replace it.
 
-What may stand where a `Linear` stood is a `Product`: a quantised weight (quantized.py), a linear with adapters
-(lora.py), a quantised weight with adapters. Each can say which dense matrix it multiplies by, so that it can be merged,
-exported, or handed to a program that knows plain linears only.
+A module that replaces a `Linear` is a `Product`: a quantised weight (quantized.py), a linear with adapters (lora.py),
+or both. Each can return its dense matrix, so that it can be merged, exported, or passed to code for plain linears.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Linear(nn.Linear):
 
 
 def named_products(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linears of the decoder by their names, whatever stands in their place; not the head."""
+    """The linears of the decoder, or what replaces them, by name; without the head."""
     head = getattr(model, "head", None)
     inside: tuple[str, ...] = ()
     module: nn.Module
@@ -74,7 +73,7 @@ def named_products(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def replace_linears(model: M, replace: Callable[[str, nn.Module], nn.Module | None]) -> M:
-    """Put `replace(name, linear)` where each linear of the decoder stands, in place, but where that is None."""
+    """Replace each linear of the decoder by `replace(name, linear)`, in place, unless that is None."""
     for name, module in list(named_products(model)):
         if (other := replace(name, module)) is not None:
             parent, _, leaf = name.rpartition(".")

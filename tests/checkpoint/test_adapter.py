@@ -9,10 +9,11 @@ from helpers.toys import LORAS, toy_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from arriero.checkpoint.adapter import adapter_base, load_adapter, save_adapter
+from arriero.checkpoint.adapter import load_adapter, save_adapter
 from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load, load_model
 from arriero.checkpoint.merge import merge
+from arriero.checkpoint.peft_config import read_peft_config
 from arriero.errors import CheckpointError
 from arriero.model.config import LlamaConfig
 from arriero.model.lora import add_lora, lora_state
@@ -43,7 +44,7 @@ def test_an_adapter_comes_back_bit_for_bit(lora, tmp_path):
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     tokens = torch.randint(211, (2, 13), generator=torch.Generator().manual_seed(3))
     assert torch.equal(model.eval()(tokens), fresh.eval()(tokens))
-    assert adapter_base(tmp_path) == "some/base"
+    assert read_peft_config(tmp_path).base == "some/base"
 
 
 def test_a_loaded_model_drops_nothing_out(tmp_path):
@@ -111,7 +112,7 @@ def test_a_base_whose_name_no_file_can_have_is_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"'b{120}': cannot be read \(File name too long\); give the name of a model"
     ):
-        load(adapter_base(tmp_path))
+        load(read_peft_config(tmp_path).base)
 
 
 def test_what_an_adapter_says_that_has_no_effect_here_is_said(tmp_path, caplog):

@@ -26,11 +26,12 @@ from tokenizers import Tokenizer as Backend
 
 from arriero import presets, settings
 from arriero.checkpoint import native
-from arriero.checkpoint.adapter import adapter_base, load_adapter, save_adapter
+from arriero.checkpoint.adapter import load_adapter, save_adapter
 from arriero.checkpoint.gguf import Kind, write_gguf
 from arriero.checkpoint.hf import save_hf, write_hf
 from arriero.checkpoint.load import load_model, load_tokenizer_at, open_weights
 from arriero.checkpoint.meta import write_meta
+from arriero.checkpoint.peft_config import read_peft_config
 from arriero.checkpoint.sharded import Checkpoints
 from arriero.checkpoint.weights import from_model
 from arriero.curate import classifier
@@ -255,7 +256,7 @@ def write_adapter(folder: Path) -> None:
 
 def read_adapter(folder: Path) -> object:
     adapted = build_model(SHAPE).init_weights(std=0.15, seed=5)
-    return adapter_base(folder), load_adapter(adapted, folder)
+    return read_peft_config(folder).base, load_adapter(adapted, folder)
 
 
 STEP = 3
