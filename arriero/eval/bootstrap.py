@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+AT_ONCE = 1 << 16  # rows drawn in one call
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ class Ratio:
         rng = np.random.default_rng(seed)
         n = len(self.over)
         sums = np.empty((2, resamples))
-        for i in range(resamples):
-            rows = rng.integers(0, n, n)
-            sums[:, i] = self.over[rows].sum(), self.under[rows].sum()
+        at_once = max(1, AT_ONCE // n)
+        for i in range(0, resamples, at_once):
+            rows = rng.integers(0, n, (min(at_once, resamples - i), n))
+            sums[:, i : i + at_once] = self.over[rows].sum(1), self.under[rows].sum(1)
         return self._of(*sums)
 
     @property

@@ -10,7 +10,7 @@ Price: one forward over n * window / (window - context + 1) tokens; [chunk, V] l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ class Window:
     targets: list[int]
     scored: int  # tokens scored here
     bytes: float  # of the tokens scored here
-    opens: bool  # the first window of its text
+    document: int  # the number of its text, from 0
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,18 @@ class Perplexity:
     """What texts cost a model, kept by window so that windows can be resampled.
 
     bits, tokens, bytes: by window, what its scored tokens cost, their number, and their bytes.
+    document: by window, the number of its text, from 0; a text of which nothing is scored has no window.
     """
 
     bits: np.ndarray
     tokens: np.ndarray
     bytes: np.ndarray
-    documents: int
+    document: np.ndarray
+
+    @property
+    def documents(self) -> int:
+        """Texts of which something is scored."""
+        return len(np.unique(self.document))
 
     @property
     def bits_per_token(self) -> Ratio:
@@ -55,6 +61,18 @@ class Perplexity:
     def bits_per_byte(self) -> Ratio:
         """-log2 p of the text over its bytes: comparable between tokenizers."""
         return Ratio(self.bits, self.bytes)
+
+    def bits_per_byte_by(self, sources: Sequence[str]) -> dict[str, Ratio]:
+        """Bits per byte of each source, the largest first; `sources` names that of each text.
+
+        A source of which no byte is scored is left out.
+        """
+        windows: dict[str, list[int]] = {}
+        for i, document in enumerate(self.document):
+            windows.setdefault(sources[document], []).append(i)
+        found = {name: Ratio(self.bits[which], self.bytes[which]) for name, which in windows.items()}
+        sizes = {name: ratio.under.sum() for name, ratio in found.items()}
+        return {name: found[name] for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name]}
 
     @property
     def perplexity(self) -> Ratio:
@@ -80,19 +98,22 @@ def perplexity(
     window = min(window, model.config.max_context)
     context = min(context, window - 1)
     documents = [texts] if isinstance(texts, str) else texts
-    views = (view for text in documents for view in windows(tokenizer, text, window, context))
-    found: list[tuple[float, int, float, bool]] = []
+    views = (view for i, text in enumerate(documents) for view in windows(tokenizer, text, window, context, i))
+    found: list[tuple[float, int, float]] = []
+    document: list[int] = []
     for view, bits in scored(model, views, window):
-        found.append((bits, view.scored, view.bytes, view.opens))
+        found.append((bits, view.scored, view.bytes))
+        document.append(view.document)
         on_bytes(view.bytes)
     if not found:
         raise DataError("perplexity: the data holds no text to score; give at least one text that is not empty")
-    bits_, tokens, sizes, opens = (np.array(column, dtype=np.float64) for column in zip(*found, strict=True))
-    return Perplexity(bits_, tokens, sizes, int(opens.sum()))
+    bits_, tokens, sizes = (np.array(column, dtype=np.float64) for column in zip(*found, strict=True))
+    return Perplexity(bits_, tokens, sizes, np.array(document))
 
 
-def windows(tokenizer: Tokenizer, text: str, window: int, context: int) -> Iterator[Window]:
-    """Cut a text into windows of at most `window` inputs that score each token once; see the module's text."""
+def windows(tokenizer: Tokenizer, text: str, window: int, context: int, document: int = 0) -> Iterator[Window]:
+    """Cut text number `document` into windows of at most `window` inputs that score each token once; see the module's
+    text."""
     prefix = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     ids = tokenizer.encode(text)
     sizes = tokenizer.text_bytes(ids, len(utf8(text)))
@@ -103,5 +124,5 @@ def windows(tokenizer: Tokenizer, text: str, window: int, context: int) -> Itera
     while first < n_inputs:
         end = min(start + window, n_inputs)
         targets = [IGNORED] * (first - start) + ids[first + 1 : end + 1]
-        yield Window(ids[start:end], targets, end - first, float(sizes[first + 1 : end + 1].sum()), first == 0)
+        yield Window(ids[start:end], targets, end - first, float(sizes[first + 1 : end + 1].sum()), document)
         first, start = end, end - context + 1

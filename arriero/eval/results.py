@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,17 @@ MEASURES = {
 }
 
 
+BY_SOURCE = "bits_per_byte_"  # followed by a source's name, as in validations of pretraining
+MOST_SOURCES = 20  # that a table shows
+
+
+def measure_of(key: str) -> Measure:
+    """The measure that a key of `Results.ratios` names: one of `MEASURES`, or the bits per byte of a source."""
+    if not key.startswith(BY_SOURCE):
+        return MEASURES[key]
+    return Measure(f"{MEASURES['bits_per_byte'].name}: {key.removeprefix(BY_SOURCE)}", "lower")
+
+
 @dataclass(frozen=True)
 class Sample:
     """One row: what was asked, what was wanted, what came, and its scores."""
@@ -69,7 +81,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Results:
-    """One model on one file. `ratios` hold each measure by row (by window, for texts)."""
+    """One model on one file. `ratios` hold each measure by row (by window, for texts), sources last, largest first."""
 
     model: str
     ratios: dict[str, Ratio]
@@ -83,8 +95,8 @@ class Results:
 
     @property
     def not_finite(self) -> list[str]:
-        """The measures whose value is NaN or infinite: then what the model computes is no number somewhere."""
-        return [key for key, ratio in self.ratios.items() if not math.isfinite(ratio.value)]
+        """The measures of all rows whose value is NaN or infinite: what the model computes is no number somewhere."""
+        return [key for key, ratio in self.ratios.items() if key in MEASURES and not math.isfinite(ratio.value)]
 
 
 @dataclass(frozen=True)
@@ -114,13 +126,19 @@ class Comparison:
 
 
 def compare(before: Results, after: Results, resamples: int, seed: int) -> dict[str, Comparison]:
-    """Set two models' results on the same rows side by side, by measure."""
-    assert before.ratios.keys() == after.ratios.keys(), "the two were measured by different tasks"
+    """Set two models' results on the same rows side by side, by measure.
+
+    A source that only one model's tokenizer leaves tokens to score of is left out.
+    """
+    differing = before.ratios.keys() ^ after.ratios.keys()
+    assert all(key.startswith(BY_SOURCE) for key in differing), "the two were measured by different tasks"
     sound = not before.not_finite and not after.not_finite
     compared = {}
     for key, old in before.ratios.items():
+        if key in differing:
+            continue
         new = after.ratios[key]
-        compared[key] = Comparison(MEASURES[key], old.value, new.value, difference(old, new, resamples, seed), sound)
+        compared[key] = Comparison(measure_of(key), old.value, new.value, difference(old, new, resamples, seed), sound)
     return compared
 
 
@@ -139,9 +157,10 @@ def results_table(results: Results, resamples: int, seed: int) -> Table:
     )
     for column in ("", "value", "95% interval"):
         table.add_column(column, justify="left" if not column else "right")
-    for key, found in results.intervals(resamples, seed).items():
-        measure = MEASURES[key]
-        table.add_row(measure.title, measure.shown(found.value), _span(measure, found))
+    found = results.intervals(resamples, seed)
+    for key in _shown(found, table):
+        measure = measure_of(key)
+        table.add_row(Text(clean(measure.title)), measure.shown(found[key].value), _span(measure, found[key]))
     return table
 
 
@@ -152,17 +171,28 @@ def comparison_table(before: Results, after: Results, compared: dict[str, Compar
     for column in ("", "before", "after", "difference (95% interval)", "verdict"):
         table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     colours = {"better": "green", "worse": "red", "unclear": "dim"}
-    for line in compared.values():
+    for key in _shown(compared, table):
+        line = compared[key]
         measure, change = line.measure, line.difference
         colour = colours[line.verdict]
         table.add_row(
-            measure.title,
+            Text(clean(measure.title)),
             measure.shown(line.before),
             measure.shown(line.after),
             f"{measure.shown(change.value, '+')} ({_span(measure, change, '+')})",
             Text(line.verdict, colour),
         )
     return table
+
+
+def _shown(found: Iterable[str], table: Table) -> list[str]:
+    """The keys that a table has rows for: the largest sources only, the number of others in its caption."""
+    keys = list(found)
+    n_sources = sum(key.startswith(BY_SOURCE) for key in keys)
+    if (more := n_sources - MOST_SOURCES) > 0:
+        table.caption = f"the {MOST_SOURCES} largest sources; {more:,} more are in results.json (--out)"
+        return keys[:-more]
+    return keys
 
 
 def examples_table(before: Results, after: Results | None, count: int) -> Table:
@@ -194,12 +224,13 @@ def save(directory: Path, settings: dict[str, Any], before: Results | None, afte
     resamples, seed = settings["resamples"], settings["seed"]
     measures: dict[str, Any] = {key: asdict(found) for key, found in after.intervals(resamples, seed).items()}
     if before is not None:
+        now, measures = measures, {}
         for key, line in compare(before, after, resamples, seed).items():
             old = asdict(interval(before.ratios[key], resamples, seed))
             change = {"difference": asdict(line.difference), "verdict": line.verdict}
-            measures[key] = {"before": old, "after": measures[key], **change}
+            measures[key] = {"before": old, "after": now[key], **change}
     for key, entry in measures.items():
-        if (chance := MEASURES[key].chance) is not None:
+        if (chance := measure_of(key).chance) is not None:
             entry["chance"] = chance
     found = {
         "versions": {"arriero": __version__, "python": platform.python_version()},

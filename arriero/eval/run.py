@@ -18,12 +18,14 @@ from rich.console import Console
 
 from arriero.checkpoint.load import best_device, load
 from arriero.checkpoint.source import resolve
+from arriero.curate.web import valid
 from arriero.data.formats import Conversation, parse_records
+from arriero.data.shards import ONE_SOURCE
 from arriero.errors import ConfigError, DataError
 from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.eval.generative import answers
 from arriero.eval.perplexity import perplexity
-from arriero.eval.results import Results, examples_table, measures_table, refuse_not_finite, save
+from arriero.eval.results import BY_SOURCE, Results, examples_table, measures_table, refuse_not_finite, save
 from arriero.io.files import make_output, read_text
 from arriero.io.paths import hint
 from arriero.io.records import Record, parse_row, read_records, source_files
@@ -91,7 +93,7 @@ def _measurement(config: EvalConfig) -> Measurement:
             raise ConfigError(f"{path}: a plain text holds no answers; give rows with messages, or task perplexity")
         if not path.is_file():
             raise DataError(f"{path}: no such file; give a .txt file, or rows that `arriero sft` reads{hint(path)}")
-        return _on_texts(config, [read_text(path)])
+        return _on_texts(config, [(ONE_SOURCE, read_text(path))])
     every = (record for file in source_files(config.data) for record in read_records(file))
     records = islice(every, config.rows or None)
     first = next(records)
@@ -99,13 +101,15 @@ def _measurement(config: EvalConfig) -> Measurement:
     if task == "auto":
         task = "perplexity" if isinstance(parse_row(first).get("text"), str) else "answers"
     if task == "perplexity":
-        return _on_texts(config, [_text(first), *(_text(record) for record in records)])
+        return _on_texts(config, [_text(record) for record in chain([first], records)])
     return _on_answers(config, list(parse_records(chain([first], records))))
 
 
-def _on_texts(config: EvalConfig, texts: list[str]) -> Measurement:
+def _on_texts(config: EvalConfig, documents: list[tuple[str, str]]) -> Measurement:
+    """Measures texts, each given after the name of its source; where these are several, each by itself too."""
     if config.chat_template:
         raise ConfigError(f"{config.data}: texts are measured as they are; leave --chat-template out")
+    sources, texts = zip(*documents, strict=True)
     total = sum(len(utf8(text)) for text in texts)
 
     def measure(model: Llama, tokenizer: Tokenizer, name: str) -> Results:
@@ -119,6 +123,9 @@ def _on_texts(config: EvalConfig, texts: list[str]) -> Measurement:
             "bits_per_byte": found.bits_per_byte,
             "perplexity": found.perplexity,
         }
+        by_source = found.bits_per_byte_by(sources)
+        if len(by_source) > 1:
+            ratios |= {BY_SOURCE + source: ratio for source, ratio in by_source.items()}
         return Results(name, ratios, [], found.documents, time.monotonic() - began)
 
     return measure
@@ -140,10 +147,14 @@ def _on_answers(config: EvalConfig, conversations: list[Conversation]) -> Measur
     return measure
 
 
-def _text(record: Record) -> str:
-    text = parse_row(record).get("text")
+def _text(record: Record) -> tuple[str, str]:
+    """The name of a row's source, as `arriero shard --by-source` takes it, and its text."""
+    row = parse_row(record)
+    text, source = row.get("text"), row.get("source")
     if not isinstance(text, str):
         raise DataError(
             f"row {record.row} of {record.file}: no text in a column 'text'; perplexity needs one in every row"
         )
-    return text
+    if isinstance(source, bytes):
+        source = source.decode("utf-8", "replace")
+    return valid("" if source is None else str(source)) or ONE_SOURCE, text

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 
+import numpy as np
 import pytest
 
 from arriero.cli.tokenizer_commands import _texts
@@ -11,6 +12,7 @@ from arriero.curate.sources import read_documents
 from arriero.curate.steps.decontaminate import evaluation_texts
 from arriero.errors import DataError
 from arriero.io.files import read_text
+from arriero.io.records import read_records
 
 MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"  # at each of which str.splitlines ends a line
@@ -68,3 +70,11 @@ def test_what_is_not_utf8_is_refused_with_its_place(tmp_path):
         read_text(file)
     with pytest.raises(DataError, match=r"cannot be read \(No such file or directory\); give a text file"):
         read_text(tmp_path / "none.txt")
+
+
+def test_the_share_that_is_read_is_never_far_behind(tmp_path):
+    lines = [b'{"a": "%s"}\n' % (b"x" * (i * 7 % 1999)) for i in range(997)]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    size = sum(map(len, lines))
+    behind = np.cumsum([len(line) for line in lines]) - [r.done * size for r in read_records(tmp_path / "a.jsonl")]
+    assert behind.min() >= -1e-3 and 1 << 14 < behind.max() < 1 << 16
