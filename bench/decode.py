@@ -1,7 +1,8 @@
 """Decoding one sequence: Arriero against transformers' eager `generate` and its compiled static-cache decode.
 
 The same bf16 weights, prompt and number of tokens, greedy, in one process, by turns; prints one JSON line with
-tokens/s (median, lowest and highest of the rounds) and the ratios of the medians.
+tokens/s (median, lowest and highest of the rounds) and the ratios of the medians. `arriero_sampled` and
+`transformers_sampled` draw at temperature 0.6 and top-p 0.9 instead, as a chat does.
 
     python bench/decode.py [--model smollm2-135m] [--tokens 128] [--rounds 5] [--random]
 
@@ -30,6 +31,7 @@ from arriero.model.catalogue import PUBLISHED
 from arriero.model.llama import Llama
 
 PROMPT = 32  # tokens
+GREEDY, SAMPLED = SamplingConfig(temperature=0), SamplingConfig(temperature=0.6, top_p=0.9, seed=0)
 
 
 def main() -> None:
@@ -49,7 +51,9 @@ def main() -> None:
     prompt = torch.randint(1000, 30_000, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
     ways: dict[str, Callable[[int], object]] = {
         "arriero": session(model, prompt, native=True),
+        "arriero_sampled": session(model, prompt, native=True, sampling=SAMPLED),
         "transformers_eager": reference(model, prompt, PROMPT + args.tokens, compiled=False),
+        "transformers_sampled": reference(model, prompt, PROMPT + args.tokens, compiled=False, sampled=True),
         "torch_twin": session(model, prompt, native=False),
     }
     if not args.no_compiled:
@@ -85,23 +89,29 @@ def speed(way: Callable[[int], object], tokens: int) -> float:
     return (tokens - 1) / ((time.perf_counter() - between) - (between - began))
 
 
-def session(model: Llama, prompt: list[int], native: bool) -> Callable[[int], object]:
+def session(
+    model: Llama, prompt: list[int], native: bool, sampling: SamplingConfig = GREEDY
+) -> Callable[[int], object]:
     def run(tokens: int) -> object:
         talk = infer.Session(model, 1024)
         if not native:
             talk._step = infer.torch_step(talk.model, talk._cache)
-        return list(talk.tokens(prompt, Sampler(SamplingConfig()), tokens, ()))
+        return list(talk.tokens(prompt, Sampler(sampling), tokens, ()))
 
     return run
 
 
-def reference(model: Llama, prompt: list[int], capacity: int, compiled: bool) -> Callable[[int], object]:
+def reference(
+    model: Llama, prompt: list[int], capacity: int, compiled: bool, sampled: bool = False
+) -> Callable[[int], object]:
     """transformers' `generate`; a static cache makes it compile its decode step."""
     config = transformers.LlamaConfig(**model.config.to_hf())
     other = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
     other.load_state_dict(model.state_dict())
     ids = torch.tensor([prompt])
     settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if sampled:
+        settings |= {"do_sample": True, "temperature": SAMPLED.temperature, "top_p": SAMPLED.top_p, "top_k": 0}
     if compiled:
         settings["compile_config"] = transformers.CompileConfig(fullgraph=False, mode="default")
         settings["compile_config"]._compile_all_devices = True  # its own switch for compiling on a CPU

@@ -58,18 +58,28 @@ class LoraLinear(nn.Module):
         self.active = name
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if not isinstance(self.active, tuple):
-            return y if self.active is None or self.active not in self.scales else y + self._product(self.active, x)
-        for name in dict.fromkeys(self.active):  # x is [B, T, in]: the sequences of each adapter together
+        if isinstance(self.active, tuple):
+            return self._each_with_its_own(x, self.active)
+        if self.active is None or self.active not in self.scales:
+            return self.base(x)  # type: ignore[no-any-return]
+        low = self._down(self.active, x)  # before the base: gradients are then added up in the same order as ever
+        return self.base(x) + self._up(self.active, low)  # type: ignore[no-any-return]
+
+    def _each_with_its_own(self, x: Tensor, active: tuple[str | None, ...]) -> Tensor:
+        """x is [B, T, in]: the sequences of each adapter together."""
+        y: Tensor = self.base(x)
+        for name in dict.fromkeys(active):
             if name is not None and name in self.scales:
-                rows = torch.tensor([i for i, other in enumerate(self.active) if other == name], device=x.device)
-                y = y.index_add(0, rows, self._product(name, x[rows]).to(y.dtype))
+                rows = torch.tensor([i for i, other in enumerate(active) if other == name], device=x.device)
+                y = y.index_add(0, rows, self._up(name, self._down(name, x[rows])).to(y.dtype))
         return y
 
-    def _product(self, name: str, x: Tensor) -> Tensor:
+    def _down(self, name: str, x: Tensor) -> Tensor:
         dropout = self.dropouts[name]
-        low = self.lora_A[name](F.dropout(x, dropout, self.training) if dropout else x)
+        low: Tensor = self.lora_A[name](F.dropout(x, dropout, self.training) if dropout else x)
+        return low
+
+    def _up(self, name: str, low: Tensor) -> Tensor:
         product: Tensor = self.lora_B[name](low) * self.scales[name]
         return product
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from arriero.errors import ConfigError
 from arriero.model.config import LlamaConfig
-from arriero.model.linear import densify
+from arriero.model.linear import Linear, densify
 from arriero.model.llama import Llama
 from arriero.model.lora import (
     LoraLinear,
@@ -82,6 +83,25 @@ def test_an_unknown_target_is_refused():
 def test_a_second_adapter_is_refused():
     with pytest.raises(ConfigError, match=r"carries an adapter 'default' already; merge it first"):
         add_lora(adapted(), LoraConfig())
+
+
+def test_in_bf16_a_gradient_has_the_bits_of_the_formula():
+    """Sums of two bf16 gradients depend on their order, and with it the losses of every run from its second step on."""
+    torch.manual_seed(0)
+    base, config = Linear(64, 48).to(torch.bfloat16), LoraConfig(rank=8)
+    layer = LoraLinear(base)
+    layer.add("default", 8, config.scale(8, config.alpha), 0.0, torch.device("cpu"))
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    other = Linear(64, 48).to(torch.bfloat16)
+    grads = []
+    for product in (
+        layer,
+        lambda x: (low := F.linear(x, a.to(x.dtype)), base(x) + F.linear(low, b.to(x.dtype)) * 4)[1],
+    ):
+        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+        (product(x) * other(x)).sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
 
 
 # -- several adapters ----------------------------------------------------------------------------------------------
