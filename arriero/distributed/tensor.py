@@ -11,11 +11,12 @@ Built on torch's DTensor and its parallel styles. Shapes: T tokens, D model widt
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -85,6 +86,9 @@ def _has_parameters(module: nn.Module) -> bool:
 class Columns(ColwiseParallel):
     """A linear split by output; an adapter's A is replicated, its B split like the matrix."""
 
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return _split(self, module, device_mesh)
+
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         if isinstance(module, Linear):
             _distribute(module, device_mesh, Replicate() if name.startswith("lora_A") else Shard(0))
@@ -93,9 +97,20 @@ class Columns(ColwiseParallel):
 class Rows(RowwiseParallel):
     """A linear split by input; an adapter's A is split like the matrix, its B replicated."""
 
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self.desired_input_layouts: tuple[Placement, ...] = (Shard(-1),)
+        return _split(self, module, device_mesh)
+
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         if isinstance(module, Linear):
             _distribute(module, device_mesh, Replicate() if name.startswith("lora_B") else Shard(1))
+
+
+def _split(style: Columns | Rows, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """What torch's styles do for `nn.Linear`, for whatever stands in a linear's place."""
+    given = functools.partial(style._prepare_input_fn, style.input_layouts, style.desired_input_layouts)
+    made = functools.partial(style._prepare_output_fn, style.output_layouts, style.use_local_output)
+    return distribute_module(module, mesh, style._partition_linear_fn, given, made)
 
 
 class Embeddings(RowwiseParallel):

@@ -17,6 +17,7 @@ TWO = [
     Case({"pp": 2}, tied=True, micro_batches=4),
     Case({"dp_shard": 2}, mixed=True, micro_batches=4),
     Case({"dp_shard": 2}, lora=True, quantize="nf4"),
+    Case({"tp": 2}, lora=True),
     Case({"pp": 2}, lora=True, quantize="int8"),
     Case({"cp": 2}, lora=True, quantize="nf4", recompute="full"),
     Case({"cp": 2}, mixed=True, micro_batches=2),
