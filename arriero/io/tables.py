@@ -8,12 +8,14 @@ rows and some 16 MB.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from arriero.errors import DataError, require
+from arriero.io.arrow_messages import unpacked_sizes
 from arriero.io.reading import reading
 
 ROWS, BYTES = 64, 16_000_000  # of a batch
@@ -72,14 +74,47 @@ def read_arrow(path: Path, after: int, wanted: Wanted) -> Iterator[TableRow]:
     with ExitStack() as stack:
         with _library(path, ARROW):
             source = stack.enter_context(pa.memory_map(str(path)))
-            schema = stack.enter_context(opened(source)).schema
+            first = stack.enter_context(opened(source))
+            schema, expected = first.schema, first.num_record_batches if is_file else None
         names, unread = _columns(schema, path, wanted)
+        begin = 8 if is_file else 0  # a file is a stream between eight bytes and a footer
         with _library(path, ARROW):
-            source.seek(0)
+            source.seek(begin)
+        n_batches = _check_unpacked(source, path, expected)
+        with _library(path, ARROW):
+            source.seek(begin)
             options = pyarrow.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name) for name in names])
-            reader = stack.enter_context(opened(source, options=options))
-            every = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
-        yield from _rows(path, _sound(_guarded(every, path, ARROW), path), unread, 0, after, 0)
+            reader = stack.enter_context(pyarrow.ipc.open_stream(source, options=options))
+        every = itertools.islice(_guarded(reader, path, ARROW), n_batches)
+        yield from _rows(path, _sound(every, path), unread, 0, after, 0)
+
+
+def _check_unpacked(source: Any, path: Path, expected: int | None) -> int:
+    """The number of batches of rows in an Arrow stream; refuses one that unpacks to very many times its size.
+
+    expected: how many the footer of a file names; there the messages may end at the footer, which is none.
+    """
+    import pyarrow.ipc
+
+    with _library(path, ARROW):
+        sizes = unpacked_sizes(pyarrow.ipc.MessageReader.open_stream(source))
+    n_batches = 0
+    while expected is None or n_batches < expected:
+        with _library(path, ARROW):
+            found = next(sizes, None)
+        if found is None:
+            break
+        packed, size, has_rows = found
+        if size > max(MOST, RATIO * packed):
+            raise DataError(
+                f"{path}: a batch unpacks from {packed:,} to {size:,} bytes, as no text does; look at the file"
+            )
+        n_batches += has_rows
+    if expected is not None and n_batches < expected:
+        raise DataError(
+            f"{path}: its footer names {expected:,} batches, and {n_batches:,} lie in it; fetch the file again"
+        )
+    return n_batches
 
 
 def _library(path: Path, kind: str) -> AbstractContextManager[None]:

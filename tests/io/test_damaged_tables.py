@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from arriero.errors import DataError
-from arriero.io.records import read_records
+from arriero.io.records import parse_row, read_records
 from arriero.io.tables import read_parquet
 
 TEXTS = ["first", "second text", "third"]
@@ -138,3 +138,48 @@ def test_pyarrow_alone_ends_the_process_at_such_statistics(tmp_path: Path) -> No
     code = "import pyarrow.parquet as p, sys; p.ParquetFile(sys.argv[1]).metadata.row_group(0).column(2)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.parquet")], capture_output=True, check=False)
     assert done.returncode == -signal.SIGABRT
+
+
+def write_packed(path: Path, table: pa.Table, codec: str, as_file: bool) -> Path:
+    options = pa.ipc.IpcWriteOptions(compression=codec)
+    opened = pa.ipc.new_file if as_file else pa.ipc.new_stream
+    with pa.OSFile(str(path), "wb") as out, opened(out, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=100)
+    return path
+
+
+@pytest.mark.parametrize("as_file", [True, False], ids=["file", "stream"])
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_packed_buffers_are_read(tmp_path: Path, codec: str, as_file: bool) -> None:
+    texts = [f"text {i} of a llama" * (i % 7) for i in range(1000)]
+    kinds = pa.array(["a", "b"] * 500).dictionary_encode()
+    path = write_packed(tmp_path / "a.arrow", pa.table({"text": texts, "kind": kinds}), codec, as_file)
+    rows = [parse_row(record) for record in read_records(path)]
+    assert [row["text"] for row in rows] == texts
+    assert [row["kind"] for row in rows[:3]] == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("as_file", [True, False], ids=["file", "stream"])
+@pytest.mark.parametrize("where", ["values", "dictionary"])
+def test_packed_buffers_that_state_very_much_are_refused_before_they_are_unpacked(
+    tmp_path: Path, where: str, as_file: bool
+) -> None:
+    bomb = pa.array(["\0" * 100_000_000])
+    table = pa.table({"text": bomb.dictionary_encode() if where == "dictionary" else bomb})
+    path = write_packed(tmp_path / "a.arrow", table, "zstd", as_file)
+    assert path.stat().st_size < 100_000
+    before = pa.total_allocated_bytes()
+    with pytest.raises(DataError, match=r"a\.arrow: a batch unpacks from [\d,]+ to 100,000,\d\d\d bytes, as no text"):
+        list(read_records(path))
+    assert pa.total_allocated_bytes() - before < 1_000_000
+
+
+def test_a_file_whose_footer_names_more_batches_than_lie_in_it_is_refused(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a" * 50] * 300})
+    path = write_packed(tmp_path / "a.arrow", table, "zstd", as_file=True)
+    data = path.read_bytes()
+    end = data.index(b"\xff\xff\xff\xff\0\0\0\0")  # the stream's end
+    second = data.index(b"\xff\xff\xff\xff", data.index(b"\xff\xff\xff\xff", 12) + 4)
+    path.write_bytes(data[:second] + data[end : end + 8] + data[second + 8 :])
+    with pytest.raises(DataError, match=r"its footer names 3 batches, and \d lie in it|not readable as an Arrow"):
+        list(read_records(path))
