@@ -88,14 +88,14 @@ class StageModel(nn.Module):
 
     def dense_sources(self) -> Iterator[tuple[str, Source]]:
         """The tensors that a plain model has here, by their name there: each linear as one dense matrix."""
-        inside: list[str] = []
+        inside: tuple[str, ...] = ()
         for name, module in named_products(self.model):
-            inside.append(name + ".")
+            inside += (name + ".",)
             assert isinstance(module, Product)
             shape = module.out_features, module.in_features
             yield f"{name}.weight", Source(shape, module.dtype, functools.partial(module.dense, whole_tensor))
         for name, parameter in self.model.named_parameters():
-            if not name.startswith(tuple(inside)) and not (name == HEAD and self.model.tied):
+            if not name.startswith(inside) and not (name == HEAD and self.model.tied):
                 yield name, source_of(parameter)
 
     def quantized(self) -> Iterator[tuple[str, QuantizedLinear]]:

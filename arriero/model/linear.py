@@ -64,11 +64,11 @@ class Linear(nn.Linear):
 def named_products(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The linears of the decoder, or what replaces them, by name; without the head."""
     head = getattr(model, "head", None)
-    inside: tuple[str, ...] = ()
+    inside = "\0"  # what the last one begins with: the linears that it is made of come right behind it
     module: nn.Module
     for name, module in model.named_modules():
-        if isinstance(module, Product) and module is not head and not name.startswith(inside or ("\0",)):
-            inside = (*inside, name + ".")
+        if isinstance(module, Product) and module is not head and not name.startswith(inside):
+            inside = name + "."
             yield name, model.get_submodule(name)
 
 

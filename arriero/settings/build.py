@@ -41,6 +41,10 @@ class Where:
 
 
 def build(cls: type[T], values: Any, where: Where, prefix: str = "") -> T:
+    """A `cls` of nested dicts. where: begins messages; prefix: of the keys, which those of a table within have.
+
+    Raises `ConfigError` for unknown and missing keys, values of a wrong type, and what the class itself refuses.
+    """
     known = hints(cls)
     if not isinstance(values, Mapping):
         key = prefix.removesuffix(".")

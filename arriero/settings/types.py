@@ -156,15 +156,16 @@ def _plural(annotation: Any) -> str:
 
 
 def hints(cls: Any) -> dict[str, Any]:
-    hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    """The type of each field of a dataclass, without what marks a path."""
+    types_of = get_type_hints(cls)
+    return {f.name: types_of[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
 @functools.cache
 def marked_hints(cls: Any) -> dict[str, Any]:
     """The same with what marks a path."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    types_of = get_type_hints(cls, include_extras=True)
+    return {f.name: types_of[f.name] for f in dataclasses.fields(cls)}
 
 
 def is_table_list(annotation: Any) -> bool:
