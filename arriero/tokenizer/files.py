@@ -78,7 +78,8 @@ def _added(file: Path, special: set[str]) -> dict[int, AddedToken]:
     for text, token_id in read_json(file).items():
         if not text or isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
             raise CheckpointError(f"{file}: {text!r} is {token_id!r}; every token has a whole id")
-        placed[token_id] = AddedToken(text, special=text in special, normalized=text not in special)
+        flags = {"special": text in special, "normalized": text not in special}
+        placed[token_id] = _token(file, f"the token of id {token_id}", {"content": text} | flags)
     return placed
 
 

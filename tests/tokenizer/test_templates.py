@@ -274,3 +274,11 @@ def test_gguf_types_say_which_tokens_are_special(tokenizer):
     assert tokenizer_to_gguf(tokenizer)["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 4]
     with pytest.raises(CheckpointError, match="chat template 'rag' is no text"):
         tokenizer_from_gguf({**fields, "tokenizer.chat_template.rag": 7})
+
+
+def test_an_added_token_of_half_a_surrogate_is_refused_by_its_id(tmp_path):
+    from arriero.tokenizer.files import _added
+
+    (tmp_path / "added_tokens.json").write_text('{"\\ud800": 7}')
+    with pytest.raises(CheckpointError, match=r"added_tokens.json: the token of id 7 is .*, which is no text"):
+        _added(tmp_path / "added_tokens.json", set())
