@@ -1,0 +1,55 @@
+"""What the inference engine asks of a model: run tokens of several sequences at once, and give the logits wanted.
+
+A step takes any mix of tokens: whole prompts, pieces of prompts, one token of each of many running sequences. Keys and
+values lie in a paged cache: blocks of `BLOCK` tokens, owned by nobody but the scheduler, which tells each sequence's
+blocks in a table. The step writes the keys and values of its tokens at their positions, and every token attends to all
+positions of its sequence up to its own.
+
+Two implementations: the C++ step (native.py), whose logits of a token are the same bits in whatever batch it runs, and
+its slow twin in torch (torch_step.py), for every device, architecture and type, equal within rounding.
+
+Shapes: n tokens of a step, s sequences in it, b blocks of the longest, m tokens whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+BLOCK = 32
+"""Tokens whose keys and values lie together: position p of a sequence is slot p % BLOCK of its block p // BLOCK."""
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """The tokens of one step. Those of a sequence come in the order of their positions, without gaps.
+
+    tokens: int64 [n]. positions: int32 [n], in their sequences. sequences: int32 [n], rows of `tables`.
+    tables: int32 [s, b], the blocks of each sequence; what lies behind its last one is not read.
+    outputs: int32 [m], indices into the tokens. adapters: the name of each sequence's adapter [s], None for none.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    sequences: np.ndarray
+    tables: np.ndarray
+    outputs: np.ndarray
+    adapters: Sequence[str | None]
+
+
+class Step(Protocol):
+    """A model with a paged cache of its own."""
+
+    n_blocks: int
+    """Blocks of the cache: ids 0 to n_blocks - 1."""
+    vocab_size: int
+
+    def __call__(self, batch: StepInput) -> Tensor:
+        """Logits fp32 [m, V] on the CPU."""
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy the keys and values of block `source` to block `target` for each (source, target), in order."""
