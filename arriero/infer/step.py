@@ -13,12 +13,14 @@ Shapes: n tokens of a step, s sequences in it, b blocks of the longest, m tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
+
+from arriero.model.lora_config import LoraConfig
 
 BLOCK = 32
 """Tokens whose keys and values lie together: position p of a sequence is slot p % BLOCK of its block p // BLOCK."""
@@ -53,3 +55,18 @@ class Step(Protocol):
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy the keys and values of block `source` to block `target` for each (source, target), in order."""
+
+    def add_adapter(self, name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+        """Carry one more adapter, which sequences name from now on; tensors as `lora_state` names them, on the CPU.
+
+        The engine gives every adapter that it loads a name of its own, so none is ever replaced.
+        """
+
+    def remove_adapter(self, name: str) -> None:
+        """Drop an adapter that no sequence names any more."""
+
+    def refit(self, name: str, tensor: Tensor) -> None:
+        """Take new values for the weight of that name (Hugging Face's); what the cache holds is no longer read.
+
+        Raises `ConfigError` for a name that the model lacks, or another shape.
+        """
