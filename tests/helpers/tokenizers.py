@@ -7,7 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from arriero.tokenizer.base import SpecialTokens
@@ -78,6 +78,18 @@ def small_byte_level() -> HfTokenizer:
     tokenizer = HfTokenizer(backend, special)
     tokenizer.chat_template = builtin_template("chatml", tokenizer)
     return tokenizer
+
+
+def learned_byte_level(vocab_size: int) -> Backend:
+    """Return the 256 bytes and the first merges of "llama", as the library learns them, without added tokens."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        ["llama"], trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    )
+    return backend
 
 
 def train_sentencepiece(folder: Path, vocab_size: int) -> Path:

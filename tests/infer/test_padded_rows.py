@@ -7,9 +7,9 @@ import gguf
 import pytest
 import torch
 import transformers
+from helpers.tokenizers import learned_byte_level
 from helpers.toys import toy_model
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as Backend
+from tokenizers import AddedToken
 
 from arriero.checkpoint.adapter import save_adapter
 from arriero.checkpoint.convert import convert
@@ -34,13 +34,7 @@ N_IDS = 260
 
 def save_tokenizer(directory, hole=False):
     """Bytes, one merge, three special tokens: ids 0 to 259, or with a hole at 257 to 260."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        ["llama"], trainers.BpeTrainer(vocab_size=257, initial_alphabet=alphabet, show_progress=False)
-    )
+    backend = learned_byte_level(257)
     names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     state = json.loads(backend.to_str())

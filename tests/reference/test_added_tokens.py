@@ -8,9 +8,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from helpers.tokenizers import learned_byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, LlamaTokenizer
 
@@ -38,14 +39,7 @@ texts = st.lists(words, max_size=9).map("".join)
 
 
 def byte_level() -> Backend:
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        ["llama"], trainers.BpeTrainer(vocab_size=258, initial_alphabet=alphabet, show_progress=False)
-    )
-    return backend
+    return learned_byte_level(258)
 
 
 def composed() -> Backend:

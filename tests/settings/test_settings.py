@@ -113,6 +113,15 @@ def test_a_file_may_leave_out_what_keeps_its_default(tmp_path: Path) -> None:
     assert load(Outer, tmp_path / "a.toml") == Outer(inner=Inner(rate=7.0))
 
 
+def refused(config: type, file: Path, text: str) -> str:
+    """The refusal of a file of settings, which begins with the file's name."""
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(config, file)
+    assert str(error.value).startswith(str(file))
+    return str(error.value)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -143,12 +152,7 @@ def test_a_file_may_leave_out_what_keeps_its_default(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_in_a_file_is_named_with_its_line_and_remedy(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "a.toml"
-    file.write_text(text)
-    with pytest.raises(ConfigError) as error:
-        load(Outer, file)
-    assert message in str(error.value)
-    assert str(error.value).startswith(str(file))
+    assert message in refused(Outer, tmp_path / "a.toml", text)
 
 
 def test_a_missing_file_and_a_binary_one_are_refused_by_name(tmp_path: Path) -> None:
@@ -227,11 +231,7 @@ class Settled:
     ],
 )  # fmt: skip
 def test_a_number_that_no_setting_can_be_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "a.toml"
-    file.write_text(text)
-    with pytest.raises(ConfigError) as error:
-        load(Settled, file)
-    assert message in str(error.value)
+    assert message in refused(Settled, tmp_path / "a.toml", text)
 
 
 def test_text_that_no_file_could_hold_is_refused_and_the_largest_numbers_are_not() -> None:

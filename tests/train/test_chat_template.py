@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.tokenizers import small_byte_level
+from helpers.training import sft_settings
 from safetensors.torch import load_file, save_file
 
 import arriero
@@ -23,9 +24,8 @@ from arriero.infer.config import GenerateConfig
 from arriero.io.gguf_header import read_metadata
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
-from arriero.model.lora_config import LoraConfig
 from arriero.tokenizer.template import ChatTemplate
-from arriero.train.config import DataConfig, LoopConfig, SftConfig
+from arriero.train.config import LoopConfig, SftConfig
 from arriero.train.sft import main
 
 NO_PROMPT = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -57,15 +57,8 @@ def rows(tmp_path) -> Path:
 
 
 def settings(model: Path, rows: Path, out: Path, **changes) -> SftConfig:
-    config = SftConfig(
-        model=str(model),
-        out=str(out),
-        samples=1,
-        data=DataConfig(train=str(rows), validation="0.1", seq_len=64),
-        lora=LoraConfig(rank=3),
-        loop=LoopConfig(steps=2, batch_rows=2, precision="fp32"),
-    )
-    return replace(config, **changes)
+    loop = LoopConfig(steps=2, batch_rows=2, precision="fp32")
+    return sft_settings(model, rows, out, **{"samples": 1, "loop": loop, **changes})
 
 
 def run(*args: str | Path, code: int = 0) -> None:

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from helpers.training import sft_settings
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +26,7 @@ from arriero.plan.run import plan
 from arriero.quant import nf4
 from arriero.quant.formats import FORMATS
 from arriero.settings import from_dict
-from arriero.train.config import DataConfig, LoopConfig, OptimConfig, SftConfig
+from arriero.train.config import DataConfig, LoopConfig, SftConfig
 from arriero.train.metrics import surviving_records
 from arriero.train.sft import build, main
 
@@ -34,16 +35,8 @@ FORMATS_LEVELS = nf4.LEVELS
 
 
 def settings(model: Path, rows: Path, out: Path, kind: str) -> SftConfig:
-    return SftConfig(
-        model=str(model),
-        out=str(out),
-        quantize=kind,
-        samples=2,
-        data=DataConfig(train=str(rows), validation="0.1", seq_len=128),
-        lora=LoraConfig(rank=3),
-        optim=OptimConfig(lr=1e-2),
-        loop=LoopConfig(steps=6, batch_rows=4, micro_rows=2, precision="fp32", save_every=2, keep_last=9),
-    )
+    loop = LoopConfig(steps=6, batch_rows=4, micro_rows=2, precision="fp32", save_every=2, keep_last=9)
+    return sft_settings(model, rows, out, quantize=kind, loop=loop)
 
 
 def rounded(model: Path, kind: str, out: Path) -> Path:

@@ -5,12 +5,12 @@ import shutil
 import sys
 import tomllib
 from dataclasses import replace
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
+from helpers.training import sft_settings
 from safetensors.torch import load_file
 
 from arriero.checkpoint.hf import read_config, save_hf
@@ -20,7 +20,7 @@ from arriero.model.llama import Llama
 from arriero.model.lora_config import LoraConfig
 from arriero.settings import load_recipe
 from arriero.tokenizer.load import load_tokenizer
-from arriero.train.config import DataConfig, LoopConfig, OptimConfig, SftConfig
+from arriero.train.config import LoopConfig, OptimConfig, SftConfig
 from arriero.train.metrics import surviving_records
 from arriero.train.recipe import compiles
 from arriero.train.sft import SftRun, main
@@ -28,23 +28,10 @@ from arriero.train.sft import SftRun, main
 TOKENS = torch.arange(7, 48).view(1, -1)
 
 
-def settings(model: Path, rows: Path, out: Path, **changes) -> SftConfig:
-    config = SftConfig(
-        model=str(model),
-        out=str(out),
-        samples=2,
-        data=DataConfig(train=str(rows), validation="0.1", seq_len=128),
-        lora=LoraConfig(rank=3),
-        optim=OptimConfig(lr=1e-2),
-        loop=LoopConfig(steps=6, batch_rows=4, micro_rows=2, precision="fp32"),
-    )
-    return replace(config, **changes)
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_run_leaves_a_complete_record_and_an_adapter_that_peft_opens(toy_model, rows, tmp_path):
     out = tmp_path / "run"
-    outcome = main(settings(toy_model, rows, out))
+    outcome = main(sft_settings(toy_model, rows, out))
     assert outcome.progress.step == 6 and outcome.interrupted is None
     files = {path.name for path in out.iterdir()}
     assert files >= {"config.toml", "data.json", "environment.json", "metrics.jsonl", "samples.jsonl", "checkpoints"}
@@ -69,7 +56,7 @@ def test_full_fine_tuning_leaves_a_model_that_transformers_opens(toy_model, rows
     shutil.copytree(toy_model, base)
     said = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "eos_token_id": 0}
     (base / "generation_config.json").write_text(json.dumps(said))
-    main(settings(base, rows, out, method="full"))
+    main(sft_settings(base, rows, out, method="full"))
     for directory in (out / "model", next((out / "checkpoints").iterdir()) / "weights"):
         kept = transformers.GenerationConfig.from_pretrained(directory)
         assert (kept.do_sample, kept.temperature, kept.top_p) == (True, 0.7, 0.8)
@@ -84,13 +71,13 @@ def test_full_fine_tuning_leaves_a_model_that_transformers_opens(toy_model, rows
 def test_the_same_settings_give_the_same_adapter(toy_model, rows, tmp_path):
     adapters = []
     for name in ("one", "two"):
-        main(settings(toy_model, rows, tmp_path / name, samples=0, lora=LoraConfig(rank=3, dropout=0.1)))
+        main(sft_settings(toy_model, rows, tmp_path / name, samples=0, lora=LoraConfig(rank=3, dropout=0.1)))
         adapters.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
     assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
 
 
 def test_a_finished_run_is_not_overwritten(toy_model, rows, tmp_path):
-    config = settings(toy_model, rows, tmp_path / "run", samples=0)
+    config = sft_settings(toy_model, rows, tmp_path / "run", samples=0)
     main(config)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match="holds a run already; add --resume to go on with it"):
@@ -100,7 +87,7 @@ def test_a_finished_run_is_not_overwritten(toy_model, rows, tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(toy_model, rows, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
-    config = settings(toy_model, rows, tmp_path / "run", samples=0)
+    config = sft_settings(toy_model, rows, tmp_path / "run", samples=0)
     with pytest.raises(UserError, match="this needs the package 'trackio', which is not installed"):
         main(replace(config, loop=replace(config.loop, trackers=("trackio",))))
     assert not (tmp_path / "run").exists()
@@ -110,7 +97,7 @@ def test_a_start_that_was_cut_short_is_begun_again(toy_model, rows, tmp_path, mo
     def interrupted(_):
         raise KeyboardInterrupt
 
-    config = settings(toy_model, rows, tmp_path / "run", samples=0)
+    config = sft_settings(toy_model, rows, tmp_path / "run", samples=0)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(SftRun, "data_statistics", interrupted)
         main(config)
@@ -122,7 +109,7 @@ def test_samples_that_fail_cost_no_result(toy_model, rows, tmp_path, monkeypatch
         if when == "after":
             raise OSError("no space left")
 
-    config = settings(toy_model, rows, tmp_path / "run")
+    config = sft_settings(toy_model, rows, tmp_path / "run")
     with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left"):
         patched.setattr(SftRun, "sample", failing)
         main(config)
@@ -132,7 +119,7 @@ def test_samples_that_fail_cost_no_result(toy_model, rows, tmp_path, monkeypatch
 def test_samples_with_any_character_and_another_number_of_them_survive_a_resume(toy_model, rows, tmp_path):
     text = rows.read_text().replace(" + 2?", " +\\u2028 2?\\u0085 \\ud83d")
     rows.write_text(text)
-    config = settings(toy_model, rows, tmp_path / "run")
+    config = sft_settings(toy_model, rows, tmp_path / "run")
     main(config)
     (tmp_path / "run" / "adapter" / "adapter_model.safetensors").unlink()
     main(replace(config, resume=True, samples=4))
@@ -151,7 +138,7 @@ def test_a_run_of_a_model_whose_tie_flag_lies_resumes_with_its_own_head(toy_mode
     save_hf(Llama(shape).init_weights(seed=5), base, tokenizer)
     described = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(described | {"tie_word_embeddings": True}))
-    config = settings(base, rows, tmp_path / "run", method="full", samples=0)
+    config = sft_settings(base, rows, tmp_path / "run", method="full", samples=0)
     config = replace(config, loop=replace(config.loop, save_every=3))
     main(config)
     whole = load_file(tmp_path / "run" / "model" / "model.safetensors")
@@ -166,7 +153,7 @@ def test_a_run_of_a_model_whose_tie_flag_lies_resumes_with_its_own_head(toy_mode
 
 
 def test_resuming_with_other_settings_is_refused_by_name(toy_model, rows, tmp_path):
-    config = settings(toy_model, rows, tmp_path / "run", samples=0)
+    config = sft_settings(toy_model, rows, tmp_path / "run", samples=0)
     main(config)
     other = replace(config, resume=True, optim=OptimConfig(lr=3e-3))
     with pytest.raises(ConfigError, match=r"started with other settings \(optim.lr\)"):
@@ -174,7 +161,7 @@ def test_resuming_with_other_settings_is_refused_by_name(toy_model, rows, tmp_pa
 
 
 def test_resuming_with_other_data_is_refused(toy_model, rows, tmp_path):
-    config = settings(toy_model, rows, tmp_path / "run", samples=0)
+    config = sft_settings(toy_model, rows, tmp_path / "run", samples=0)
     main(config)
     with open(rows, "a") as file:
         file.write(rows.read_text().splitlines()[0].replace("0 + 2", "71 + 2") + "\n")
@@ -184,11 +171,11 @@ def test_resuming_with_other_data_is_refused(toy_model, rows, tmp_path):
 
 def test_resuming_where_nothing_ran_is_refused(toy_model, rows, tmp_path):
     with pytest.raises(ConfigError, match="holds no run to resume"):
-        main(settings(toy_model, rows, tmp_path / "empty", resume=True))
+        main(sft_settings(toy_model, rows, tmp_path / "empty", resume=True))
 
 
 def test_config_toml_runs_the_same_again(toy_model, rows, tmp_path):
-    config = settings(toy_model, rows, tmp_path / "run", samples=0)
+    config = sft_settings(toy_model, rows, tmp_path / "run", samples=0)
     main(config)
     file = tmp_path / "run" / "config.toml"
     assert load_recipe({"sft": SftConfig}, file) == ("sft", config)
