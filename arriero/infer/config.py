@@ -13,10 +13,13 @@ from arriero.settings import settle
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen; the filters apply in the order of the fields."""
+    """How the next token is chosen.
+
+    In this order: logit bias, repetition penalty, presence and frequency penalties, temperature, top-k, top-p, min-p.
+    """
 
     repetition_penalty: float = 1.0
-    """Divides the positive logits of tokens seen already, and multiplies the negative ones; 1 does nothing."""
+    """Divides the positive logits of tokens in prompt and answer, and multiplies the negative ones; 1 does nothing."""
     temperature: float = 0.0
     """Divides the logits: below 1 sharper, above 1 flatter; 0 always takes the most probable token."""
     top_k: int = 0
@@ -27,6 +30,12 @@ class SamplingConfig:
     """Drop tokens less probable than this share of the most probable one's probability; 0 drops none."""
     seed: int | None = None
     """The same seed gives the same text; none draws a new one each time."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that the answer has already, from -2 to 2; the prompt does not count."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for each time that the answer has it, from -2 to 2; the prompt does not count."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Added to the logits of single token ids, each from -100 to 100."""
 
     def __post_init__(self) -> None:
         check(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
@@ -34,7 +43,15 @@ class SamplingConfig:
         check(self.top_k >= 0, f"top_k is {self.top_k}; it must be at least 0 (0: all tokens)")
         check(0 < self.top_p <= 1, f"top_p is {self.top_p}; it is a probability, in (0, 1]")
         check(0 <= self.min_p < 1, f"min_p is {self.min_p}; it is a share, in [0, 1)")
-        check(self.seed is None or self.seed >= 0, f"seed is {self.seed}; it must be at least 0")
+        check(
+            self.seed is None or 0 <= self.seed < 2**64, f"seed is {self.seed}; it must be at least 0 and below 2**64"
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            check(-2 <= value <= 2, f"{name} is {value}; it must be from -2 to 2 (0: none)")
+        for token, bias in self.logit_bias.items():
+            check(token >= 0, f"logit_bias names token {token}; ids begin at 0")
+            check(-100 <= bias <= 100, f"logit_bias of token {token} is {bias}; it must be from -100 to 100")
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,7 @@ class SamplingFlags:
     """
 
     repetition_penalty: float | None = None
-    """Divides the positive logits of tokens seen already, and multiplies the negative ones; 1 does nothing."""
+    """Divides the positive logits of tokens in prompt and answer, and multiplies the negative ones; 1 does nothing."""
     temperature: float | None = None
     """Divides the logits: below 1 sharper, above 1 flatter; 0 always takes the most probable token."""
     top_k: int | None = None
@@ -56,6 +73,12 @@ class SamplingFlags:
     """Drop tokens less probable than this share of the most probable one's probability; 0 drops none."""
     seed: int | None = None
     """The same seed gives the same text; none draws a new one each time."""
+    presence_penalty: float | None = None
+    """Taken off the logits of tokens that the answer has already, from -2 to 2; the prompt does not count."""
+    frequency_penalty: float | None = None
+    """Taken off a token's logit for each time that the answer has it, from -2 to 2; the prompt does not count."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of single token ids, each from -100 to 100: --logit-bias ID BIAS ID BIAS ..."""
 
     def __post_init__(self) -> None:
         SamplingConfig(**self._given())

@@ -1,25 +1,157 @@
-"""From logits to the next token: small functions, applied in one order.
+"""From logits to the next token of many requests at once: `sample(logits, rows) -> Chosen`.
 
-Each filter takes logits [B, V] and returns them with the excluded ones at -inf; the order is transformers':
-repetition penalty, temperature, top-k, top-p, min-p. A token is sampled by inverting the cumulative distribution at one
-uniform number from the row's own generator, so a row's text depends on the seed and its index, not on its batch.
+A request is a `Row`: its settings, its seed, and its tokens so far. The row's filters apply in one order, which is
+transformers': logit bias, repetition penalty, presence and frequency penalties, the masks of allowed tokens,
+temperature, top-k, top-p, min-p. A token is sampled by inverting the cumulative distribution at one uniform number,
+which is a function of the row's seed and of the token's index in the answer (Philox4x64-10). So a row's token, and the
+bits of its log-probabilities, depend on nothing but the row and its logits: not on the batch, the threads, or whether
+the request was preempted.
 
-Price at V = 49,152 on two cores: 0.1 ms greedy, below 1 ms with all filters (top-p sorts only when it must).
-Shapes: B rows, V vocabulary.
+The work is done by sample.cpp, on threads of its own that end with the call (torch's operators on a vocabulary wake
+OpenMP threads, which then spin on the cores of the next decode step), and by its twin sample_twin.py where there is
+no compiler.
+Price at V = 49,152: docs/log.md, "Sampling".
+Shapes: m rows, V vocabulary.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import math
+import secrets
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from arriero.errors import UserError
+from arriero.infer import sample_twin
 from arriero.infer.config import SamplingConfig
+from arriero.infer.row import NativeRow, Row
+from arriero.system.cpp import load_cpp
 from arriero.tokenizer.base import Tokenizer
 
-_HEAD = 512  # most probable tokens that top-p looks at before it sorts the whole vocabulary
+
+class NothingAllowed(UserError):
+    """No token may follow in some rows, `rows` of the call: their masks and the vocabulary have none in common."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        super().__init__(
+            f"rows {list(rows)}: no token may follow, as no id of the tokenizer is in the mask of allowed tokens; "
+            "check the grammar or the list of allowed tokens"
+        )
+        self.rows = list(rows)
+
+
+_OUT = np.dtype([("id", np.int64), ("raw", np.float32), ("sampled", np.float32)])
+"""`Out` in sample.cpp."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The tokens of m rows, and how probable they were.
+
+    ids: int64 [m]. raw: fp32 [m], log-softmax of the model's logits at the id, over all V. sampled: fp32 [m], the
+    logarithm of the probability in the distribution that was drawn from: after bias, penalties, masks, temperature and
+    filters (of greedy rows: after bias, penalties and masks, at temperature 1). NaN where not asked for, and where
+    logits are no numbers. top: of each row that asked, (ids, log-probabilities) of the most probable tokens that the
+    tokenizer has, the most probable first, equal ones by id; of the distribution that the row's `top_of` names.
+    """
+
+    ids: np.ndarray
+    raw: np.ndarray
+    sampled: np.ndarray
+    top: list[tuple[np.ndarray, np.ndarray]]
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> Chosen:
+    """The next token of each row, from logits [m, V]; rows are not changed: `Row.push` the ids.
+
+    Among equal largest logits a greedy row takes the smallest id. top-k and top-p keep all tokens that equal the last
+    one kept. Of NaN logits nothing is drawn while others are there; a row without any finite logit (diverged weights)
+    draws evenly from its allowed tokens. Raises `NothingAllowed` for rows whose masks allow nothing; then nothing was
+    chosen for any.
+    """
+    return _run(logits, rows, None)
+
+
+def score(logits: Tensor, ids: Sequence[int], row: Row | None = None) -> Chosen:
+    """The raw log-probabilities of given ids [m] by logits [m, V], a prompt's say; `sampled` is NaN.
+
+    row: of the request, whose `n_top` most probable tokens are listed for each position.
+    """
+    n_top, words = (row.n_top, row.words) if row else (0, None)
+    asked = Row(SamplingConfig(), words=words, seed=0, logprobs=True, n_top=n_top)
+    return _run(logits, [asked] * len(ids), ids)
+
+
+def _run(logits: Tensor, rows: Sequence[Row], given: Sequence[int] | None) -> Chosen:
+    m, vocab = logits.shape
+    assert len(rows) == m and vocab < 2**31
+    with one_thread():
+        values = logits.detach().to("cpu", torch.float32).contiguous()
+    n_top = max((row.n_top for row in rows), default=0)
+    out = np.empty(m, _OUT)
+    top_ids, tops = np.full((m, n_top), -1, np.int32), np.empty((m, n_top), np.float32)
+    library = load_library()
+    if library is None:
+        with one_thread():
+            sample_twin.sample_rows(values, rows, given, out, top_ids, tops)
+    else:
+        natives = (
+            [row.native for row in rows]
+            if given is None
+            else [_given(row, i) for row, i in zip(rows, given, strict=True)]
+        )
+        pointers = (ctypes.c_void_p * m)(*map(ctypes.addressof, natives))
+        library.sample_rows(
+            values.data_ptr(), m, vocab, pointers, out.ctypes.data, top_ids.ctypes.data, tops.ctypes.data, n_top,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    if len(nothing := np.flatnonzero(out["id"] < 0)):
+        raise NothingAllowed(nothing.tolist())
+    kept = [int((top_ids[i, : row.n_top] >= 0).sum()) for i, row in enumerate(rows)]
+    top = [(top_ids[i, :n], tops[i, :n]) for i, n in enumerate(kept)]
+    return Chosen(out["id"], out["raw"], out["sampled"], top)
+
+
+def _given(row: Row, token: int) -> NativeRow:
+    native = NativeRow.from_buffer_copy(row.native)
+    native.given = token
+    return native
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The sampler, compiled if need be; None, with a warning, when it cannot be."""
+    library = load_cpp(Path(__file__).with_name("sample.cpp"), "sampling through torch")
+    if library is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        library.sample_rows.argtypes = [pointer, number, number, *[pointer] * 4, number, number]
+        library.sample_rows.restype = None
+    return library
+
+
+_WORDS: weakref.WeakKeyDictionary[Tokenizer, np.ndarray] = weakref.WeakKeyDictionary()
+
+
+def token_words(tokenizer: Tokenizer) -> np.ndarray:
+    """Bit mask, int32 words, of the ids that have a token: bit i % 32 of word i / 32 is token i's.
+
+    A model may have more logits (rows that pad its vocabulary), and a tokenizer may have holes: neither is sampled.
+    """
+    if tokenizer not in _WORDS:
+        bits = np.zeros(-(-tokenizer.vocab_size // 32) * 32, np.uint8)
+        bits[: tokenizer.vocab_size] = 1
+        bits[tokenizer.unused_ids] = 0
+        _WORDS[tokenizer] = np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
+    return _WORDS[tokenizer]
 
 
 def usable(logits: Tensor, tokenizer: Tokenizer | None) -> Tensor:
@@ -28,53 +160,7 @@ def usable(logits: Tensor, tokenizer: Tokenizer | None) -> Tensor:
         return logits
     logits = logits[:, : tokenizer.vocab_size]
     holes = [i for i in tokenizer.unused_ids if i < logits.shape[1]]
-    return logits.index_fill(1, torch.tensor(holes, device=logits.device), float("-inf")) if holes else logits
-
-
-def repetition_penalty(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Make the tokens `seen` by each row less probable: l/penalty where l > 0, else l*penalty (arXiv 1909.05858)."""
-    out = logits.clone()
-    for row, ids in zip(out, seen, strict=True):
-        index = torch.tensor(list(set(ids)), device=logits.device)
-        row[index] = torch.where(row[index] > 0, row[index] / penalty, row[index] * penalty)
-    return out
-
-
-def top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the k largest logits of each row, and what equals the smallest of them."""
-    smallest = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
-    return logits.masked_fill(logits < smallest, float("-inf"))
-
-
-def top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest most probable tokens whose probabilities reach p in sum, at least one (arXiv 1904.09751)."""
-    total = logits.logsumexp(-1, keepdim=True)
-    size = min(_HEAD, logits.shape[-1])
-    head = logits.topk(size).values
-    reached = (head - total).exp().cumsum(-1)
-    if size < logits.shape[-1] and bool((reached[:, -1] < p).any()):
-        head = logits.sort(-1, descending=True).values
-        reached = (head - total).exp().cumsum(-1)
-    n_kept = (reached < p).sum(-1, keepdim=True).clamp(max=head.shape[-1] - 1)  # tokens before the one that reaches p
-    return logits.masked_fill(logits < head.gather(-1, n_kept), float("-inf"))
-
-
-def min_p(logits: Tensor, p: float) -> Tensor:
-    """Drop tokens whose probability is below p times the largest one (arXiv 2407.01082)."""
-    lowest = logits.amax(-1, keepdim=True) + torch.tensor(p, device=logits.device).log()
-    return logits.masked_fill(logits < lowest, float("-inf"))
-
-
-def filtered(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Temperature (which must be above 0), then the filters that the config switches on."""
-    logits = logits / config.temperature
-    if config.top_k:
-        logits = top_k(logits, config.top_k)
-    if config.top_p < 1:
-        logits = top_p(logits, config.top_p)
-    if config.min_p:
-        logits = min_p(logits, config.min_p)
-    return logits
+    return logits.index_fill(1, torch.tensor(holes, device=logits.device), -math.inf) if holes else logits
 
 
 @contextmanager
@@ -92,39 +178,35 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """The token of each row at which the cumulative probability first exceeds uniform [B] in [0, 1); ids [B].
-
-    Summed in fp64, so that no excluded token can be hit by rounding.
-    """
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    target = uniform.double().to(logits.device)[:, None] * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return ids.clamp(max=logits.shape[-1] - 1)  # logits of diverged weights are NaN: some token, but a token
-
-
 class Sampler:
-    """Chooses tokens for rows 0, 1, ...; row i draws from its own generator, seeded with seed + i.
+    """Chooses tokens for rows 0, 1, ... of conversations that go on; row i draws with seed + i.
 
     tokenizer: of its ids alone, and of those only such as have a token; a model may have more rows.
     """
 
     def __init__(self, config: SamplingConfig, rows: range = range(1), tokenizer: Tokenizer | None = None) -> None:
-        self.config, self._tokenizer = config, tokenizer
-        self._generators = {row: torch.Generator() for row in rows}
-        for row, generator in self._generators.items():
-            generator.seed() if config.seed is None else generator.manual_seed(config.seed + row)
+        self.config = config
+        self._words = token_words(tokenizer) if tokenizer else None
+        self._seed = secrets.randbits(64) if config.seed is None else config.seed
+        self._rows = {row: self._new(row, [], 0) for row in rows}
 
     def __call__(self, logits: Tensor, rows: Sequence[int], seen: Sequence[Sequence[int]]) -> Tensor:
-        """The next id of each row: logits [B, V], the rows' indices, and the ids they hold so far; returns ids [B]."""
-        with one_thread():
-            return self._choose(logits, rows, seen)
+        """The next id of each row: logits [B, V], the rows' indices, and the ids they hold so far; returns ids [B].
 
-    def _choose(self, logits: Tensor, rows: Sequence[int], seen: Sequence[Sequence[int]]) -> Tensor:
-        logits = usable(logits.float(), self._tokenizer)
-        if self.config.repetition_penalty != 1:
-            logits = repetition_penalty(logits, seen, self.config.repetition_penalty)
-        if self.config.temperature == 0:
-            return logits.argmax(-1)
-        uniform = torch.cat([torch.rand(1, generator=self._generators[row]) for row in rows])
-        return draw(filtered(logits, self.config), uniform)
+        Ids that are not those of the call before with its token appended begin a new answer; the draws go on.
+        """
+        for row, ids in zip(rows, seen, strict=True):
+            mine = self._rows[row]
+            if not mine.holds(ids):
+                self._rows[row] = self._new(row, ids, mine.index)
+            elif mine.sampling is not self.config:
+                mine.sampling = self.config
+        chosen = sample(logits, [self._rows[row] for row in rows])
+        for row, token in zip(rows, chosen.ids.tolist(), strict=True):
+            self._rows[row].push(token)
+        return torch.from_numpy(chosen.ids.copy())
+
+    def _new(self, row: int, ids: Sequence[int], index: int) -> Row:
+        new = Row(self.config, ids, seed=self._seed + row, words=self._words)
+        new.index = index
+        return new
