@@ -32,6 +32,7 @@ from arriero.io.gguf_header import read_header, read_metadata
 from arriero.model.config import ARCHITECTURES, LlamaConfig
 from arriero.model.llama import EMBEDDINGS, HEAD
 from arriero.model.scaling import Llama3Scaling
+from arriero.show.terminal import warn_once
 
 Kind = gguf.GGMLQuantizationType
 
@@ -104,6 +105,9 @@ def read_config(file: Path) -> LlamaConfig:
     if len(stored["token_embd.weight"].shape) != 2:
         raise CheckpointError(f"{file}: token_embd.weight is {list(stored['token_embd.weight'].shape)}, no matrix")
     vocab_size, dim = stored["token_embd.weight"].shape
+    if fields.get("vocab_size", vocab_size) != vocab_size:
+        said = shown(fields["vocab_size"])
+        warn_once(f"{file}: {prefix}vocab_size is {said}, its embeddings have {vocab_size:,} rows: the rows are taken")
     n_heads, turned = fields.whole("attention.head_count"), fields.get("rope.dimension_count")
     head_dim = fields.whole("attention.key_length", turned or dim // n_heads or 1)
     if turned not in (None, head_dim):

@@ -76,6 +76,11 @@ def open_hf(directory: Path) -> Weights:
         entries |= found
         holders |= dict.fromkeys(found, file)
         readers |= dict.fromkeys(found, tensor_reader(file))
+    if any(name.startswith("layers.") for name in entries):
+        raise CheckpointError(
+            f'{directory}: its tensors are named without "model.", as AutoModel saves a model without its head; save '
+            "it from AutoModelForCausalLM"
+        )
     check_sizes(directory, config, {name: entry.shape for name, entry in entries.items()}, "model.layers.")
     return opened(
         directory,
@@ -90,11 +95,11 @@ def open_hf(directory: Path) -> Weights:
 def _weight_files(directory: Path) -> dict[Path, set[str]]:
     """The files of the weights, each with the tensors that the index lists for it; chosen as transformers does.
 
-    model.safetensors takes precedence over an index, which is warned of if it lists other files.
+    model.safetensors takes precedence over an index, which is warned of if it lists other files or none.
     """
     index = directory / INDEX
     if (directory / WEIGHTS).is_file():
-        if index.is_file() and set(_weight_map(index).values()) != {WEIGHTS}:
+        if index.is_file() and not _tells_of(index, WEIGHTS):
             warn_once(
                 f"{index}: tells of other files than {WEIGHTS}, which lies beside it and is used, as in transformers"
             )
@@ -110,6 +115,14 @@ def _weight_files(directory: Path) -> dict[Path, set[str]]:
             "read: ask for the model's safetensors version"
         )
     raise CheckpointError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
+
+
+def _tells_of(index: Path, name: str) -> bool:
+    """Whether an index lists tensors of one file, of this name."""
+    try:
+        return set(_weight_map(index).values()) == {name}
+    except CheckpointError:
+        return False
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -37,7 +37,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 from arriero.curate.document import Document
 from arriero.curate.warc import BLANK_LINE, PassedOver, content_of
-from arriero.curate.web import Extractor, decoded, main_text, valid
+from arriero.curate.web import Extractor, decoded, main_text
 from arriero.errors import DataError, require
 from arriero.io.fields import shown
 from arriero.io.paths import as_path, hint, lies_here
@@ -54,6 +54,7 @@ from arriero.io.records import (
     rows_within,
 )
 from arriero.show.terminal import warn_once
+from arriero.tokenizer.base import well_formed
 
 STDLIB = "stdlib"
 MANIFEST = "manifest.json"  # of a curated directory; lists its shards
@@ -382,9 +383,9 @@ def _from_row(row: dict[str, Any], file: SourceFile, record: Record, text_key: s
     where = f"row {number} of {file.path}"
     rest = {key: _decoded(value, key, where) if key in (text_key, *OWN) else value for key, value in row.items()}
     text = rest.pop(text_key, None)
-    if text is None:
+    if text is None or text != text:  # NaN, as tables hold in an empty cell
         if text_key in row:
-            raise DataError(f"{where}: {text_key!r} is null; fill it or drop the row")
+            raise DataError(f"{where}: {text_key!r} is null or NaN; fill it or drop the row")
         columns = ", ".join(repr(name) for name in (*row, *record.unread)) or "none"
         raise DataError(
             f"{where}: no column {text_key!r} (there are: {columns}); name the text's with --text-key{rows_within(row)}"
@@ -394,7 +395,7 @@ def _from_row(row: dict[str, Any], file: SourceFile, record: Record, text_key: s
     meta = _meta(rest.pop("meta", None) or {}, file.path, number)
     named = {key: _word(rest.pop(key, None)) for key in OWN}
     return Document(
-        valid(text),
+        well_formed(text),
         named["id"] or f"{file.name}:{number}",
         named["source"] or ("code" if file.kind == "code" else file.source),
         named["url"],
@@ -428,7 +429,7 @@ def _decoded(value: Any, key: str, where: str) -> Any:
 
 
 def _word(value: Any) -> str:
-    return valid(value) if isinstance(value, str) else "" if value is None else str(value)
+    return well_formed(value) if isinstance(value, str) else "" if value is None or value != value else str(value)
 
 
 DEEPEST = 100  # levels of a row's columns; a fixed number, so that every process and reader keeps the same rows
@@ -467,7 +468,7 @@ def _read_whole(file: SourceFile, after: int, reading: Reading) -> Rows:
 def _decoded_code(data: bytes) -> str:
     """Python source by the encoding that its first lines declare."""
     encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-    return valid(data.decode(encoding))
+    return well_formed(data.decode(encoding))
 
 
 def _read_topics(file: SourceFile, after: int, reading: Reading) -> Rows:

@@ -9,6 +9,7 @@ from typing import Literal
 from arriero.curate.depth import flattened
 from arriero.curate.encodings import codec_of, decode, fits_all
 from arriero.errors import DataError, UserError, require
+from arriero.tokenizer.base import well_formed
 
 Extractor = Literal["resiliparse", "trafilatura"]
 
@@ -33,7 +34,7 @@ DECLARED = re.compile(
 )
 COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)", re.DOTALL)
 END_OF_HEAD = re.compile(rb"<body\b|</head\b", re.IGNORECASE)
-BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16le", codecs.BOM_UTF16_BE: "utf-16be"}
 NEARLY = (
     1 / 3
 )  # share of broken characters up to which a label is believed; text of another encoding read as UTF-8 has more
@@ -59,31 +60,22 @@ def decoded(data: bytes, charset: str | None, declared: str | None = None) -> st
     one character; an encoding that any bytes fit does not go before that, nor does a guess, which errs where few
     characters are not ASCII.
     """
-    labels = [name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)]
+    mark, marked = next((pair for pair in BYTE_ORDER_MARKS.items() if data.startswith(pair[0])), (b"", None))
     nearly = None
-    for label in dict.fromkeys(filter(None, [*labels, charset, declared, "utf-8"])):
+    for label in dict.fromkeys(filter(None, [marked, charset, declared, "utf-8"])):
         codec = codec_of(label)
         if codec is None or (nearly is not None and fits_all(codec)):
             continue
-        text, broken = decode(data, codec)
+        text, broken = decode(data.removeprefix(mark) if label == marked else data, codec)
         if not broken:
-            return valid(text)
+            return well_formed(text)
         if nearly is None and broken <= NEARLY:
             nearly = text
     if nearly is not None:
-        return valid(nearly)
+        return well_formed(nearly)
     encoding = require("resiliparse.parse.encoding", "data")
     guess = codec_of(encoding.detect_encoding(data, html5_compatible=False) or "windows-1252") or codec_of(
         "windows-1252"
     )
     assert guess is not None
-    return valid(decode(data, guess).text)
-
-
-def valid(text: str) -> str:
-    """The text with lone surrogates, which JSON can write but UTF-8 cannot, as "?"."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode()
-    return text
+    return well_formed(decode(data, guess).text)

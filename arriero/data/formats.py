@@ -67,7 +67,7 @@ READ = frozenset([*TALKS, *SYSTEM, *BESIDE_INSTRUCTION, "tools", "history", *MAR
 SPOKEN = READ | {
     *REASONING,
     *["functions", "function_call", "tool_calls", "choices", "options", "documents", "chat_template_kwargs"],
-    *["rationale", "cot", "chain_of_thought", "suffix"],
+    *["rationale", "cot", "chain_of_thought", "suffix", "instructions", "preamble"],
     *["image", "images", "audio", "audios", "video", "videos"],
 }
 TEXTS = frozenset(["name", *REASONING])  # members of a message that are texts
@@ -135,7 +135,9 @@ def text_of(message: dict[str, Any]) -> str:
 def parse_record(record: Record) -> Conversation:
     """Parse one row; raises DataError where it is broken, has no known layout, or holds text that is not read."""
     row = parse_row(record)
-    return _at(f"row {record.row} of {record.file}", lambda: _conversation(_present(row), record))
+    present = _present(row)
+    absent = [name for name in row if name not in present]
+    return _at(f"row {record.row} of {record.file}", lambda: _conversation(present, absent, record))
 
 
 def _at(where: str, read: Callable[[], T]) -> T:
@@ -151,8 +153,8 @@ def _present(row: dict[str, T]) -> dict[str, T]:
     return {k: v for k, v in row.items() if v is not None and v == v}
 
 
-def _conversation(row: RowDict, record: Record) -> Conversation:
-    talk, used = _layout(row)
+def _conversation(row: RowDict, absent: list[str], record: Record) -> Conversation:
+    talk, used = _layout(row, absent)
     unused: set[str] = set()
     messages = [_message(message, i, unused) for i, message in enumerate(talk)]
     if not messages:
@@ -170,8 +172,11 @@ def _conversation(row: RowDict, record: Record) -> Conversation:
     return Conversation(messages, _tools(row.get("tools")), record.file, record.row, frozenset(unused))
 
 
-def _layout(row: RowDict) -> tuple[list[Any], set[str]]:
-    """The row's messages, not yet checked and without the system's, and the columns that they come from."""
+def _layout(row: RowDict, absent: list[str]) -> tuple[list[Any], set[str]]:
+    """The row's messages, not yet checked and without the system's, and the columns that they come from.
+
+    absent: columns that are null or NaN in this row.
+    """
     if "chosen" in row or "rejected" in row:
         raise DataError(
             "'chosen' and 'rejected' are preferences, and fine-tuning learns one answer; keep the one to learn as "
@@ -189,7 +194,7 @@ def _layout(row: RowDict) -> tuple[list[Any], set[str]]:
     for ask, answer in PAIRS:
         if ask in row and answer in row:
             return _history(row.get("history")) + _pair(row, ask, answer), used | {ask, answer}
-    raise _no_layout(row)
+    raise _no_layout(row, absent)
 
 
 def _instruction(row: RowDict, ask: str, answer: str) -> tuple[list[Any], set[str]]:
@@ -226,10 +231,16 @@ def _asked(prompt: Any, name: str) -> Any:
     return prompt
 
 
-def _no_layout(row: RowDict) -> DataError:
+def _no_layout(row: RowDict, absent: list[str]) -> DataError:
     columns = ", ".join(repr(name) for name in list(row)[:SHOWN]) or "none"
     near = [f"{known!r} by {name!r}" for name in list(row)[:SHOWN] if (known := _nearest(name))]
     hint = f"; did you mean {', '.join(near)}?" if near else ""
+    if empty := [name for name in absent if name in READ]:
+        hint += (
+            f"; {' and '.join(map(repr, empty))} {'is' if len(empty) == 1 else 'are'} null or NaN here: drop the row"
+        )
+    if len(row) == 1 and (separator := next((c for c in ";\t|" if c in next(iter(row))), None)):
+        hint += f"; columns are divided by ',' in a .csv, by a tab in a .tsv, and here by {separator!r}"
     if "text" in row:
         hint += "; a 'text' alone is for pretraining: arriero shard"
     return DataError(f"no known layout in its columns ({columns}); rename them to one of: {LAYOUTS}{hint}")

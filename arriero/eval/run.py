@@ -18,7 +18,6 @@ from rich.console import Console
 
 from arriero.checkpoint.load import best_device, load
 from arriero.checkpoint.source import resolve
-from arriero.curate.web import valid
 from arriero.data.formats import Conversation, parse_records
 from arriero.data.shards import ONE_SOURCE
 from arriero.errors import ConfigError, DataError
@@ -33,7 +32,7 @@ from arriero.model.linear import densify
 from arriero.model.llama import Llama
 from arriero.show.progress import progress
 from arriero.show.terminal import output
-from arriero.tokenizer.base import Tokenizer, utf8
+from arriero.tokenizer.base import Tokenizer, utf8, well_formed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 R = TypeVar("R", bound=Results)
@@ -157,4 +156,4 @@ def _text(record: Record) -> tuple[str, str]:
         )
     if isinstance(source, bytes):
         source = source.decode("utf-8", "replace")
-    return valid("" if source is None else str(source)) or ONE_SOURCE, text
+    return well_formed("" if source is None else str(source)) or ONE_SOURCE, text

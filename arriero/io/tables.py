@@ -1,8 +1,8 @@
 """Rows of Parquet and Arrow files (streams, files and so Feather), of the columns that are asked for.
 
 A row is refused, with its column, if Python cannot represent a value of it, such as text that is not UTF-8 or a date
-beyond the year 9999; a time in nanoseconds is read as text. Parquet is read by row groups, in batches of at most 64
-rows and some 16 MB.
+beyond the year 9999; times and durations in nanoseconds are read as text. Parquet is read by row groups, in batches of
+at most 64 rows and some 16 MB.
 """
 
 from __future__ import annotations
@@ -312,16 +312,16 @@ def _row(batch: Any, i: int, where: str) -> tuple[dict[str, Any], DataError | No
 
 
 def _value(scalar: Any) -> Any:
-    """A value of Python's; a time of nanoseconds, which Python has not, as text."""
+    """A value of Python's; times and durations of nanoseconds, which Python has not, as text."""
     import pyarrow as pa
 
     try:
         return scalar.as_py()
     except ValueError:
         kind = scalar.type
-        if not (pa.types.is_timestamp(kind) or pa.types.is_time(kind)) or getattr(kind, "unit", "") != "ns":
+        if getattr(kind, "unit", "") != "ns":
             raise
-        return scalar.cast(pa.string()).as_py()
+        return f"{scalar.value} ns" if pa.types.is_duration(kind) else scalar.cast(pa.string()).as_py()
 
 
 def _without_none(value: Any) -> Any:

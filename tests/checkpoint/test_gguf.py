@@ -177,6 +177,12 @@ def test_what_is_no_plain_llama_is_refused(tmp_path, changes, problem):
     assert "m.gguf" in str(error.value)
 
 
+def test_another_vocabulary_size_than_the_embeddings_rows_is_said(tmp_path, fresh_warnings):
+    rows = toy_config("smollm2-135m").vocab_size
+    assert open_gguf(small_file(tmp_path, **{"llama.vocab_size": 999_999})).config.vocab_size == rows
+    assert "m.gguf: llama.vocab_size is 999999, its embeddings have" in fresh_warnings()[0]
+
+
 def test_a_file_cut_anywhere_is_refused_by_name(tmp_path):
     file = small_file(tmp_path, **{"tokenizer.ggml.tokens": ["a", "bc", "def"]})
     whole = file.read_bytes()

@@ -108,6 +108,14 @@ def test_a_page_names_its_encoding_in_its_head(head, text):
     assert main_text(page, "resiliparse", "a page").strip() == text
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
+def test_a_byte_order_mark_decides_and_is_no_text(encoding):
+    page = '\ufeff<html><head><meta charset="shift_jis"></head><body><main><p>Łódź</p></main></body></html>'
+    assert main_text(page.encode(encoding), "resiliparse", "a page", "windows-1251") == "Łódź"
+    assert decoded("\ufeffŁódź".encode(encoding), "windows-1251") == "Łódź"
+    assert decoded("яю, а".encode("cp1251"), "windows-1251") == "яю, а"  # whose first bytes are those of a mark
+
+
 def test_text_under_a_wrong_label_is_found_by_its_bytes():
     assert (
         decoded(JAPANESE.encode(), "shift_jis") == JAPANESE

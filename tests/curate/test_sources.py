@@ -327,16 +327,22 @@ def test_two_directories_of_one_name_give_distinct_ids(tmp_path):
     assert [d.id for d in read_documents([tmp_path / "x/data", tmp_path / "y/data"])] == ["data/a.txt", "data~2/a.txt"]
 
 
-def test_lone_surrogates_become_question_marks(tmp_path):
+def test_lone_surrogates_become_replacement_characters_as_in_rows_of_conversations(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "bad \\ud800 pair"}\n')
     [document] = read_documents([tmp_path / "a.jsonl"])
-    assert document.text == "bad ? pair"
+    assert document.text == "bad \ufffd pair"
+
+
+def test_nan_in_a_cell_is_no_id(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "id": NaN, "url": NaN, "source": NaN}\n')
+    [document] = read_documents([tmp_path / "a.jsonl"])
+    assert (document.id, document.source, document.url) == ("a.jsonl:1", "a", "")
 
 
 def test_columns_become_what_json_and_utf8_can_hold(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "\\ud800": 1, "no": null, "meta": {"x": ["\\ud800"]}}\n')
     [document] = read_documents([tmp_path / "a.jsonl"])
-    assert document.meta == {"?": 1, "x": ["?"]}
+    assert document.meta == {"\ufffd": 1, "x": ["\ufffd"]}
     when = datetime.datetime(2020, 1, 2)
     pa.parquet.write_table(pa.Table.from_pylist([{"text": "a", "meta": {"when": when}}]), tmp_path / "a.parquet")
     [document] = read_documents([tmp_path / "a.parquet"])
@@ -360,7 +366,7 @@ def test_a_null_text_in_parquet_is_called_that(tmp_path):
     pa.parquet.write_table(
         pa.Table.from_pylist([{"text": "a", "d": 1}, {"text": None, "d": 2}]), tmp_path / "a.parquet"
     )
-    with pytest.raises(DataError, match=r"row 2 of .*a\.parquet: 'text' is null; fill it or drop the row"):
+    with pytest.raises(DataError, match=r"row 2 of .*a\.parquet: 'text' is null or NaN; fill it or drop the row"):
         list(read_documents([tmp_path / "a.parquet"]))
 
 
@@ -394,7 +400,7 @@ BROKEN = {
     ),
     "null": (
         '{"text": "a"}\n{"text": null}\n{"text": "c"}\n',
-        r"row 2 of .*a\.jsonl: 'text' is null; fill it or drop the row",
+        r"row 2 of .*a\.jsonl: 'text' is null or NaN; fill it or drop the row",
     ),
     "no string": (
         '{"text": "a"}\n{"text": 7}\n{"text": "c"}\n',

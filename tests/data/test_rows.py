@@ -174,6 +174,13 @@ REFUSED = {
         "did you mean 'prompt' by 'prompt ', 'completion' by ' comp",
     ),
     "a system in capitals": ({**ANSWERED, "System": "x"}, "the column 'System' is not known; did you mean 'system'"),
+    "an answer that is null": ({"prompt": "a", "completion": None}, "'completion' is null or NaN here: drop the row"),
+    "an answer that is NaN": (
+        {"prompt": "a", "completion": math.nan},
+        "'completion' is null or NaN here: drop the row",
+    ),
+    "semicolons between columns": ({"prompt;completion": "a;b"}, "columns are divided by ',' .* and here by ';'"),
+    "instructions": ({**ANSWERED, "instructions": "Be brief"}, "'instructions' stands beside 'prompt', and would be"),
     "an empty prompt": ({"prompt": " ", "completion": "b"}, "'prompt' is empty, so there is nothing to answer"),
     "an empty instruction": ({"instruction": "", "input": "\n", "output": "b"}, "'instruction' is empty"),
     "false for an answer": ({"question": "a", "answer": False}, "'answer' is false; write the word that it stands for"),

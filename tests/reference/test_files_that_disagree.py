@@ -140,6 +140,22 @@ def test_a_stale_index_beside_the_whole_file_is_named_once_and_not_used(tmp_path
     assert len(fresh_warnings()) == 1
 
 
+@pytest.mark.parametrize("broken", ["{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "{"])
+def test_a_broken_index_beside_the_whole_file_is_not_used_either(tmp_path, broken, fresh_warnings):
+    directory = tmp_path / "m"
+    save_hf(toy_model("llama3-8b"), directory)
+    (directory / "model.safetensors.index.json").write_text(broken)
+    open_hf(directory)
+    assert "tells of other files than model.safetensors" in fresh_warnings()[0]
+
+
+def test_a_model_that_was_saved_without_its_head_is_named(tmp_path):
+    save_hf(toy_model("llama3-8b"), tmp_path / "m")
+    transformers.AutoModel.from_pretrained(tmp_path / "m").save_pretrained(tmp_path / "bare")
+    with pytest.raises(CheckpointError, match=r'bare: its tensors are named without "model\.".* AutoModelForCausalLM'):
+        load_model(tmp_path / "bare")
+
+
 @pytest.fixture
 def sharded(tmp_path):
     save_hf(toy_model("llama3-8b"), tmp_path / "m", max_shard_bytes=100_000)
