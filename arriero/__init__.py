@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from arriero.checkpoint.convert import convert as convert
     from arriero.checkpoint.load import load as load
     from arriero.checkpoint.merge import merge as merge
+    from arriero.checkpoint.quantize import quantize as quantize
     from arriero.errors import UserError as UserError
     from arriero.eval.config import EvalConfig as EvalConfig
     from arriero.infer.generate import generate as generate
@@ -46,6 +47,7 @@ _HOMES = {
     "convert": "arriero.checkpoint.convert",
     "load": "arriero.checkpoint.load",
     "merge": "arriero.checkpoint.merge",
+    "quantize": "arriero.checkpoint.quantize",
     "UserError": "arriero.errors",
     "EvalConfig": "arriero.eval.config",
     "generate": "arriero.infer.generate",

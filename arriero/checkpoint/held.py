@@ -51,4 +51,4 @@ def held_in(weights: Weights, kind: str | None) -> Weights:
         weight = weights.read(name)
         return FORMATS[kind].rounded(weight) if name.endswith(endings) else weight
 
-    return replace(weights, read=read, read_rows=None)
+    return replace(weights, read=read, read_rows=None, packed=lambda name: None)

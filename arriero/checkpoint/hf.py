@@ -15,15 +15,27 @@ import torch
 from torch import Tensor
 
 from arriero.checkpoint.beside import NOTHING, Beside
+from arriero.checkpoint.compressed import (
+    CONFIG,
+    INTEGERS,
+    Packed,
+    open_compressed,
+    quantization_config,
+    quantization_of,
+    stored_entries,
+    stored_tensor,
+)
 from arriero.checkpoint.files import replaced_directory
-from arriero.checkpoint.tensor_file import Entry, Reader, safetensors_entries, tensor_reader, write_safetensors
+from arriero.checkpoint.tensor_file import FLOATS, Entry, Reader, safetensors_entries, tensor_reader, write_safetensors
 from arriero.checkpoint.weights import Weights, check_sizes, from_model, opened
 from arriero.errors import CheckpointError
 from arriero.io.files import write_json
 from arriero.io.paths import as_path
 from arriero.io.reading import read_json, reading
+from arriero.model.build import tensor_shapes
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import HeadKind, Llama
+from arriero.quant.packed import Quantized
 from arriero.show.terminal import warn_once
 
 if TYPE_CHECKING:
@@ -31,14 +43,22 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LINEAR_ENDS = ("_proj.weight", "lm_head.weight")
 ALL_WEIGHTS = "model*.safetensors*"
 CLASSIFIER = "ForSequenceClassification"
 
 
 def read_config(directory: Path) -> LlamaConfig:
-    """The shape of the model in a Hugging Face directory."""
+    """The shape of the model in a Hugging Face directory; raises `CheckpointError` for what is not read."""
+    return _config_and_method(directory)[0]
+
+
+def _config_and_method(directory: Path) -> tuple[LlamaConfig, str]:
+    """The shape, and the method by which weights are quantised ("" for none)."""
     file = directory / "config.json"
-    return LlamaConfig.from_hf(read_json(file), str(file))
+    config = read_json(file)
+    method = quantization_of(config, str(file))
+    return LlamaConfig.from_hf(config, str(file)), method
 
 
 def read_head(directory: Path) -> HeadKind:
@@ -59,12 +79,12 @@ def open_hf(directory: Path) -> Weights:
 
     Raises `CheckpointError` for a missing or damaged file and for tensors that do not fit config.json.
     """
-    config = read_config(directory)
+    config, method = _config_and_method(directory)
     readers: dict[str, Reader] = {}
     entries: dict[str, Entry] = {}
     holders: dict[str, Path] = {}
     for file, named in _weight_files(directory).items():
-        found = safetensors_entries(file)
+        found = safetensors_entries(file, (*FLOATS, *INTEGERS) if method else FLOATS)
         if lacking := sorted(named - found.keys()):
             raise CheckpointError(
                 f"{file}: {lacking[0]} is not in it, though {INDEX} says so; copy or download both again"
@@ -81,15 +101,21 @@ def open_hf(directory: Path) -> Weights:
             f'{directory}: its tensors are named without "model.", as AutoModel saves a model without its head; save '
             "it from AutoModelForCausalLM"
         )
+    packed: Packed = _nothing_packed
+    if method:
+        entries, packed = open_compressed(directory, method, entries, readers)
     check_sizes(directory, config, {name: entry.shape for name, entry in entries.items()}, "model.layers.")
-    return opened(
-        directory,
-        config,
-        entries,
-        lambda name: readers[name](name),
-        lambda name, start, stop: readers[name](name, start, stop),
-        read_head(directory),
-    )
+
+    def read(name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        matrix = packed(name, start, stop)
+        return readers[name](name, start, stop) if matrix is None else matrix.dense()
+
+    return opened(directory, config, entries, read, read, read_head(directory), lambda name: packed(name, 0, None))
+
+
+def _nothing_packed(name: str, start: int, stop: int | None) -> Quantized | None:
+    """Every tensor is dense."""
+    return None
 
 
 def _weight_files(directory: Path) -> dict[Path, set[str]]:
@@ -161,31 +187,58 @@ def write_hf(
     max_shard_bytes: int = 5_000_000_000,
     tokenizer: Tokenizer | None = None,
     beside: Beside = NOTHING,
+    kinds: Mapping[str, str] = {},
     progress: Callable[[str], None] = lambda name: None,
     check: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Write weights as a Hugging Face directory, all or nothing.
 
-    dtype: None keeps the stored type. beside: what else the model's source holds (`read_beside`). progress(name) is
-    called before each tensor is written, check(directory) on the complete files before they are put in place.
+    dtype: None keeps the stored type. beside: what else the model's source holds (`read_beside`). kinds: matrices that
+    are written in codes of a kind, which `weights.packed` gives (see compressed.py). progress(name) is called before
+    each tensor is written, check(directory) on the complete files before they are put in place.
     """
     dtype = dtype or weights.dtype
-    entries = {name: Entry(entry.shape, dtype) for name, entry in weights.entries.items()}
+    linears = {name: name.removesuffix(".weight") for name in kinds}
+    entries: dict[str, Entry] = {}
+    for name, entry in weights.entries.items():
+        quantized = name in kinds and stored_entries(linears[name], entry.shape, kinds[name], dtype)
+        entries |= quantized or {name: Entry(entry.shape, dtype)}
     shards = _shards(entries, max_shard_bytes)
-
-    def read(name: str) -> Tensor:
-        progress(name)
-        return weights.read(name)
+    read = _stored_reader(weights, linears, progress)
 
     with replaced_directory(directory, replaces=ALL_WEIGHTS) as temporary:
         for file, names in shards.items():
             write_safetensors(temporary / file, {name: entries[name] for name in names}, read)
         if len(shards) > 1:
-            total = sum(prod(entry.shape) * dtype.itemsize for entry in entries.values())
+            total = sum(prod(entry.shape) * entry.dtype.itemsize for entry in entries.values())
             where = {name: file for file, names in shards.items() for name in names}
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-        _write_sidecars(temporary, weights.config, dtype, tokenizer, beside, weights.head)
+        stated = {linears[name]: kind for name, kind in kinds.items()}
+        _write_sidecars(temporary, weights.config, dtype, tokenizer, beside, weights.head, stated)
         check(temporary)
+
+
+def _stored_reader(
+    weights: Weights, linears: Mapping[str, str], progress: Callable[[str], None]
+) -> Callable[[str], Tensor]:
+    """Reads the tensors of a file in order; those of one quantised matrix follow each other, so one is kept."""
+    kept: dict[str, Quantized] = {}
+    matrices = {linear: name for name, linear in linears.items()}
+
+    def read(name: str) -> Tensor:
+        linear, _, suffix = name.rpartition(".")
+        if linear not in matrices:
+            progress(name)
+            return weights.read(name)
+        if linear not in kept:
+            progress(matrices[linear])
+            matrix = weights.packed(matrices[linear])
+            assert matrix is not None, linear
+            kept.clear()
+            kept[linear] = matrix
+        return stored_tensor(kept[linear], suffix)
+
+    return read
 
 
 def save_hf(
@@ -226,8 +279,12 @@ def _write_sidecars(
     tokenizer: Tokenizer | None,
     beside: Beside,
     head: HeadKind = "logits",
+    kinds: Mapping[str, str] = {},
 ) -> None:
-    """Write config.json, generation_config.json, the tokenizer's files and what goes along."""
+    """Write config.json, generation_config.json, the tokenizer's files and what goes along.
+
+    kinds: the linears whose weights are quantised, and how.
+    """
     if tokenizer is not None:
         tokenizer.save(directory)
     shape = config.to_hf(str(dtype).removeprefix("torch."))
@@ -235,6 +292,9 @@ def _write_sidecars(
         assert head == "score", "no Hugging Face class has a head of values"
         shape["architectures"] = [name.replace("ForCausalLM", CLASSIFIER) for name in shape["architectures"]]
         shape |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
+    if kinds:
+        linears = {name.removesuffix(".weight") for name in tensor_shapes(config, head) if name.endswith(LINEAR_ENDS)}
+        shape[CONFIG] = quantization_config(kinds, linears | {"lm_head"})  # named even where it is the embeddings
     beside.write(directory, tokenizer, shape)
 
 

@@ -80,4 +80,4 @@ def merged(weights: Weights, lora: LoraConfig, tensors: dict[str, Tensor]) -> We
         rank, alpha = lora.rank_pattern.get(linear, lora.rank), lora.alpha_pattern.get(linear, lora.alpha)
         return weight.float() + lora.scale(rank, alpha) * (b @ a)
 
-    return replace(weights, read=read, read_rows=None)
+    return replace(weights, read=read, read_rows=None, packed=lambda name: None)

@@ -7,7 +7,7 @@ safetensors package's writer needs all of them at once, and its reader copies ou
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -67,8 +67,8 @@ def header(entries: Mapping[str, Entry], **metadata: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def safetensors_entries(file: Path) -> dict[str, Entry]:
-    """Names, shapes and types of the tensors in a safetensors file."""
+def safetensors_entries(file: Path, types: Sequence[str] = FLOATS) -> dict[str, Entry]:
+    """Names, shapes and types of the tensors in a safetensors file; those of other `types` are refused."""
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file, though the index names it")
     entries = {}
@@ -76,8 +76,8 @@ def safetensors_entries(file: Path) -> dict[str, Entry]:
         pieces = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (safe_open is no dictionary)
         found = {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in pieces.items()}
     for name, (dtype, shape) in found.items():
-        if dtype not in FLOATS:
-            raise CheckpointError(f"{file}: tensor {name} has type {dtype}; readable are {', '.join(FLOATS)}")
+        if dtype not in types:
+            raise CheckpointError(f"{file}: tensor {name} has type {dtype}; readable are {', '.join(types)}")
         entries[name] = Entry(shape, DTYPES[dtype])
     return entries
 

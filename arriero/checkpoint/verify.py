@@ -171,16 +171,59 @@ def _read_hf(directory: Path) -> Reading:
         with safe_open(file, "pt") as tensors:
             there = [name for name, owner in owners.items() if owner[0] == file]
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in there}
-    if _EMBEDDINGS not in owners:  # the head alone is there, and is both
-        owners[_EMBEDDINGS], shapes[_EMBEDDINGS] = owners[_HEAD], shapes[_HEAD]
 
-    def read(name: str) -> Tensor:
+    def tensor(name: str) -> Tensor:
         file, key = owners[name]
         with safe_open(file, "pt") as tensors:  # anew each time: what is mapped counts as memory
             return tensors.get_tensor(key).clone()
 
+    quantized = {name.removesuffix("_scale") for name in shapes if name.endswith(".weight_scale")}
+    shapes |= {name: _quantized_shape(name, shapes, tensor) for name in quantized}
+    shapes = {name: shape for name, shape in shapes.items() if not re.search(r"\.weight_\w+$", name)}
+    if _EMBEDDINGS not in owners:  # the head alone is there, and is both
+        owners[_EMBEDDINGS], shapes[_EMBEDDINGS] = owners[_HEAD], shapes[_HEAD]
+
+    def read(name: str) -> Tensor:
+        return _multiplied_out(name, shapes[name], owners, tensor) if name in quantized else tensor(name)
+
     facts = {**_hf_facts(config), "vocab_size": shapes[_EMBEDDINGS][0]}
     return Reading(facts, shapes, read)
+
+
+def _quantized_shape(
+    name: str, shapes: Mapping[str, tuple[int, ...]], tensor: Callable[[str], Tensor]
+) -> tuple[int, ...]:
+    """The shape of a matrix in few bits, of which the file holds codes and scales."""
+    if name in shapes:
+        return shapes[name]
+    if f"{name}_shape" in shapes:
+        return tuple(tensor(f"{name}_shape").tolist())
+    rows, halves = shapes[f"{name}_packed"]
+    return rows, 2 * halves
+
+
+def _multiplied_out(
+    name: str, shape: tuple[int, ...], there: Mapping[str, Any], tensor: Callable[[str], Tensor]
+) -> Tensor:
+    """A matrix in few bits, code times scale, by NumPy: compressed-tensors' layouts, and NF4's levels in bytes."""
+    scales = tensor(f"{name}_scale").float().numpy()
+    scales = scales.reshape(len(scales), -1, 1)
+    if name in there:
+        codes = tensor(name).numpy().astype(np.float32)
+    else:
+        packed = tensor(f"{name}_packed").numpy()
+        codes = packed.view(np.uint8)
+        if codes.shape[1] >= shape[1]:
+            codes = codes[:, : shape[1]].astype(np.float32) - 128
+        else:
+            halves = np.stack([codes % 16, codes // 16], axis=2).reshape(shape)
+            codes = np.array(_NF4, np.float32)[halves] if packed.dtype == np.uint8 else halves.astype(np.float32) - 8
+    codes = codes.reshape(len(codes), scales.shape[1], -1)
+    if f"{name}_zero_point" in there:
+        words = tensor(f"{name}_zero_point").numpy()
+        zeros = np.stack([words >> 4 * i & 15 for i in range(8)], axis=1).reshape(-1, words.shape[1])[: len(codes)]
+        codes = codes + (8 - zeros[:, :, None]).astype(np.float32)
+    return torch.from_numpy((codes * scales).reshape(shape))
 
 
 def _hf_owners(directory: Path) -> dict[str, tuple[Path, str]]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,10 @@ from arriero.errors import CheckpointError
 from arriero.model.build import tensor_shapes
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import EMBEDDINGS, HEAD, HeadKind, Llama
+from arriero.quant.packed import Quantized
 from arriero.show.terminal import warn_once
+
+T = TypeVar("T")
 
 _COMPARED = 1 << 22  # values of two matrices that are compared at a time
 
@@ -35,7 +39,8 @@ class Weights:
 
     source: the file or directory, for messages. read(name) returns a new tensor of `entries[name]`'s shape and type;
     read_rows(name, start, stop) some of its rows, where the format allows it. Both refuse NaN and infinite values.
-    head: the kind of the model's head.
+    head: the kind of the model's head. packed(name): the codes and scales of a matrix that is stored quantised (`read`
+    multiplies them out), None for every other tensor.
     """
 
     source: Path
@@ -44,6 +49,7 @@ class Weights:
     read: Callable[[str], Tensor]
     read_rows: Callable[[str, int, int], Tensor] | None = None
     head: HeadKind = "logits"
+    packed: Callable[[str], Quantized | None] = lambda name: None
 
     def part(self, name: str, _: Sequence[int], box: tuple[slice, ...]) -> Tensor:
         """The values of a tensor within `box`, a slice for each dimension; rows outside it are not read, if possible.
@@ -71,6 +77,7 @@ def opened(
     read: Callable[[str], Tensor],
     read_rows: Callable[[str, int, int], Tensor] | None = None,
     head: HeadKind = "logits",
+    packed: Callable[[str], Quantized | None] = lambda name: None,
 ) -> Weights:
     """`Weights` of a file, checked by `checked`, whose values are checked to be finite; decides whether they are tied.
 
@@ -79,7 +86,7 @@ def opened(
     """
     if config.tied_embeddings and HEAD in entries and EMBEDDINGS not in entries:
         entries = {EMBEDDINGS if name == HEAD else name: entry for name, entry in entries.items()}
-        read, read_rows = _renamed(read), _renamed(read_rows) if read_rows else None
+        read, read_rows, packed = _renamed(read), _renamed(read_rows) if read_rows else None, _renamed(packed)
 
     def finite(name: str) -> Tensor:
         return check_finite(source, name, read(name))
@@ -95,10 +102,10 @@ def opened(
             f"holds a {HEAD} that differs from {EMBEDDINGS}; the two are kept apart, as in transformers"
         )
         config = replace(config, tied_embeddings=False)
-    return checked(source, config, entries, finite, weights.read_rows, head)
+    return replace(checked(source, config, entries, finite, weights.read_rows, head), packed=packed)
 
 
-def _renamed(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _renamed(read: Callable[..., T]) -> Callable[..., T]:
     return lambda name, *rows: read(HEAD if name == EMBEDDINGS else name, *rows)
 
 

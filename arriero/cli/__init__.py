@@ -37,6 +37,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval needle": use.needle,
     "merge": use.merge,
     "convert": use.convert,
+    "quantize": use.quantize,
     "data inspect": data.inspect,
     "data verify": data.verify,
     "data build docstrings": data.build_docstrings,

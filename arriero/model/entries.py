@@ -102,9 +102,3 @@ def _check_layers(config: Fields, kind: str) -> None:
             f"{config.file}: hidden_act is {shown(activation)}; a {kind} here uses 'silu': take another model, or this "
             "one's own software"
         )
-    if config.get("quantization_config"):
-        method = config.group("quantization_config").get("quant_method", "unknown")
-        raise CheckpointError(
-            f"{config.file}: quantization_config says that the weights are quantised (method {shown(method)}); "
-            "such weights are read from GGUF files only: take a GGUF file of the model, or its unquantised version"
-        )

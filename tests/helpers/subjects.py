@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from arriero.checkpoint.hf import save_hf, write_hf
 from arriero.checkpoint.load import load_model, load_tokenizer_at, open_weights
 from arriero.checkpoint.meta import write_meta
 from arriero.checkpoint.peft_config import read_peft_config
+from arriero.checkpoint.quantize import quantize
 from arriero.checkpoint.sharded import Checkpoints
 from arriero.checkpoint.weights import from_model
 from arriero.curate import classifier
@@ -203,6 +205,15 @@ def write_hugging_face(folder: Path) -> None:
 
 def write_in_shards(folder: Path) -> None:
     write_hf(from_model(model(QWEN)), folder, max_shard_bytes=20_000)
+
+
+def write_quantized(kind: str, folder: Path) -> None:
+    save_hf(model(LlamaConfig(32, 1, 2, 1, 64, 512, 64)), folder / "whole", byte_level())
+    quantize(folder / "whole", folder / "q", type=kind)  # type: ignore[arg-type]
+    shutil.rmtree(folder / "whole")
+    for file in (folder / "q").iterdir():
+        file.rename(folder / file.name)
+    (folder / "q").rmdir()
 
 
 def write_metas(folder: Path) -> None:
@@ -553,11 +564,14 @@ TOKENIZERS = [
     Subject("tokenizer.model of SentencePiece", write_sentencepiece, read_tokenizer),
     Subject("tokenizer.model of tiktoken", write_tiktoken, read_tokenizer),
 ]
+WEIGHTS_AND_CONFIG = ("model.safetensors", "config.json")
 MODELS = [
     Subject("hugging face, whole", write_hugging_face, read_checkpoint),
     Subject("hugging face, settings", write_hugging_face, read_model, ("config.json", "generation_config.json")),
     Subject("hugging face, weights", write_hugging_face, read_model, ("model.safetensors",)),
     Subject("hugging face in shards", write_in_shards, read_model),
+    Subject("compressed-tensors, int4", partial(write_quantized, "int4"), read_model, WEIGHTS_AND_CONFIG),
+    Subject("compressed-tensors, int8", partial(write_quantized, "int8"), read_model, WEIGHTS_AND_CONFIG),
     Subject("meta", write_metas, read_model),
     Subject("gguf, byte-level, Q8_0", write_gguf_bytes, read_gguf),
     Subject("gguf, pieces, F16", write_gguf_pieces, read_gguf),
