@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     from arriero.checkpoint.quantize import quantize as quantize
     from arriero.errors import UserError as UserError
     from arriero.eval.config import EvalConfig as EvalConfig
+    from arriero.infer.config import SamplingConfig as SamplingConfig
+    from arriero.infer.engine import Engine as Engine
     from arriero.infer.generate import generate as generate
     from arriero.infer.generate import stream as stream
+    from arriero.infer.request import Request as Request
     from arriero.model.config import LlamaConfig as LlamaConfig
     from arriero.model.llama import Llama as Llama
     from arriero.model.lora_config import LoraConfig as LoraConfig
@@ -50,6 +53,9 @@ _HOMES = {
     "quantize": "arriero.checkpoint.quantize",
     "UserError": "arriero.errors",
     "EvalConfig": "arriero.eval.config",
+    "SamplingConfig": "arriero.infer.config",
+    "Engine": "arriero.infer.engine",
+    "Request": "arriero.infer.request",
     "generate": "arriero.infer.generate",
     "stream": "arriero.infer.generate",
     "LlamaConfig": "arriero.model.config",

@@ -2,11 +2,12 @@
 
 A layout has the position of each token in its document, from which the RoPE tables are computed once for all layers,
 and gives each layer its attention function. The decoder knows nothing else of packing, caches or context parallelism:
-another pattern (a sliding window, a paged cache) is another class with these two members.
+another pattern (a sliding window) is another class with these two members.
 
     Rows            each row of a batch is one document                                     (here)
     Documents       documents lie end to end in one row, and may continue earlier ones      (here)
     CachedTokens    new tokens behind those whose keys and values a cache holds             (cache.py)
+    PagedTokens     tokens of many sequences behind those that a cache in blocks holds      (paged.py)
     HeldDocuments   the part of a packed row that a context-parallel process holds          (distributed/context.py)
 
 Documents that begin alike (a system prompt, the prompt of a preference pair or of a group of answers) share the

@@ -57,6 +57,12 @@ class LoraLinear(nn.Module):
         self.scales[name], self.dropouts[name] = scale, dropout
         self.active = name
 
+    def remove(self, name: str) -> None:
+        """Carry that adapter no more, if it does; none acts now."""
+        if name in self.scales:
+            del self.lora_A[name], self.lora_B[name], self.scales[name], self.dropouts[name]
+        self.active = None
+
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.active, tuple):
             return self._each_with_its_own(x, self.active)
@@ -148,6 +154,12 @@ def add_lora(model: M, config: LoraConfig, seed: int = 0, *, name: str = DEFAULT
         if not p.is_meta:
             p.data.copy_(initial_adapter(tensor, p.shape, whole(p.shape), seed=seed))
     return model
+
+
+def remove_lora(model: nn.Module, name: str) -> None:
+    """Drop the adapter of that name; none acts until the next `use_adapter`. Linears without any stay wrapped."""
+    for module in _wrapped(model):
+        module.remove(name)
 
 
 def adapters(model: nn.Module) -> list[str]:
