@@ -1,9 +1,9 @@
 """C++ for loops that torch has no fast operator for: compiled on first use by the system's compiler, and cached.
 
-A C++ file is one self-contained source with a plain C interface, called through ctypes, and always a faster twin of
-Python or torch code: where it cannot be compiled, that runs instead, and a notice says so. The first use costs a few
-seconds. Everything that the binary depends on (source, flags, compiler, CPU) is hashed into its name, so it cannot be
-stale. No torch here.
+A C++ file, with the headers beside it, is one source with a plain C interface, called through ctypes, and always a
+faster twin of Python or torch code: where it cannot be compiled, that runs instead, and a notice says so. The first use
+costs some seconds. All that the binary depends on (sources, flags, compiler, CPU) is hashed into its name, so it
+cannot be stale. No torch here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def load_cpp(source: Path, instead: str, *flags: str) -> ctypes.CDLL | None:
         log.warning("no C++ compiler found: %s; install g++, or set CXX", instead)
         return None
     command = [*compiler, *FLAGS, *flags]
-    key = hashlib.sha256(repr((source.read_bytes(), command, _cpu())).encode()).hexdigest()[:20]
+    sources = [source, *sorted(source.parent.glob("*.h"))]
+    key = hashlib.sha256(repr(([s.read_bytes() for s in sources], command, _cpu())).encode()).hexdigest()[:20]
     library = cache_dir() / "kernels" / f"{source.stem}-{key}.so"
     try:
         if not library.is_file():

@@ -30,6 +30,12 @@ def model(request) -> Llama:
     return toy(request.param)
 
 
+@pytest.fixture(scope="session")
+def toys():
+    """A toy by name and seed."""
+    return toy
+
+
 @pytest.fixture
 def gqa() -> Llama:
     return toy("gqa")

@@ -1,0 +1,469 @@
+// Products of a weight matrix with rows of activations, for weights of four types.
+//
+// The outputs of a matrix lie across the lanes of vectors, and an output's sum over the inputs is one chain of additions
+// in the order of the inputs. So a result depends on its own row of activations and nothing else: not on how many rows
+// are multiplied together, how they are tiled, or which thread does it. What a tile shape changes is only how often
+// weights are loaded, and how many chains are in flight.
+//
+// Weights lie in panels of 64 outputs, the inputs of a panel one after the other, so that a panel is read as one stream:
+//   fp32   [in][64]
+//   bf16   [in / 2][64][2]: pairs of inputs, for the dot-product instruction
+//   int8   [in / 4][64][4] of code + 128; a scale fp32 for each output
+//   int4   [in / 32][4][64][4] bytes of two codes, which stand for 16 values; a scale (half precision) for each output and
+//          group of 32 inputs, and, where there are some, a minimum that is added
+// Activations for integer weights are integers of eight bits with a scale for each group of 32 inputs, chosen for each
+// row by itself. Integer sums are exact; the groups' results are added up in order in fp32.
+
+#pragma once
+
+#include <type_traits>
+
+#include "lanes.h"
+
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
+#define ARRIERO_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+constexpr int64_t kPanel = 64;              // outputs
+constexpr int64_t kBlocks = kPanel / kLanes;  // vectors
+constexpr int64_t kGroup = 32;              // inputs that share a scale
+
+enum Type : int64_t { kFloat, kBf16, kInt8, kInt4 };
+
+extern "C" struct Matrix {
+    int64_t type, out, in;
+    const void* data;          // panels
+    const void* scales;        // int8: float [out, padded to 64]; int4: half [panels][in / 32][64]
+    const void* minimums;      // int4: half, like scales, or null: w = scale * value of the code + minimum
+    const uint8_t* values;     // int4: what the 16 codes mean, plus 128
+};
+
+// The inputs of a product: n rows of `width` (a multiple of 32, filled with zeros), in the forms that are asked for.
+struct Rows {
+    int64_t width;
+    const float* floats;     // [n, width]
+    const bf16* halves;      // [n, width]
+    const int8_t* codes;     // [n, width]
+    const float* scales;     // [n, width / 32]
+    const int32_t* offsets;  // [n, width / 32]: -128 times the sum of a group's codes
+};
+
+inline Lanes broadcast_pair(uint32_t pair) { return (Lanes)(WideLanes{} + pair); }
+
+// sums + the products of two inputs: the second of each pair first, as the instruction does it.
+inline Lanes add_pairs(Lanes sums, Lanes w, Lanes x) {
+#if defined(__AVX512BF16__)
+    return (Lanes)_mm512_dpbf16_ps((__m512)sums, (__m512bh)w, (__m512bh)x);
+#else
+    const WideLanes high = WideLanes{} + 0xffff0000u;
+    sums += (Lanes)((WideLanes)w & high) * (Lanes)((WideLanes)x & high);
+    return sums + (Lanes)((WideLanes)w << 16) * (Lanes)((WideLanes)x << 16);
+#endif
+}
+
+// sums + the products of four inputs: w unsigned, x signed bytes, exact.
+inline IntLanes add_quads(IntLanes sums, Bytes w, IntLanes x) {
+#if defined(__AVX512VNNI__)
+    return (IntLanes)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+#elif defined(__AVX2__)
+    __m256i weights[2], inputs[2], total[2];
+    std::memcpy(weights, &w, sizeof w);
+    std::memcpy(inputs, &x, sizeof x);
+    std::memcpy(total, &sums, sizeof sums);
+    for (int i = 0; i < 2; ++i) {  // even and odd bytes as words: a product of bytes may not fit 16 bits
+        const __m256i even = _mm256_and_si256(weights[i], _mm256_set1_epi16(0xff));
+        const __m256i odd = _mm256_srli_epi16(weights[i], 8);
+        const __m256i even_x = _mm256_srai_epi16(_mm256_slli_epi16(inputs[i], 8), 8);
+        const __m256i odd_x = _mm256_srai_epi16(inputs[i], 8);
+        total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(even, even_x));
+        total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(odd, odd_x));
+    }
+    std::memcpy(&sums, total, sizeof sums);
+    return sums;
+#else
+    const IntLanes words = (IntLanes)w;
+    for (int i = 0; i < 4; ++i) sums += ((words >> 8 * i) & 0xff) * ((x << (24 - 8 * i)) >> 24);
+    return sums;
+#endif
+}
+
+inline Bytes lookup(Bytes table, Bytes codes) {
+#if defined(__AVX512BW__)
+    return (Bytes)_mm512_shuffle_epi8((__m512i)table, (__m512i)codes);
+#elif defined(__AVX2__)
+    __m256i from[2], at[2];
+    std::memcpy(from, &table, sizeof table);
+    std::memcpy(at, &codes, sizeof codes);
+    for (int i = 0; i < 2; ++i) at[i] = _mm256_shuffle_epi8(from[i], at[i]);
+    std::memcpy(&codes, at, sizeof codes);
+    return codes;
+#elif defined(__aarch64__)
+    uint8x16_t from[4], at[4];
+    std::memcpy(from, &table, sizeof table);
+    std::memcpy(at, &codes, sizeof codes);
+    for (int i = 0; i < 4; ++i) at[i] = vqtbl1q_u8(from[i], at[i]);
+    std::memcpy(&codes, at, sizeof codes);
+    return codes;
+#else
+    for (int i = 0; i < 64; ++i) codes[i] = table[codes[i]];
+    return codes;
+#endif
+}
+
+inline Bytes table_of(const uint8_t* values) {
+    Bytes table;
+    for (int i = 0; i < 64; ++i) table[i] = values[i % 16];
+    return table;
+}
+
+// The hardware's prefetcher alone leaves a fifth of the bandwidth unused.
+constexpr int64_t kAhead = 4096;  // bytes
+
+inline void prefetch(const void* p) { __builtin_prefetch((const char*)p + kAhead, 0, 0); }
+
+// Each kernel: the sums of R rows and B vectors of a panel's outputs, y [R][B].
+template <int R, int B>
+inline void run_float(const float* w, const Rows& x, int64_t row, Lanes (&y)[R][B]) {
+    const float* from = x.floats + row * x.width;
+    Lanes sums[R][B] = {};
+    for (int64_t i = 0; i < x.width; ++i, w += kPanel) {
+        Lanes weights[B];
+        for (int b = 0; b < B; ++b) prefetch(w + b * kLanes), weights[b] = load_lanes(w + b * kLanes);
+        for (int r = 0; r < R; ++r)
+            for (int b = 0; b < B; ++b) sums[r][b] += weights[b] * from[r * x.width + i];
+    }
+    std::memcpy(&y, &sums, sizeof y);
+}
+
+template <int R, int B>
+inline void run_bf16(const bf16* w, const Rows& x, int64_t row, Lanes (&y)[R][B]) {
+    const uint32_t* from[R];
+    for (int r = 0; r < R; ++r) from[r] = reinterpret_cast<const uint32_t*>(x.halves + (row + r) * x.width);
+    Lanes sums[R][B] = {};
+    for (int64_t i = 0; i < x.width / 2; ++i, w += 2 * kPanel) {
+        Lanes weights[B];
+        for (int b = 0; b < B; ++b) {
+            if (R == 1) prefetch(w + b * 2 * kLanes);
+            weights[b] = load<Lanes>(w + b * 2 * kLanes);
+        }
+        for (int r = 0; r < R; ++r) {
+            const Lanes pair = broadcast_pair(from[r][i]);
+            for (int b = 0; b < B; ++b) sums[r][b] = add_pairs(sums[r][b], weights[b], pair);
+        }
+    }
+    std::memcpy(&y, &sums, sizeof y);
+}
+
+// The sums of one group, times its scale, onto y. `scale(r, b)`: what the integer sums are multiplied by.
+template <int R, int B>
+inline void run_int8(const uint8_t* w, const float* scales, const Rows& x, int64_t row, Lanes (&y)[R][B]) {
+    const int64_t groups = x.width / kGroup;
+    Lanes total[R][B] = {};
+    for (int64_t g = 0; g < groups; ++g) {
+        IntLanes sums[R][B];
+        for (int r = 0; r < R; ++r)
+            for (int b = 0; b < B; ++b) sums[r][b] = IntLanes{} + x.offsets[(row + r) * groups + g];
+        for (int64_t q = 0; q < kGroup / 4; ++q, w += 4 * kPanel) {
+            Bytes weights[B];
+            for (int b = 0; b < B; ++b) {
+                if (R == 1) prefetch(w + b * 64);
+                weights[b] = load<Bytes>(w + b * 64);
+            }
+            for (int r = 0; r < R; ++r) {
+                int32_t quad;
+                std::memcpy(&quad, x.codes + (row + r) * x.width + g * kGroup + 4 * q, sizeof quad);
+                for (int b = 0; b < B; ++b) sums[r][b] = add_quads(sums[r][b], weights[b], IntLanes{} + quad);
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int b = 0; b < B; ++b)
+                total[r][b] += __builtin_convertvector(sums[r][b], Lanes) * x.scales[(row + r) * groups + g];
+    }
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < B; ++b) y[r][b] = total[r][b] * load_lanes(scales + b * kLanes);
+}
+
+template <int R, int B>
+inline void run_int4(const uint8_t* w, const uint16_t* scales, const uint16_t* minimums, Bytes table, const Rows& x,
+                     int64_t row, Lanes (&y)[R][B]) {
+    const int64_t groups = x.width / kGroup;
+    const Bytes low = Bytes{} + 15;
+    Lanes total[R][B] = {};
+    for (int64_t g = 0; g < groups; ++g, scales += kPanel) {
+        IntLanes sums[R][B];
+        for (int r = 0; r < R; ++r)
+            for (int b = 0; b < B; ++b) sums[r][b] = IntLanes{} + x.offsets[(row + r) * groups + g];
+        for (int64_t q = 0; q < kGroup / 8; ++q, w += 4 * kPanel) {
+            Bytes first[B], second[B];
+            for (int b = 0; b < B; ++b) {
+                if (R == 1) prefetch(w + b * 64);
+                const Bytes both = load<Bytes>(w + b * 64);
+                first[b] = lookup(table, both & low), second[b] = lookup(table, (Bytes)((HalvesOfBytes)both >> 4) & low);
+            }
+            for (int r = 0; r < R; ++r) {
+                int32_t quads[2];
+                const int8_t* codes = x.codes + (row + r) * x.width + g * kGroup + 4 * q;
+                std::memcpy(&quads[0], codes, 4), std::memcpy(&quads[1], codes + kGroup / 2, 4);
+                for (int b = 0; b < B; ++b) {
+                    sums[r][b] = add_quads(sums[r][b], first[b], IntLanes{} + quads[0]);
+                    sums[r][b] = add_quads(sums[r][b], second[b], IntLanes{} + quads[1]);
+                }
+            }
+        }
+        for (int b = 0; b < B; ++b) {
+            const Lanes scale = load_half(scales + b * kLanes);
+            for (int r = 0; r < R; ++r)
+                total[r][b] += __builtin_convertvector(sums[r][b], Lanes) * (scale * x.scales[(row + r) * groups + g]);
+        }
+        if (minimums) {
+            for (int b = 0; b < B; ++b) {
+                const Lanes minimum = load_half(minimums + b * kLanes);
+                for (int r = 0; r < R; ++r) {
+                    const int64_t at = (row + r) * groups + g;
+                    total[r][b] += minimum * (x.scales[at] * float(x.offsets[at] / -128));
+                }
+            }
+            minimums += kPanel;
+        }
+    }
+    std::memcpy(&y, &total, sizeof y);
+}
+
+#if defined(ARRIERO_TILES)
+// AMX: eight registers of 16 rows of 64 bytes. The kernel lends a process their state on request (Linux 5.16). They add
+// in another order than the vectors, so where they are lent every bf16 product uses them, of one row as of many.
+const bool tiles_lent = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+
+struct TilesOfThread {  // configured while it lives
+    TilesOfThread() {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } config;
+        asm volatile("" ::"r"(&config) : "memory");  // GCC does not know that all of it is read
+        if (tiles_lent) _tile_loadconfig(&config);
+    }
+    ~TilesOfThread() {
+        if (tiles_lent) _tile_release();
+    }
+};
+
+constexpr int64_t kRowsOfTile = 16;
+
+// 16 rows and a whole panel: y [16][64].
+inline void run_tiles(const bf16* w, const Rows& x, int64_t row, float* y) {
+    const bf16* from = x.halves + row * x.width;
+    const int64_t step = 16 * 2 * kPanel;  // of w, 32 inputs
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < x.width; i += 32, w += step) {
+        for (int64_t ahead = 0; ahead < step; ahead += 32) prefetch(w + ahead);
+        _tile_loadd(4, from + i, x.width * 2);
+        _tile_loadd(5, w, kPanel * 4);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, w + 32, kPanel * 4);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(7, w + 64, kPanel * 4);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_loadd(5, w + 96, kPanel * 4);
+        _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(0, y, kPanel * 4);
+    _tile_stored(1, y + 16, kPanel * 4);
+    _tile_stored(2, y + 32, kPanel * 4);
+    _tile_stored(3, y + 48, kPanel * 4);
+}
+
+// 32 rows and half a panel, whose weights are loaded once for both tiles of rows.
+inline void run_two_tiles(const bf16* w, const Rows& x, int64_t row, float* y) {
+    const bf16* from = x.halves + row * x.width;
+    const int64_t below = 16 * x.width;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < x.width; i += 32, w += 16 * 2 * kPanel) {
+        _tile_loadd(4, from + i, x.width * 2);
+        _tile_loadd(6, w, kPanel * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w + 32, kPanel * 4);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, from + below + i, x.width * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, y, kPanel * 4);
+    _tile_stored(1, y + 16, kPanel * 4);
+    _tile_stored(2, y + 16 * kPanel, kPanel * 4);
+    _tile_stored(3, y + 16 * kPanel + 16, kPanel * 4);
+}
+#else
+struct TilesOfThread {};
+#endif
+
+constexpr int64_t kRowPadding = 32;  // rows of activations are allocated in whole tiles
+
+#if defined(__AVX512F__)
+constexpr int kWide = 6, kNarrow = 6;  // rows of a tile: of floats, of integers
+constexpr int kFloatBlocks = 4, kIntBlocks = 2;
+#else
+constexpr int kWide = 2, kNarrow = 2;
+constexpr int kFloatBlocks = 2, kIntBlocks = 1;
+#endif
+
+// R rows of a panel, y [R][64].
+template <int R>
+inline void run(const Matrix& m, int64_t panel, const Rows& x, int64_t row, float* y) {
+    const auto blocks = [&](auto count, auto kernel) {  // B vectors at a time
+        constexpr int B = decltype(count)::value;
+        for (int64_t b = 0; b < kBlocks; b += B) {
+            Lanes found[R][B];
+            kernel(b * kLanes, found);
+            for (int r = 0; r < R; ++r) std::memcpy(y + r * kPanel + b * kLanes, found[r], sizeof found[r]);
+        }
+    };
+    using Floats = std::integral_constant<int, R == 1 ? 4 : kFloatBlocks>;
+    using Integers = std::integral_constant<int, R == 1 ? 4 : kIntBlocks>;
+    const int64_t groups = x.width / kGroup;
+    switch (m.type) {
+        case kFloat:
+            return blocks(Floats{}, [&](int64_t o, auto& found) {
+                run_float(static_cast<const float*>(m.data) + panel * x.width * kPanel + o, x, row, found);
+            });
+        case kBf16:
+            return blocks(Floats{}, [&](int64_t o, auto& found) {
+                run_bf16(static_cast<const bf16*>(m.data) + panel * x.width * kPanel + 2 * o, x, row, found);
+            });
+        case kInt8:
+            return blocks(Integers{}, [&](int64_t o, auto& found) {
+                run_int8(static_cast<const uint8_t*>(m.data) + panel * x.width * kPanel + 4 * o,
+                         static_cast<const float*>(m.scales) + panel * kPanel + o, x, row, found);
+            });
+        case kInt4: {
+            const int64_t at = panel * groups * kPanel;
+            const Bytes table = table_of(m.values);
+            return blocks(Integers{}, [&](int64_t o, auto& found) {
+                run_int4(static_cast<const uint8_t*>(m.data) + panel * x.width * kPanel / 2 + 4 * o,
+                         static_cast<const uint16_t*>(m.scales) + at + o,
+                         m.minimums ? static_cast<const uint16_t*>(m.minimums) + at + o : nullptr, table, x, row,
+                         found);
+            });
+        }
+    }
+}
+
+// emit(panel, row, y [64]) for the outputs of panels first..last and rows begin..end of x.
+template <class Emit>
+void multiply(const Matrix& m, int64_t first, int64_t last, const Rows& x, int64_t begin, int64_t end, Emit emit) {
+    alignas(64) float y[kRowPadding * kPanel];
+#if defined(ARRIERO_TILES)
+    if (m.type == kBf16 && tiles_lent) {
+        for (int64_t row = begin; row < end; row += 32)  // these rows stay in the nearest cache for all panels
+            for (int64_t panel = first; panel < last; ++panel) {
+                const bf16* w = static_cast<const bf16*>(m.data) + panel * x.width * kPanel;
+                const int64_t n = std::min<int64_t>(32, end - row);
+                if (n > 16) run_two_tiles(w, x, row, y), run_two_tiles(w + kPanel, x, row, y + 32);
+                else run_tiles(w, x, row, y);
+                for (int64_t r = 0; r < n; ++r) emit(panel, row + r, y + r * kPanel);
+            }
+        return;
+    }
+#endif
+    const int64_t most = m.type == kFloat || m.type == kBf16 ? kWide : kNarrow;
+    const int64_t tiles = (end - begin + most - 1) / most;
+    for (int64_t panel = first; panel < last; ++panel) {
+        int64_t row = begin;
+        for (int64_t t = 0; t < tiles; ++t) {  // of equal height, as nearly as may be
+            const int64_t n = (end - row + tiles - t - 1) / (tiles - t);
+            switch (n) {
+                case 1: run<1>(m, panel, x, row, y); break;
+                case 2: run<2>(m, panel, x, row, y); break;
+#if defined(__AVX512F__)
+                case 3: run<3>(m, panel, x, row, y); break;
+                case 4: run<4>(m, panel, x, row, y); break;
+                case 5: run<5>(m, panel, x, row, y); break;
+                case 6: run<6>(m, panel, x, row, y); break;
+#endif
+            }
+            for (int64_t r = 0; r < n; ++r) emit(panel, row + r, y + r * kPanel);
+            row += n;
+        }
+    }
+}
+
+// A row of activations in eight bits, a scale for each group: scale = max |x| / 127, code = x / scale to nearest even.
+inline void quantise(const float* x, int64_t width, int8_t* codes, float* scales, int32_t* offsets) {
+    for (int64_t g = 0; g < width / kGroup; ++g, x += kGroup, codes += kGroup) {
+        const Lanes a = load_lanes(x), b = load_lanes(x + kLanes);
+        const float most = largest(larger(larger(a, -a), larger(b, -b)));
+        const float inverse = most > 0 ? 127 / most : 0;
+        scales[g] = most / 127;
+        const Lanes magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+        const IntLanes low = (IntLanes)(a * inverse + magic) - (IntLanes)magic;
+        const IntLanes high = (IntLanes)(b * inverse + magic) - (IntLanes)magic;
+        int32_t total = 0;
+        for (int64_t i = 0; i < kLanes; ++i) codes[i] = int8_t(low[i]), total += low[i];
+        for (int64_t i = 0; i < kLanes; ++i) codes[kLanes + i] = int8_t(high[i]), total += high[i];
+        offsets[g] = -128 * total;
+    }
+}
+
+}  // namespace
+
+// Packing: from matrices as checkpoints have them, [out, in] row after row, to panels. `in` of the panels is padded to a
+// multiple of 32, `out` to one of 64, with zeros. Panels first..last, so that threads may share the work.
+extern "C" void arriero_pack_float(const float* from, int64_t out, int64_t in, int64_t first, int64_t last, float* to) {
+    const int64_t width = up(in, kGroup);
+    for (int64_t p = first; p < last; ++p)
+        for (int64_t o = 0; o < kPanel; ++o)
+            for (int64_t i = 0; i < width; ++i) {
+                const int64_t row = p * kPanel + o;
+                to[(p * width + i) * kPanel + o] = row < out && i < in ? from[row * in + i] : 0;
+            }
+}
+
+extern "C" void arriero_pack_bf16(const uint16_t* from, int64_t out, int64_t in, int64_t first, int64_t last,
+                                  uint16_t* to) {
+    const int64_t width = up(in, kGroup);
+    for (int64_t p = first; p < last; ++p)
+        for (int64_t o = 0; o < kPanel; ++o)
+            for (int64_t i = 0; i < width; ++i) {
+                const int64_t row = p * kPanel + o;
+                to[(p * width + i / 2 * 2) * kPanel + 2 * o + i % 2] = row < out && i < in ? from[row * in + i] : 0;
+            }
+}
+
+// codes int8 [out, in]; the padding reads as 0, which is 128 here.
+extern "C" void arriero_pack_int8(const int8_t* from, int64_t out, int64_t in, int64_t first, int64_t last,
+                                  uint8_t* to) {
+    const int64_t width = up(in, kGroup);
+    for (int64_t p = first; p < last; ++p)
+        for (int64_t o = 0; o < kPanel; ++o)
+            for (int64_t i = 0; i < width; ++i) {
+                const int64_t row = p * kPanel + o;
+                const int8_t code = row < out && i < in ? from[row * in + i] : int8_t(0);
+                to[(p * width + i / 4 * 4) * kPanel + 4 * o + i % 4] = uint8_t(code + 128);
+            }
+}
+
+// codes uint8 0..15 [out, in]. Of a group's 32 inputs, 4 q..4 q + 3 lie in the low halves of byte vector q, and 16 more
+// than these in the high halves. Padding has code 0; its activations are 0, so that it adds nothing.
+extern "C" void arriero_pack_int4(const uint8_t* from, int64_t out, int64_t in, int64_t first, int64_t last,
+                                  uint8_t* to) {
+    const int64_t width = up(in, kGroup);
+    const auto code = [&](int64_t row, int64_t i) { return row < out && i < in ? from[row * in + i] : uint8_t(0); };
+    for (int64_t p = first; p < last; ++p)
+        for (int64_t o = 0; o < kPanel; ++o)
+            for (int64_t g = 0; g < width; g += kGroup)
+                for (int64_t i = 0; i < kGroup / 2; ++i) {
+                    const int64_t row = p * kPanel + o, at = (p * width + g) * kPanel / 2 + i / 4 * 4 * kPanel;
+                    to[at + 4 * o + i % 4] = uint8_t(code(row, g + i) | code(row, g + i + kGroup / 2) << 4);
+                }
+}

@@ -1,0 +1,200 @@
+"""The C++ step: a token's logits are the same bits whatever else runs, and those of the torch forward."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arriero.errors import ConfigError
+from arriero.infer import native_step as native
+from arriero.infer.native_step import NativeStep
+from arriero.infer.step import BLOCK, StepInput
+from arriero.model.config import LlamaConfig
+from arriero.model.llama import Llama
+from arriero.model.lora import add_lora, lora_state, using_adapter
+from arriero.model.lora_config import LoraConfig
+from arriero.model.quantized import quantize_linears
+from arriero.quant.packed import UNIFORM, from_indices
+
+N_BLOCKS = 40
+ADAPTERS = {"one": LoraConfig(rank=3, alpha=20), "two": LoraConfig(rank=5, targets=("q_proj", "down_proj"))}
+WIDE = LlamaConfig(64, 2, 4, 2, 128, 131, 1024, head_dim=64)  # whole vectors, and groups of int4
+
+
+@pytest.fixture(scope="module")
+def library():
+    """The compiled kernels: this project's machines have a compiler, so their absence is a failure."""
+    found = native.load_library()
+    assert found is not None, "the C++ step did not compile here"
+    return found
+
+
+def with_adapters(model: Llama) -> Llama:
+    for i, (name, config) in enumerate(ADAPTERS.items()):
+        add_lora(model, config, seed=i, name=name)
+        for tensor, p in lora_state(model, name).items():
+            if "lora_B" in tensor:
+                p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
+    return model.requires_grad_(False)
+
+
+def step_of(library, model: Llama, **how) -> NativeStep:
+    step = NativeStep(library, model, N_BLOCKS, **how)
+    for name, config in ADAPTERS.items():
+        if tensors := lora_state(model, name):
+            step.add_adapter(name, config, tensors)
+    return step
+
+
+def alone(step: NativeStep, ids: list[int], adapter: str | None = None) -> torch.Tensor:
+    """Logits of all tokens, the prompt in one piece, in the first blocks."""
+    n = len(ids)
+    blocks = np.arange(-(-n // BLOCK))[None]
+    return step(StepInput(np.array(ids), np.arange(n), np.zeros(n, int), blocks, np.arange(n), [adapter]))
+
+
+def documents(vocabulary: int, lengths, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+def test_a_step_is_the_torch_forward_in_fp32(library, model):
+    (ids,) = documents(model.config.vocab_size, [77])
+    torch.testing.assert_close(alone(step_of(library, model), ids), model(torch.tensor([ids]))[0], atol=2e-4, rtol=0)
+
+
+def test_heads_of_whole_vectors_and_several_chunks_of_keys_are_the_torch_forward(library):
+    model = Llama(WIDE).init_weights(std=0.2, seed=1).requires_grad_(False)
+    (ids,) = documents(WIDE.vocab_size, [700])
+    torch.testing.assert_close(alone(step_of(library, model), ids), model(torch.tensor([ids]))[0], atol=5e-4, rtol=0)
+
+
+def test_bf16_is_nearer_to_fp32_than_torch_is(library):
+    model = Llama(WIDE).init_weights(std=0.1, seed=1).requires_grad_(False).to(torch.bfloat16)
+    (ids,) = documents(WIDE.vocab_size, [90])
+    wide = Llama(WIDE)
+    wide.load_state_dict(model.state_dict())
+    exact = wide(torch.tensor([ids]))[0]
+    ours, theirs = (x.float() - exact for x in (alone(step_of(library, model), ids), model(torch.tensor([ids]))[0]))
+    assert ours.abs().mean() < 0.7 * theirs.abs().mean()
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_integer_weights_are_the_dequantised_forward_within_the_rounding_of_activations(library, kind):
+    model = quantize_linears(Llama(WIDE).init_weights(std=0.1, seed=1).requires_grad_(False), kind)
+    (ids,) = documents(WIDE.vocab_size, [60])
+    exact = model(torch.tensor([ids]))[0]
+    error = (alone(step_of(library, model), ids) - exact).abs().mean() / exact.abs().mean()
+    assert error < 0.02
+
+
+def made(kind: str) -> Llama:
+    model = Llama(WIDE).init_weights(std=0.1, seed=2).requires_grad_(False)
+    if kind == "bf16":
+        return with_adapters(model.to(torch.bfloat16))
+    return with_adapters(model if kind == "fp32" else quantize_linears(model, kind))
+
+
+def run_schedule(step: NativeStep, ids: list[list[int]], adapters, draw) -> list[torch.Tensor]:
+    """Logits of all tokens, documents in scattered blocks, in random pieces, beside each other."""
+    free = draw.permutation(N_BLOCKS).tolist()
+    tables = np.zeros((len(ids), 1 + max(len(d) for d in ids) // BLOCK), int)
+    for row, document in zip(tables, ids, strict=True):
+        for b in range(-(-len(document) // BLOCK)):
+            row[b] = free.pop()
+    done, found = [0] * len(ids), [[] for _ in ids]
+    while any(d < len(document) for d, document in zip(done, ids, strict=True)):
+        tokens, positions, sequences = [], [], []
+        for i in draw.permutation(len(ids)).tolist():
+            count = min(int(draw.choice([0, 1, 1, 2, 5, 33, 70])), len(ids[i]) - done[i])
+            tokens += ids[i][done[i] : done[i] + count]
+            positions += range(done[i], done[i] + count)
+            sequences += [i] * count
+            done[i] += count
+        if tokens:
+            outputs = draw.permutation(len(tokens))
+            arrays = (np.array(x) for x in (tokens, positions, sequences))
+            logits = step(StepInput(*arrays, tables, outputs, adapters))
+            back = torch.empty_like(logits)
+            back[torch.from_numpy(outputs)] = logits
+            for row, i in zip(back, sequences, strict=True):
+                found[i].append(row)
+    return [torch.stack(rows) for rows in found]
+
+
+@pytest.fixture(scope="module")
+def steps(library):
+    return {kind: step_of(library, made(kind)) for kind in ("fp32", "bf16", "int8", "nf4")}
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**31), kind=st.sampled_from(["fp32", "bf16", "int8", "nf4"]))
+def test_logits_are_the_same_bits_alone_and_in_any_schedule(steps, seed, kind):
+    draw, step = np.random.default_rng(seed), steps[kind]
+    lengths = draw.choice([1, 2, 17, 31, 32, 33, 64, 100, 290], size=draw.integers(1, 7)).tolist()
+    ids = documents(WIDE.vocab_size, lengths, seed=seed % 1000)
+    adapters = [draw.choice([None, *ADAPTERS]) for _ in ids]
+    mixed = run_schedule(step, ids, adapters, draw)
+    for document, adapter, found in zip(ids, adapters, mixed, strict=True):
+        assert torch.equal(found, alone(step, document, adapter))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "nf4"])
+def test_one_thread_or_three_make_the_same_bits(library, kind):
+    model = made(kind)
+    (ids,) = documents(WIDE.vocab_size, [300])
+    one, three = (alone(step_of(library, model, threads=n), ids) for n in (1, 3))
+    assert torch.equal(one, three)
+    last = (np.array(ids[-1:]), np.array([299]), np.zeros(1, int), np.arange(10)[None], np.zeros(1, int), [None])
+    step = step_of(library, model, threads=2)  # of few tokens the chunks of the keys are dealt out
+    alone(step, ids)
+    assert torch.equal(step(StepInput(*last))[0], one[-1])
+
+
+def test_an_adapter_is_the_one_of_the_model(library, gqa):
+    model = with_adapters(gqa)
+    step = step_of(library, model)
+    (ids,) = documents(101, [40])
+    for name in (None, *ADAPTERS):
+        with using_adapter(model, name):
+            torch.testing.assert_close(alone(step, ids, name), model(torch.tensor([ids]))[0], atol=2e-4, rtol=0)
+
+
+def test_a_copied_block_is_read_like_its_source(library, gqa):
+    step = step_of(library, gqa)
+    (ids,) = documents(101, [40])
+    whole = alone(step, ids)
+    step.copy_blocks([(0, 7), (1, 9)])
+    last = (np.array(ids[-1:]), np.array([39]), np.zeros(1, int), np.array([[7, 9]]), np.zeros(1, int), [None])
+    assert torch.equal(step(StepInput(*last))[0], whole[-1])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_refitted_step_is_one_made_of_the_new_weights(library, toys, tied):
+    old, new = (toys("mqa" if tied else "gqa", seed) for seed in (0, 1))
+    step = step_of(library, old)
+    for name, tensor in new.state_dict().items():
+        if not (tied and name == "lm_head.weight"):
+            step.refit(name, tensor)
+    (ids,) = documents(101, [40])
+    assert torch.equal(alone(step, ids), alone(step_of(library, new), ids))
+    with pytest.raises(ConfigError, match=r"refit: the model has no weight 'model\.x'"):
+        step.refit("model.x", torch.zeros(1))
+    with pytest.raises(ConfigError, match=r"refit: model\.norm\.weight is \[3\], but the model has"):
+        step.refit("model.norm.weight", torch.zeros(3))
+
+
+def test_four_bits_with_minimums_are_their_formula(library):
+    generator = torch.Generator().manual_seed(3)
+    indices = torch.randint(0, 16, (70, 96), generator=generator)
+    scales, minimums = (torch.rand(70, 3, generator=generator).half().float() for _ in range(2))
+    for kind, least in (("int4", None), ("int4-affine", -minimums)):
+        matrix = from_indices(kind, indices, scales, least)
+        x = torch.randn(5, 96, generator=generator)
+        found = native.product(library, native.pack_quantized(library, matrix), x)
+        exact = x @ matrix.dense().T
+        assert (found - exact).abs().max() < 0.02 * exact.abs().max()
+        assert len(UNIFORM) == 16
