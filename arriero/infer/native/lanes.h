@@ -79,6 +79,12 @@ inline void store(bf16* p, Lanes lanes) {
     std::memcpy(p, &half, sizeof half);
 }
 
+inline void round(const float* from, bf16* to, float* wide) {  // sixteen values as bf16, and widened again
+    const HalfLanes half = narrow(load_lanes(from));
+    std::memcpy(to, &half, sizeof half);
+    store(wide, (Lanes)(__builtin_convertvector(half, WideLanes) << 16));
+}
+
 inline float sum(Lanes lanes) {
     Eight half[2];
     std::memcpy(half, &lanes, sizeof half);

@@ -75,7 +75,7 @@ class Buffer {
 struct Engine {
     explicit Engine(int64_t threads) : team(threads) {}
     Team team;
-    Buffer<float> x, normed, q, k, v, mixed, hidden, turns, scales, low, chunks;
+    Buffer<float> x, normed, q, k, v, mixed, hidden, turns, rounded, scales, low, chunks;
     Buffer<bf16> halves;
     Buffer<int8_t> codes;
     Buffer<int32_t> offsets;
@@ -110,7 +110,8 @@ class Step {
           k_(e.k.get(n_ * kv_width_)), v_(e.v.get(n_ * kv_width_)), mixed_(e.mixed.get(n_ * mixed_width_)),
           hidden_(e.hidden.get(n_ * ffn_)), turns_(e.turns.get(n_ * m.head_dim)) {
         const int64_t widest = std::max({dim_, ffn_, mixed_width_});
-        halves_ = e.halves.get(padded_ * widest), codes_ = e.codes.get(padded_ * widest);
+        halves_ = e.halves.get(padded_ * widest), rounded_ = e.rounded.get(padded_ * widest);
+        codes_ = e.codes.get(padded_ * widest);
         scales_ = e.scales.get(padded_ * widest / kGroup), offsets_ = e.offsets.get(padded_ * widest / kGroup);
         chunks_of_ = 1;
         for (int64_t i = 0; i < n_; ++i) chunks_of_ = std::max(chunks_of_, b.positions[i] / kChunk + 1);
@@ -129,8 +130,7 @@ class Step {
 
     void run() {
         e_.team.run(kPhasesOfLayer * m_.n_layers + 8, [this] {
-            const TilesOfThread tiles;
-            (void)tiles;
+            const Arithmetic arithmetic;
             work();
         });
     }
@@ -195,7 +195,7 @@ class Step {
         }
     }
 
-    Rows forms(const float* floats, int64_t width) const { return {width, floats, halves_, codes_, scales_, offsets_}; }
+    Rows forms(const float* floats, int64_t width) const { return {width, floats, halves_, rounded_, codes_, scales_, offsets_}; }
 
     // Row i in the forms that these matrices take.
     void convert(const float* floats, int64_t width, const Matrix* matrices, int64_t count, int64_t i) {
@@ -204,7 +204,7 @@ class Step {
             half |= matrices[j].type == kBf16, integer |= matrices[j].type == kInt8 || matrices[j].type == kInt4;
         const float* x = floats + i * width;
         if (half)
-            for (int64_t d = 0; d < width; d += kLanes) store(halves_ + i * width + d, load_lanes(x + d));
+            for (int64_t d = 0; d < width; d += kLanes) round(x + d, halves_ + i * width + d, rounded_ + i * width + d);
         if (integer) {
             const int64_t groups = width / kGroup;
             quantise(x, width, codes_ + i * width, scales_ + i * groups, offsets_ + i * groups);
@@ -423,7 +423,7 @@ class Step {
     const Batch& b_;
     const int64_t n_, padded_, q_width_, kv_width_, dim_, ffn_, mixed_width_, group_, head_;
     float *const x_, *const normed_, *const q_, *const k_, *const v_, *const mixed_, *const hidden_, *const turns_;
-    float *scales_, *low_ = nullptr, *chunks_ = nullptr;
+    float *rounded_, *scales_, *low_ = nullptr, *chunks_ = nullptr;
     bf16* halves_;
     int8_t* codes_;
     int32_t* offsets_;
@@ -446,18 +446,18 @@ extern "C" void arriero_step(Engine* engine, const Model* model, const Batch* ba
 extern "C" void arriero_product(Engine* engine, const Matrix* matrix, const float* x, int64_t n, int64_t repeat, float* y) {
     const int64_t width = up(matrix->in, kGroup), groups = width / kGroup, padded = up(n, kRowPadding);
     bf16* halves = engine->halves.get(padded * width);
+    float* rounded = engine->rounded.get(padded * width);
     int8_t* codes = engine->codes.get(padded * width);
     float* scales = engine->scales.get(padded * groups);
     int32_t* offsets = engine->offsets.get(padded * groups);
     for (int64_t i = 0; i < n; ++i) {
-        for (int64_t d = 0; d < width; d += kLanes) store(halves + i * width + d, load_lanes(x + i * width + d));
+        for (int64_t d = i * width; d < (i + 1) * width; d += kLanes) round(x + d, halves + d, rounded + d);
         quantise(x + i * width, width, codes + i * width, scales + i * groups, offsets + i * groups);
     }
-    const Rows rows{width, x, halves, codes, scales, offsets};
+    const Rows rows{width, x, halves, rounded, codes, scales, offsets};
     const Tiling tiling(*matrix, n);
     engine->team.run(repeat, [&] {
-        const TilesOfThread tiles;
-        (void)tiles;
+        const Arithmetic arithmetic;
         for (int64_t again = 0; again < repeat; ++again)
             engine->team.share(tiling.items(), [&](int64_t item) {
                 tiling.multiply_item(*matrix, rows, item, [&](int64_t panel, int64_t row, const float* found) {
