@@ -63,6 +63,7 @@ KIND = "arriero curated corpus"  # how its manifest's format begins
 PROSE = frozenset({".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc"})
 HTML = frozenset({".html", ".htm", ".xhtml"})
 WARC = (".warc", ".warc.gz", ".warc.wet.gz", ".warc.wet")
+GZIP = b"\x1f\x8b"  # how packed files begin
 CODE = frozenset({
     ".py", ".pyi", ".pyx", ".ipynb", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala",
     ".js", ".jsx", ".mjs", ".ts", ".tsx", ".go", ".rs", ".rb", ".php", ".pl", ".pm", ".lua", ".r", ".jl", ".m",
@@ -504,7 +505,7 @@ def _is_cut(path: Path, begins: int) -> bool:
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
-        if path.suffix.lower() != ".gz":
+        if file.read(2) != GZIP:  # whatever it is called: fastwarc looks at the bytes too
             return size > 0 and not _ends_after_record(file, begins)
         for start in (begins % max(1, size), 0):
             file.seek(start)

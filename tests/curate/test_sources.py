@@ -436,8 +436,9 @@ def test_files_that_cannot_be_read_are_named_or_passed_over(tmp_path):
     assert "not UTF-8 text" in str(errors[0]) and "convert it" in str(errors[0])
 
 
+@pytest.mark.parametrize("name", ["a.warc", "a.warc.gz"])
 @pytest.mark.parametrize("packed", ["each record", "the file", "no"])
-def test_a_crawl_that_is_cut_anywhere_is_named(tmp_path, packed):
+def test_a_crawl_that_is_cut_anywhere_is_named_whatever_it_is_called(tmp_path, packed, name):
     whole = warc([PAGE.format(SENTENCE * n, SENTENCE) for n in (2, 3, 5)])
     ends = {len(whole)}
     if packed == "each record":
@@ -448,7 +449,7 @@ def test_a_crawl_that_is_cut_anywhere_is_named(tmp_path, packed):
     else:
         whole = gzip.decompress(whole)
         ends = {match.end() for match in re.finditer(b"\r\n\r\n(?=WARC/|$)", whole)}
-    path = tmp_path / ("a.warc" if packed == "no" else "a.warc.gz")
+    path = tmp_path / name
     path.write_bytes(whole)
     assert len(list(read_documents([path]))) == 3
     for size in range(1, len(whole), 31):
