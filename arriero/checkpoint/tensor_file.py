@@ -6,7 +6,6 @@ safetensors package's writer needs all of them at once, and its reader copies ou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -21,6 +20,7 @@ from torch import Tensor
 from arriero.errors import CheckpointError
 from arriero.io.files import json_text
 from arriero.io.reading import reading
+from arriero.io.records import parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -97,7 +97,8 @@ def tensor_reader(file: Path) -> Reader:
     """
     with file.open("rb") as source:
         length = int.from_bytes(source.read(8), "little")
-        described = json.loads(source.read(length))
+        with reading(file):
+            described = parse_json(source.read(length))  # which refuses a tensor that stands in it twice
 
     def read(name: str, start: int = 0, stop: int | None = None) -> Tensor:
         n_rows, *row = described[name]["shape"]

@@ -36,7 +36,8 @@ class EvalConfig:
     window: int = 2048
     """Tokens that the model sees at once on long texts; no more than its context is used."""
     context: int = 512
-    """Fewest tokens before a scored one in every window but the first; 1 makes windows disjoint."""
+    """Fewest tokens before a scored one in every window but the first; 1 makes windows disjoint. At most half of the
+    model's context where that is shorter than the window."""
     max_new_tokens: int = 128
     """Longest generated answer, in tokens."""
     batch: int = 16

@@ -92,10 +92,13 @@ def perplexity(
     """Score every token of `texts` (one, or a stream of documents) once; see the module's text for how.
 
     window: tokens a forward, capped by the model's context. context: fewest tokens before a scored one where
-    the text has them. on_bytes: called with the bytes of text scored, for a progress bar.
+    the text has them; at most half of a window that is capped, or nearly every token would cost a forward of its own.
+    on_bytes: called with the bytes of text scored, for a progress bar.
     Raises `DataError` when there is nothing to score.
     """
-    window = min(window, model.config.max_context)
+    if window > model.config.max_context:
+        window = model.config.max_context
+        context = min(context, window // 2)
     context = min(context, window - 1)
     documents = [texts] if isinstance(texts, str) else texts
     views = (view for i, text in enumerate(documents) for view in windows(tokenizer, text, window, context, i))

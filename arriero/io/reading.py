@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import CheckpointError, UserError
+from arriero.show.terminal import warn_once
 
 AGAIN = "copy or download it again"
 
@@ -56,9 +57,20 @@ def read_text(file: Path, remedy: str = AGAIN, refusal: type[UserError] = Checkp
 def parse_json(
     text: str | bytes, where: object, remedy: str = AGAIN, refusal: type[UserError] = CheckpointError
 ) -> Any:
-    """The value in a text of JSON. where: what messages begin with, such as the file."""
+    """The value in a text of JSON. where: what messages begin with, such as the file.
+
+    Of a key that an object has twice the last value counts, as everywhere, and is said where the two differ.
+    """
+
+    def whole(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            for key in {key for key, value in pairs if found[key] != value}:
+                warn_once(f"{where}: the key {key!r} stands twice in an object, with two values; the last is used")
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=whole)
     except RecursionError as error:
         raise refusal(f"{where}: its JSON is nested too deeply; {remedy}") from error
     except ValueError as error:  # broken UTF-8, broken JSON, and numbers of thousands of digits

@@ -110,6 +110,8 @@ def _overridden(older: Path, values: dict[str, Any], file: Path) -> dict[str, An
     """Return the roles of tokenizer_config.json under those of special_tokens_map.json, as transformers lays them."""
     later = {key: value for key, value in read_json(older).items() if key.endswith("_token")}
     for key, value in later.items():
+        if value is not None:
+            _token(older, key, value)
         if values.get(key) is not None and token_text(values[key]) != token_text(value):
             warn_once(
                 f"{file} says that {key} is {token_text(values[key])!r}, {older.name} says {token_text(value)!r}: the "

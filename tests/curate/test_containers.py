@@ -157,7 +157,7 @@ SHAPES = {
     "a line.jsonl": lambda: BOMB, "an array.json": lambda: b"[" + BOMB, "an object.json": lambda: b"\n{\n" + BOMB[1:],
     "a field.csv": lambda: b"text\n" + BOMB, "a quoted field.csv": lambda: b'text\n"' + (b"a" * 999 + b"\n") * 100_000,
     "empty lists.json": lambda: b"[{" + b'"a": [' + b"[]," * 40_000_000, "spaces.json": lambda: b" " * 200_000_000,
-    "a line of spaces.jsonl": lambda: b" " * 200_000_000,
+    "a line of spaces.jsonl": lambda: b" " * 200_000_000, "blank lines.jsonl": lambda: b"\n" * 200_000_000,
 }  # fmt: skip
 FAST = {
     ".gz": lambda d: gzip.compress(d, 1), ".zst": zstandard.ZstdCompressor(level=1).compress,

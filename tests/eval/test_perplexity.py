@@ -49,7 +49,13 @@ def reference_bits(model: Llama, ids: list[int], window: int, context: int) -> l
 TEXT = "An arriero leads llamas over the Andes; the llamas carry what he has, and more than he would like to say. "
 
 
-@pytest.mark.parametrize(("window", "context"), [(61, 1), (61, 60), (17, 5), (400, 400)])
+def test_a_context_shorter_than_the_window_is_half_full_at_least_and_costs_two_forwards_a_token_at_most(toy):
+    found = perplexity(toy, Letters(), TEXT, window=400, context=400)
+    assert found.bits.tolist() == perplexity(toy, Letters(), TEXT, window=61, context=30).bits.tolist()
+    assert len(found.bits) <= 2 * len(TEXT) / 61 + 2
+
+
+@pytest.mark.parametrize(("window", "context"), [(61, 1), (61, 60), (17, 5)])
 def test_long_text_equals_a_plain_loop_over_windows(toy, window, context):
     found = perplexity(toy, Letters(), TEXT, window=window, context=context)
     window = min(window, 61)

@@ -258,6 +258,13 @@ def test_a_conversation_is_trained_with_the_ids_that_it_has_whole(tmp_path):
     assert trained == [*ours.encode("b"), end, *ours.encode("d"), end]
 
 
+def test_a_role_of_special_tokens_map_that_is_no_token_is_named_with_that_file(tmp_path):
+    directory_of(tmp_path, byte_level())
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": [1]}')
+    with pytest.raises(CheckpointError, match=r"special_tokens_map\.json: eos_token is \[1\]; a token is a text"):
+        load_tokenizer(tmp_path)
+
+
 def test_special_tokens_map_has_the_last_word_on_roles_as_in_transformers(tmp_path, caplog):
     backend = byte_level()
     flags = dict.fromkeys(FLAGS, False) | {"special": True}

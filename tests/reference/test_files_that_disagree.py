@@ -149,6 +149,30 @@ def test_a_broken_index_beside_the_whole_file_is_not_used_either(tmp_path, broke
     assert "tells of other files than model.safetensors" in fresh_warnings()[0]
 
 
+def test_an_entry_that_stands_twice_is_said_and_the_last_counts(tmp_path, fresh_warnings):
+    save_hf(toy_model("llama3-8b"), tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(config.read_text().replace("{", '{"hidden_size": 7, "model_type": "llama",', 1))
+    as_transformers(tmp_path / "m")
+    assert fresh_warnings() == [
+        f"{config}: the key 'hidden_size' stands twice in an object, with two values; the last is used"
+    ]
+
+
+def test_a_tensor_that_stands_twice_in_a_safetensors_header_is_refused(tmp_path):
+    save_hf(toy_model("llama3-8b"), tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    norm = json.dumps(json.loads(data[8 : 8 + length])["model.norm.weight"])
+    header = data[8 : 8 + length].rstrip()[:-1] + f', "model.norm.weight": {norm}}}'.encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    with pytest.raises(
+        CheckpointError, match=r"safetensors: damaged .*an object has the key 'model\.norm\.weight' twice"
+    ):
+        open_hf(tmp_path / "m")
+
+
 def test_a_model_that_was_saved_without_its_head_is_named(tmp_path):
     save_hf(toy_model("llama3-8b"), tmp_path / "m")
     transformers.AutoModel.from_pretrained(tmp_path / "m").save_pretrained(tmp_path / "bare")
