@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from arriero.checkpoint.load import load_model
-from arriero.infer import generate as infer
+from arriero.infer import dense
 from arriero.infer.config import SamplingConfig
 from arriero.infer.sample import Sampler
 from arriero.model.catalogue import PUBLISHED
@@ -93,9 +93,9 @@ def session(
     model: Llama, prompt: list[int], native: bool, sampling: SamplingConfig = GREEDY
 ) -> Callable[[int], object]:
     def run(tokens: int) -> object:
-        talk = infer.Session(model, 1024)
+        talk = dense.Session(model, 1024)
         if not native:
-            talk._step = infer.torch_step(talk.model, talk._cache)
+            talk._step = dense.torch_step(talk.model, talk._cache)
         return list(talk.tokens(prompt, Sampler(sampling), tokens, ()))
 
     return run

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from random import Random
 
 import torch
 from rich.text import Text
@@ -23,7 +24,6 @@ from arriero.checkpoint.source import resolve
 from arriero.errors import ConfigError, DataError, UserError, did_you_mean
 from arriero.infer.config import ChatConfig, GenerateConfig, SamplingConfig
 from arriero.infer.generate import Session, stream
-from arriero.infer.sample import Sampler
 from arriero.io.files import decoded, json_line
 from arriero.io.paths import as_path
 from arriero.model.llama import Llama
@@ -148,8 +148,8 @@ class Chat:
         self, model: Llama, tokenizer: Tokenizer, config: ChatConfig, screen: Screen, sampling: SamplingConfig
     ) -> None:
         self.tokenizer, self.config, self.screen = tokenizer, config, screen
-        self.session = Session(model, config.context)
-        self.sampler = Sampler(sampling, tokenizer=tokenizer)
+        self.session = Session(model, tokenizer, config.context)
+        self.sampling, self._seeds = sampling, Random(sampling.seed)  # each answer draws with a seed of its own
         self.system = config.system
         self.turns: list[dict[str, str]] = []  # user and assistant, by turns
         encode_chat(tokenizer, [{"role": "user", "content": "x"}])  # refuse a model without a template now
@@ -198,27 +198,25 @@ class Chat:
 
     def _answer(self, ids: list[int]) -> str:
         """Stream an answer to the screen and return it; Ctrl-C ends it early."""
-        stops, text = self.tokenizer.stop_ids, self.tokenizer.stream()
-        pieces, end, n_tokens, began = [], "at the token limit", 0, 0.0
-        tokens = self.session.tokens(ids, self.sampler, self.config.max_new_tokens, stops)
+        pieces, end, n_tokens, cached = [], "at the token limit", 0, 0
+        sampling = dataclasses.replace(self.sampling, seed=self._seeds.getrandbits(63))
+        asked = first = time.perf_counter()
         try:
-            with closing(tokens):
-                for token in tokens:
-                    began = began or time.perf_counter()  # the first token is the prefill's
+            with closing(self.session.answer(ids, sampling, self.config.max_new_tokens)) as events:
+                for event in events:
+                    if not n_tokens:  # what came before is the reading of the prompt
+                        first, cached = time.perf_counter(), event.cached
                     n_tokens += 1
-                    if token in stops:
+                    pieces.append(event.text)
+                    self.screen.answer(event.text)
+                    if event.finish == "stop":
                         end = ""
-                        break
-                    pieces.append(text.push(token))
-                    self.screen.answer(pieces[-1])
         except KeyboardInterrupt:
             end = "stopped by Ctrl-C"
-        seconds = time.perf_counter() - began
-        pieces.append(text.flush())
-        self.screen.answer(pieces[-1] + "\n")
+        self.screen.answer("\n")
+        seconds = time.perf_counter() - first
         speed = f", {(n_tokens - 1) / seconds:.1f} tokens/s" if n_tokens > 1 else ""
-        new = len(ids) - self.session.reused
-        read = f"{new:,} of {len(ids):,} prompt tokens read in {self.session.prefill_seconds:.2f} s"
+        read = f"{len(ids) - cached:,} of {len(ids):,} prompt tokens read in {first - asked:.2f} s"
         self.screen.note(f"({n_tokens} tokens{speed}; {read}{'; ' + end if end else ''})")
         return "".join(pieces)
 
@@ -267,11 +265,10 @@ class Chat:
         for part in shlex.split(text):
             name, _, value = part.partition("=")
             changes[name] = _number(name, value)
-        old = self.sampler.config
-        new = from_dict(SamplingConfig, {k: v for k, v in vars(old).items() if v is not None} | changes, "/params")
+        old = {name: value for name, value in vars(self.sampling).items() if value is not None}
+        self.sampling = new = from_dict(SamplingConfig, old | changes, "/params")
         if "seed" in changes:
-            self.sampler = Sampler(new, tokenizer=self.tokenizer)
-        self.sampler.config = new  # the generator's state is kept
+            self._seeds = Random(new.seed)
         self.screen.note(" ".join(f"{f.name}={getattr(new, f.name)}" for f in dataclasses.fields(new)))
 
     def _last_message(self, command: str) -> str:

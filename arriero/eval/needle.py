@@ -7,8 +7,8 @@ probable than nine others of its form, and its cross-entropy in bits. With sever
 for, each a distractor of the others (multi-needle: Llama 3, 2407.21783, section 3.4.2). In addition, the loss of plain
 prose by position: beyond the trained length it rises.
 
-Texts are read through a cache, CHUNK tokens at a time, and the common prefix of successive texts is read once (depths
-go from the end to the beginning). Price: about half of `depths` readings of the length, and for the cache 2 L K h
+Texts are read by the engine, CHUNK tokens at a time, and the common prefix of successive texts is read once (depths go
+from the end to the beginning). Price: about half of `depths` readings of the length, and for the cache 2 L K h
 values a token: 23 KB for SmolLM2-135M in bf16. Shapes: T tokens, V vocabulary.
 """
 
@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from arriero.errors import DataError
-from arriero.infer.generate import CHUNK, decode_step, keep_beginning, new_cache, prefill
-from arriero.infer.sample import usable
-from arriero.losses.lm import token_logprobs
+from arriero.infer.blocks import blocks_for
+from arriero.infer.engine import Engine
+from arriero.infer.request import Request
+from arriero.infer.torch_step import block_bytes, computed_in
 from arriero.model.llama import Llama
 from arriero.tokenizer.base import Tokenizer
 
@@ -37,6 +37,7 @@ PLACES = (
 )  # fmt: skip
 CHOICES = 10  # keys that are compared: the right one, and others of its form
 DIGITS = 5  # of a key
+CHUNK = 512  # tokens that are read at once
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=\n)(?=\n)")
 
 
@@ -95,50 +96,30 @@ class Haystack:
 
 
 class Reader:
-    """A model with a cache: reads texts, keeping what the next one shares with the last."""
+    """A model that reads texts: what one shares with those before is not computed again."""
 
-    def __init__(self, model: Llama, capacity: int) -> None:
-        self.model = model
-        self.ids: list[int] = []
-        self.cache = new_cache(model, 1, capacity)
-        self._step = decode_step(model, self.cache)
+    def __init__(self, model: Llama, tokenizer: Tokenizer, longest: int) -> None:
+        """longest: tokens of a text with its answer; they may be more than the model's context."""
+        blocks = blocks_for(longest) + 2 * (CHOICES + 1)  # each answer ends in blocks of its own
+        size = block_bytes(model.config, computed_in(model))
+        self._engine = Engine(
+            model, tokenizer, cache_bytes=blocks * size, max_running=CHOICES, step_tokens=CHUNK, context=longest
+        )
 
-    @torch.inference_mode()
-    def read(self, ids: Sequence[int]) -> Tensor:
-        """Bring the cache to hold exactly `ids`; returns the logits fp32 [1, V] of what follows."""
-        same = keep_beginning(self.cache, self.ids, ids)
-        logits = prefill(self.model, self.cache, [ids[same:]])
-        self.ids += ids[same:]
-        return logits
+    def answer(self, ids: Sequence[int], n_tokens: int) -> list[int]:
+        """The `n_tokens` most probable tokens, one after the other, that follow `ids`."""
+        [[answer]] = self._engine.generate([Request(ids, n_tokens, stop_ids=(), text=False)])
+        return answer.ids
 
-    @torch.inference_mode()
-    def answer(self, logits: Tensor, n_tokens: int, tokenizer: Tokenizer | None = None) -> list[int]:
-        """The `n_tokens` most probable tokens, one after the other, that follow what was read."""
-        row = torch.zeros(1, dtype=torch.long, device=self.model.device)
-        answer = [int(usable(logits, tokenizer).argmax())]
-        while len(answer) < n_tokens:
-            logits = self._step(torch.tensor(answer[-1:], device=self.model.device), row)
-            answer.append(int(usable(logits, tokenizer).argmax()))
-        self._forget()
-        return answer
-
-    @torch.inference_mode()
-    def bits(self, logits: Tensor, ids: Sequence[int]) -> list[float]:
-        """-log2 p of each token of `ids` if they follow what was read; they are read CHUNK at a time, and forgotten."""
-        nats = [-logits.log_softmax(-1)[0, ids[0]].item()]
-        for start in range(0, len(ids) - 1, CHUNK):
-            inputs, targets = (ids[start + i : min(start + CHUNK, len(ids) - 1) + i] for i in (0, 1))
-            tokens = torch.tensor([inputs], device=self.model.device)
-            hidden = self.model.model(tokens, self.cache.layout(len(inputs)))[0]
-            self.cache.advance(len(inputs))
-            chunk = torch.tensor(targets, device=self.model.device)
-            nats += (-token_logprobs(hidden, self.model.head.weight, chunk).chosen).tolist()
-        self._forget()
-        return [nat / math.log(2) for nat in nats]
-
-    def _forget(self) -> None:
-        """Take back what was read after `self.ids`."""
-        self.cache.lengths = torch.full_like(self.cache.lengths, len(self.ids))
+    def bits(self, ids: Sequence[int], answers: Sequence[Sequence[int]]) -> list[list[float]]:
+        """-log2 p of each token of each answer, if it follows `ids`."""
+        asked = [
+            Request([*ids, *answer], 0, stop_ids=(), text=False, prompt_logprobs=0, prompt_logprobs_from=len(ids))
+            for answer in answers
+        ]
+        return [
+            [-p.raw / math.log(2) for p in answer.prompt_logprobs or ()] for [answer] in self._engine.generate(asked)
+        ]
 
 
 def find_needles(
@@ -158,7 +139,7 @@ def find_needles(
     together: one text holds a needle at every depth, and all are asked for; else each needle has a text for itself.
     Positions may go past the model's context. on_text: called with the length of each text read.
     """
-    reader = Reader(model, max(lengths))
+    reader = Reader(model, tokenizer, max(lengths))
     findings = []
     for length, trial in itertools.product(lengths, range(trials)):
         rng = random.Random(f"{seed}/{trial}")
@@ -208,12 +189,12 @@ def bits_by_position(
 ) -> list[float]:
     """Bits per byte of plain prose at positions below the first length, between it and the second, and so on."""
     edges = [0, *sorted(lengths)]
-    reader = Reader(model, edges[-1])
+    reader = Reader(model, tokenizer, edges[-1])
     bits, sizes = torch.zeros(2, edges[-1], dtype=torch.float64)
     for trial in range(trials):
         start = random.Random(f"{seed}/{trial}").random()
         ids = list(itertools.chain.from_iterable(haystack.cut(start, edges[-1])))
-        bits[1:] += torch.tensor(reader.bits(reader.read(ids[:1]), ids[1:]), dtype=torch.float64)
+        bits[1:] += torch.tensor(reader.bits(ids[:1], [ids[1:]])[0], dtype=torch.float64)
         sizes[1:] += torch.from_numpy(tokenizer.text_bytes(ids[1:]))
         on_text(edges[-1])
     return [(bits[a:b].sum() / sizes[a:b].sum()).item() for a, b in itertools.pairwise(edges)]
@@ -239,9 +220,10 @@ def _ask(
     needle: Needle,
     candidates: Sequence[str],
 ) -> Finding:
-    logits = reader.read(text + _ids(tokenizer, needle.question))
-    costs = {key: sum(reader.bits(logits, _ids(tokenizer, " " + key))) for key in candidates}
-    answer = tokenizer.decode(reader.answer(logits, len(_ids(tokenizer, f" {needle.key}.")), tokenizer)).strip()
+    asked = text + _ids(tokenizer, needle.question)
+    answer = tokenizer.decode(reader.answer(asked, len(_ids(tokenizer, f" {needle.key}.")))).strip()
+    bits = reader.bits(asked, [_ids(tokenizer, " " + key) for key in candidates])
+    costs = {key: sum(cost) for key, cost in zip(candidates, bits, strict=True)}
     digits = re.match(r"\d*", answer)
     found = digits is not None and digits[0] == needle.key
     others = (cost for key, cost in costs.items() if key != needle.key)

@@ -161,7 +161,7 @@ class Engine:
         for index in range(request.n):
             sequence = Sequence((asked.id, index), list(request.prompt), root, adapter.step_name if adapter else None)
             sequence.generates = room > 0
-            text = AnswerText(tokenizer, request.stop) if tokenizer else None
+            text = AnswerText(tokenizer, request.stop) if tokenizer and request.text else None
             row = Row(
                 request.sampling, request.prompt, seed=seed + index, words=self._words,
                 logprobs=request.logprobs is not None, n_top=request.logprobs or 0, top_of=request.top_of,
@@ -220,8 +220,11 @@ class Engine:
         events: dict[tuple[int, int], list[Event]] = {}
         answers: dict[int, dict[int, Completion]] = {}
         try:
-            for request in requests:
-                answers[self.submit(request)] = {}
+            for i, request in enumerate(requests):
+                try:
+                    answers[self.submit(request)] = {}
+                except ConfigError as error:
+                    raise ConfigError(f"request {i}: {error}") from error
             left = sum(len(self._asked[number].answers) for number in answers)
             while left:
                 for event in self._events_of(answers):
@@ -251,17 +254,12 @@ class Engine:
 
     def _room(self, request: Request) -> int:
         """Tokens that the answer may have."""
-        prompt, context = request.prompt, self.context
+        prompt = request.prompt
         size = self._model_step.vocab_size
         if min(prompt) < 0 or max(prompt) >= size:
             wrong = next(i for i in prompt if not 0 <= i < size)
             raise ConfigError(f"the prompt has the id {wrong}, and the model's are 0 to {size - 1:,}")
-        if len(prompt) + (request.max_new_tokens > 0) > context:
-            raise ConfigError(
-                f"the prompt has {len(prompt):,} tokens, which leaves no room for an answer in a context of "
-                f"{context:,}; shorten it"
-            )
-        room = min(request.max_new_tokens, context - len(prompt))
+        room = request.check_room(self.context)
         if (most := len(prompt) + max(room - 1, 0)) > self.cache_tokens:
             raise ConfigError(
                 f"the prompt of {len(prompt):,} tokens and an answer of {room:,} need {most:,} tokens of cache, and "

@@ -1,111 +1,30 @@
-"""Cached decoding: `generate` answers many prompts in batches, `Session` and `stream` hold one conversation.
+"""Answers to many prompts, or in one conversation: the engine with one kind of request, for those who want no more.
 
-A prompt goes through the model in one forward (prefill, in torch); then tokens are decoded one at a time, by the C++
-step where it applies (kernels.py), else by its twin in torch. Adapters are first merged into a copy of the model, which
-shares every tensor that has none: a step then reads one matrix instead of three, and computes with the weights that
-`arriero merge` would save.
-
-Finished rows leave the batch, so they cost nothing more. A session keeps its cache between turns and computes only
-what follows the longest common prefix of the old tokens and the new.
-Shapes: B rows, n active rows, T tokens, V vocabulary.
+An adapter that the model carries is folded first, so that a step reads one matrix instead of three, and computes with
+the weights that `arriero merge` would save.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from dataclasses import replace
 
 from arriero.errors import ConfigError
+from arriero.infer import dense
+from arriero.infer.answer_text import AnswerText
+from arriero.infer.blocks import blocks_for
 from arriero.infer.config import SamplingConfig
-from arriero.infer.kernels import native_step
+from arriero.infer.engine import Engine
+from arriero.infer.request import Completion, Event, Request
 from arriero.infer.sample import Sampler
-from arriero.model.cache import KVCache
+from arriero.infer.torch_step import block_bytes, computed_in
 from arriero.model.llama import Llama
 from arriero.model.lora import merged_copy
 from arriero.tokenizer.base import Tokenizer
 
-CHUNK = 512  # tokens of prefill at once: bounds the attention mask, [T, cached]
-
-Step = Callable[[Tensor, Tensor], Tensor]
-"""(tokens [n], cache rows [n]) -> logits fp32 [n, V]; the cache grows by one token in these rows."""
+STEP_TOKENS = 512  # of prompts in a step, where nobody waits for the next token of another
 
 
-@dataclass(frozen=True)
-class Completion:
-    """What followed a prompt: ids without the stop token, their text, and whether a stop token ended it."""
-
-    ids: list[int]
-    text: str
-    stopped: bool
-
-
-def new_cache(model: Llama, batch: int, capacity: int) -> KVCache:
-    """A cache in the type that the model computes in."""
-    dtype = model.model.compute_dtype or model.model.embed_tokens.weight.dtype
-    return KVCache(model.config, batch, capacity, dtype, model.device)
-
-
-@torch.inference_mode()
-def prefill(model: Llama, cache: KVCache, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Append each prompt to its cache row; returns logits fp32 [B, V] of the token that follows each."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    before, longest = cache.lengths.clone(), int(lengths.max())
-    padded = torch.zeros(len(prompts), longest, dtype=torch.long, device=model.device)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    last: Tensor | None = None
-    for start in range(0, longest, CHUNK):
-        chunk = padded[:, start : start + CHUNK]
-        hidden = model.model(chunk, cache.layout(chunk.shape[1]))
-        cache.advance(chunk.shape[1])
-        at = (lengths - 1 - start).clamp(0, hidden.shape[1] - 1)
-        found = hidden[torch.arange(len(prompts), device=model.device), at]
-        inside = (lengths > start)[:, None]  # a row that ended in an earlier chunk keeps what it found there
-        last = found if last is None else torch.where(inside, found, last)
-    assert last is not None, "prefill needs at least one token"
-    cache.lengths = before + lengths
-    return model.head(last).float()
-
-
-def keep_beginning(cache: KVCache, held: list[int], ids: Sequence[int]) -> int:
-    """Cut a cache of one row, and `held`, the ids in it, back to how `ids` begins too; returns the tokens kept.
-
-    The last of `ids` is never kept: it has to run, for its logits are wanted.
-    """
-    same = 0
-    for old, new in zip(held, ids[:-1], strict=False):
-        if old != new:
-            break
-        same += 1
-    del held[same:]
-    cache.lengths = torch.full_like(cache.lengths, same)
-    return same
-
-
-def torch_step(model: Llama, cache: KVCache) -> Step:
-    """The slow twin of the C++ step, for every device and type: all rows go through, idle ones are not counted."""
-
-    @torch.inference_mode()
-    def step(tokens: Tensor, rows: Tensor) -> Tensor:
-        everyone = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=model.device)
-        everyone[rows, 0] = tokens
-        logits = model(everyone, cache.layout(1))[rows, 0].float()
-        cache.lengths[rows] += 1
-        return logits
-
-    return step
-
-
-def decode_step(model: Llama, cache: KVCache) -> Step:
-    """The fastest step for this model and cache. Make it anew after the model's tensors were replaced."""
-    return native_step(model, cache) or torch_step(model, cache)
-
-
-@torch.inference_mode()
 def generate(
     model: Llama,
     tokenizer: Tokenizer,
@@ -117,114 +36,36 @@ def generate(
     batch: int = 16,
     on_done: Callable[[], None] = lambda: None,
 ) -> list[Completion]:
-    """Answer every prompt (token ids), in the order given; prompts of like length share a batch.
+    """Answer every prompt (token ids), in the order given.
 
-    stop_ids: ids that end an answer; None takes the tokenizer's. on_done is called once for each finished prompt.
-    Prompt i draws with seed + i: neither the batch size nor the other prompts change its answer, up to rounding.
+    stop_ids: ids that end an answer; None takes the tokenizer's. batch: prompts that are answered at a time. on_done:
+    called once for each finished prompt. Prompt i draws with seed + i: neither the batch size nor the other prompts
+    change its answer, up to rounding.
     Raises `ConfigError` for an empty prompt or one that leaves no room in the model's context.
     """
+    requests = []
     for i, prompt in enumerate(prompts):
-        _check_room(f"prompt {i}", len(prompt), model.config.max_context)
+        seed = None if sampling.seed is None else (sampling.seed + i) % 2**64
+        try:
+            request = Request(prompt, max_new_tokens, replace(sampling, seed=seed), stop_ids=stop_ids)
+            request.check_room(model.config.max_context)
+        except ConfigError as error:
+            raise ConfigError(f"prompt {i}: {error}") from error
+        requests.append(request)
     model = _merged(model)
-    stops = tokenizer.stop_ids if stop_ids is None else stop_ids
-    sampler = Sampler(sampling, range(len(prompts)), tokenizer)
-    answers: list[Completion | None] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        rows = [
-            _Sequence(i, list(prompts[i]), min(max_new_tokens, model.config.max_context - len(prompts[i])))
-            for i in chosen
-        ]
-        for row in _decode(model, rows, sampler, frozenset(stops)):
-            answers[row.index] = Completion(row.new, tokenizer.decode(row.new), row.stopped)
-            on_done()
-    return [answer for answer in answers if answer is not None]
-
-
-@dataclass
-class _Sequence:
-    index: int  # of the prompt
-    ids: list[int]  # prompt and answer
-    room: int  # tokens that the answer may have
-    new: list[int] = field(default_factory=list)
-    stopped: bool = False
-
-    def take(self, token: int, stops: frozenset[int]) -> bool:
-        """Add a token; returns whether the row goes on."""
-        self.stopped = token in stops
-        if not self.stopped:
-            self.new.append(token)
-            self.ids.append(token)
-        return not self.stopped and len(self.new) < self.room
-
-
-def _decode(model: Llama, rows: list[_Sequence], sampler: Sampler, stops: frozenset[int]) -> Iterator[_Sequence]:
-    """Run one batch to its end; yields each row as it finishes."""
-    cache = new_cache(model, len(rows), max(len(row.ids) + row.room for row in rows))
-    logits = prefill(model, cache, [row.ids for row in rows])
-    step = decode_step(model, cache)
-    active = list(range(len(rows)))
-    while True:
-        tokens = sampler(logits, [rows[i].index for i in active], [rows[i].ids for i in active]).tolist()
-        going = []
-        for i, token in zip(active, tokens, strict=True):
-            if rows[i].take(token, stops):
-                going.append(i)
-            else:
-                yield rows[i]
-        if not going:
-            return
-        active = going
-        last = torch.tensor([rows[i].ids[-1] for i in active], device=model.device)
-        logits = step(last, torch.tensor(active, device=model.device))
-
-
-class Session:
-    """One conversation's cache: each call of `tokens` reuses what it shares with the call before.
-
-    The model's tensors are looked up at construction; after training or moving it, make a new session.
-    """
-
-    def __init__(self, model: Llama, context: int = 0) -> None:
-        """context: tokens of capacity; 0 means the model's own context, at most 8192."""
-        self.model = _merged(model)
-        self.context = min(context or 8192, model.config.max_context)
-        self.ids: list[int] = []  # what the cache holds
-        self.reused = 0  # tokens of the last prompt that were in the cache already
-        self.prefill_seconds = 0.0
-        self._cache = new_cache(self.model, 1, self.context)
-        self._step = decode_step(self.model, self._cache)
-
-    @torch.inference_mode()
-    def tokens(
-        self, ids: Sequence[int], sampler: Sampler, max_new_tokens: int, stop_ids: Collection[int]
-    ) -> Generator[int, None, None]:
-        """Yield the tokens that follow `ids`; a stop token ends them and is yielded too.
-
-        May be left at any point, or interrupted: the cache then holds what `self.ids` says.
-        """
-        _check_room("the prompt", len(ids), self.context)
-        logits = self._read(ids)
-        seen, row = list(ids), torch.zeros(1, dtype=torch.long, device=self.model.device)
-        for i in range(min(max_new_tokens, self.context - len(ids))):
-            if i:
-                logits = self._step(torch.tensor(seen[-1:], device=self.model.device), row)
-                self.ids.append(seen[-1])
-            token = int(sampler(logits, [0], [seen]))
-            seen.append(token)
-            yield token
-            if token in stop_ids:
-                return
-
-    def _read(self, ids: Sequence[int]) -> Tensor:
-        """Bring the cache to hold exactly `ids`; returns the logits [1, V] of what follows."""
-        began = time.perf_counter()
-        self.reused = keep_beginning(self._cache, self.ids, ids)
-        logits = prefill(self.model, self._cache, [ids[self.reused :]])
-        self.ids += ids[self.reused :]
-        self.prefill_seconds = time.perf_counter() - began
-        return logits
+    if dense.serves(model):
+        return dense.generate(
+            model, tokenizer, prompts, sampling, max_new_tokens, stop_ids=stop_ids, batch=batch, on_done=on_done
+        )
+    longest = sorted((len(prompt) for prompt in prompts), reverse=True)[:batch]
+    engine = Engine(
+        model,
+        tokenizer,
+        cache_bytes=_cache_bytes(model, [n + max_new_tokens for n in longest]),
+        max_running=batch,
+        step_tokens=max(STEP_TOKENS, batch),
+    )
+    return [answers[0] for answers in engine.generate(requests, on_done=on_done)]
 
 
 def stream(
@@ -237,26 +78,68 @@ def stream(
     stop_ids: Collection[int] | None = None,
 ) -> Iterator[str]:
     """Yield the text that follows a prompt (token ids) as it grows, in whole UTF-8 characters."""
-    stops = tokenizer.stop_ids if stop_ids is None else stop_ids
-    session = Session(model, min(len(prompt) + max_new_tokens, model.config.max_context))
-    text = tokenizer.stream()
-    for token in session.tokens(prompt, Sampler(sampling, tokenizer=tokenizer), max_new_tokens, stops):
-        if token not in stops and (piece := text.push(token)):
-            yield piece
-    if rest := text.flush():
-        yield rest
+    session = Session(model, tokenizer, min(len(prompt) + max_new_tokens, model.config.max_context))
+    for event in session.answer(prompt, sampling, max_new_tokens, stop_ids=stop_ids):
+        if event.text:
+            yield event.text
+
+
+class Session:
+    """One conversation: what a prompt shares with the prompts and answers before it is not computed again."""
+
+    def __init__(self, model: Llama, tokenizer: Tokenizer, context: int = 0) -> None:
+        """context: most tokens of prompt and answer; 0 means the model's own context, at most 8192."""
+        model = _merged(model)
+        self.context = min(context or 8192, model.config.max_context)
+        self._tokenizer = tokenizer
+        self._dense = dense.Session(model, self.context) if dense.serves(model) else None
+        if self._dense is None:
+            self._engine = Engine(
+                model,
+                tokenizer,
+                cache_bytes=_cache_bytes(model, [self.context]),
+                max_running=1,
+                step_tokens=STEP_TOKENS,
+                context=self.context,
+            )
+
+    def answer(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingConfig,
+        max_new_tokens: int,
+        *,
+        stop_ids: Collection[int] | None = None,
+    ) -> Generator[Event, None, None]:
+        """Yield what follows `ids`, token by token; may be left at any point.
+
+        Raises `ConfigError` for a prompt that leaves no room in the context.
+        """
+        request = Request(ids, max_new_tokens, sampling, stop_ids=stop_ids)
+        request.check_room(self.context)
+        yield from self._engine.stream(request) if self._dense is None else self._from_dense(self._dense, request)
+
+    def _from_dense(self, session: dense.Session, request: Request) -> Iterator[Event]:
+        stops = self._tokenizer.stop_ids if request.stop_ids is None else request.stop_ids
+        text, room = AnswerText(self._tokenizer, ()), min(request.max_new_tokens, self.context - len(request.prompt))
+        sampler = Sampler(request.sampling, tokenizer=self._tokenizer)
+        for i, token in enumerate(session.tokens(request.prompt, sampler, room, stops)):
+            cached = 0 if i else session.reused
+            if token in stops:
+                yield Event(0, 0, token, text.flush(), cached=cached, finish="stop", stopped_by=token)
+            elif i + 1 == room:
+                yield Event(0, 0, token, text.push(token) + text.flush(), cached=cached, finish="length")
+            else:
+                yield Event(0, 0, token, text.push(token), cached=cached)
+
+
+def _cache_bytes(model: Llama, lengths: Sequence[int]) -> int:
+    """Of sequences of these lengths at a time, and at least of one block."""
+    blocks = sum(blocks_for(min(length, model.config.max_context)) for length in lengths)
+    return max(blocks, 1) * block_bytes(model.config, computed_in(model))
 
 
 def _merged(model: Llama) -> Llama:
     merged = merged_copy(model)
     assert isinstance(merged, Llama)
     return merged
-
-
-def _check_room(what: str, length: int, context: int) -> None:
-    if length == 0:
-        raise ConfigError(f"{what} is empty; give at least one token (a beginning-of-text token will do)")
-    if length >= context:
-        raise ConfigError(
-            f"{what} has {length:,} tokens, which leaves no room for an answer in a context of {context:,}; shorten it"
-        )

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from arriero.errors import check
+from arriero.errors import ConfigError, check
 from arriero.infer.config import SamplingConfig
 
 Distribution = Literal["raw", "sampled"]
@@ -36,6 +36,8 @@ class Request:
     stop: Sequence[str] = ()
     """Texts that end an answer, and are cut off its text with whatever follows. Ids end with the token that completed
     the text."""
+    text: bool = True
+    """Whether events have text; without, ids alone."""
     echo: bool = False
     """Whether the text begins with the prompt's."""
     logprobs: int | None = None
@@ -60,6 +62,7 @@ class Request:
         )
         check(self.n >= 1, f"n is {self.n}; it must be at least 1")
         check(self.n == 1 or self.max_new_tokens > 0, f"n is {self.n} with max_new_tokens 0: nothing would differ")
+        check(self.text or not (self.stop or self.echo), "stop strings and echo are of the text, and text is off")
         check("" not in self.stop, "a stop string is empty, so every answer would be; leave it out")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
@@ -71,6 +74,16 @@ class Request:
             f"prompt_logprobs_from is {self.prompt_logprobs_from}; it is a position of the prompt, from 1 to its "
             f"length of {len(self.prompt):,}",
         )
+
+    def check_room(self, context: int) -> int:
+        """Tokens that an answer may have in a context of so many; raises `ConfigError` where there is no room."""
+        n = len(self.prompt)
+        if n + (self.max_new_tokens > 0) > context:
+            raise ConfigError(
+                f"the prompt has {n:,} tokens, which leaves no room for an answer in a context of {context:,}; "
+                "shorten it"
+            )
+        return min(self.max_new_tokens, context - n)
 
 
 @dataclass(frozen=True, slots=True)

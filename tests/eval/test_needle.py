@@ -31,7 +31,7 @@ class Letters:
     """The smallest tokenizer: an id a letter, and id 1 before a text."""
 
     bos_id, eos_id = 1, None
-    vocab_size, unused_ids = 3 + 0x110000, ()
+    vocab_size, unused_ids = 3 + 0x110000, []
 
     def encode_segments(self, texts, *, at_start):
         assert not any(at_start), "a needle continues a text"
@@ -97,16 +97,17 @@ def bits_alone(model, ids, answer):
 def test_reading_what_two_texts_share_once_changes_nothing(model):
     generator = torch.Generator().manual_seed(1)
     first, rest, answer = (torch.randint(3, 131, (n,), generator=generator).tolist() for n in (701, 37, 7))
-    reader = Reader(model, 800)
+    reader = Reader(model, LETTERS, 800)
     for ids in (first, first[:233] + rest, first[:233], first):  # grows, branches off, shrinks, grows again
-        logits = reader.read(ids)
-        assert reader.bits(logits, answer) == pytest.approx(bits_alone(model, ids, answer), rel=1e-4)
-        greedy = reader.answer(logits, 5)
+        expected = bits_alone(model, ids, answer)
+        for _ in range(2):
+            assert reader.bits(ids, [answer, answer[:2]]) == [
+                pytest.approx(expected, rel=1e-4), pytest.approx(expected[:2], rel=1e-4)
+            ]  # fmt: skip
         plain = list(ids)
         for _ in range(5):
             plain.append(int(model(torch.tensor([plain]))[0, -1].argmax()))
-        assert greedy == plain[len(ids) :]
-        assert reader.bits(logits, answer) == pytest.approx(bits_alone(model, ids, answer), rel=1e-4)
+        assert reader.answer(ids, 5) == plain[len(ids) :]
 
 
 def test_bits_by_position_equal_a_plain_loop(model):

@@ -9,10 +9,10 @@ from transformers import LlamaForCausalLM
 
 from arriero.checkpoint.load import load_model
 from arriero.errors import ConfigError
-from arriero.infer import generate as module
+from arriero.infer import dense as module
 from arriero.infer.config import SamplingConfig
-from arriero.infer.generate import Session, generate, new_cache, prefill, stream, torch_step
-from arriero.infer.sample import Sampler
+from arriero.infer.dense import new_cache, prefill, torch_step
+from arriero.infer.generate import Session, generate, stream
 from arriero.model.lora import LoraLinear, add_lora, merged_copy
 from arriero.model.lora_config import LoraConfig
 from arriero.tokenizer.chat import encode_chat
@@ -72,7 +72,10 @@ def test_an_answer_ends_where_the_context_does(either_step, gqa, tokenizer):
     assert (len(answer.ids), answer.stopped) == (room, False)
 
 
-@pytest.mark.parametrize(("length", "message"), [(0, "prompt 1 is empty"), (211, "prompt 1 has 211 tokens, .* of 211")])
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [(0, "prompt 1: the prompt is empty"), (211, "prompt 1: the prompt has 211 tokens, .* of 211")],
+)
 def test_prompts_without_room_are_refused(gqa, tokenizer, length, message):
     with pytest.raises(ConfigError, match=message):
         generate(gqa, tokenizer, [[3], [5] * length])
@@ -109,29 +112,44 @@ def test_an_adapted_model_speaks_as_its_merged_copy_and_stays_adapted(native, gq
     assert any(isinstance(m, LoraLinear) for m in adapted.modules())
 
 
-def test_a_session_reuses_the_common_prefix_and_says_what_a_fresh_one_says(either_step, gqa):
-    session, sampler = Session(gqa), Sampler(GREEDY)
-    first = [7, 11, 13, 17, 19]
-    answer = list(session.tokens(first, sampler, 5, ()))
-    assert session.reused == 0
+def said(session, prompt, n):
+    events = list(session.answer(prompt, GREEDY, n, stop_ids=()))
+    return [event.token for event in events], events[0].cached
+
+
+def test_a_session_reuses_the_common_prefix_and_says_what_a_fresh_one_says(either_step, gqa, tokenizer):
+    session = Session(gqa, tokenizer)
+    first = [7, 11, 13, 17, 19] * 9
+    answer, cached = said(session, first, 5)
+    assert cached == 0
     for second in ([*first, *answer, 23, 29], [*first, 31], first, [2, *first]):
-        fresh = list(Session(gqa).tokens(second, sampler, 7, ()))
-        assert list(session.tokens(second, sampler, 7, ())) == fresh
-    assert session.reused == 0  # the last one shares nothing
-    assert list(session.tokens([2, *first], sampler, 7, ())) == fresh
-    assert session.reused == 5  # all but the token whose logits are wanted
+        fresh, _ = said(Session(gqa, tokenizer), second, 7)
+        found, cached = said(session, second, 7)
+        assert found == fresh
+    assert cached == 0  # the last one shares nothing
+    assert said(session, [2, *first], 7) == (fresh, 45)  # all but the token whose logits are wanted
 
 
-def test_a_session_that_was_left_in_mid_answer_goes_on_right(either_step, gqa):
-    session, prompt = Session(gqa), [7, 11, 13]
-    tokens = session.tokens(prompt, Sampler(GREEDY), 20, ())
-    said = [next(tokens) for _ in range(4)]
-    tokens.close()
-    follow = [*prompt, *said, 5]
-    assert list(session.tokens(follow, Sampler(GREEDY), 7, ())) == list(
-        Session(gqa).tokens(follow, Sampler(GREEDY), 7, ())
-    )
-    assert session.reused == len(prompt) + 3  # the last token said was never read
+def test_a_session_that_was_left_in_mid_answer_goes_on_right(either_step, gqa, tokenizer):
+    session, prompt = Session(gqa, tokenizer), [7, 11, 13] * 12
+    events = session.answer(prompt, GREEDY, 20, stop_ids=())
+    begun = [next(events).token for _ in range(4)]
+    events.close()
+    follow = [*prompt, *begun, 5]
+    fresh, _ = said(Session(gqa, tokenizer), follow, 7)
+    assert said(session, follow, 7) == (fresh, len(prompt) + 3)  # the last token said was never read
+
+
+def test_a_session_says_why_an_answer_ended_and_its_text(either_step, gqa, tokenizer):
+    session, prompt = Session(gqa, tokenizer, 64), [7, 11, 13]
+    events = list(session.answer(prompt, GREEDY, 100, stop_ids=()))
+    tokens = [event.token for event in events]
+    assert [event.finish for event in events] == [None] * 60 + ["length"]
+    assert "".join(event.text for event in events) == tokenizer.decode(tokens)
+    *_, last = session.answer(prompt, GREEDY, 100, stop_ids={tokens[9]})
+    assert (last.token, last.finish, last.stopped_by) == (tokens[9], "stop", tokens[9])
+    with pytest.raises(ConfigError, match=r"the prompt has 64 tokens, .* of 64"):
+        next(session.answer([5] * 64, GREEDY, 3))
 
 
 @pytest.fixture(scope="module")

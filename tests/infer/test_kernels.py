@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from arriero.infer import kernels
 from arriero.infer.config import SamplingConfig
-from arriero.infer.generate import Session, prefill, torch_step
+from arriero.infer.dense import Session, prefill, torch_step
 from arriero.infer.kernels import CompressedWeights, NativeStep, native_step
 from arriero.infer.sample import Sampler
 from arriero.model.cache import KVCache
