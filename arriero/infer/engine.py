@@ -24,6 +24,7 @@ from pathlib import Path
 from torch import Tensor
 
 from arriero.errors import ConfigError, check
+from arriero.infer import native_step
 from arriero.infer.adapters import Adapter, Adapters
 from arriero.infer.answer_text import AnswerText
 from arriero.infer.blocks import blocks_for, root_key
@@ -40,9 +41,13 @@ from arriero.tokenizer.base import Tokenizer
 CACHE_BYTES = 1 << 30
 
 
-def best_step(model: Llama, n_blocks: int) -> Step:
-    """The fastest step for this model."""
-    return TorchStep(model, n_blocks)
+def open_step(model: Llama, context: int, blocks_of: Callable[[int], int]) -> Step:
+    """The fastest step for this model: in C++ where it runs. blocks_of(bytes of a block): the blocks of its cache."""
+    library = native_step.load_library() if native_step.fits(model, context) else None
+    if library is None:
+        return TorchStep(model, blocks_of(block_bytes(model.config, computed_in(model))))
+    size = native_step.block_bytes(model.config, computed_in(model))
+    return native_step.NativeStep(library, model, blocks_of(size))
 
 
 @dataclass(eq=False)
@@ -109,12 +114,14 @@ class Engine:
             "every request that is being answered",
         )
         self.context = context or model.config.max_context
-        size = block_bytes(model.config, computed_in(model))
-        n_blocks = min(cache_bytes // size, max_running * blocks_for(self.context))
-        check(n_blocks >= 1, f"cache_bytes is {cache_bytes:,}; one block of {BLOCK} tokens takes {size:,}")
-        self._model_step = best_step(model, n_blocks)
+
+        def blocks_of(size: int) -> int:
+            check(cache_bytes >= size, f"cache_bytes is {cache_bytes:,}; one block of {BLOCK} tokens takes {size:,}")
+            return min(cache_bytes // size, max_running * blocks_for(self.context))
+
+        self._model_step = open_step(model, self.context, blocks_of)
         self._tokenizer, self._words = tokenizer, token_words(tokenizer) if tokenizer else None
-        self._scheduler = Scheduler(n_blocks, self.context, max_running, step_tokens)
+        self._scheduler = Scheduler(self._model_step.n_blocks, self.context, max_running, step_tokens)
         self._adapters = Adapters(model, self._model_step)
         self._asked: dict[int, _Asked] = {}
         self._next_id = 0

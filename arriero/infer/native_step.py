@@ -25,6 +25,7 @@ from torch import Tensor
 
 from arriero.errors import ConfigError
 from arriero.infer.step import BLOCK, StepInput
+from arriero.infer.torch_step import computed_in
 from arriero.model.config import LlamaConfig
 from arriero.model.linear import Linear
 from arriero.model.llama import EMBEDDINGS, HEAD, Llama
@@ -70,32 +71,35 @@ def fits(model: Llama, capacity: int) -> bool:
     A plain Llama on the CPU; positions that the scaling of RoPE does not reach are refused by the torch step.
     """
     config = model.config
-    products = (_base(module) for module in _products(model))
     return (
         type(model) is Llama
         and model.head_kind == "logits"
         and config.head_dim <= WIDEST_HEAD
         and not (isinstance(config.rope_scaling, DynamicScaling) and capacity > config.max_context)
         and model.device.type == "cpu"
-        and all(_kind(module) is not None for module in (*products, model.head))
+        and model.model.embed_tokens.weight.dtype in (torch.float32, torch.bfloat16)
+        and all(_runs(module) for module in (*_products(model), model.head))
     )
+
+
+def block_bytes(config: LlamaConfig, dtype: torch.dtype) -> int:
+    """Memory of one block: keys and values of `BLOCK` tokens in all layers, the values of a head on whole vectors."""
+    each = config.head_dim + _up(config.head_dim, LANES)
+    return config.n_layers * config.n_kv_heads * each * BLOCK * dtype.itemsize
 
 
 def _products(model: Llama) -> list[Any]:
     return [block.get_submodule(name) for block in model.model.layers for name in _IN_BLOCK]
 
 
-def _base(module: Any) -> Any:
-    return module.base if isinstance(module, LoraLinear) else module
-
-
-def _kind(module: Any) -> int | None:
+def _runs(module: Any) -> bool:
+    """Whether the kernels have this linear: dense in fp32 or bf16, or quantised in groups that they know."""
+    if isinstance(module, LoraLinear):
+        return _runs(module.base)
     if type(module) is QuantizedLinear:
-        whole = module.kind == "int8" or module.in_features % nf4.BLOCK == 0
-        return {"int8": INT8, "nf4": INT4}.get(module.kind) if whole else None
-    if type(module) is Linear and type(module.weight.data) is Tensor and module.weight.is_cpu:
-        return {torch.float32: FLOAT, torch.bfloat16: BF16}.get(module.weight.dtype)
-    return None
+        return module.kind == "int8" or (module.kind == "nf4" and module.in_features % nf4.BLOCK == 0)
+    plain = type(module) is Linear and type(module.weight.data) is Tensor and module.weight.is_cpu
+    return plain and module.weight.dtype in (torch.float32, torch.bfloat16)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -217,6 +221,10 @@ def _panels(library: ctypes.CDLL, matrix: Tensor, kind: int) -> Tensor:
 
 
 def _packed(library: ctypes.CDLL, module: Any) -> PackedMatrix:
+    """What the module multiplies by, an adapter that acts folded."""
+    if isinstance(module, LoraLinear):
+        acts = isinstance(module.active, str) and module.active in module.scales
+        return pack_matrix(library, module.dense()) if acts else _packed(library, module.base)
     if type(module) is QuantizedLinear:
         return pack_quantized(library, _quantized(module))
     return pack_matrix(library, module.weight)
@@ -276,11 +284,11 @@ class NativeStep:
         self._library, self._held = library, list[Any]()
         self._engine = library.arriero_open(threads or torch.get_num_threads())
         weakref.finalize(self, library.arriero_close, self._engine)
-        dtype = cache_dtype or model.model.compute_dtype or model.model.embed_tokens.weight.dtype
+        dtype = cache_dtype or computed_in(model)
         keys, values = self.cache_shapes(config, n_blocks)
         self.keys, self.values = torch.empty(keys, dtype=dtype), torch.empty(values, dtype=dtype)
         self._linears = [f"model.layers.{i}.{name}" for i in range(config.n_layers) for name in _IN_BLOCK]
-        self.matrices = [_packed(library, _base(module)) for module in _products(model)]
+        self.matrices = [_packed(library, module) for module in _products(model)]
         self.head = _packed(library, model.head)
         self._places: dict[str, PackedMatrix | Tensor] = {}  # by name, what a refit writes to
         self._layers = (_Layer * config.n_layers)()
@@ -369,7 +377,7 @@ class NativeStep:
         Raises `ConfigError` for a name that the model lacks, another shape, or a quantised weight.
         """
         if (place := self._places.get(name)) is None:
-            raise ConfigError(f"refit: the model has no weight {name!r}; its own are named as in {HEAD!r}")
+            raise ConfigError(f"refit: the model has no weight {name!r}; names are those of its state_dict()")
         if isinstance(place, Tensor):
             self._check_shape(name, tuple(place.shape), tensor)
             place.copy_(tensor)
@@ -385,7 +393,7 @@ class NativeStep:
     @staticmethod
     def _check_shape(name: str, own: tuple[int, ...], tensor: Tensor) -> None:
         if tuple(tensor.shape) != own:
-            raise ConfigError(f"refit: {name} is {list(tensor.shape)}, but the model has {list(own)}")
+            raise ConfigError(f"refit: {name} has shape {list(tensor.shape)}, and the model needs {list(own)}")
 
     def _pointer(self, tensor: Tensor) -> int:
         self._held.append(tensor.detach().contiguous())

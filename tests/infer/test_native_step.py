@@ -14,7 +14,7 @@ from arriero.infer.native_step import NativeStep
 from arriero.infer.step import BLOCK, StepInput
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
-from arriero.model.lora import add_lora, lora_state, using_adapter
+from arriero.model.lora import add_lora, lora_state, use_adapter, using_adapter
 from arriero.model.lora_config import LoraConfig
 from arriero.model.quantized import quantize_linears
 from arriero.quant.packed import UNIFORM, from_indices
@@ -38,6 +38,7 @@ def with_adapters(model: Llama) -> Llama:
         for tensor, p in lora_state(model, name).items():
             if "lora_B" in tensor:
                 p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
+    use_adapter(model, None)
     return model.requires_grad_(False)
 
 
@@ -163,6 +164,19 @@ def test_an_adapter_is_the_one_of_the_model(library, gqa):
             torch.testing.assert_close(alone(step, ids, name), model(torch.tensor([ids]))[0], atol=2e-4, rtol=0)
 
 
+def test_an_adapter_that_acts_when_the_step_is_made_is_folded(library, gqa):
+    model = with_adapters(gqa)
+    use_adapter(model, "two")
+    (ids,) = documents(101, [40])
+    found = alone(NativeStep(library, model, N_BLOCKS), ids)
+    torch.testing.assert_close(found, model(torch.tensor([ids]))[0], atol=2e-4, rtol=0)
+
+
+def test_a_block_takes_the_memory_that_is_said(library, gqa):
+    step = step_of(library, gqa)
+    assert step.memory["cache"] == N_BLOCKS * native.block_bytes(gqa.config, torch.float32)
+
+
 def test_a_copied_block_is_read_like_its_source(library, gqa):
     step = step_of(library, gqa)
     (ids,) = documents(101, [40])
@@ -183,7 +197,7 @@ def test_a_refitted_step_is_one_made_of_the_new_weights(library, toys, tied):
     assert torch.equal(alone(step, ids), alone(step_of(library, new), ids))
     with pytest.raises(ConfigError, match=r"refit: the model has no weight 'model\.x'"):
         step.refit("model.x", torch.zeros(1))
-    with pytest.raises(ConfigError, match=r"refit: model\.norm\.weight is \[3\], but the model has"):
+    with pytest.raises(ConfigError, match=r"refit: model\.norm\.weight has shape \[3\], and the model needs"):
         step.refit("model.norm.weight", torch.zeros(3))
 
 
