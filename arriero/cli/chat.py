@@ -23,10 +23,14 @@ from arriero.checkpoint.load import best_device, load
 from arriero.checkpoint.source import resolve
 from arriero.errors import ConfigError, DataError, UserError, did_you_mean
 from arriero.infer.config import ChatConfig, GenerateConfig, SamplingConfig
+from arriero.infer.engine import Engine
 from arriero.infer.generate import Session, stream
-from arriero.io.files import decoded, json_line
+from arriero.infer.request import Request
+from arriero.infer.structured import Compiler, Grammar, Kind
+from arriero.io.files import decoded, json_line, read_text
 from arriero.io.paths import as_path
 from arriero.model.llama import Llama
+from arriero.model.lora import merged_copy
 from arriero.settings import from_dict
 from arriero.show.terminal import check_input, notes, say, warn_once
 from arriero.tokenizer.base import Tokenizer
@@ -63,11 +67,47 @@ def run_generate(config: GenerateConfig) -> None:
         ids = [*tokenizer.begin_ids, *tokenizer.encode(prompt)]
     else:
         ids = encode_chat(tokenizer, [*_opening(config.system), {"role": "user", "content": prompt}])
+    grammar = _grammar(config, tokenizer)
+    if grammar is None:
+        pieces = stream(model, tokenizer, ids, sampling, config.max_new_tokens)
+    else:
+        pieces = _constrained(model, tokenizer, Request(ids, config.max_new_tokens, sampling, grammar=grammar))
     try:
-        for piece in stream(model, tokenizer, ids, sampling, config.max_new_tokens):
+        for piece in pieces:
             say(piece, end="")
     finally:
         say()
+
+
+def _grammar(config: GenerateConfig, tokenizer: Tokenizer) -> Grammar | None:
+    """What the answer has to satisfy."""
+    given: tuple[Kind, str | list[str]] | None = None
+    if config.json_schema:
+        given = "json_schema", read_text(as_path(config.json_schema))
+    elif config.regex:
+        given = "regex", config.regex
+    elif config.grammar:
+        given = "grammar", read_text(as_path(config.grammar))
+    elif config.choices:
+        given = "choices", list(config.choices)
+    if given is None:
+        return None
+    compiler = Compiler(tokenizer)
+    try:
+        return compiler.compile(*given)
+    finally:
+        compiler.close()
+
+
+def _constrained(model: Llama, tokenizer: Tokenizer, request: Request) -> Iterator[str]:
+    """The text of one answer as it grows. Raises `UserError` where its grammar cannot be followed to the end."""
+    context = min(len(request.prompt) + request.max_new_tokens, model.config.max_context)
+    for event in Engine(merged_copy(model), tokenizer, max_running=1, context=context).stream(request):
+        yield event.text
+        if event.error is not None:
+            raise UserError(event.error)
+        if event.finish == "length":
+            warn_once(f"the answer was cut at {request.max_new_tokens:,} tokens and is not complete")
 
 
 def run_chat(config: ChatConfig) -> None:

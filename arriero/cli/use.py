@@ -32,6 +32,8 @@ def generate(config: GenerateConfig) -> None:
     Example:
         arriero generate smollm2-135m "Why do llamas hum?"
         arriero generate smollm2-135m --adapter out/mine/adapter --temperature 0.7 < question.txt
+        arriero generate smollm2-135m "Ana is 43. Her data as JSON:" --json-schema person.json
+        arriero generate smollm2-135m "Is a llama a camelid?" --choices yes no
     """
     from arriero.cli.chat import run_generate
 

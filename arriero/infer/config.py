@@ -121,11 +121,21 @@ class GenerateConfig:
     """Longest answer, in tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and cache; bf16 is read twice as fast."""
+    json_schema: PathText = ""
+    """File with a JSON schema: the answer is JSON that satisfies it."""
+    regex: str = ""
+    """A regular expression (Rust's syntax) that the whole answer matches."""
+    grammar: PathText = ""
+    """File with a grammar that the answer follows: Lark, or llama.cpp's GBNF."""
+    choices: tuple[str, ...] = ()
+    """Texts of which the answer is one."""
     sampling: SamplingFlags = field(default_factory=SamplingFlags)
 
     def __post_init__(self) -> None:
         settle(self)
         check(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        given = [name for name in ("json_schema", "regex", "grammar", "choices") if getattr(self, name)]
+        check(len(given) < 2, f"{' and '.join(given)} are given; an answer follows one of them: drop the others")
         check(
             not (self.raw and self.system),
             "system is given with raw: a plain continuation has no system prompt; drop one",

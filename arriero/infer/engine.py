@@ -23,7 +23,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from arriero.errors import ConfigError, check
+from arriero.errors import ConfigError, UserError, check
 from arriero.infer import native_step
 from arriero.infer.adapters import Adapter, Adapters
 from arriero.infer.answer_text import AnswerText
@@ -33,6 +33,7 @@ from arriero.infer.row import Row
 from arriero.infer.sample import Chosen, sample, score, token_words
 from arriero.infer.scheduler import Part, Plan, Scheduler, Sequence
 from arriero.infer.step import BLOCK, Step
+from arriero.infer.structured import Constraint
 from arriero.infer.torch_step import TorchStep, block_bytes, computed_in
 from arriero.model.llama import Llama
 from arriero.model.lora_config import LoraConfig
@@ -59,6 +60,7 @@ class _Answer:
     sequence: Sequence
     row: Row  # what the sampler knows of it
     text: AnswerText | None
+    constraint: Constraint | None = None
     told: bool = False  # whether an event of it has been made
 
     @property
@@ -173,7 +175,8 @@ class Engine:
                 request.sampling, request.prompt, seed=seed + index, words=self._words,
                 logprobs=request.logprobs is not None, n_top=request.logprobs or 0, top_of=request.top_of,
             )  # fmt: skip
-            asked.answers.append(answer := _Answer(asked, index, sequence, row, text))
+            constraint = request.grammar.begin() if request.grammar else None
+            asked.answers.append(answer := _Answer(asked, index, sequence, row, text, constraint))
             sequence.owner = answer
         first, *others = (answer.sequence for answer in asked.answers)
         first.followers = others
@@ -280,7 +283,7 @@ class Engine:
             for part in plan.parts:
                 if part.scores:
                     self._score(part, logits)
-            ready = self._scheduler.commit(plan)
+            ready = [pair for pair in self._scheduler.commit(plan) if self._constrained(pair[0].owner)]
         if ready:
             wanted = [at for _, at in ready]
             if wanted != list(range(len(logits))):
@@ -292,6 +295,16 @@ class Engine:
             for part in plan.parts:
                 if not part.sequence.generates and part.sequence.left == 0:
                     self._finish(part.sequence.owner, "length")
+
+    def _constrained(self, answer: _Answer) -> bool:
+        """Let the sampler know what may follow by the answer's grammar; False where that ended the answer."""
+        if answer.constraint is not None:
+            try:
+                answer.row.allowed = answer.constraint.mask()
+            except UserError as error:
+                self._finish(answer, "error", text=answer.text.flush() if answer.text else "", error=str(error))
+                return False
+        return True
 
     def _score(self, part: Part, logits: Tensor) -> None:
         """Log-probabilities of tokens of a prompt."""
@@ -312,6 +325,8 @@ class Engine:
         """A token was chosen."""
         answer.sequence.ids.append(token)
         answer.row.push(token)
+        if answer.constraint is not None:
+            answer.constraint.accept(token)
         text = answer.text
         if token in answer.asked.stop_ids:
             self._finish(answer, "stop", token, text.flush() if text else "", logprob, token)
@@ -319,6 +334,8 @@ class Engine:
         piece = text.push(token) if text else ""
         if text and text.stopped_by is not None:
             self._finish(answer, "stop", token, piece, logprob, text.stopped_by)
+        elif answer.constraint is not None and answer.constraint.done:
+            self._finish(answer, "stop", token, piece + (text.flush() if text else ""), logprob)
         elif answer.n_new >= answer.asked.room:
             self._finish(answer, "length", token, piece + (text.flush() if text else ""), logprob)
         else:
@@ -332,9 +349,10 @@ class Engine:
         text: str = "",
         logprob: TokenLogprob | None = None,
         stopped_by: int | str | None = None,
+        error: str | None = None,
     ) -> None:
         """End an answer, give back its blocks, and tell."""
-        self._tell(answer, token, text, logprob, finish, stopped_by)
+        self._tell(answer, token, text, logprob, finish, stopped_by, error)
         asked = answer.asked
         asked.answers.remove(answer)
         if not asked.answers:
@@ -351,6 +369,7 @@ class Engine:
         logprob: TokenLogprob | None,
         finish: FinishReason | None = None,
         stopped_by: int | str | None = None,
+        error: str | None = None,
     ) -> None:
         asked, cached, prompt = answer.asked, 0, None
         if not answer.told:
@@ -360,7 +379,7 @@ class Engine:
             if asked.request.prompt_logprobs is not None:
                 prompt = tuple(asked.prompt_logprobs)
         number, index = asked.id, answer.index
-        self._untold.append(Event(number, index, token, text, logprob, prompt, cached, finish, stopped_by))
+        self._untold.append(Event(number, index, token, text, logprob, prompt, cached, finish, stopped_by, error))
 
     # -- adapters and weights ----------------------------------------------------------------------------------------
 

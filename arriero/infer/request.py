@@ -12,11 +12,13 @@ from typing import Literal
 
 from arriero.errors import ConfigError, check
 from arriero.infer.config import SamplingConfig
+from arriero.infer.structured import Grammar
 
 Distribution = Literal["raw", "sampled"]
 
-FinishReason = Literal["stop", "length", "cancelled"]
-"""stop: a stop id or stop string. length: max_new_tokens, or the end of the context."""
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+"""stop: a stop id or stop string, or the end of what a grammar allows. length: max_new_tokens, or the end of the
+context. error: the answer's grammar could not be followed further."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Request:
     """The same of the prompt's tokens, raw, but for the first, which nothing precedes."""
     prompt_logprobs_from: int = 1
     """First position of the prompt whose log-probability is given; what lies before may come from the cache."""
+    grammar: Grammar | None = None
+    """What each answer's text has to satisfy, of a `structured.Compiler` for the engine's tokenizer."""
     adapter: str | None = None
     """Name of a loaded adapter that acts; None: none of them."""
     salt: str = ""
@@ -103,7 +107,7 @@ class Event:
     token: the id that was chosen; None where none was. text: characters that are complete now, and no part of a stop
     string to come. logprob: where asked for. prompt_logprobs: those of the whole prompt, with the first event of each
     answer, and so is `cached`: the tokens of the prompt that need not be computed. finish: with the last event, and
-    `stopped_by` the id or text that ended the answer.
+    `stopped_by` the id or text that ended the answer, or `error` what went wrong.
     """
 
     request: int
@@ -115,6 +119,7 @@ class Event:
     cached: int = 0
     finish: FinishReason | None = None
     stopped_by: int | str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,8 @@ class Completion:
     prompt_logprobs: list[TokenLogprob] | None = None
     cached: int = 0
     """Tokens of the prompt that need not be computed."""
+    error: str | None = None
+    """What went wrong, where the answer ended with an error."""
 
     @property
     def stopped(self) -> bool:
@@ -149,5 +156,5 @@ def joined(events: Sequence[Event]) -> Completion:
     prompt = events[0].prompt_logprobs
     return Completion(
         ids, "".join(event.text for event in events), last.finish, last.stopped_by,
-        logprobs if logprobs else None, None if prompt is None else list(prompt), events[0].cached,
+        logprobs if logprobs else None, None if prompt is None else list(prompt), events[0].cached, last.error,
     )  # fmt: skip
