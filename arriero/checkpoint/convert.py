@@ -6,7 +6,7 @@ Converting to hf or gguf holds one tensor in memory; to meta, whose file is a pi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,6 +15,7 @@ import torch
 
 from arriero.checkpoint.beside import Beside, read_beside, warn_of_losses, warn_of_tokenizer_ids
 from arriero.checkpoint.gguf import Kind, write_gguf
+from arriero.checkpoint.gguf_blocks import KINDS, fits
 from arriero.checkpoint.hf import write_hf
 from arriero.checkpoint.load import check_head, has_tokenizer, load_tokenizer_at, open_weights
 from arriero.checkpoint.meta import write_meta
@@ -30,7 +31,7 @@ from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.load import TOKENIZER_FILES
 
 Format = Literal["hf", "meta", "gguf"]
-NumberType = Literal["f32", "f16", "bf16", "q8_0"]
+NumberType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _KINDS: dict[torch.dtype | str, Kind] = {
@@ -38,6 +39,10 @@ _KINDS: dict[torch.dtype | str, Kind] = {
     torch.float16: Kind.F16,
     torch.bfloat16: Kind.BF16,
     "q8_0": Kind.Q8_0,
+    "q5_1": Kind.Q5_1,
+    "q5_0": Kind.Q5_0,
+    "q4_1": Kind.Q4_1,
+    "q4_0": Kind.Q4_0,
 }
 
 
@@ -53,7 +58,8 @@ def convert(
     """Write the model `src` (path, Hub id or built-in name) at `dst` in another format; returns `dst`.
 
     to: "hf" and "meta" make a directory, "gguf" a file ending in .gguf. dtype: None keeps the stored type (quantised
-    weights become f32); q8_0 is for gguf only. The tokenizer and chat templates come along where `src` has them;
+    weights become f32); q8_0, q4_0 and the like are for gguf only, and keep the codes of a matrix stored so. The
+    tokenizer and chat templates come along where `src` has them;
     chat_template: another one, by name or file (as in `load_tokenizer_at`).
     Raises `CheckpointError` when `dst` exists (unless `force`), or cannot hold what `src` holds. Nothing is left at
     `dst` by a conversion that fails.
@@ -107,6 +113,18 @@ def tokenizer_to_write(source: Path, *, adapter: str | Path | None = None, chat_
     return None
 
 
+def _exact(weights: Weights, kind: Kind) -> dict[str, str]:
+    """The matrices that are stored in codes which the type `kind` holds as they are."""
+    if kind not in KINDS.values():
+        return {}
+    matrices = ((name, weights.packed(name)) for name in weights.entries)
+    return {
+        name: matrix.kind
+        for name, matrix in matrices
+        if matrix is not None and KINDS.get(matrix.kind) is kind and fits(matrix)
+    }
+
+
 @contextmanager
 def tensor_bar(title: str, n_tensors: int) -> Iterator[Callable[[str], None]]:
     """A progress bar; yields what to call with the name of each tensor."""
@@ -131,8 +149,8 @@ def _check_request(dst: Path, to: str, dtype: str | None) -> None:
     if dtype is not None and dtype not in get_args(NumberType):
         known = get_args(NumberType)
         raise CheckpointError(f"no number type {dtype!r}; known are {', '.join(known)}{did_you_mean(dtype, known)}")
-    if dtype == "q8_0" and to != "gguf":
-        raise CheckpointError(f"q8_0 is a type of GGUF files; {to} holds f32, f16 or bf16")
+    if dtype is not None and dtype.startswith("q") and to != "gguf":
+        raise CheckpointError(f"{dtype} is a type of GGUF files; {to} holds f32, f16 or bf16")
     if to == "gguf" and (dst.suffix != ".gguf" or dst.is_dir()):
         raise CheckpointError(f"{dst}: a GGUF file is written; give it a name that ends in .gguf")
     if to != "gguf" and (dst.suffix == ".gguf" or dst.is_file()):
@@ -150,18 +168,40 @@ def _write(
     check: Callable[[Path], None],
 ) -> None:
     if to == "gguf":
-        from arriero.tokenizer.gguf import tokenizer_to_gguf
-        from arriero.tokenizer.gguf_limits import differences
-
-        if tokenizer is not None and (told := differences(tokenizer)):
-            warn_once(f"{weights.source}: in llama.cpp some texts will have other ids: {'; '.join(told)}")
-        rows = weights.config.vocab_size
-        entries = {} if tokenizer is None else with_unused_tokens(tokenizer_to_gguf(tokenizer), rows)
         kind = _KINDS[number]
-        write_gguf(
-            weights, dst, kind=kind, tokenizer=entries, name=dst.stem, beside=beside, progress=progress, check=check
-        )
+        write_gguf_file(weights, dst, kind, tokenizer, beside, _exact(weights, kind), progress, check)
         return
     assert isinstance(number, torch.dtype)
     write = write_hf if to == "hf" else write_meta
     write(weights, dst, dtype=number, tokenizer=tokenizer, beside=beside, progress=progress, check=check)
+
+
+def write_gguf_file(
+    weights: Weights,
+    dst: Path,
+    kind: Kind,
+    tokenizer: Tokenizer | None,
+    beside: Beside,
+    kinds: Mapping[str, str],
+    progress: Callable[[str], None],
+    check: Callable[[Path], None],
+) -> None:
+    """Write a GGUF file with its tokenizer; kind, kinds, progress and check as in `write_gguf`."""
+    from arriero.tokenizer.gguf import tokenizer_to_gguf
+    from arriero.tokenizer.gguf_limits import differences
+
+    if tokenizer is not None and (told := differences(tokenizer)):
+        warn_once(f"{weights.source}: in llama.cpp some texts will have other ids: {'; '.join(told)}")
+    rows = weights.config.vocab_size
+    entries = {} if tokenizer is None else with_unused_tokens(tokenizer_to_gguf(tokenizer), rows)
+    write_gguf(
+        weights,
+        dst,
+        kind=kind,
+        tokenizer=entries,
+        name=dst.stem,
+        beside=beside,
+        kinds=kinds,
+        progress=progress,
+        check=check,
+    )

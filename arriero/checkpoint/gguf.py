@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from math import gcd, prod
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from arriero.checkpoint.beside import NOTHING, Beside
+from arriero.checkpoint.gguf_blocks import KINDS, fits, packed, unpacked
 from arriero.checkpoint.gguf_rope import ROPE_FREQS, read_scaling, rope_factors, scaling_entries, shortest
 from arriero.checkpoint.tensor_file import Entry
 from arriero.checkpoint.weights import Weights, check_sizes, opened, rotary_heads, to_halves, to_pairs
@@ -32,6 +34,7 @@ from arriero.io.gguf_header import read_header, read_metadata
 from arriero.model.config import ARCHITECTURES, LlamaConfig
 from arriero.model.llama import EMBEDDINGS, HEAD
 from arriero.model.scaling import Llama3Scaling
+from arriero.quant.packed import Quantized
 from arriero.show.terminal import warn_once
 
 Kind = gguf.GGMLQuantizationType
@@ -43,6 +46,10 @@ _FILE_TYPES = {
     Kind.F16: gguf.LlamaFileType.MOSTLY_F16,
     Kind.BF16: gguf.LlamaFileType.MOSTLY_BF16,
     Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+    Kind.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
+    Kind.Q5_1: gguf.LlamaFileType.MOSTLY_Q5_1,
+    Kind.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+    Kind.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
 }
 _READABLE = {*_PLAIN, *gguf.quants._type_traits}  # the quantised types that the package can dequantise
 
@@ -148,7 +155,16 @@ def open_gguf(file: Path) -> Weights:
         heads = _paired_heads(name, config)
         return to_halves(array, heads) if heads else array
 
-    return opened(file, config, entries, read)
+    def codes(name: str) -> Quantized | None:
+        found = tensor_names(config)[name]
+        if found not in stored or (tensor := stored[found]).kind in _PLAIN:
+            return None
+        matrix, heads = unpacked(_raw(file, tensor), tensor.kind, tensor.shape), _paired_heads(name, config)
+        if matrix is None or not heads:
+            return matrix
+        return matrix.take(to_halves(torch.arange(matrix.shape[0])[:, None], heads)[:, 0])
+
+    return opened(file, config, entries, read, packed=codes)
 
 
 def write_gguf(
@@ -159,35 +175,53 @@ def write_gguf(
     tokenizer: Mapping[str, Any],
     name: str = "",
     beside: Beside = NOTHING,
+    kinds: Mapping[str, str] = {},
     progress: Callable[[str], None] = lambda name: None,
     check: Callable[[Path], None] = lambda file: None,
 ) -> None:
     """Write weights as one GGUF file, all or nothing; one tensor is in memory at a time.
 
-    kind: F32, F16, BF16 or Q8_0, for the matrices; norms and RoPE factors stay F32, as llama.cpp wants them.
+    kind: F32, F16, BF16, Q8_0, Q5_0, Q5_1, Q4_0 or Q4_1, for the matrices; norms and RoPE factors stay F32, as
+    llama.cpp wants them. kinds: matrices that are packed as `weights.packed` gives them, exactly (gguf_blocks.py).
     tokenizer: its metadata (`tokenizer.gguf.tokenizer_to_gguf`). name: shown by llama.cpp as the model's name. beside,
     progress, check: as in `write_hf`.
-    Raises `CheckpointError` when a weight is too large for F16, or a row cannot be cut into Q8_0's blocks of 32.
+    Raises `CheckpointError` when a weight is too large for F16, or a row cannot be cut into blocks of 32.
     """
     config = weights.config
     scaling = scaling_entries(weights.source, config, _LAYOUTS[config.model_type].rope_scaling)
     stated = dict(beside.general) | beside.sampling_metadata(weights.source)
     with replaced_file(file) as temporary:
         with closing(gguf.GGUFWriter(temporary, config.model_type)) as writer:
-            for key, value in {**_metadata(config, kind, name), **scaling, **stated, **tokenizer}.items():
+            of_tensors = _kinds(weights, kind, kinds)
+            most = Counter(found for hf, found in of_tensors.items() if len(weights.entries[hf].shape) > 1)
+            described = _metadata(config, most.most_common(1)[0][0], name)
+            for key, value in {**described, **scaling, **stated, **tokenizer}.items():
                 _add(writer, key, value)
-            _write_tensors(writer, weights, kind, progress)
+            _write_tensors(writer, weights, of_tensors, kinds, progress)
         check(temporary)
 
 
-def _write_tensors(writer: gguf.GGUFWriter, weights: Weights, kind: Kind, progress: Callable[[str], None]) -> None:
-    """Write the header and, after it, each tensor."""
+def _kinds(weights: Weights, kind: Kind, kinds: Mapping[str, str]) -> dict[str, Kind]:
+    """The type of each tensor."""
+    return {
+        name: KINDS[kinds[name]] if name in kinds else kind if len(entry.shape) > 1 else Kind.F32
+        for name, entry in weights.entries.items()
+    }
+
+
+def _write_tensors(
+    writer: gguf.GGUFWriter,
+    weights: Weights,
+    kinds: Mapping[str, Kind],
+    exact: Collection[str],
+    progress: Callable[[str], None],
+) -> None:
+    """Write the header and, after it, each tensor; exact: those whose codes and scales are given."""
     config = weights.config
     by_table = isinstance(config.rope_scaling, Llama3Scaling)
     factors = rope_factors(config).numpy()
     if by_table:
         writer.add_tensor_info(ROPE_FREQS, factors.shape, factors.dtype, factors.nbytes, Kind.F32)
-    kinds = {hf: kind if len(entry.shape) > 1 else Kind.F32 for hf, entry in weights.entries.items()}
     for hf, entry in weights.entries.items():
         shape, dtype = _stored_shape(weights.source, hf, entry.shape, kinds[hf])
         writer.add_tensor_info(tensor_names(config)[hf], shape, dtype, prod(shape) * dtype.itemsize, kinds[hf])
@@ -199,8 +233,18 @@ def _write_tensors(writer: gguf.GGUFWriter, weights: Weights, kind: Kind, progre
     for hf in weights.entries:
         progress(hf)
         heads = _paired_heads(hf, config)
+        if hf in exact:
+            writer.write_tensor_data(_exactly(weights, hf, heads))
+            continue
         tensor = to_pairs(weights.read(hf), heads) if heads else weights.read(hf)
         writer.write_tensor_data(_encoded(weights.source, hf, tensor, kinds[hf]))
+
+
+def _exactly(weights: Weights, name: str, heads: int | None) -> np.ndarray:
+    """The bytes of a matrix whose codes and scales were chosen."""
+    matrix = weights.packed(name)
+    assert matrix is not None and fits(matrix), name
+    return packed(matrix.take(to_pairs(torch.arange(matrix.shape[0])[:, None], heads)[:, 0]) if heads else matrix)
 
 
 def _metadata(config: LlamaConfig, kind: Kind, name: str) -> dict[str, Any]:
@@ -243,18 +287,18 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 def _stored_shape(source: Path, name: str, shape: tuple[int, ...], kind: Kind) -> tuple[tuple[int, ...], np.dtype]:
     """The array that `_encoded` makes of a tensor: its shape and element type."""
-    if kind is not Kind.Q8_0:
+    if kind in _PLAIN:
         return shape, np.dtype(_ARRAYS[kind])
     block = gguf.GGML_QUANT_SIZES[kind][0]
     if shape[-1] % block:
         raise CheckpointError(
-            f"{source}: {name} has rows of {shape[-1]}; Q8_0 needs multiples of {block}: write F16, BF16 or F32"
+            f"{source}: {name} has rows of {shape[-1]}; {kind.name} needs multiples of {block}: write F16, BF16 or F32"
         )
     return gguf.quant_shape_to_byte_shape(shape, kind), np.dtype(np.uint8)
 
 
 def _encoded(source: Path, name: str, tensor: Tensor, kind: Kind) -> np.ndarray:
-    if kind is Kind.Q8_0:
+    if kind not in _PLAIN:
         return gguf.quants.quantize(tensor.float().numpy(), kind)
     cast = tensor.to("cpu", _PLAIN[kind]).contiguous()
     if kind is Kind.F16 and not bool(cast.isfinite().all()):
@@ -312,9 +356,14 @@ def _tensor(file: Path, tensor: Stored) -> Tensor:
 AT_ONCE = 4096  # values in a row given to gguf, which takes 16 at a time: with rows of 576 that takes 1.5 times as long
 
 
+def _raw(file: Path, tensor: Stored) -> np.ndarray:
+    """The bytes of one tensor."""
+    return np.fromfile(file, dtype=np.uint8, count=tensor.size, offset=tensor.start)
+
+
 def _read(file: Path, tensor: Stored) -> np.ndarray:
     """One tensor as an array of its own; BF16 as uint16, quantised types as fp32."""
-    raw = np.fromfile(file, dtype=np.uint8, count=tensor.size, offset=tensor.start)
+    raw = _raw(file, tensor)
     if tensor.kind in _PLAIN:
         return raw.view(_ARRAYS[tensor.kind]).reshape(tensor.shape)
     per_block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.kind]

@@ -102,9 +102,9 @@ def check_written(
 ) -> Verdict:
     """Compare a checkpoint that was just written with its source, with an adapter folded in where one is given.
 
-    dtype: the type written, or "q8_0". held: "int8" or "nf4", to which the source's matrices of the blocks were rounded
-    before the adapter was added. called: what to call `written` in a message. Raises `CheckpointError` naming the
-    first tensor or entry that is not the source's.
+    dtype: the type written, or "q8_0", "q4_1" and the like. held: "int8" or "nf4", to which the source's matrices of
+    the blocks were rounded before the adapter was added. called: what to call `written` in a message. Raises
+    `CheckpointError` naming the first tensor or entry that is not the source's.
     """
     called = called or written
     ours, theirs = read_independently(written), read_independently(source)
@@ -445,12 +445,19 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _allowed(expected: Tensor, slack: Tensor, dtype: torch.dtype | str) -> Tensor:
-    """How far rounding can put a value: half a unit in the last place, for Q8_0 half a step of its block of 32."""
+    """How far rounding can put a value: half a unit in the last place, for GGUF's blocks of 32 half a step, or one."""
     if isinstance(dtype, torch.dtype):
         info = torch.finfo(dtype)
         return (expected.abs() + slack) * (info.eps / 2) + info.smallest_normal * info.eps + slack
-    largest = expected.abs().reshape(-1, 32).amax(1, keepdim=True)  # is 127 steps; the step is stored in f16
-    return (largest * (0.5 / 127 + 2.0**-11) + 2.0**-24 * 127).expand(-1, 32).reshape(expected.shape)
+    blocks = expected.reshape(-1, 32)
+    if dtype in ("q4_1", "q5_1"):  # from the least to the greatest in 15 or 31 steps; step and least are stored in f16
+        low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+        steps = 15 if dtype == "q4_1" else 31
+        allowed = (high - low) * (0.5 / steps + 2.0**-11) + low.abs() * 2.0**-11 + 2.0**-24 * steps
+    else:  # the largest is 127, 16 or 8 steps; where it is negative that end has one code less, a step
+        steps, off = {"q8_0": (127, 0.5), "q5_0": (16, 1.0), "q4_0": (8, 1.0)}[str(dtype)]
+        allowed = blocks.abs().amax(1, keepdim=True) * (off / steps + 2.0**-11) + 2.0**-24 * steps
+    return allowed.expand(-1, 32).reshape(expected.shape)
 
 
 def _same(a: Any, b: Any) -> bool:

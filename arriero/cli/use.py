@@ -11,7 +11,7 @@ from arriero.io.paths import PathText
 from arriero.show.terminal import say
 
 NumberType = Literal["f32", "f16", "bf16"]
-StoredType = Literal["f32", "f16", "bf16", "q8_0"]
+StoredType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
 
 def chat(config: ChatConfig) -> None:
@@ -124,7 +124,7 @@ def convert(
         src: A directory, a .gguf file, a Hub id, or a built-in name.
         dst: The directory, or for gguf the file, to write.
         to: Hugging Face directory, Meta directory, or GGUF file.
-        dtype: Number type of the weights; the stored one when not given (q8_0 is for gguf only).
+        dtype: Number type of the weights; the stored one when not given (q8_0 and the other q are for gguf only).
         chat_template: A template's name (chatml, llama2, llama3, llama3.1, or one of the model's own) or a .jinja file;
             when not given, the model's own.
         force: Overwrite what is there.
@@ -139,40 +139,63 @@ def quantize(
     out: Path,
     *,
     type: Literal["int8", "int4", "nf4"] = "int8",
+    format: Literal["compressed-tensors", "gguf"] = "compressed-tensors",
+    calibrate: PathText | None = None,
     keep_head: bool = False,
+    validation: PathText | None = None,
     chat_template: PathText | None = None,
     force: bool = False,
 ) -> None:
     """Write MODEL with its matrices in 8 or 4 bits, so that a token is decoded with fewer bytes read.
 
-    The result is opened by Arriero's other commands and, but for nf4, by transformers and vLLM (compressed-tensors).
+    The result is opened by Arriero's other commands and, but for nf4, by transformers and vLLM (compressed-tensors) or
+    llama.cpp (gguf).
 
     Example:
         arriero quantize smollm2-135m out/int8 --type int8
-        arriero chat out/int8
+        arriero quantize smollm2-135m out/int4 --type int4 --calibrate prose.txt --validation other.txt
+        arriero chat out/int4
 
     Args:
         model: A directory, a .gguf file, a Hub id, or a built-in name.
         out: Directory for the quantised model.
         type: int8 has a scale for each output; int4 for each 32 inputs; nf4 for each 64, and is read by Arriero only.
+        format: A directory as compressed-tensors lays it out, or one GGUF file (Q8_0 or Q4_0).
+        calibrate: Texts for which the error of the outputs is made small: a .txt file, or rows with texts or
+            conversations; "default" is Python's reference manual. When not given, each weight is rounded to its nearest
+            code.
         keep_head: Leave the head, which makes the logits, at 16 bits.
+        validation: Texts (.txt, or rows with texts) on which the result is compared with MODEL: perplexity, bits per
+            byte, divergence of the next token's probabilities.
         chat_template: A template's name (chatml, llama2, llama3, llama3.1, or one of the model's own) or a .jinja file;
             when not given, the model's own.
         force: Overwrite what is there.
     """
     from arriero.checkpoint.quantize import quantize as write
+    from arriero.checkpoint.quantize_report import errors_table
+    from arriero.eval.divergence import compare, divergence_table, read_texts
+    from arriero.show.terminal import output
 
-    found = write(model, out, type=type, keep_head=keep_head, chat_template=chat_template or "", force=force)
+    if validation is not None:
+        read_texts(validation)  # a bad file is refused before anything is written
+    found = write(
+        model,
+        out,
+        type=type,
+        format=format,
+        calibrate=calibrate,
+        keep_head=keep_head,
+        chat_template=chat_template or "",
+        force=force,
+    )
     if found.untied:
         say("the head was the embeddings, which stay at 16 bits; it is a matrix of its own now")
-    worst = max(found.matrices, key=lambda matrix: matrix.error)
-    say(
-        f"{len(found.matrices)} matrices in {type}; error by rounding {worst.error:.2%} of the weights at most "
-        f"({worst.name.removesuffix('.weight')})"
-    )
+    output().print(errors_table(found.matrices))
     (before, after), (read_before, read_after) = found.size, found.per_token
     say(
         f"weights {before / 1e6:,.1f} MB at 16 bits -> {after / 1e6:,.1f} MB; a token reads "
         f"{read_before / 1e6:,.1f} MB -> {read_after / 1e6:,.1f} MB"
     )
     say(f"{out} written and read back")
+    if validation is not None:
+        output().print(divergence_table(compare(model, out, read_texts(validation)), str(validation)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,8 @@ def test_the_command_says_what_it_did(source, tmp_path, capsys):
     assert main(["quantize", str(source), str(tmp_path / "q"), "--type", "int4"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "the head was the embeddings, which stay at 16 bits; it is a matrix of its own now" in said
-    assert "15 matrices in int4; error by rounding" in said
+    assert "error by rounding, of the weights" in said
+    assert "layer ┃ q ┃ k ┃ v ┃ o ┃ gate ┃ up ┃ down ┃ head" in re.sub(r" +", " ", said)
     assert "a token reads 0.2 MB -> 0.1 MB" in said
 
 
