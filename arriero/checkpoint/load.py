@@ -23,6 +23,8 @@ from arriero.errors import CheckpointError
 from arriero.io.gguf_header import read_metadata
 from arriero.model.build import empty_model
 from arriero.model.llama import HeadKind, Llama
+from arriero.model.packed import pack_linears
+from arriero.quant.packed import Quantized
 from arriero.show.terminal import warn_once
 from arriero.tokenizer.load import TOKENIZER_FILES
 
@@ -57,24 +59,30 @@ def load_model(
     progress: Callable[[str], None] = lambda name: None,
     quantization: str | None = None,
     head: HeadKind = "logits",
+    packed: bool = False,
 ) -> Llama:
     """Load a model by path, Hub id or built-in name, ready for use (`.train()` for dropout).
 
     dtype: the type to hold the weights in; None keeps the stored one (quantised weights become fp32). quantization:
     "int8" or "nf4" rounds the matrices of the blocks as those formats hold them. head: what is wanted of the model.
+    packed: hold matrices that are stored quantised as they are (model/packed.py), not multiplied out: to run them.
     Raises `CheckpointError` when it is not found, damaged, or of an unknown architecture.
     """
     weights = held_in(open_weights(resolve(name_or_path)), quantization)
     check_head(weights, head)
     dtype = dtype or weights.dtype
     model = empty_model(weights.config, head)
-    state = {}
+    state, held = {}, dict[str, Quantized]()
     for name in weights.entries:
         progress(name)
-        state[name] = weights.read(name).to(device, dtype)
+        if packed and (matrix := weights.packed(name)) is not None:
+            held[name] = matrix
+        else:
+            state[name] = weights.read(name).to(device, dtype)
+    pack_linears(model.to(dtype), lambda name, _: held.get(name))
     model.load_state_dict(state, assign=True, strict=False)  # a tied head is missing; `checked` has checked the others
     model.tie_weights()
-    return model.eval()
+    return model.to(device).eval() if held else model.eval()
 
 
 def check_head(weights: Weights, wanted: HeadKind) -> None:
@@ -106,12 +114,12 @@ def load(
 ) -> tuple[Llama, Tokenizer]:
     """Load a model and its tokenizer by path, Hub id or built-in name, with a PEFT adapter on it when given.
 
-    An adapter that was trained on a quantised base gets its base's weights as that format holds them (held.py).
-    chat_template: as in `load_tokenizer_at`.
+    Matrices that are stored quantised are held so. An adapter that was trained on a quantised base gets its base's
+    weights as that format holds them (held.py). chat_template: as in `load_tokenizer_at`.
     """
     path = resolve(name)
     kind = None if adapter is None else kind_of_base(resolve(adapter))
-    model = load_model(path, dtype=dtype, device=device, quantization=kind)
+    model = load_model(path, dtype=dtype, device=device, quantization=kind, packed=True)
     if adapter is not None:
         load_adapter(model, adapter, base=name)
     tokenizer = load_tokenizer_at(path, adapter=adapter, chat_template=chat_template)

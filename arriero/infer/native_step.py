@@ -31,6 +31,7 @@ from arriero.model.linear import Linear
 from arriero.model.llama import EMBEDDINGS, HEAD, Llama
 from arriero.model.lora import LoraLinear
 from arriero.model.lora_config import LoraConfig
+from arriero.model.packed import PackedLinear
 from arriero.model.quantized import QuantizedLinear
 from arriero.model.rope import rope_attention, rope_frequencies
 from arriero.model.scaling import DynamicScaling
@@ -96,6 +97,9 @@ def _runs(module: Any) -> bool:
     """Whether the kernels have this linear: dense in fp32 or bf16, or quantised in groups that they know."""
     if isinstance(module, LoraLinear):
         return _runs(module.base)
+    if type(module) is PackedLinear:
+        whole = module.in_features % GROUP == 0 and module.in_features // module.scales.shape[1] % GROUP == 0
+        return module.scales.shape[1] == 1 if module.kind == "int8" else whole
     if type(module) is QuantizedLinear:
         return module.kind == "int8" or (module.kind == "nf4" and module.in_features % nf4.BLOCK == 0)
     plain = type(module) is Linear and type(module.weight.data) is Tensor and module.weight.is_cpu
@@ -225,6 +229,8 @@ def _packed(library: ctypes.CDLL, module: Any) -> PackedMatrix:
     if isinstance(module, LoraLinear):
         acts = isinstance(module.active, str) and module.active in module.scales
         return pack_matrix(library, module.dense()) if acts else _packed(library, module.base)
+    if type(module) is PackedLinear:
+        return pack_quantized(library, module.matrix)
     if type(module) is QuantizedLinear:
         return pack_quantized(library, _quantized(module))
     return pack_matrix(library, module.weight)

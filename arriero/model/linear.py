@@ -83,7 +83,10 @@ def replace_linears(model: M, replace: Callable[[str, nn.Module], nn.Module | No
 
 @torch.no_grad()
 def densify(model: M) -> M:
-    """Give every linear of the decoder its dense weight, in place: adapters folded, quantised weights rounded."""
+    """Give every linear its dense weight, in place, the head too: adapters folded, quantised weights rounded."""
+    head = getattr(model, "head", None)
+    if isinstance(head, nn.Module) and type(head) is not Linear:
+        model.set_head(plain(head))  # type: ignore[operator]
     return replace_linears(model, lambda _, module: None if type(module) is Linear else plain(module))
 
 

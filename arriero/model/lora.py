@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from arriero.errors import ConfigError
 from arriero.model.initial import initial_adapter, whole
-from arriero.model.linear import Gather, Linear, Product, as_it_is, densify, named_products, replace_linears
+from arriero.model.linear import Gather, Linear, Product, as_it_is, named_products, plain, replace_linears
 from arriero.model.lora_config import LINEARS, LoraConfig
 
 M = TypeVar("M", bound=nn.Module)
@@ -194,11 +194,23 @@ def using_adapter(model: nn.Module, active: Active | Sequence[str | None]) -> It
 
 
 def merged_copy(model: M) -> M:
-    """The model with dense weights, adapters folded, sharing every tensor that has none; itself when all are plain."""
-    if all(type(module) is Linear for _, module in named_products(model)):
+    """The model with the adapter that acts folded, sharing every tensor that has none; itself when it carries none."""
+    if not adapters(model):
         return model
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return densify(copy.deepcopy(model, memo=shared))
+    return fold_adapters(copy.deepcopy(model, memo=shared))
+
+
+@torch.no_grad()
+def fold_adapters(model: M) -> M:
+    """Give every linear that carries adapters what it multiplies by, in place: dense, or its base where none acts."""
+
+    def folded(_: str, module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, LoraLinear):
+            return None
+        return module.base if module._acting() is None else plain(module)
+
+    return replace_linears(model, folded)
 
 
 def lora_state(model: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
