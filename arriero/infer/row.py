@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 import secrets
@@ -116,14 +117,32 @@ class Row:
         """Whether prompt and answer may be these ids: as many, with the same last one."""
         return len(ids) == self._n and (not ids or self._tokens[self._n - 1] == ids[-1])
 
+    def ahead(self, proposed: Sequence[int]) -> list[Row]:
+        """Rows as this one is now, and as it would be with the first, the first two, ... of the proposed tokens pushed.
+
+        They share its memory: they are good until it is pushed to.
+        """
+        self._reserve(len(proposed))
+        self._tokens[self._n : self._n + len(proposed)] = proposed
+        rows = []
+        for n in range(len(proposed) + 1):
+            rows.append(row := copy.copy(self))
+            row.native = NativeRow.from_buffer_copy(self.native)
+            row._n = row.native.n_tokens = self._n + n
+            row.index = self.index + n
+        return rows
+
     def push(self, token: int) -> None:
         """Append a token to the answer."""
-        if self._n == len(self._tokens):
-            self._tokens = np.concatenate([self._tokens, np.zeros(max(64, self._n), np.int32)])
-            self._point_at_tokens()
+        self._reserve(1)
         self._tokens[self._n] = token
         self._n += 1
         self.native.n_tokens, self.index = self._n, self.index + 1
+
+    def _reserve(self, n: int) -> None:
+        if self._n + n > len(self._tokens):
+            self._tokens = np.concatenate([self._tokens, np.zeros(max(64, n, self._n), np.int32)])
+            self._point_at_tokens()
 
     def _point_at_tokens(self) -> None:
         self.native.tokens, self.native.n_prompt = self._tokens.ctypes.data, self._n_prompt

@@ -25,6 +25,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any, Literal, cast
 
@@ -111,9 +112,22 @@ class Constraint:
         self._matcher.consume_token(token)
         self._check()
 
-    def allowed_of(self, tokens: list[int]) -> int:
-        """How many of these proposed tokens may follow one another; takes none."""
-        return int(self._matcher.validate_tokens(tokens))
+    def ahead(self, proposed: Sequence[int]) -> list[np.ndarray]:
+        """The mask of the next token, and of the one behind each of the proposed tokens, as far as these may follow.
+
+        Takes none of them.
+        """
+        masks, taken = [self.mask().copy()], 0
+        for token in proposed:
+            if not masks[-1].view(np.uint32)[token // 32] >> np.uint32(token % 32) & 1 or token in self._stops:
+                break
+            self.accept(token)
+            taken += 1
+            if self.done:
+                break
+            masks.append(self.mask().copy())
+        assert not taken or self._matcher.rollback(taken)
+        return masks
 
     def _check(self) -> None:
         if self._matcher.is_error():
