@@ -325,16 +325,20 @@ class Engine:
         """A token was chosen."""
         answer.sequence.ids.append(token)
         answer.row.push(token)
-        if answer.constraint is not None:
-            answer.constraint.accept(token)
-        text = answer.text
+        text, constraint = answer.text, answer.constraint
+        try:
+            ended = constraint is not None and constraint.accept(token)
+        except UserError as error:
+            piece = text.push(token) + text.flush() if text else ""
+            self._finish(answer, "error", token, piece, logprob, error=str(error))
+            return
         if token in answer.asked.stop_ids:
             self._finish(answer, "stop", token, text.flush() if text else "", logprob, token)
             return
         piece = text.push(token) if text else ""
         if text and text.stopped_by is not None:
             self._finish(answer, "stop", token, piece, logprob, text.stopped_by)
-        elif answer.constraint is not None and answer.constraint.done:
+        elif ended:
             self._finish(answer, "stop", token, piece + (text.flush() if text else ""), logprob)
         elif answer.n_new >= answer.asked.room:
             self._finish(answer, "length", token, piece + (text.flush() if text else ""), logprob)

@@ -105,12 +105,15 @@ class Constraint:
             )
         return self._mask
 
-    def accept(self, token: int) -> None:
-        """Take the token that was chosen. Raises `UserError` where the mask did not allow it."""
-        if self.done and token in self._stops:
-            return
-        self._matcher.consume_token(token)
-        self._check()
+    def accept(self, token: int) -> bool:
+        """Take the token that was chosen; returns `done`.
+
+        Raises `UserError` where the mask did not allow it, and where llguidance gives up.
+        """
+        if not (self.done and token in self._stops):
+            self._matcher.consume_token(token)
+            self._check()
+        return self.done
 
     def ahead(self, proposed: Sequence[int]) -> list[np.ndarray]:
         """The mask of the next token, and of the one behind each of the proposed tokens, as far as these may follow.

@@ -276,6 +276,13 @@ def test_a_grammar_that_cannot_be_followed_ends_its_request_with_the_error(model
     assert {event.request for event in events} == {other} and events[-1].finish == "length"
 
 
+def test_a_grammar_that_llguidance_gives_up_ends_its_request_with_the_error(model, of_bytes):
+    endless = of_bytes.compile("grammar", 'start: "a"{1000000,2000000}')
+    [[answer]] = Engine(model, small_byte_level()).generate([Request([7, 9], 9, SamplingConfig(), grammar=endless)])
+    assert answer.finish == "error" and set(answer.text) <= {"a"}
+    assert answer.error.startswith("the grammar cannot be followed further: parser error: Too many items")
+
+
 # -- hostile ----------------------------------------------------------------------------------------------------------
 
 
