@@ -9,6 +9,7 @@ same model. What is left behind is named in a warning.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -248,10 +249,17 @@ def warn_of_tokenizer_ids(source: Path, beside: Beside, tokenizer: Any) -> None:
 
 
 def _check_numbers(source: Path, generation: Mapping[str, Any]) -> None:
+    """Refuse sampling settings of other types than theirs: numbers that are finite, and true or false."""
     for name in SAMPLING_KEYS.values():
-        value = generation.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise CheckpointError(f"{source}: {name} is {value!r}; a number is expected: correct {GENERATION}")
+        value, kind = generation.get(name), "a whole number" if name == "top_k" else "a number"
+        types = int if name == "top_k" else int | float
+        if value is not None and (isinstance(value, bool) or not isinstance(value, types) or not abs(value) < math.inf):
+            raise CheckpointError(f"{source}: {name} is {value!r:.60}; {kind} is expected: correct {GENERATION}")
+    samples = generation.get("do_sample")
+    if samples is not None and not isinstance(samples, bool):
+        raise CheckpointError(
+            f"{source}: do_sample is {samples!r:.60}; true or false is expected: correct {GENERATION}"
+        )
 
 
 def _decimal(value: Any) -> Any:

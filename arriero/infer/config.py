@@ -40,7 +40,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         check(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
         check(self.temperature >= 0, f"temperature is {self.temperature}; it must be at least 0 (0: most probable)")
-        check(self.top_k >= 0, f"top_k is {self.top_k}; it must be at least 0 (0: all tokens)")
+        check(0 <= self.top_k < 2**31, f"top_k is {self.top_k}; it must be at least 0 (0: all tokens) and below 2**31")
         check(0 < self.top_p <= 1, f"top_p is {self.top_p}; it is a probability, in (0, 1]")
         check(0 <= self.min_p < 1, f"min_p is {self.min_p}; it is a share, in [0, 1)")
         check(

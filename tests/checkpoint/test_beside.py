@@ -1,6 +1,7 @@
 """What a checkpoint says beside its weights is kept, or named once. transformers and gguf read the results."""
 
 import json
+import math
 
 import gguf
 import pytest
@@ -179,6 +180,10 @@ def test_a_model_trained_with_a_tokenizer_stops_where_it_learnt_to(source):
         ({"eos_token_id": [2, True]}, r"eos_token_id is \[2, True\]; it must be an id"),
         ({"bos_token_id": [1]}, r"bos_token_id is \[1\]; a token id is expected"),
         ({"temperature": "0.6"}, "temperature is '0.6'; a number is expected"),
+        ({"temperature": math.nan}, "temperature is nan; a number is expected"),
+        ({"top_p": -math.inf}, "top_p is -inf; a number is expected"),
+        ({"top_k": 1.5}, "top_k is 1.5; a whole number is expected"),
+        ({"do_sample": "yes"}, "do_sample is 'yes'; true or false is expected"),
     ],
 )
 def test_generation_settings_of_a_wrong_type_are_refused(source, tmp_path, changes, problem):

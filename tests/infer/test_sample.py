@@ -359,6 +359,7 @@ def test_the_sampler_of_a_conversation_penalises_each_answer_by_itself():
         ({"temperature": -1}, "temperature is -1; it must be at least 0"),
         ({"top_p": 0.0}, r"top_p is 0.0; it is a probability, in \(0, 1\]"),
         ({"top_k": -3}, "top_k is -3; it must be at least 0"),
+        ({"top_k": 2**32 + 1}, "top_k is 4294967297; .* and below"),
         ({"min_p": 1.0}, r"min_p is 1.0; it is a share, in \[0, 1\)"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be above 0"),
         ({"seed": 2**64}, r"seed is 18446744073709551616; it must be at least 0 and below 2\*\*64"),
