@@ -18,15 +18,18 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
 
 from arriero.checkpoint.load import load_model
-from arriero.infer import dense
+from arriero.infer import native_step
 from arriero.infer.config import SamplingConfig
-from arriero.infer.sample import Sampler
+from arriero.infer.engine import Engine
+from arriero.infer.request import Request
 from arriero.model.catalogue import PUBLISHED
 from arriero.model.llama import Llama
 
@@ -92,11 +95,11 @@ def speed(way: Callable[[int], object], tokens: int) -> float:
 def session(
     model: Llama, prompt: list[int], native: bool, sampling: SamplingConfig = GREEDY
 ) -> Callable[[int], object]:
+    with nullcontext() if native else mock.patch.object(native_step, "fits", lambda model, capacity: False):
+        engine = Engine(model, cache_tokens=1024)
+
     def run(tokens: int) -> object:
-        talk = dense.Session(model, 1024)
-        if not native:
-            talk._step = dense.torch_step(talk.model, talk._cache)
-        return list(talk.tokens(prompt, Sampler(sampling), tokens, ()))
+        return engine.generate([Request(prompt, tokens, sampling)])
 
     return run
 

@@ -27,7 +27,7 @@ from arriero.errors import DataError
 from arriero.infer.blocks import blocks_for
 from arriero.infer.engine import Engine
 from arriero.infer.request import Request
-from arriero.infer.torch_step import block_bytes, computed_in
+from arriero.infer.step import BLOCK
 from arriero.model.llama import Llama
 from arriero.tokenizer.base import Tokenizer
 
@@ -101,9 +101,8 @@ class Reader:
     def __init__(self, model: Llama, tokenizer: Tokenizer, longest: int) -> None:
         """longest: tokens of a text with its answer; they may be more than the model's context."""
         blocks = blocks_for(longest) + 2 * (CHOICES + 1)  # each answer ends in blocks of its own
-        size = block_bytes(model.config, computed_in(model))
         self._engine = Engine(
-            model, tokenizer, cache_bytes=blocks * size, max_running=CHOICES, step_tokens=CHUNK, context=longest
+            model, tokenizer, cache_tokens=blocks * BLOCK, max_running=CHOICES, step_tokens=CHUNK, context=longest
         )
 
     def answer(self, ids: Sequence[int], n_tokens: int) -> list[int]:

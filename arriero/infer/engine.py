@@ -98,14 +98,16 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         cache_bytes: int = CACHE_BYTES,
+        cache_tokens: int = 0,
         max_running: int = 64,
         step_tokens: int = 256,
         context: int = 0,
     ) -> None:
         """tokenizer: None gives no texts, and knows no stop ids.
 
-        cache_bytes: most memory for keys and values. max_running: requests that are computed at a time. step_tokens:
-        most tokens in one step, which bounds how long a request that is being answered waits for its next token.
+        cache_bytes: most memory for keys and values; or, where given, cache_tokens: for how many tokens. max_running:
+        requests that are computed at a time. step_tokens: most tokens in one step, which bounds how long a request that
+        is being answered waits for its next token.
         context: most tokens of prompt and answer; 0 means the model's own. Raises `ConfigError` for values out of
         range.
         """
@@ -118,6 +120,8 @@ class Engine:
         self.context = context or model.config.max_context
 
         def blocks_of(size: int) -> int:
+            if cache_tokens:
+                return blocks_for(cache_tokens)
             check(cache_bytes >= size, f"cache_bytes is {cache_bytes:,}; one block of {BLOCK} tokens takes {size:,}")
             return min(cache_bytes // size, max_running * blocks_for(self.context))
 

@@ -1,7 +1,7 @@
 """Answers to many prompts, or in one conversation: the engine with one kind of request, for those who want no more.
 
-An adapter that the model carries is folded first, so that a step reads one matrix instead of three, and computes with
-the weights that `arriero merge` would save.
+An adapter that acts on the model is folded, so that a step reads one matrix instead of three, and computes with the
+weights that `arriero merge` would save.
 """
 
 from __future__ import annotations
@@ -10,16 +10,12 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import replace
 
 from arriero.errors import ConfigError
-from arriero.infer import dense
-from arriero.infer.answer_text import AnswerText
 from arriero.infer.blocks import blocks_for
 from arriero.infer.config import SamplingConfig
 from arriero.infer.engine import Engine
 from arriero.infer.request import Completion, Event, Request
-from arriero.infer.sample import Sampler
-from arriero.infer.torch_step import block_bytes, computed_in
+from arriero.infer.step import BLOCK
 from arriero.model.llama import Llama
-from arriero.model.lora import merged_copy
 from arriero.tokenizer.base import Tokenizer
 
 STEP_TOKENS = 512  # of prompts in a step, where nobody waits for the next token of another
@@ -52,16 +48,14 @@ def generate(
         except ConfigError as error:
             raise ConfigError(f"prompt {i}: {error}") from error
         requests.append(request)
-    model = _merged(model)
-    if dense.serves(model):
-        return dense.generate(
-            model, tokenizer, prompts, sampling, max_new_tokens, stop_ids=stop_ids, batch=batch, on_done=on_done
-        )
-    longest = sorted((len(prompt) for prompt in prompts), reverse=True)[:batch]
+    if not requests:
+        return []
+    context = model.config.max_context
+    longest = sorted((min(len(prompt) + max_new_tokens, context) for prompt in prompts), reverse=True)[:batch]
     engine = Engine(
         model,
         tokenizer,
-        cache_bytes=_cache_bytes(model, [n + max_new_tokens for n in longest]),
+        cache_tokens=sum(map(blocks_for, longest)) * BLOCK,
         max_running=batch,
         step_tokens=max(STEP_TOKENS, batch),
     )
@@ -89,19 +83,15 @@ class Session:
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, context: int = 0) -> None:
         """context: most tokens of prompt and answer; 0 means the model's own context, at most 8192."""
-        model = _merged(model)
         self.context = min(context or 8192, model.config.max_context)
-        self._tokenizer = tokenizer
-        self._dense = dense.Session(model, self.context) if dense.serves(model) else None
-        if self._dense is None:
-            self._engine = Engine(
-                model,
-                tokenizer,
-                cache_bytes=_cache_bytes(model, [self.context]),
-                max_running=1,
-                step_tokens=STEP_TOKENS,
-                context=self.context,
-            )
+        self._engine = Engine(
+            model,
+            tokenizer,
+            cache_tokens=self.context,
+            max_running=1,
+            step_tokens=STEP_TOKENS,
+            context=self.context,
+        )
 
     def answer(
         self,
@@ -115,31 +105,4 @@ class Session:
 
         Raises `ConfigError` for a prompt that leaves no room in the context.
         """
-        request = Request(ids, max_new_tokens, sampling, stop_ids=stop_ids)
-        request.check_room(self.context)
-        yield from self._engine.stream(request) if self._dense is None else self._from_dense(self._dense, request)
-
-    def _from_dense(self, session: dense.Session, request: Request) -> Iterator[Event]:
-        stops = self._tokenizer.stop_ids if request.stop_ids is None else request.stop_ids
-        text, room = AnswerText(self._tokenizer, ()), min(request.max_new_tokens, self.context - len(request.prompt))
-        sampler = Sampler(request.sampling, tokenizer=self._tokenizer)
-        for i, token in enumerate(session.tokens(request.prompt, sampler, room, stops)):
-            cached = 0 if i else session.reused
-            if token in stops:
-                yield Event(0, 0, token, text.flush(), cached=cached, finish="stop", stopped_by=token)
-            elif i + 1 == room:
-                yield Event(0, 0, token, text.push(token) + text.flush(), cached=cached, finish="length")
-            else:
-                yield Event(0, 0, token, text.push(token), cached=cached)
-
-
-def _cache_bytes(model: Llama, lengths: Sequence[int]) -> int:
-    """Of sequences of these lengths at a time, and at least of one block."""
-    blocks = sum(blocks_for(min(length, model.config.max_context)) for length in lengths)
-    return max(blocks, 1) * block_bytes(model.config, computed_in(model))
-
-
-def _merged(model: Llama) -> Llama:
-    merged = merged_copy(model)
-    assert isinstance(merged, Llama)
-    return merged
+        yield from self._engine.stream(Request(ids, max_new_tokens, sampling, stop_ids=stop_ids))

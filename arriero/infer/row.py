@@ -113,10 +113,6 @@ class Row:
     def answer(self) -> np.ndarray:
         return self._tokens[self._n_prompt : self._n]
 
-    def holds(self, ids: Sequence[int]) -> bool:
-        """Whether prompt and answer may be these ids: as many, with the same last one."""
-        return len(ids) == self._n and (not ids or self._tokens[self._n - 1] == ids[-1])
-
     def ahead(self, proposed: Sequence[int]) -> list[Row]:
         """Rows as this one is now, and as it would be with the first, the first two, ... of the proposed tokens pushed.
 

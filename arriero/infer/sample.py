@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
-import secrets
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -154,15 +152,6 @@ def token_words(tokenizer: Tokenizer) -> np.ndarray:
     return _WORDS[tokenizer]
 
 
-def usable(logits: Tensor, tokenizer: Tokenizer | None) -> Tensor:
-    """Logits [B, n] of the tokenizer's ids: rows that pad the vocabulary are cut off, ids without a token at -inf."""
-    if tokenizer is None:
-        return logits
-    logits = logits[:, : tokenizer.vocab_size]
-    holes = [i for i in tokenizer.unused_ids if i < logits.shape[1]]
-    return logits.index_fill(1, torch.tensor(holes, device=logits.device), -math.inf) if holes else logits
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Keeps torch's operators on this thread while the block runs.
@@ -176,37 +165,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class Sampler:
-    """Chooses tokens for rows 0, 1, ... of conversations that go on; row i draws with seed + i.
-
-    tokenizer: of its ids alone, and of those only such as have a token; a model may have more rows.
-    """
-
-    def __init__(self, config: SamplingConfig, rows: range = range(1), tokenizer: Tokenizer | None = None) -> None:
-        self.config = config
-        self._words = token_words(tokenizer) if tokenizer else None
-        self._seed = secrets.randbits(64) if config.seed is None else config.seed
-        self._rows = {row: self._new(row, [], 0) for row in rows}
-
-    def __call__(self, logits: Tensor, rows: Sequence[int], seen: Sequence[Sequence[int]]) -> Tensor:
-        """The next id of each row: logits [B, V], the rows' indices, and the ids they hold so far; returns ids [B].
-
-        Ids that are not those of the call before with its token appended begin a new answer; the draws go on.
-        """
-        for row, ids in zip(rows, seen, strict=True):
-            mine = self._rows[row]
-            if not mine.holds(ids):
-                self._rows[row] = self._new(row, ids, mine.index)
-            elif mine.sampling is not self.config:
-                mine.sampling = self.config
-        chosen = sample(logits, [self._rows[row] for row in rows])
-        for row, token in zip(rows, chosen.ids.tolist(), strict=True):
-            self._rows[row].push(token)
-        return torch.from_numpy(chosen.ids.copy())
-
-    def _new(self, row: int, ids: Sequence[int], index: int) -> Row:
-        new = Row(self.config, ids, seed=self._seed + row, words=self._words)
-        new.index = index
-        return new

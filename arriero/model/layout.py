@@ -6,7 +6,6 @@ another pattern (a sliding window) is another class with these two members.
 
     Rows            each row of a batch is one document                                     (here)
     Documents       documents lie end to end in one row, and may continue earlier ones      (here)
-    CachedTokens    new tokens behind those whose keys and values a cache holds             (cache.py)
     PagedTokens     tokens of many sequences behind those that a cache in blocks holds      (paged.py)
     HeldDocuments   the part of a packed row that a context-parallel process holds          (distributed/context.py)
 

@@ -3,7 +3,7 @@
 QK-norm (arXiv 2302.05442, section 2) is an RMSNorm over the h values of each head of q and k, before RoPE, with one
 weight [h] for all heads of q and one for all of k. It bounds what attention's softmax sees by |weight_q| |weight_k|
 sqrt(h), however large the projections grow, so that higher learning rates stay stable. Price: two norms a layer over
-(H + K) h values a token, 2 h parameters, and no decoding step in C++ (infer/kernels.py): torch decodes.
+(H + K) h values a token, 2 h parameters, and no step in C++ (infer/native_step.py): torch decodes.
 
 Shapes: B batch, T tokens, D model width, H heads, K KV heads, h head width (given, not D / H).
 """

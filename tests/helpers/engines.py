@@ -11,8 +11,7 @@ from torch import Tensor
 
 from arriero.infer.blocks import blocks_for
 from arriero.infer.engine import Engine
-from arriero.infer.step import Step, StepInput
-from arriero.infer.torch_step import block_bytes, computed_in
+from arriero.infer.step import BLOCK, Step, StepInput
 from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig, Qwen3Config
 from arriero.model.llama import Llama
@@ -51,8 +50,7 @@ def adapted(model: Llama, given: Adapter) -> Llama:
 
 def small_engine(model: Llama, n_blocks: int, tokenizer: Tokenizer | None = None, **settings: int) -> Engine:
     """An engine of that many blocks of cache."""
-    size = block_bytes(model.config, computed_in(model))
-    return Engine(model, tokenizer, cache_bytes=n_blocks * size, **settings)
+    return Engine(model, tokenizer, cache_tokens=n_blocks * BLOCK, **settings)
 
 
 def pieces(rng: random.Random, lengths: Sequence[int], most: int) -> list[list[tuple[int, int, int]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arriero.infer import kernels
+from arriero.infer import native_step
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.model.scaling import Llama3Scaling, YarnScaling
@@ -49,8 +49,8 @@ def tokenizer(smollm2_gguf):
 @pytest.fixture(scope="session")
 def native():
     """The compiled kernels: this project's machines have a compiler, so their absence is a failure."""
-    library = kernels.load_library()
-    assert library is not None, "the C++ decode step did not compile here"
+    library = native_step.load_library()
+    assert library is not None, "the C++ step did not compile here"
     return library
 
 

@@ -18,6 +18,7 @@ from arriero.infer import adapters as adapters_module
 from arriero.infer.blocks import BlockPool
 from arriero.infer.config import SamplingConfig
 from arriero.infer.engine import Engine
+from arriero.infer.native_step import NativeStep
 from arriero.infer.request import Completion, Event, Request, TokenLogprob, joined
 from arriero.infer.row import Row
 from arriero.infer.sample import sample, score
@@ -92,17 +93,25 @@ def answers_of(life: Life) -> list[Completion]:
     return [joined([e for e in life.events if e.index == i]) for i in range(life.request.n)]
 
 
-def alone(model, life: Life) -> list[Completion]:
-    """The same answers, each from an engine that has never seen anything else."""
-    answers = []
-    for i in range(life.request.n):
-        engine = small_engine(model, 8, max_running=1, step_tokens=331)
-        if life.adapter is not None:
-            engine.load_adapter(life.request.adapter, ADAPTERS[life.adapter])
-        seed = life.request.sampling.seed
-        sampling = life.request.sampling if seed is None else replace(life.request.sampling, seed=seed + i)
-        answers += engine.generate([replace(life.request, n=1, sampling=sampling)])[0]
-    return answers
+class Alone:
+    """The same answers, each from an engine that does nothing else, and remembers nothing."""
+
+    def __init__(self, model):
+        self.model, self.engines = model, {}
+
+    def __call__(self, life: Life) -> list[Completion]:
+        engine = self.engines.get(life.adapter)
+        if engine is None:
+            engine = self.engines[life.adapter] = small_engine(self.model, 8, max_running=1, step_tokens=331)
+            if life.adapter is not None:
+                engine.load_adapter("it", ADAPTERS[life.adapter])
+        answers, request, sampling = [], life.request, life.request.sampling
+        for i in range(request.n):
+            engine._scheduler.pool.forget()
+            seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + i)
+            mine = replace(request, n=1, sampling=seeded, adapter=request.adapter and "it")
+            answers += engine.generate([mine])[0]
+        return answers
 
 
 @torch.no_grad()
@@ -134,7 +143,7 @@ def apart(one: TokenLogprob, other: TokenLogprob) -> float:
     return max(abs(one.raw - other.raw), abs((one.sampled or 0) - (other.sampled or 0)))
 
 
-def differs(one: Completion, other: Completion, tolerance: float = TOLERANCE) -> bool:
+def differs(one: Completion, other: Completion, tolerance: float) -> bool:
     def near(a: list[TokenLogprob] | None, b: list[TokenLogprob] | None) -> bool:
         if a is None or b is None:
             return a is b
@@ -147,14 +156,14 @@ def differs(one: Completion, other: Completion, tolerance: float = TOLERANCE) ->
     )
 
 
-def wrong(lives: list[Life], judge) -> int:
+def wrong(lives: list[Life], judge, tolerance: float = TOLERANCE) -> int:
     """How many answers are not those that the judge gives."""
-    return sum(differs(*pair) for life in lives for pair in zip(answers_of(life), judge(life), strict=True))
+    return sum(differs(*pair, tolerance) for life in lives for pair in zip(answers_of(life), judge(life), strict=True))
 
 
 @pytest.fixture(scope="module")
 def models():
-    """The toy as it is, and with each adapter."""
+    """The toy as it is, and with each adapter; in fp64, so by the step in torch."""
     model = engine_toy()
     return {None: model} | {seed: adapted(model, given) for seed, given in ADAPTERS.items()}
 
@@ -164,15 +173,30 @@ def judge(models):
     return lambda life: by_forward(models[life.adapter], life)
 
 
-@pytest.mark.parametrize("n", [500, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-def test_every_answer_is_the_one_that_its_request_gets_alone(models, judge, n):
-    rng = random.Random(n)
-    engine = small_engine(models[None], 40, max_running=16, step_tokens=48)
-    lives = live(engine, rng, n)
-    assert engine.preemptions > n // 50 and sum(e.cached > 0 for life in lives for e in life.events) > n // 5
+def lived(model, n, seed) -> list[Life]:
+    """Many requests in a small engine, which had to preempt and could share."""
+    engine = small_engine(model, 18, max_running=16, step_tokens=48)
+    lives = live(engine, random.Random(seed), n)
+    assert engine.preemptions > n // 10 and sum(e.cached > 0 for life in lives for e in life.events) > n // 5
     assert len(lives) > n * 0.8
+    return lives
+
+
+SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+@pytest.mark.parametrize("n", [150, pytest.param(2000, marks=SLOW)])
+def test_by_the_step_in_torch_every_answer_is_the_one_that_its_request_gets_alone(models, judge, n):
+    lives = lived(models[None], n, n)
     assert wrong(lives, judge) == 0
-    assert wrong(lives[:: n // 20], lambda life: alone(models[None], life)) == 0
+    assert wrong(lives[:: n // 20], Alone(models[None])) == 0
+
+
+@pytest.mark.parametrize("n", [500, pytest.param(10_000, marks=SLOW)])
+def test_by_the_step_in_cpp_every_answer_is_so_bit_for_bit(native, n):
+    model = engine_toy(dtype=torch.bfloat16)
+    assert isinstance(small_engine(model, 1)._model_step, NativeStep)
+    assert wrong(lived(model, n, n), Alone(model), tolerance=0) == 0
 
 
 def test_one_block_that_two_sequences_hold_by_mistake_is_found_out(models, judge, monkeypatch):
@@ -188,17 +212,17 @@ def test_one_block_that_two_sequences_hold_by_mistake_is_found_out(models, judge
         return block
 
     monkeypatch.setattr(BlockPool, "take", aliased)
-    lives = live(small_engine(models[None], 40, max_running=16, step_tokens=48), random.Random(1), 60)
+    lives = live(small_engine(models[None], 18, max_running=16, step_tokens=48), random.Random(1), 60)
     assert wrong(lives, judge) > 0
 
 
 def test_a_shared_block_that_is_written_to_is_found_out(models, judge, monkeypatch):
     monkeypatch.setattr(BlockPool, "shared", lambda pool, block: False)
-    lives = live(small_engine(models[None], 40, max_running=16, step_tokens=48), random.Random(1), 60)
+    lives = live(small_engine(models[None], 18, max_running=16, step_tokens=48), random.Random(1), 60)
     assert wrong(lives, judge) > 0
 
 
 def test_a_beginning_of_an_adapter_that_had_the_name_before_is_found_out(models, judge, monkeypatch):
     monkeypatch.setattr(adapters_module, "_digest", lambda config, tensors: b"the same")
-    lives = live(small_engine(models[None], 40, max_running=16, step_tokens=48), random.Random(1), 60)
+    lives = live(small_engine(models[None], 18, max_running=16, step_tokens=48), random.Random(1), 60)
     assert wrong(lives, judge) > 0

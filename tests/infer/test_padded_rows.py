@@ -21,7 +21,8 @@ from arriero.errors import CheckpointError
 from arriero.eval.needle import Reader
 from arriero.infer.config import ChatConfig, SamplingConfig
 from arriero.infer.generate import Session, generate, stream
-from arriero.infer.sample import Sampler
+from arriero.infer.row import Row
+from arriero.infer.sample import sample, token_words
 from arriero.model.config import LlamaConfig, Qwen3Config
 from arriero.model.lora import add_lora, lora_state
 from arriero.model.lora_config import LoraConfig
@@ -117,11 +118,10 @@ def test_ids_without_a_token_are_not_drawn(tmp_path):
     assert (tokenizer.vocab_size, tokenizer.unused_ids) == (261, [257])
     logits = torch.zeros(1, 320)
     logits[0, 257], logits[0, 319], logits[0, 4] = 9, 9, 1
-    assert Sampler(SamplingConfig(), tokenizer=tokenizer)(logits, [0], [[1]]).tolist() == [4]
-    drawn = [
-        int(Sampler(SamplingConfig(temperature=1.0, seed=i), tokenizer=tokenizer)(logits, [0], [[1]]))
-        for i in range(99)
-    ]
+    words = token_words(tokenizer)
+    assert sample(logits, [Row(SamplingConfig(), words=words)]).ids.tolist() == [4]
+    rows = [Row(SamplingConfig(temperature=1.0, seed=i), words=words) for i in range(99)]
+    drawn = sample(logits.expand(99, -1), rows).ids.tolist()
     assert 257 not in drawn and max(drawn) < 261 and len(set(drawn)) > 20
     convert(tmp_path / "m", tmp_path / "m.gguf", to="gguf")
     back = load_tokenizer_at(tmp_path / "m.gguf")

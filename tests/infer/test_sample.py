@@ -24,7 +24,7 @@ from arriero.infer import sample as sampling
 from arriero.infer import sample_twin as twin
 from arriero.infer.config import SamplingConfig
 from arriero.infer.row import Row
-from arriero.infer.sample import NothingAllowed, Sampler, sample, score
+from arriero.infer.sample import NothingAllowed, sample, score
 
 SETTINGS = {
     "plain": {},
@@ -338,19 +338,6 @@ def test_a_logit_of_infinity_is_certain(through_torch):
 def test_greedy_is_the_argmax_whatever_the_filters(logits):
     rows = [Row(SamplingConfig(top_k=3, top_p=0.1), seed=0) for _ in logits]
     assert sample(logits, rows).ids.tolist() == logits.argmax(-1).tolist()
-
-
-def test_the_sampler_of_a_conversation_goes_on_drawing():
-    sampler, logits = Sampler(SamplingConfig(temperature=1, seed=7)), torch.zeros(1, 1009)
-    drawn = [int(sampler(logits, [0], [[]])) for _ in range(9)]
-    assert drawn == [int(twin.uniform(7, index) * 1009) for index in range(9)]
-
-
-def test_the_sampler_of_a_conversation_penalises_each_answer_by_itself():
-    sampler, logits = Sampler(SamplingConfig(frequency_penalty=2.0)), torch.tensor([[3.0, 2.0, 0.0]])
-    assert int(sampler(logits, [0], [[0, 0]])) == 0  # the prompt does not count
-    assert int(sampler(logits, [0], [[0, 0, 0]])) == 1
-    assert int(sampler(logits, [0], [[0, 0, 0, 1, 0]])) == 0  # another prompt
 
 
 @pytest.mark.parametrize(

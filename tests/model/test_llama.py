@@ -7,7 +7,6 @@ from arriero.distributed.parallelize import prepare
 from arriero.model import attention
 from arriero.model.attention import PieceByPiece, naive_attention
 from arriero.model.build import build_model
-from arriero.model.cache import KVCache
 from arriero.model.config import LlamaConfig, Qwen3Config
 from arriero.model.layout import Documents, Rows
 from arriero.model.llama import Llama, RMSNorm
@@ -201,36 +200,6 @@ def test_documents_that_share_a_prefix_equal_each_document_whole(model):
     for name, p in model.named_parameters():
         difference = (grads[name] - p.grad).norm() / p.grad.norm()
         assert difference < 1e-5, f"{name}: relative gradient difference {difference:.2e}"
-
-
-def test_cached_equals_uncached(model):
-    tokens = ids(3, 23)
-    whole = model(tokens)
-    cache = KVCache(model.config, batch=3, capacity=23)
-    steps = []
-    for start, end in [(0, 7), (7, 12), *((t, t + 1) for t in range(12, 23))]:
-        steps.append(model(tokens[:, start:end], cache.layout(end - start)))
-        cache.advance(end - start)
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=1e-5)
-    assert cache.lengths.tolist() == [23] * 3
-
-
-def test_rows_of_different_length_share_a_cache(model):
-    lengths = torch.tensor([3, 11, 7])
-    tokens = ids(3, 11)
-    cache = KVCache(model.config, batch=3, capacity=19)
-    model(tokens, cache.layout(11))
-    cache.lengths = lengths.clone()  # forget the padding behind each row
-    following = ids(3, 5, seed=9)
-    ragged = model(following, cache.layout(5))
-    for row, length in enumerate(lengths):
-        alone = model(torch.cat([tokens[row, :length], following[row]])[None])
-        torch.testing.assert_close(ragged[row], alone[0, length:], atol=1e-5, rtol=1e-5)
-
-
-def test_a_full_cache_is_refused(model):
-    with pytest.raises(ValueError, match="12 tokens do not fit its capacity of 11"):
-        KVCache(model.config, batch=1, capacity=11).layout(12)
 
 
 def test_wide_weights_compute_in_the_chosen_type_and_get_wide_gradients(model):

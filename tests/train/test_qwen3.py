@@ -10,8 +10,8 @@ from helpers.training import assert_same, whole_and_resumed
 
 from arriero.checkpoint.load import load
 from arriero.infer.config import SamplingConfig
-from arriero.infer.dense import serves
 from arriero.infer.generate import generate
+from arriero.infer.native_step import fits
 from arriero.model import catalogue as shapes
 from arriero.model.config import Qwen3Config
 from arriero.model.qwen3 import Qwen3
@@ -54,7 +54,7 @@ def test_pretrained_resumed_and_opened_in_transformers(shards, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(ours(torch.tensor([ids])), theirs(torch.tensor([ids])).logits, atol=1e-5, rtol=1e-4)
 
-    assert not serves(ours)
+    assert not fits(ours, 64)
     (answer,) = generate(ours, tokenizer, [ids], SamplingConfig(temperature=0.0), 11, stop_ids=())
     expected = theirs.generate(torch.tensor([ids]), max_new_tokens=11, do_sample=False, eos_token_id=None)
     assert answer.ids == expected[0, len(ids) :].tolist()
