@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -29,10 +30,10 @@ import torch
 from torch import Tensor
 
 from arriero.checkpoint.hf import LINEAR_ENDS, save_hf
-from arriero.checkpoint.load import load, load_tokenizer_at, open_weights
+from arriero.checkpoint.load import load, open_weights
 from arriero.checkpoint.quantize import quantize
 from arriero.checkpoint.weights import Weights
-from arriero.eval.divergence import divergence
+from arriero.eval.divergence import divergence, final_states, views_of
 from arriero.model.build import build_model
 from arriero.model.llama import EMBEDDINGS, HEAD, Llama
 
@@ -123,6 +124,7 @@ def measured(model: str, text: str, calibrate: str, formats: list[str], scratch:
         "grid_distance_before": distance_from_grid(plain),
         "grid_distance_after": distance_from_grid(weights),
     }
+    known = final_states(weights, views_of(weights, tokenizer, [text]))
     for name in formats:
         began = time.perf_counter()
         if name == "q4_0":
@@ -137,13 +139,14 @@ def measured(model: str, text: str, calibrate: str, formats: list[str], scratch:
             done = quantize(source, scratch / name, type=kind, calibrate=None if nearest else calibrate)  # type: ignore[arg-type]
             other, size = open_weights(scratch / name), done.per_token[1]
         seconds = time.perf_counter() - began
-        found = divergence(weights, other, load_tokenizer_at(source), [text])
+        found = divergence(weights, other, tokenizer, [text], known=known)
         before, after = found.perplexity
         result["perplexity"] = before
         result[name] = {
             "perplexity": after, "increase": after / before - 1, "kl": found.kl, "kl_error": found.kl_error,
             "same_top": found.same_top, "bytes_per_token": size, "seconds": seconds,
         }  # fmt: skip
+        print(name, json.dumps(result[name]), file=sys.stderr, flush=True)
     return result
 
 

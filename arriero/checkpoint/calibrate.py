@@ -32,7 +32,7 @@ from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_chat
 
 LENGTH = 512  # tokens of a row
-TOKENS = 32_768  # of the text that is used
+TOKENS = 16_384  # of the text that is used
 _AT_ONCE = 4  # rows
 
 
@@ -74,10 +74,12 @@ class Calibration:
             run(block, config, layer, x)
         for hook in hooks:
             hook.remove()
-        for name, linear in linears.items():
-            if (full := f"{prefix}{name}.weight") in self._kinds:
-                self._done[full] = self._rounded(full, _weight(linear), grams[_INPUTS[name][0]])
-                _weight(linear).copy_(self._done[full][0].dense())
+        for inputs, gram in grams.items():
+            alike = {f"{prefix}{name}.weight": _weight(linears[name]) for name in linears if _INPUTS[name][0] == inputs}
+            self._round({name: weight for name, weight in alike.items() if name in self._kinds}, gram)
+            for name, weight in alike.items():
+                if name in self._done:
+                    weight.copy_(self._done[name][0].dense())
         for i, x in enumerate(self._hidden):
             self._hidden[i] = run(block, config, layer, x)
 
@@ -86,11 +88,17 @@ class Calibration:
         self._said("head")
         gram = sum(_gram(normed(self._weights, x)) for x in self._hidden)
         assert isinstance(gram, Tensor)
-        self._done[HEAD] = self._rounded(HEAD, self._weights.read(HEAD).float(), gram)
+        self._round({HEAD: self._weights.read(HEAD).float()}, gram)
 
-    def _rounded(self, name: str, weight: Tensor, gram: Tensor) -> tuple[Quantized, float]:
-        matrix = calibrated(weight, gram, self._kinds[name])
-        return matrix, output_error(weight, matrix.dense(), gram)
+    def _round(self, matrices: Mapping[str, Tensor], gram: Tensor) -> None:
+        """Round matrices with the same inputs; those of one kind together, since each row is a problem of its own."""
+        for kind in dict.fromkeys(self._kinds[name] for name in matrices):
+            alike = {name: weight for name, weight in matrices.items() if self._kinds[name] == kind}
+            rounded, start = calibrated(torch.cat(list(alike.values())), gram, kind), 0
+            for name, weight in alike.items():
+                matrix = rounded.rows(start, start + len(weight))
+                self._done[name] = matrix, output_error(weight, matrix.dense(), gram)
+                start += len(weight)
 
 
 # Where each linear's inputs are gathered, and whether it is the one that does it: several have the same

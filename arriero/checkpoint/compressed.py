@@ -8,9 +8,9 @@ config.json says in `quantization_config` which linears are quantised and how; a
     nf4   X.weight_packed uint8 [O, I/2], X.weight_scale fp32 [O, I/64]: Arriero's own, which others refuse by name
 
 Only weights are declared quantised. ("int-quantized" has int8 as it is, but vLLM takes it with activations rounded
-token by token only, which for SmolLM2-135M costs a KLD of 0.06 where the weights cost 0.0005: docs/log.md.)
-Read besides: "int-quantized", groups of any width, zero points. What else there is (FP8, bitsandbytes) is refused by
-name. Shapes: O outputs, I inputs, G groups of a row.
+token by token only, which costs SmolLM2-135M a KL divergence of 0.06: docs/log.md.) Read besides: "int-quantized",
+groups of any width, zero points, GPTQ and AWQ (gptq.py). What else there is (FP8, bitsandbytes) is refused by name.
+Shapes: O outputs, I inputs, G groups of a row.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arriero.checkpoint.gptq import METHODS, check_gptq, gptq_matrices, is_part, read_gptq
 from arriero.checkpoint.tensor_file import Entry, Reader
 from arriero.errors import CheckpointError
 from arriero.io.fields import Fields, shown
@@ -52,11 +53,13 @@ def quantization_of(config: Mapping[str, Any], file: str) -> str:
     method = group.get("quant_method", "unknown")
     if method == OURS:
         return OURS
+    if method in METHODS:
+        return check_gptq(group, str(method))
     if method != "compressed-tensors":
         remedy = _REMEDIES.get(str(method).lower(), "take a GGUF file of the model, or its unquantised version")
         raise CheckpointError(
             f"{file}: {CONFIG} says that the weights are quantised by method {shown(method)}; read are "
-            f"compressed-tensors (int4 and int8) and GGUF files: {remedy}"
+            f"compressed-tensors (int4 and int8), GPTQ and AWQ (4 bits), and GGUF files: {remedy}"
         )
     _check_compressed(group)
     return str(method)
@@ -156,6 +159,8 @@ def open_compressed(
 
     Raises `CheckpointError` where the tensors of a matrix do not fit together.
     """
+    if method in ("gptq", "gptq_v2", "awq"):
+        return _open_gptq(directory, method, entries, readers)
     found = dict(_matrices(directory, method, entries, readers))
     parts = {f"{name.removesuffix('.weight')}.{suffix}" for name in found for suffix in _SUFFIXES}
     dense = {name: entry for name, entry in entries.items() if name not in parts}
@@ -168,6 +173,21 @@ def open_compressed(
 
     logical = {name: Entry(matrix.shape, torch.float32) for name, matrix in found.items()}
     return dense | logical, packed
+
+
+def _open_gptq(
+    directory: Path, variant: str, entries: Mapping[str, Entry], readers: Mapping[str, Reader]
+) -> tuple[dict[str, Entry], Packed]:
+    shapes = gptq_matrices(directory, entries)
+    dense = {name: entry for name, entry in entries.items() if not is_part(name, shapes)}
+
+    def packed(name: str, start: int = 0, stop: int | None = None) -> Quantized | None:
+        if name not in shapes:
+            return None
+        matrix = read_gptq(directory, name, shapes[name], variant, readers)
+        return matrix.rows(start, matrix.shape[0] if stop is None else stop)
+
+    return dense | {name: Entry(shape, torch.float32) for name, shape in shapes.items()}, packed
 
 
 _SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")

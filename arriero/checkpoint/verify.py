@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from arriero.checkpoint.verify_quantized import NF4, is_part, quantized_matrices
 from arriero.errors import CheckpointError
 
 _EMBEDDINGS, _HEAD, _TIED = "model.embed_tokens.weight", "lm_head.weight", "tie_word_embeddings"
@@ -177,53 +178,17 @@ def _read_hf(directory: Path) -> Reading:
         with safe_open(file, "pt") as tensors:  # anew each time: what is mapped counts as memory
             return tensors.get_tensor(key).clone()
 
-    quantized = {name.removesuffix("_scale") for name in shapes if name.endswith(".weight_scale")}
-    shapes |= {name: _quantized_shape(name, shapes, tensor) for name in quantized}
-    shapes = {name: shape for name, shape in shapes.items() if not re.search(r"\.weight_\w+$", name)}
+    quantized = quantized_matrices(shapes, tensor, config.get("quantization_config") or {})
+    shapes = {name: shape for name, shape in shapes.items() if not is_part(name)}
+    shapes |= {name: matrix.shape for name, matrix in quantized.items()}
     if _EMBEDDINGS not in owners:  # the head alone is there, and is both
         owners[_EMBEDDINGS], shapes[_EMBEDDINGS] = owners[_HEAD], shapes[_HEAD]
 
     def read(name: str) -> Tensor:
-        return _multiplied_out(name, shapes[name], owners, tensor) if name in quantized else tensor(name)
+        return quantized[name].read() if name in quantized else tensor(name)
 
     facts = {**_hf_facts(config), "vocab_size": shapes[_EMBEDDINGS][0]}
     return Reading(facts, shapes, read)
-
-
-def _quantized_shape(
-    name: str, shapes: Mapping[str, tuple[int, ...]], tensor: Callable[[str], Tensor]
-) -> tuple[int, ...]:
-    """The shape of a matrix in few bits, of which the file holds codes and scales."""
-    if name in shapes:
-        return shapes[name]
-    if f"{name}_shape" in shapes:
-        return tuple(tensor(f"{name}_shape").tolist())
-    rows, halves = shapes[f"{name}_packed"]
-    return rows, 2 * halves
-
-
-def _multiplied_out(
-    name: str, shape: tuple[int, ...], there: Mapping[str, Any], tensor: Callable[[str], Tensor]
-) -> Tensor:
-    """A matrix in few bits, code times scale, by NumPy: compressed-tensors' layouts, and NF4's levels in bytes."""
-    scales = tensor(f"{name}_scale").float().numpy()
-    scales = scales.reshape(len(scales), -1, 1)
-    if name in there:
-        codes = tensor(name).numpy().astype(np.float32)
-    else:
-        packed = tensor(f"{name}_packed").numpy()
-        codes = packed.view(np.uint8)
-        if codes.shape[1] >= shape[1]:
-            codes = codes[:, : shape[1]].astype(np.float32) - 128
-        else:
-            halves = np.stack([codes % 16, codes // 16], axis=2).reshape(shape)
-            codes = np.array(_NF4, np.float32)[halves] if packed.dtype == np.uint8 else halves.astype(np.float32) - 8
-    codes = codes.reshape(len(codes), scales.shape[1], -1)
-    if f"{name}_zero_point" in there:
-        words = tensor(f"{name}_zero_point").numpy()
-        zeros = np.stack([words >> 4 * i & 15 for i in range(8)], axis=1).reshape(-1, words.shape[1])[: len(codes)]
-        codes = codes + (8 - zeros[:, :, None]).astype(np.float32)
-    return torch.from_numpy((codes * scales).reshape(shape))
 
 
 def _hf_owners(directory: Path) -> dict[str, tuple[Path, str]]:
@@ -485,7 +450,7 @@ def _rounded_to_int8(weight: Tensor) -> Tensor:
 
 def _rounded_to_nf4(weight: Tensor) -> Tensor:
     """Each 64 values as levels of the largest magnitude among them; between two levels the border is halfway."""
-    levels = np.array(_NF4, np.float32)
+    levels = np.array(NF4, np.float32)
     values = weight.float().numpy().reshape(-1)
     blocks = np.pad(values, (0, -len(values) % 64)).reshape(-1, 64)
     largest = np.abs(blocks).max(axis=1, keepdims=True)
@@ -497,9 +462,3 @@ def _rounded_to_nf4(weight: Tensor) -> Tensor:
 
 _MATRICES = tuple(f".{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 _ROUNDED = {"int8": _rounded_to_int8, "nf4": _rounded_to_nf4}
-# QLoRA's levels (arXiv 2305.14314, appendix E), written once more: a wrong digit in quant/nf4.py is to be seen here
-_NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip

@@ -56,17 +56,19 @@ def divergence(
     *,
     window: int = 2048,
     context: int = 512,
+    known: Tensor | None = None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> Divergence:
     """Compare two models of one tokenizer on texts; window and context as in `perplexity`.
 
-    on_layer: called after each layer of each model. Raises `DataError` where there is nothing to score.
+    known: the original's `final_states` of these texts, where it is compared with several. on_layer: called after each
+    layer of each model. Raises `DataError` where there is nothing to score.
     """
-    window = min(window, original.config.max_context)
-    views = [v for text in texts for v in windows(tokenizer, text, window, min(context, window - 1))]
-    if not views:
-        raise DataError("validation: the data holds no text to score; give at least one text that is not empty")
-    hidden = [final_states(weights, views, on_layer) for weights in (original, other)]
+    views = views_of(original, tokenizer, texts, window, context)
+    hidden = [
+        final_states(original, views, on_layer) if known is None else known,
+        final_states(other, views, on_layer),
+    ]
     targets = torch.tensor([target for view in views for target in view.targets if target != IGNORED])
     sums = torch.zeros(4, dtype=torch.float64)
     n = len(targets)
@@ -84,6 +86,17 @@ def divergence(
         math.sqrt(max(0.0, squares / n - mean * mean) / n),
         float(sums[3]) / n,
     )
+
+
+def views_of(
+    weights: Weights, tokenizer: Tokenizer, texts: Sequence[str], window: int = 2048, context: int = 512
+) -> list[Window]:
+    """The windows that texts are read in; raises `DataError` where there are none."""
+    window = min(window, weights.config.max_context)
+    views = [v for text in texts for v in windows(tokenizer, text, window, min(context, window - 1))]
+    if not views:
+        raise DataError("validation: the data holds no text to score; give at least one text that is not empty")
+    return views
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ is a problem of its own:
 
 Price: 1 and each pass of 2 and 3 multiply O I^2 times; H is I x I in fp32.
 
-Shapes: O outputs, I inputs of a matrix [O, I], G groups of g inputs in a row.
+Shapes: O outputs, I inputs of a matrix [O, I], G groups of g inputs in a row. Within, matrices lie by inputs [I, O], so
+that the numbers of one input lie together.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from arriero.quant.rounding import GROUP, LIMITS, best_scales, short
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs that the text never used stay near their weights
 _ROUNDS = 3  # of scales and codes anew
-_AT_ONCE = 1 << 24  # numbers of a temporary
+_AT_ONCE = 1 << 23  # numbers of a temporary
+_BLOCK = 64  # inputs whose errors are passed on to all that follow together
 
 
 @torch.no_grad()
@@ -60,78 +62,81 @@ def output_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
 
 
 def _rounded(weight: Tensor, gram: Tensor, spread: Tensor, kind: str, rounds: int) -> tuple[Tensor, Tensor]:
+    """Codes [O, I] and scales [O, G]."""
     n_in = weight.shape[1]
     group = GROUP.get(kind, n_in)
-    codes, scales = _in_turn(weight, spread, kind, group)
+    wide = weight.T.contiguous()
+    codes, scales = _in_turn(wide, spread, kind, group)
     for _ in range(rounds):
-        scales = _best_scales(weight, codes, scales, gram, group)
-        codes = _descended(weight, codes, scales, gram, kind)
-    return codes.to(torch.int8), scales
+        scales = _best_scales(wide, codes, scales, gram, group)
+        codes = _descended(wide, codes, scales, gram, kind)
+    return codes.T.to(torch.int8), scales.T
 
 
 def _in_turn(weight: Tensor, spread: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
-    """Codes [O, I] and scales [O, G] by GPTQ, in blocks of one group (int8: of 128 inputs).
+    """Codes [I, O] and scales [G, O] by GPTQ, in blocks of one group (int8: of some inputs).
 
     spread: the upper triangle U of H^-1 = U^T U.
     """
     low, high = LIMITS[kind]
-    n_out, n_in = weight.shape
+    n_in, n_out = weight.shape
     left, codes = weight.clone(), torch.empty_like(weight)
     costs = spread.diagonal().square().reciprocal()
-    scales = torch.empty(n_out, n_in // group)
+    scales = torch.empty(n_in // group, n_out)
     if group == n_in:
-        scales[:] = best_scales(weight, kind)[:, None]
-    step = min(group, 128)
+        scales[0] = best_scales(weight.T, kind)
+    step = min(group, _BLOCK)
     for start in range(0, n_in, step):
         stop = min(start + step, n_in)
         if group != n_in:
-            part = left[:, start:stop]
-            scales[:, start // group] = best_scales(part, kind, costs[start:stop].expand_as(part))
-        scale = scales[:, start // group]
+            part = left[start:stop].T
+            scales[start // group] = best_scales(part, kind, costs[start:stop].expand_as(part))
+        scale = scales[start // group]
         divisor = torch.where(scale == 0, 1.0, scale)
-        errors = torch.empty(n_out, stop - start)
+        errors = torch.empty(stop - start, n_out)
         for i in range(start, stop):
-            code = (left[:, i] / divisor).round_().clamp_(low, high)
-            codes[:, i] = code
-            error = (left[:, i] - code * scale) / spread[i, i]
-            left[:, i:stop] -= error[:, None] * spread[i, i:stop]
-            errors[:, i - start] = error
-        left[:, stop:] -= errors @ spread[start:stop, stop:]
+            torch.clamp((left[i] / divisor).round_(), low, high, out=codes[i])
+            error = torch.div(left[i] - codes[i] * scale, spread[i, i], out=errors[i - start])
+            left[i:stop].addr_(spread[i, i:stop], error, alpha=-1)
+        left[stop:].addmm_(spread[start:stop, stop:].T, errors, alpha=-1)
     return codes, scales
 
 
 def _best_scales(weight: Tensor, codes: Tensor, scales: Tensor, gram: Tensor, group: int) -> Tensor:
-    """The scales [O, G] of the least output error for these codes: C^T H C s = C^T H w for each row."""
-    n_out, n_in = weight.shape
+    """The scales [G, O] of the least output error for these codes: C^T H C s = C^T H w for each row."""
+    n_in, n_out = weight.shape
     n_groups = n_in // group
-    grouped = codes.view(n_out, n_groups, group)
-    system = torch.empty(n_out, n_groups, n_groups)
+    grouped = codes.view(n_groups, group, n_out)
+    system = torch.empty(n_groups, n_groups, n_out)
     for g in range(n_groups):
-        spread = grouped[:, g] @ gram[g * group : (g + 1) * group]  # what group g sends to all inputs [O, I]
-        system[:, g] = (spread.view(n_out, n_groups, group) * grouped).sum(2)
-    wanted = ((weight @ gram).view(n_out, n_groups, group) * grouped).sum(2)
-    system.diagonal(dim1=1, dim2=2).add_(system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) * 1e-6 + 1e-20)
-    solved = torch.linalg.solve(system, wanted)
+        sent = gram[:, g * group : (g + 1) * group] @ grouped[g]  # what group g sends to all inputs [I, O]
+        torch.sum(sent.view(n_groups, group, n_out).mul_(grouped), 1, out=system[g])
+    wanted = ((gram @ weight).view(n_groups, group, n_out) * grouped).sum(1)
+    system = system.permute(2, 0, 1).contiguous()
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    diagonal.add_(diagonal.mean(1, keepdim=True) * 1e-6 + 1e-20)
+    solved = torch.linalg.solve(system, wanted.T).T
     return short(torch.where(solved.isfinite(), solved, scales))
 
 
 def _descended(weight: Tensor, codes: Tensor, scales: Tensor, gram: Tensor, kind: str) -> Tensor:
-    """Codes after one pass in which each takes its best value, those before it new, those after it old."""
+    """Codes [I, O] after one pass in which each takes its best value, those before it new, those after it old."""
     low, high = LIMITS[kind]
-    n_in = weight.shape[1]
+    n_in = weight.shape[0]
     codes = codes.clone()
-    wide = scales.repeat_interleave(n_in // scales.shape[1], dim=1)
+    group = n_in // len(scales)
+    wide = scales.repeat_interleave(group, dim=0)
     difference = weight - codes * wide
-    step = 128
-    for start in range(0, n_in, step):
-        stop = min(start + step, n_in)
-        pull = difference @ gram[:, start:stop]  # [O, step]; kept true within the block as codes change
+    for start in range(0, n_in, _BLOCK):
+        stop = min(start + _BLOCK, n_in)
+        pull = gram[start:stop] @ difference  # [block, O]; kept true within the block as codes change
         for i in range(start, stop):
-            scale, here = wide[:, i], gram[i, i]
-            best = codes[:, i] + pull[:, i - start] / (here * torch.where(scale == 0, 1.0, scale))
-            code = torch.where(scale == 0, codes[:, i], best.round_().clamp_(low, high))
-            change = (codes[:, i] - code) * scale
-            codes[:, i] = code
-            difference[:, i] += change
-            pull += change[:, None] * gram[i, start:stop]
+            scale = wide[i]
+            dead = scale == 0
+            best = (codes[i] + pull[i - start] / torch.where(dead, 1.0, scale * gram[i, i])).round_().clamp_(low, high)
+            code = torch.where(dead, codes[i], best)
+            change = (codes[i] - code) * scale
+            codes[i] = code
+            difference[i] += change
+            pull.addr_(gram[i, start:stop], change)
     return codes

@@ -73,3 +73,19 @@ def test_what_compressed_tensors_packs_is_read_as_it_reads_it(bits, symmetric, g
         return  # transformers 5.23 makes room for unpacked zero points, and cannot load packed ones
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     torch.testing.assert_close(load_model(tmp_path)(TOKENS), reference(TOKENS).logits, atol=2e-5, rtol=0)
+
+
+def test_awq_is_read_as_compressed_tensors_converts_it(tmp_path):
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+    from helpers.gptq import quantized
+
+    quantized("awq", tmp_path)
+    weights = open_weights(tmp_path)
+    converted = AutoAWQConverter(group_size=32).process(load_file(tmp_path / "model.safetensors"))
+    for linear in [name.removesuffix(".weight_packed") for name in converted if name.endswith(".weight_packed")]:
+        packed, shape, scale = (converted[f"{linear}.weight_{part}"] for part in ("packed", "shape", "scale"))
+        codes = unpack_from_int32(packed, 4, shape).float()
+        zeros = unpack_from_int32(converted[f"{linear}.weight_zero_point"], 4, scale.shape, packed_dim=0).float()
+        expected = (codes - zeros.repeat_interleave(32, 1)) * scale.float().repeat_interleave(32, 1)
+        torch.testing.assert_close(weights.read(f"{linear}.weight"), expected, rtol=1e-5, atol=1e-6)
