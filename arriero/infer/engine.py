@@ -32,6 +32,7 @@ from arriero.infer.request import Completion, Event, FinishReason, Request, Toke
 from arriero.infer.row import Row
 from arriero.infer.sample import Chosen, sample, score, token_words
 from arriero.infer.scheduler import Part, Plan, Scheduler, Sequence
+from arriero.infer.speculate import Lookup, verify
 from arriero.infer.step import BLOCK, Step
 from arriero.infer.structured import Constraint
 from arriero.infer.torch_step import TorchStep, block_bytes, computed_in
@@ -40,6 +41,8 @@ from arriero.model.lora_config import LoraConfig
 from arriero.tokenizer.base import Tokenizer
 
 CACHE_BYTES = 1 << 30
+SPECULATIVE_ROWS = 16
+"""Tokens of a step with proposals: more would cost as much as they may gain."""
 
 
 def open_step(model: Llama, context: int, blocks_of: Callable[[int], int]) -> Step:
@@ -61,6 +64,7 @@ class _Answer:
     row: Row  # what the sampler knows of it
     text: AnswerText | None
     constraint: Constraint | None = None
+    lookup: Lookup | None = None
     told: bool = False  # whether an event of it has been made
 
     @property
@@ -102,22 +106,25 @@ class Engine:
         max_running: int = 64,
         step_tokens: int = 256,
         context: int = 0,
+        speculate: int = 0,
     ) -> None:
         """tokenizer: None gives no texts, and knows no stop ids.
 
         cache_bytes: most memory for keys and values; or, where given, cache_tokens: for how many tokens. max_running:
         requests that are computed at a time. step_tokens: most tokens in one step, which bounds how long a request that
         is being answered waits for its next token.
-        context: most tokens of prompt and answer; 0 means the model's own. Raises `ConfigError` for values out of
-        range.
+        context: most tokens of prompt and answer; 0 means the model's own. speculate: most tokens that are proposed at
+        once, by what followed earlier in the text; which are right is decided exactly (speculate.py). Raises
+        `ConfigError` for values out of range.
         """
+        check(speculate >= 0, f"speculate is {speculate}; it must be at least 0 (0: nothing is proposed)")
         check(max_running >= 1, f"max_running is {max_running}; it must be at least 1")
         check(
             step_tokens >= max_running,
             f"step_tokens is {step_tokens}; it must be at least max_running ({max_running}): each step has a token of "
             "every request that is being answered",
         )
-        self.context = context or model.config.max_context
+        self.context, self._speculate = context or model.config.max_context, speculate
 
         def blocks_of(size: int) -> int:
             if cache_tokens:
@@ -140,6 +147,11 @@ class Engine:
     def cache_tokens(self) -> int:
         """Tokens whose keys and values fit the cache."""
         return self._scheduler.pool.n_blocks * BLOCK
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights as they are held for computing ("weights"), and of keys and values ("cache")."""
+        return self._model_step.memory
 
     @property
     def busy(self) -> bool:
@@ -180,7 +192,8 @@ class Engine:
                 logprobs=request.logprobs is not None, n_top=request.logprobs or 0, top_of=request.top_of,
             )  # fmt: skip
             constraint = request.grammar.begin() if request.grammar else None
-            asked.answers.append(answer := _Answer(asked, index, sequence, row, text, constraint))
+            lookup = Lookup(list(request.prompt), self._speculate) if self._speculate else None
+            asked.answers.append(answer := _Answer(asked, index, sequence, row, text, constraint, lookup))
             sequence.owner = answer
         first, *others = (answer.sequence for answer in asked.answers)
         first.followers = others
@@ -205,6 +218,8 @@ class Engine:
         An exception in it, Ctrl-C for one, loses no request: the next step goes on.
         """
         if self._asked and not self._paused:
+            if self._speculate:
+                self._propose()
             with self._change():
                 if (plan := self._scheduler.plan()) is not None and plan.copies:
                     self._model_step.copy_blocks(plan.copies)
@@ -288,17 +303,46 @@ class Engine:
                 if part.scores:
                     self._score(part, logits)
             ready = [pair for pair in self._scheduler.commit(plan) if self._constrained(pair[0].owner)]
-        if ready:
-            wanted = [at for _, at in ready]
-            if wanted != list(range(len(logits))):
-                logits = logits[wanted]
-            chosen = sample(logits, [sequence.owner.row for sequence, _ in ready])
+        chosen = self._chosen(ready, logits)
         with self._change():
-            for i, (sequence, _) in enumerate(ready):
-                self._said(sequence.owner, int(chosen.ids[i]), sequence.owner.logprob(chosen, i))
+            for sequence, those, which in chosen:
+                for i in which:
+                    if i > which.start:
+                        self._scheduler.accept(sequence)
+                    if self._said(sequence.owner, int(those.ids[i]), sequence.owner.logprob(those, i)):
+                        break
             for part in plan.parts:
                 if not part.sequence.generates and part.sequence.left == 0:
                     self._finish(part.sequence.owner, "length")
+
+    def _propose(self) -> None:
+        """Let those that are being answered say what may follow, as many rows as a step takes at little more cost."""
+        decoding = [sequence for sequence in self._scheduler.running if sequence.left == 1]
+        most = min(self._speculate, SPECULATIVE_ROWS // max(len(decoding), 1) - 1)
+        for sequence in decoding:
+            answer = sequence.owner
+            if answer.lookup is not None:
+                sequence.proposed = answer.lookup.propose()[: max(0, min(most, answer.asked.room - answer.n_new - 1))]
+
+    @staticmethod
+    def _chosen(ready: list[tuple[Sequence, range]], logits: Tensor) -> list[tuple[Sequence, Chosen, range]]:
+        """The tokens that follow each sequence: one, and those proposed that would have followed."""
+        if not ready:
+            return []
+        wanted = [i for _, rows in ready for i in rows]
+        if wanted != list(range(len(logits))):
+            logits = logits[wanted]
+        rows = [sequence.owner.row for sequence, _ in ready]
+        if not any(sequence.proposed for sequence, _ in ready):
+            chosen = sample(logits, rows)
+            return [(sequence, chosen, range(i, i + 1)) for i, (sequence, _) in enumerate(ready)]
+        proposals = [sequence.proposed for sequence, _ in ready]
+        verified = verify(logits, rows, proposals, [sequence.owner.constraint for sequence, _ in ready])
+        for (sequence, _), each in zip(ready, verified, strict=True):
+            if sequence.proposed:
+                sequence.owner.lookup.learn(len(sequence.proposed), len(each.ids) - 1)
+            sequence.proposed = []
+        return [(sequence, each, range(len(each.ids))) for (sequence, _), each in zip(ready, verified, strict=True)]
 
     def _constrained(self, answer: _Answer) -> bool:
         """Let the sampler know what may follow by the answer's grammar; False where that ended the answer."""
@@ -325,29 +369,28 @@ class Engine:
         """How many of the most probable tokens are listed, of those that the tokenizer has."""
         return Row(request.sampling, seed=0, words=self._words, n_top=request.prompt_logprobs or 0)
 
-    def _said(self, answer: _Answer, token: int, logprob: TokenLogprob | None) -> None:
-        """A token was chosen."""
+    def _said(self, answer: _Answer, token: int, logprob: TokenLogprob | None) -> bool:
+        """A token was chosen; returns whether it ended the answer."""
         answer.sequence.ids.append(token)
         answer.row.push(token)
+        if answer.lookup is not None:
+            answer.lookup.push(token)
         text, constraint = answer.text, answer.constraint
         try:
             ended = constraint is not None and constraint.accept(token)
         except UserError as error:
             piece = text.push(token) + text.flush() if text else ""
-            self._finish(answer, "error", token, piece, logprob, error=str(error))
-            return
+            return self._finish(answer, "error", token, piece, logprob, error=str(error))
         if token in answer.asked.stop_ids:
-            self._finish(answer, "stop", token, text.flush() if text else "", logprob, token)
-            return
+            return self._finish(answer, "stop", token, text.flush() if text else "", logprob, token)
         piece = text.push(token) if text else ""
         if text and text.stopped_by is not None:
-            self._finish(answer, "stop", token, piece, logprob, text.stopped_by)
-        elif ended:
-            self._finish(answer, "stop", token, piece + (text.flush() if text else ""), logprob)
-        elif answer.n_new >= answer.asked.room:
-            self._finish(answer, "length", token, piece + (text.flush() if text else ""), logprob)
-        else:
-            self._tell(answer, token, piece, logprob)
+            return self._finish(answer, "stop", token, piece, logprob, text.stopped_by)
+        if ended or answer.n_new >= answer.asked.room:
+            piece += text.flush() if text else ""
+            return self._finish(answer, "stop" if ended else "length", token, piece, logprob)
+        self._tell(answer, token, piece, logprob)
+        return False
 
     def _finish(
         self,
@@ -358,8 +401,8 @@ class Engine:
         logprob: TokenLogprob | None = None,
         stopped_by: int | str | None = None,
         error: str | None = None,
-    ) -> None:
-        """End an answer, give back its blocks, and tell."""
+    ) -> bool:
+        """End an answer, give back its blocks, and tell; True."""
         self._tell(answer, token, text, logprob, finish, stopped_by, error)
         asked = answer.asked
         asked.answers.remove(answer)
@@ -368,6 +411,7 @@ class Engine:
         self._scheduler.remove(answer.sequence)
         if not asked.answers:
             self._adapters.leave(asked.adapter)
+        return True
 
     def _tell(
         self,

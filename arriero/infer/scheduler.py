@@ -53,6 +53,7 @@ class Sequence:
         self.n_prompt = len(self.ids)
         self.reused = 0  # tokens of the prompt that others had computed
         self.row: int | None = None  # of the scheduler's array of tables; None: not running
+        self.proposed: list[int] = []  # what may follow: computed with the last token, where there is room
         self.begin_at(self.root)
 
     def begin_at(self, root: bytes) -> None:
@@ -75,7 +76,7 @@ class Part:
     """The tokens of one sequence in a step, `n` from `start` on, and which of the step's logits are its.
 
     scores: those before tokens of its prompt, of which the first stands at position `scored_from`. chooses: that of
-    its next token.
+    its next token, and those behind each token that is proposed.
     """
 
     sequence: Sequence
@@ -83,7 +84,7 @@ class Part:
     n: int
     scored_from: int
     scores: range
-    chooses: int | None
+    chooses: range
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Scheduler:
         self.running, self._rows = [], list(range(self.max_running - 1, -1, -1))
         for sequence in sequences:
             sequence.begin_at(sequence.table.root)
-            sequence.row, sequence.followers = None, []
+            sequence.row, sequence.followers, sequence.proposed = None, [], []
         self.waiting = sorted(sequences)
 
     def plan(self) -> Plan | None:
@@ -150,7 +151,7 @@ class Scheduler:
                 sequence.computed -= 1
         preempted = self.preemptions
         chosen = list(self._decoding())
-        budget = self.step_tokens - len(chosen)
+        budget = self.step_tokens - sum(n for _, n in chosen)
         for sequence in self.running:
             if budget and sequence.left > 1:
                 budget -= self._take_piece(sequence, budget, chosen)
@@ -158,29 +159,41 @@ class Scheduler:
             budget -= self._take_piece(admitted, budget, chosen)
         return self._input(chosen) if chosen else None
 
-    def commit(self, plan: Plan) -> list[tuple[Sequence, int]]:
+    def commit(self, plan: Plan) -> list[tuple[Sequence, range]]:
         """Count the tokens of a plan as computed; returns whose next token is to be chosen now, by which of the logits.
 
-        The followers of a sequence whose prompt is computed are among them.
+        The followers of a sequence whose prompt is computed are among them. Proposed tokens count when they are
+        accepted.
         """
         ready = []
         for part in plan.parts:
             sequence = part.sequence
-            sequence.computed = part.start + part.n
-            if sequence.computed // BLOCK > len(sequence.table.keys):
-                self.pool.fill(sequence.table, sequence.ids, sequence.computed)
+            self._computed(sequence, min(part.start + part.n, len(sequence.ids)))
             if sequence.scored_from is not None:
                 scored = sequence.computed + 1
                 sequence.scored_from = max(sequence.scored_from, scored) if scored < sequence.n_prompt else None
-            if part.chooses is not None:
+            if part.chooses:
                 ready += [(each, part.chooses) for each in (sequence, *self._fork(sequence))]
         return ready
 
+    def accept(self, sequence: Sequence) -> None:
+        """Count one more token as computed: the next of those proposed, which is the last of the sequence now."""
+        self._computed(sequence, sequence.computed + 1)
+
+    def _computed(self, sequence: Sequence, n_tokens: int) -> None:
+        sequence.computed = n_tokens
+        if n_tokens // BLOCK > len(sequence.table.keys):
+            self.pool.fill(sequence.table, sequence.ids, n_tokens)
+
     def _decoding(self) -> Iterator[tuple[Sequence, int]]:
         """Sequences with one token left, each with room for it, which the youngest may have had to give."""
+        spare = self.step_tokens - len(self.running)
         for sequence in list(self.running):
             if sequence.row is not None and sequence.left == 1 and self._room(sequence):
-                yield sequence, 1
+                if sequence.proposed:
+                    self._room_ahead(sequence, spare)
+                    spare -= len(sequence.proposed)
+                yield sequence, 1 + len(sequence.proposed)
 
     def _room(self, sequence: Sequence) -> bool:
         """Give a sequence a block of its own for its next token; False where it had to give up all that it has."""
@@ -200,6 +213,15 @@ class Scheduler:
             table.blocks.append(self.pool.take())
         self._tables[sequence.row, at] = table.blocks[at]
         return True
+
+    def _room_ahead(self, sequence: Sequence, most: int) -> None:
+        """Cut what is proposed to the tokens that have room in blocks that nobody holds."""
+        blocks, end = sequence.table.blocks, len(sequence.ids) + min(len(sequence.proposed), most)
+        assert sequence.row is not None
+        while len(blocks) < blocks_for(end) and self.pool.available > len(self.running):
+            self._tables[sequence.row, len(blocks)] = block = self.pool.take()
+            blocks.append(block)
+        del sequence.proposed[max(min(end, len(blocks) * BLOCK) - len(sequence.ids), 0) :]
 
     def _take_piece(self, sequence: Sequence, budget: int, chosen: list[tuple[Sequence, int]]) -> int:
         """Add a piece of a prompt to the step; returns its tokens."""
@@ -264,7 +286,7 @@ class Scheduler:
         self.pool.release(sequence.table, sequence.ids, sequence.computed)
         self._rows.append(sequence.row)
         self.running.remove(sequence)
-        sequence.row = None
+        sequence.row, sequence.proposed = None, []
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
@@ -297,16 +319,17 @@ class Scheduler:
                 tokens.append(sequence.ids[start])
             else:
                 tokens += sequence.ids[start:end]
+                tokens += sequence.proposed
             from_ = sequence.scored_from or 0
             if from_:  # the logits at position p are of token p + 1
                 at = range(max(from_ - 1, start), min(end, sequence.n_prompt - 1))
                 scored = range(len(outputs), len(outputs) + len(at))
                 outputs += [p - start + before for p in at]
                 from_ = at.start + 1
-            chooses = None
-            if sequence.generates and end == len(sequence.ids):
-                chooses = len(outputs)
-                outputs.append(len(tokens) - 1)
+            chooses = range(0)
+            if sequence.generates and end >= len(sequence.ids):
+                chooses = range(len(outputs), len(outputs) + 1 + len(sequence.proposed))
+                outputs += range(len(tokens) - len(chooses), len(tokens))
             parts.append(Part(sequence, start, n, from_, scored, chooses))
         return Plan(self._arrays(tokens, outputs, parts), parts, self._copies)
 

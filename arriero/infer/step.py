@@ -50,6 +50,10 @@ class Step(Protocol):
     """Blocks of the cache: ids 0 to n_blocks - 1."""
     vocab_size: int
 
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights as the step holds them ("weights"), and of the cache ("cache")."""
+
     def __call__(self, batch: StepInput) -> Tensor:
         """Logits fp32 [m, V] on the CPU."""
 

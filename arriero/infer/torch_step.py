@@ -39,6 +39,12 @@ class TorchStep:
         self._cache = PagedCache(model.config, n_blocks, BLOCK, computed_in(model), model.device)
         self.n_blocks, self.vocab_size = n_blocks, model.head.out_features
 
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the model's own tensors, which the step shares, and of the cache."""
+        weights = {id(t): t.nbytes for t in (*self._model.parameters(), *self._model.buffers())}
+        return {"weights": sum(weights.values()), "cache": self._cache.k.nbytes + self._cache.v.nbytes}
+
     @torch.inference_mode()
     def __call__(self, batch: StepInput) -> Tensor:
         """Logits fp32 [m, V] on the CPU."""

@@ -171,9 +171,10 @@ def test_engines_that_cannot_be_are_refused():
 
 
 def test_the_cache_takes_no_more_than_its_budget():
-    engine = Engine(engine_toy(), cache_bytes=99_999)
-    cache = engine._model_step._cache
-    assert 99_999 - 10_240 < cache.k.nbytes + cache.v.nbytes <= 99_999
+    for dtype, smallest in ((torch.float64, 10_240), (torch.bfloat16, 3328)):  # by torch, and by C++
+        memory = Engine(engine_toy(dtype=dtype), cache_bytes=99_999).memory
+        assert 99_999 - smallest < memory["cache"] <= 99_999
+        assert memory["weights"] > 0
 
 
 def test_who_is_answered_gets_a_token_in_every_step_while_long_prompts_are_read(steps):

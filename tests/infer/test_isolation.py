@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from arriero.infer.native_step import NativeStep
 from arriero.infer.request import Completion, Event, Request, TokenLogprob, joined
 from arriero.infer.row import Row
 from arriero.infer.sample import sample, score
+from arriero.infer.speculate import Lookup
+from arriero.infer.step import BLOCK
 
 ADAPTERS = {seed: adapter(seed) for seed in range(4)}
 TOLERANCE = 1e-6  # of a log-probability; a step in torch adds up in another order in another batch
@@ -59,6 +62,7 @@ def random_request(rng: random.Random, beginnings, adapters) -> Request:
 def live(engine: Engine, rng: random.Random, n: int, at_once: int = 24) -> list[Life]:
     """Let an engine live through `n` requests; returns those that were not cancelled."""
     beginnings = [[rng.randrange(101) for _ in range(size)] for size in (33, 64, 96, 130)]
+    beginnings.append([rng.randrange(101) for _ in range(3)] * 20)
     holds: dict[str, int] = {}
     lives: dict[int, Life] = {}
     cancelled, under_way = set(), set()
@@ -173,9 +177,9 @@ def judge(models):
     return lambda life: by_forward(models[life.adapter], life)
 
 
-def lived(model, n, seed) -> list[Life]:
+def lived(model, n, seed, **settings: int) -> list[Life]:
     """Many requests in a small engine, which had to preempt and could share."""
-    engine = small_engine(model, 18, max_running=16, step_tokens=48)
+    engine = small_engine(model, 18, max_running=16, step_tokens=48, **settings)
     lives = live(engine, random.Random(seed), n)
     assert engine.preemptions > n // 10 and sum(e.cached > 0 for life in lives for e in life.events) > n // 5
     assert len(lives) > n * 0.8
@@ -193,27 +197,42 @@ def test_by_the_step_in_torch_every_answer_is_the_one_that_its_request_gets_alon
 
 
 @pytest.mark.parametrize("n", [500, pytest.param(10_000, marks=SLOW)])
-def test_by_the_step_in_cpp_every_answer_is_so_bit_for_bit(native, n):
+@pytest.mark.parametrize("speculate", [0, 6])
+def test_by_the_step_in_cpp_every_answer_is_so_bit_for_bit(native, n, speculate, monkeypatch):
+    proposed, accepted, learn = [], [], Lookup.learn
+    monkeypatch.setattr(
+        Lookup, "learn", lambda *args: (proposed.append(args[1]), accepted.append(args[2]), learn(*args))
+    )
     model = engine_toy(dtype=torch.bfloat16)
     assert isinstance(small_engine(model, 1)._model_step, NativeStep)
-    assert wrong(lived(model, n, n), Alone(model), tolerance=0) == 0
+    assert wrong(lived(model, n, n, speculate=speculate), Alone(model), tolerance=0) == 0
+    assert not speculate or sum(proposed) > sum(accepted) > n // 5
 
 
 def test_one_block_that_two_sequences_hold_by_mistake_is_found_out(models, judge, monkeypatch):
-    take, taken = BlockPool.take, []
+    engine = small_engine(models[None], 18, max_running=16, step_tokens=48)
+    take, planted = BlockPool.take, []
 
     def aliased(pool):
         block = take(pool)
-        taken.append(block)
-        if len(taken) == 60:
-            pool._give_back(block)
-            block = next(b for b in taken[-2::-1] if pool._references[b] and pool._content[b] is None)
-            pool._references[block] += 1
+        for victim in engine._scheduler.running:
+            at = victim.computed // BLOCK
+            goes_on = victim.left == 1 and victim.owner.asked.room - victim.owner.n_new > 5
+            if (
+                not planted
+                and goes_on
+                and victim.computed % BLOCK > 5
+                and pool._references[victim.table.blocks[at]] == 1
+            ):
+                planted.append(victim)
+                pool._give_back(block)
+                block = victim.table.blocks[at]
+                pool._references[block] += 1
         return block
 
     monkeypatch.setattr(BlockPool, "take", aliased)
-    lives = live(small_engine(models[None], 18, max_running=16, step_tokens=48), random.Random(1), 60)
-    assert wrong(lives, judge) > 0
+    lives = live(engine, random.Random(1), 60)
+    assert planted and wrong(lives, judge) > 0
 
 
 def test_a_shared_block_that_is_written_to_is_found_out(models, judge, monkeypatch):
@@ -226,3 +245,19 @@ def test_a_beginning_of_an_adapter_that_had_the_name_before_is_found_out(models,
     monkeypatch.setattr(adapters_module, "_digest", lambda config, tensors: b"the same")
     lives = live(small_engine(models[None], 18, max_running=16, step_tokens=48), random.Random(1), 60)
     assert wrong(lives, judge) > 0
+
+
+def held() -> int:
+    """Anonymous memory of this process, and what of it was swapped out."""
+    facts = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(facts[name].split()[0]) for name in ("RssAnon", "VmSwap"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what memory a process has")
+@pytest.mark.parametrize("n", [600, pytest.param(10_000, marks=SLOW)])
+def test_memory_does_not_grow_once_the_cache_is_full(native, n):
+    engine, rng = small_engine(engine_toy(dtype=torch.bfloat16), 64, max_running=16, step_tokens=48), random.Random(3)
+    live(engine, rng, 300)
+    before = held()
+    live(engine, rng, n)
+    assert held() < 1.01 * before
