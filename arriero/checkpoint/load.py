@@ -25,6 +25,7 @@ from arriero.model.build import empty_model
 from arriero.model.llama import HeadKind, Llama
 from arriero.model.packed import pack_linears
 from arriero.quant.packed import Quantized
+from arriero.quant.rounding import nearest
 from arriero.show.terminal import warn_once
 from arriero.tokenizer.load import TOKENIZER_FILES
 
@@ -111,15 +112,19 @@ def load(
     device: str | torch.device = "cpu",
     adapter: str | Path | None = None,
     chat_template: str = "",
+    quantize: str = "",
 ) -> tuple[Llama, Tokenizer]:
     """Load a model and its tokenizer by path, Hub id or built-in name, with a PEFT adapter on it when given.
 
     Matrices that are stored quantised are held so. An adapter that was trained on a quantised base gets its base's
     weights as that format holds them (held.py). chat_template: as in `load_tokenizer_at`.
+    quantize: round the matrices that are not quantised yet to "int8" or "int4", to the nearest code; not the adapter's.
     """
     path = resolve(name)
     kind = None if adapter is None else kind_of_base(resolve(adapter))
     model = load_model(path, dtype=dtype, device=device, quantization=kind, packed=True)
+    if quantize:
+        pack_linears(model, lambda _, weight: nearest(weight, quantize))
     if adapter is not None:
         load_adapter(model, adapter, base=name)
     tokenizer = load_tokenizer_at(path, adapter=adapter, chat_template=chat_template)

@@ -35,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": use.generate,
     "eval": use.evaluate,
     "eval needle": use.needle,
+    "bench infer": use.bench_infer,
     "merge": use.merge,
     "convert": use.convert,
     "quantize": use.quantize,

@@ -43,8 +43,14 @@ GREEDY, SAMPLED = SamplingConfig(), SamplingConfig(temperature=0.6, top_p=0.9)  
 
 def load_chosen(config: GenerateConfig | ChatConfig) -> tuple[Llama, Tokenizer]:
     """The model that `config` names under its adapter, and its tokenizer; on the GPU if there is one (not measured)."""
-    dtype, adapter = DTYPES[config.precision], config.adapter or None
-    return load(config.model, dtype=dtype, device=best_device(), adapter=adapter, chat_template=config.chat_template)
+    return load(
+        config.model,
+        dtype=DTYPES[config.precision],
+        device=best_device(),
+        adapter=config.adapter or None,
+        chat_template=config.chat_template,
+        quantize=config.quantize,
+    )
 
 
 def sampling_for(config: GenerateConfig | ChatConfig, otherwise: SamplingConfig) -> SamplingConfig:

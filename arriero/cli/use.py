@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from arriero.eval.config import EvalConfig, NeedleConfig
-from arriero.infer.config import ChatConfig, GenerateConfig
+from arriero.infer.config import BenchConfig, ChatConfig, GenerateConfig
 from arriero.io.paths import PathText
 from arriero.show.terminal import say
 
@@ -62,6 +62,34 @@ def needle(config: NeedleConfig) -> None:
     from arriero.eval.needle_run import run_needle
 
     run_needle(config)
+
+
+def bench_infer(config: BenchConfig) -> None:
+    """Measure how fast this machine runs MODEL: prefill and sampled decoding at 1, 8 and 32 answers, by number type.
+
+    Example:
+        arriero bench infer smollm2-135m
+        arriero bench infer out/mine/model --types bf16 int8 --batches 1 16 64 --plot speed.png
+    """
+    import torch
+
+    from arriero.checkpoint.load import load_model
+    from arriero.infer.measure import choice, figure, measure, table, turns
+    from arriero.io.files import replaced_file
+    from arriero.io.paths import as_path
+    from arriero.show.progress import progress
+    from arriero.show.terminal import output
+
+    model = load_model(config.model, dtype=torch.bfloat16).requires_grad_(False)
+    with progress(f"measuring {config.model}", turns(config)) as bar:
+        speeds = measure(model, config, bar.advance)
+    output().print(table(speeds, config))
+    say(choice(speeds))
+    if config.plot:
+        path = as_path(config.plot)
+        with replaced_file(path) as part:
+            figure(speeds, config).savefig(part, format=path.suffix[1:])
+        say(f"{config.plot} written")
 
 
 def merge(

@@ -121,6 +121,8 @@ class GenerateConfig:
     """Longest answer, in tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and cache; bf16 is read twice as fast."""
+    quantize: Literal["", "int8", "int4"] = ""
+    """Round the matrices on the fly, for fewer bytes read per token; `arriero quantize` does it once, and better."""
     json_schema: PathText = ""
     """File with a JSON schema: the answer is JSON that satisfies it."""
     regex: str = ""
@@ -147,6 +149,37 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    """Speed of a model on this machine."""
+
+    model: PathText = ""
+    """A directory, a .gguf file, a Hub id, or a built-in name."""
+    types: tuple[Literal["bf16", "int8", "int4"], ...] = ("bf16", "int8", "int4")
+    """Types of the matrices to measure; int8 and int4 are rounded on the fly, for their speed alone."""
+    batches: tuple[int, ...] = (1, 8, 32)
+    """Answers that are decoded at a time."""
+    prompt: int = 512
+    """Tokens of the prompt that prefill is timed on."""
+    new_tokens: int = 48
+    """Tokens of each answer that decoding is timed on."""
+    rounds: int = 3
+    """How often each is measured, in turns; medians are shown."""
+    plot: PathText = ""
+    """Where to write a plot (.png, .svg, .pdf); empty writes none."""
+
+    def __post_init__(self) -> None:
+        settle(self)
+        check(bool(self.types), "types is empty; name bf16, int8 or int4")
+        check(bool(self.batches) and min(self.batches) >= 1, f"batches is {self.batches}; give numbers of at least 1")
+        for name in ("prompt", "new_tokens", "rounds"):
+            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        check(
+            not self.plot or self.plot.endswith((".png", ".svg", ".pdf")),
+            f"plot is {self.plot}; its name must end in .png, .svg or .pdf",
+        )
+
+
+@dataclass(frozen=True)
 class ChatConfig:
     """A conversation in the terminal."""
 
@@ -165,6 +198,8 @@ class ChatConfig:
     """Tokens of conversation that the model sees; older turns are dropped. 0 means the model's own, at most 8192."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and cache; bf16 is read twice as fast."""
+    quantize: Literal["", "int8", "int4"] = ""
+    """Round the matrices on the fly, for fewer bytes read per token; `arriero quantize` does it once, and better."""
     sampling: SamplingFlags = field(default_factory=SamplingFlags)
 
     def __post_init__(self) -> None:
