@@ -22,7 +22,7 @@ from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError
 from arriero.io.gguf_header import read_metadata
 from arriero.model.build import empty_model
-from arriero.model.llama import HeadKind, Llama
+from arriero.model.llama import EMBEDDINGS, HeadKind, Llama
 from arriero.model.packed import pack_linears
 from arriero.quant.packed import Quantized
 from arriero.quant.rounding import nearest
@@ -76,7 +76,7 @@ def load_model(
     state, held = {}, dict[str, Quantized]()
     for name in weights.entries:
         progress(name)
-        if packed and (matrix := weights.packed(name)) is not None:
+        if packed and name != EMBEDDINGS and (matrix := weights.packed(name)) is not None:  # embeddings are looked up
             held[name] = matrix
         else:
             state[name] = weights.read(name).to(device, dtype)

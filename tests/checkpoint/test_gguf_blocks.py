@@ -12,7 +12,7 @@ from arriero.checkpoint.convert import convert
 from arriero.checkpoint.gguf import write_gguf
 from arriero.checkpoint.gguf_blocks import KINDS, fits, packed, unpacked
 from arriero.checkpoint.hf import save_hf
-from arriero.checkpoint.load import load_model, open_weights
+from arriero.checkpoint.load import load, load_model, open_weights
 from arriero.checkpoint.quantize import quantize
 from arriero.checkpoint.weights import from_model
 from arriero.errors import CheckpointError
@@ -85,6 +85,14 @@ def test_the_built_in_model_is_at_hand_as_it_is_stored(smollm2_gguf):
         assert held.kind == "int4-affine"
         assert torch.equal(held.dense(), weights.read(name))
     assert weights.packed("model.norm.weight") is None
+    model, tokenizer = load(
+        smollm2_gguf, dtype=torch.float32
+    )  # with embeddings in Q8_0, which are looked up, not multiplied
+    assert model.tied
+    with torch.no_grad():
+        logits = [m(torch.tensor([[1, 17, 19]])) for m in (model, load_model(smollm2_gguf))]
+    torch.testing.assert_close(*logits, atol=1e-3, rtol=0)
+    assert tokenizer.eos_id == 2
 
 
 def test_what_blocks_do_not_hold_is_refused(tmp_path):
