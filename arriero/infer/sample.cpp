@@ -200,14 +200,17 @@ float cut(Work& w, int64_t n, const float* weights, double target, float max, fl
 }
 
 // The `n` largest of the logits that are tokens, by logit and then id, with their log-probabilities.
-void best(Work& w, int64_t V, int64_t n, float max, double log_total, int32_t* ids, float* logprobs) {
+void best(Work& w, int64_t n, float max, double log_total, int32_t* ids, float* logprobs) {
     const int64_t there = (int64_t)measure(w.logits.data(), nullptr, w.padded(), kLowest);
     n = std::min(n, there);
     if (n <= 0) return;
     const float from = n == there ? kLowest : cut(w, w.padded(), nullptr, n, max, -kInf);
     w.pairs.clear();
-    for (int64_t i = 0; i < V; ++i)
-        if (w.logits[i] >= from) w.pairs.push_back({w.logits[i], (int32_t)i});
+    for (int64_t b = 0; b < w.padded(); b += kBlock) {
+        double left = measure(&w.logits[b], nullptr, kBlock, from);  // most blocks have none
+        for (int64_t i = b; left > 0; ++i)
+            if (w.logits[i] >= from) w.pairs.push_back({w.logits[i], (int32_t)i}), --left;
+    }
     std::sort(w.pairs.begin(), w.pairs.end(),
               [](Pair a, Pair b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); });
     for (int64_t i = 0; i < n; ++i) {
@@ -240,6 +243,10 @@ float take(const float* logits, int64_t V, Work& w, bool& finite) {
     }
     std::fill(w.logits.begin() + V, w.logits.end(), -kInf);
     return max;
+}
+
+inline bool has_penalties(const Row& r) {
+    return r.n_bias || r.repetition != 1 || r.presence != 0 || r.frequency != 0;
 }
 
 // Logit bias, then the penalties: repetition over prompt and answer, presence and frequency over the answer.
@@ -282,7 +289,8 @@ float restrict_to(const Masks& masks, float temperature, int64_t V, Work& w, int
         allowed += __builtin_popcount(mask);
         for (int64_t half = 0; half < 2; ++half) {
             const IntLanes mine = ((int32_t)(mask >> (16 * half) & 0xffff) - IntLanes{}) & bits;
-            Lanes x = load(&w.logits[i + half * kLanes]) / divisor;
+            Lanes x = load(&w.logits[i + half * kLanes]);
+            if (temperature != 1) x = x / divisor;
             x = x > top ? top : x;
             x = mine != 0 ? x : lowest;
             largest = x > largest ? x : largest;
@@ -334,13 +342,13 @@ int64_t draw(Work& w, float threshold, double uniform, double& total) {
 
 int64_t first_of(const Work& w, float value) {
     const Lanes sought = all(value);
-    for (int64_t i = 0; i < w.padded(); i += kLanes) {
-        const IntLanes found = load(&w.logits[i]) == sought;
+    for (int64_t b = 0; b < w.padded(); b += kBlock) {
+        IntLanes found = {};
+        for (int64_t i = b; i < b + kBlock; i += kLanes) found |= load(&w.logits[i]) == sought;
         int32_t any = 0;
         for (int j = 0; j < kLanes; ++j) any |= found[j];
-        if (!any) continue;
-        for (int64_t j = i;; ++j)
-            if (w.logits[j] == value) return j;
+        for (int64_t i = b; any; ++i)
+            if (w.logits[i] == value) return i;
     }
     return -1;
 }
@@ -360,17 +368,21 @@ float threshold_of(const Row& r, Work& w, float max, double total, int64_t allow
     return std::max(threshold, max + r.log_min_p);
 }
 
-// Choose the row's token, from logits that `take` copied, and score it as sampled.
-void choose(const Row& r, int64_t V, Work& w, Out& out, int32_t* top_ids, float* tops) {
+// Choose the row's token, from logits that `take` copied, and score it as sampled. weighed: the sum of the weights that
+// the logits have already, or NaN.
+void choose(const Row& r, int64_t V, Work& w, double weighed, Out& out, int32_t* top_ids, float* tops) {
     const Masks masks{r.words, r.allowed, r.n_words, r.n_allowed};
     const bool greedy = r.temperature == 0;
-    penalise(r, V, w);
+    const float temperature = greedy ? 1.0f : r.temperature;
+    if (has_penalties(r)) penalise(r, V, w);
     int64_t allowed;
-    float max = restrict_to(masks, greedy ? 1.0f : r.temperature, V, w, allowed), threshold = kLowest;
+    float max = restrict_to(masks, temperature, V, w, allowed), threshold = kLowest;
     if (!allowed) return;
     const bool diverged = max == -kInf;
     if (diverged) level(masks, V, w), max = 0;
-    double total = greedy && !r.wants_logprobs && !r.n_top ? kNan : weigh(w, max);
+    const bool same = weighed == weighed && allowed == V && temperature == 1 && !has_penalties(r);
+    double total = weighed;
+    if (!same) total = greedy && !r.wants_logprobs && !r.n_top ? kNan : weigh(w, max);
     if (greedy) {
         out.id = first_of(w, max);
     } else {
@@ -381,7 +393,7 @@ void choose(const Row& r, int64_t V, Work& w, Out& out, int32_t* top_ids, float*
     if (r.wants_logprobs) out.sampled = (float)((double)(w.logits[out.id] - max) - log_total);
     if (r.n_top && r.top_of_sampled) {
         for (float& x : w.logits) x = x >= threshold ? x : -kInf;
-        best(w, V, r.n_top, max, log_total, top_ids, tops);
+        best(w, r.n_top, max, log_total, top_ids, tops);
     }
 }
 
@@ -391,14 +403,14 @@ void sample_row(const float* logits, int64_t V, const Row& r, Work& w, Out& out,
     bool finite;
     const float max = take(logits, V, w, finite);
     const bool raw_tops = r.n_top && !r.top_of_sampled;
-    const double log_total = (r.wants_logprobs || raw_tops) && finite ? std::log(weigh(w, max)) : kNan;
+    const double total = (r.wants_logprobs || raw_tops) && finite ? weigh(w, max) : kNan, log_total = std::log(total);
     if (raw_tops) {  // the probabilities are of all that the model has logits for, those listed have a token
         int64_t there;
         restrict_to({r.words, nullptr, r.n_words, 0}, 1.0f, V, w, there);
-        best(w, V, r.n_top, max, log_total, top_ids, tops);
+        best(w, r.n_top, max, log_total, top_ids, tops);
     }
     if (r.given >= 0) out.id = r.given;
-    else choose(r, V, w, out, top_ids, tops);
+    else choose(r, V, w, total, out, top_ids, tops);
     if (r.wants_logprobs && out.id >= 0 && out.id < V) out.raw = (float)((double)(logits[out.id] - max) - log_total);
 }
 

@@ -73,9 +73,6 @@ class Constraint:
     def __init__(self, matcher: Any, words: int, stops: frozenset[int], name: str) -> None:
         self._matcher, self._stops, self._name = matcher, stops, name
         self._mask = np.zeros(words, np.int32)
-        self._may_stop = np.zeros(words, np.int32)
-        for i in stops:
-            self._may_stop.view(np.uint32)[i // 32] |= np.uint32(1 << i % 32)
 
     @property
     def complete(self) -> bool:
@@ -98,11 +95,6 @@ class Constraint:
         self._check()
         if time.thread_time() - began > structured_trial.SLOWEST:
             raise UserError(f"{self._name} cannot be followed further: {structured_trial.TOO_SLOW}")
-        if not self.complete and not (self._mask & ~self._may_stop).any():
-            raise UserError(
-                f"{self._name} cannot be satisfied from here: no token of the vocabulary leads on; simplify it, or "
-                "allow other characters"
-            )
         return self._mask
 
     def accept(self, token: int) -> bool:
@@ -118,23 +110,24 @@ class Constraint:
     def ahead(self, proposed: Sequence[int]) -> list[np.ndarray]:
         """The mask of the next token, and of the one behind each of the proposed tokens, as far as these may follow.
 
-        Takes none of them.
+        Takes none of them. Raises what `mask` raises for the next token.
         """
-        masks, taken = [self.mask().copy()], 0
-        for token in proposed:
-            if not masks[-1].view(np.uint32)[token // 32] >> np.uint32(token % 32) & 1 or token in self._stops:
-                break
-            self.accept(token)
-            taken += 1
-            if self.done:
-                break
-            masks.append(self.mask().copy())
-        assert not taken or self._matcher.rollback(taken)
+        masks = [self.mask().copy()]
+        copy = Constraint(self._matcher.deep_copy(), len(self._mask), self._stops, self._name)
+        with contextlib.suppress(UserError):  # tokens that nobody said end no request
+            for token in proposed:
+                allowed = masks[-1].view(np.uint32)[token // 32] >> np.uint32(token % 32) & 1
+                if not allowed or token in self._stops or copy.accept(token):
+                    break
+                masks.append(copy.mask().copy())
         return masks
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise UserError(f"{self._name} cannot be followed further: {_first_line(self._matcher.get_error())}")
+            error = self._matcher.get_error()
+            if structured_trial.leads_nowhere(error):
+                error = "no token of the vocabulary leads on; allow other characters"
+            raise UserError(f"{self._name} cannot be followed further: {_first_line(error)}")
 
 
 class Compiler:

@@ -296,14 +296,15 @@ def test_only_allowed_tokens_are_drawn(through_torch):
 
 
 def test_a_row_that_nothing_is_allowed_in_is_an_error_that_names_it(through_torch):
-    logits, rows = torch.zeros(3, 101), [Row(SamplingConfig(temperature=1.0), seed=0) for _ in range(3)]
+    logits, rows = torch.zeros(4, 101), [Row(SamplingConfig(temperature=1.0), seed=0) for _ in range(4)]
     rows[1].allowed = np.zeros(4, np.int32)
     rows[2].words, rows[2].allowed = np.array([1, 0, 0, 0], np.int32), np.array([2, 0, 0, 0], np.int32)
     rows[2].native.words, rows[2].native.n_words = rows[2].words.ctypes.data, 4
+    rows[3].allowed = np.array([0, 0, 0, -1 << 5], np.int32)  # ids from 101 on
     for run in (sample, lambda *args: through_torch(sample, *args)):
-        with pytest.raises(NothingAllowed, match=r"rows \[1, 2\]: no token may follow") as error:
+        with pytest.raises(NothingAllowed, match=r"rows \[1, 2, 3\]: no token may follow") as error:
             run(logits, rows)
-        assert error.value.rows == [1, 2]
+        assert error.value.rows == [1, 2, 3]
 
 
 def test_logits_that_are_no_numbers_are_not_drawn(through_torch):

@@ -15,11 +15,12 @@ import torch
 from helpers.engines import SHAPE, engine_toy
 from helpers.tokenizers import small_byte_level, small_sentencepiece
 from helpers.toys import toy_config, toy_model
+from llguidance import LLMatcher
 
 from arriero.checkpoint.hf import save_hf
 from arriero.cli.chat import run_generate
 from arriero.errors import ConfigError, UserError
-from arriero.infer import structured
+from arriero.infer import structured, structured_trial
 from arriero.infer.config import GenerateConfig, SamplingConfig, SamplingFlags
 from arriero.infer.engine import Engine
 from arriero.infer.request import Request
@@ -209,17 +210,16 @@ def test_compiled_grammars_are_kept(of_bytes, monkeypatch):
 
 
 def test_a_vocabulary_that_leads_nowhere_ends_the_request_alone():
-    tokenizer = small_byte_level()
-    compiler = Compiler(tokenizer)
-    constraint = compiler.compile("grammar", 'start: "a" NEVER | "b"\nNEVER: /[^\\s\\S]/').begin()
-    mask = constraint.mask()
-    a, b = tokenizer.encode("ab")
-    assert mask[b // 32] >> (b % 32) & 1
-    if mask[a // 32] >> (a % 32) & 1:
-        constraint.accept(a)
-        with pytest.raises(UserError, match="the grammar cannot be"):
-            constraint.mask()
-    compiler.close()
+    """One that lacks z: what begins with it satisfies nothing, and what comes to it cannot go on."""
+    vocabulary = structured_trial.Vocabulary([b"a", b"b", b"<end>"], [2], [2]).compiled
+    with pytest.raises(ValueError, match="no text satisfies it"):
+        structured_trial.begin(vocabulary, LLMatcher.grammar_from_regex("z"))
+    matcher = structured_trial.begin(vocabulary, LLMatcher.grammar_from_regex("[ab]z|b"))
+    constraint = structured.Constraint(matcher, 1, frozenset({2}), "the regular expression")
+    assert constraint.mask().tolist() == [0b011]
+    constraint.accept(0)
+    with pytest.raises(UserError, match="cannot be followed further: no token of the vocabulary leads on"):
+        constraint.mask()
 
 
 # -- in the engine ----------------------------------------------------------------------------------------------------
