@@ -6,17 +6,16 @@ was. Adapters that the model came with are folded: the engine serves it as it st
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arriero.errors import ConfigError
 from arriero.infer.step import BLOCK, StepInput
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
-from arriero.model.lora import add_lora, lora_state, merged_copy, remove_lora, use_adapter
+from arriero.model.lora import add_lora, folded_copy, lora_state, remove_lora, sharing_copy, use_adapter
 from arriero.model.lora_config import LoraConfig
 from arriero.model.paged import PagedCache, PagedTokens
 
@@ -35,7 +34,7 @@ class TorchStep:
     """A model with a paged cache; see `Step`."""
 
     def __init__(self, model: Llama, n_blocks: int) -> None:
-        self._model, self._carries_adapters = merged_copy(model), False
+        self._model, self._carries_adapters = folded_copy(model), False
         self._cache = PagedCache(model.config, n_blocks, BLOCK, computed_in(model), model.device)
         self.n_blocks, self.vocab_size = n_blocks, model.head.out_features
 
@@ -67,7 +66,7 @@ class TorchStep:
     def add_adapter(self, name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
         """Carry one more adapter, whose tensors `lora_state` names."""
         if not self._carries_adapters:
-            self._model, self._carries_adapters = _sharing(self._model).eval(), True
+            self._model, self._carries_adapters = sharing_copy(self._model).eval(), True
         add_lora(self._model, config, name=name)
         with torch.no_grad():
             for full, parameter in lora_state(self._model, name).items():
@@ -88,9 +87,3 @@ class TorchStep:
                 f"refit: {name} has shape {list(tensor.shape)}, and the model needs {list(parameter.shape)}"
             )
         parameter.copy_(tensor)
-
-
-def _sharing(model: Llama) -> Llama:
-    """Other modules and parameters around the same memory, so that nothing here can freeze what is being trained."""
-    frozen: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo=frozen | {id(b): b for b in model.buffers()})

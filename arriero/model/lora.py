@@ -213,6 +213,26 @@ def fold_adapters(model: M) -> M:
     return replace_linears(model, folded)
 
 
+def folded_copy(model: M) -> M:
+    """The model with the adapter that acts folded into the linears that have one, whatever else those are held in.
+
+    It shares every other tensor, but no parameter: nothing done to one can freeze the other. Without adapters: itself.
+    """
+    if not any(True for _ in _wrapped(model)):
+        return model
+    return replace_linears(sharing_copy(model), lambda _, m: _folded(m) if isinstance(m, LoraLinear) else None)
+
+
+def sharing_copy(model: M) -> M:
+    """Other modules and frozen parameters around the same memory."""
+    frozen: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo=frozen | {id(b): b for b in model.buffers()})
+
+
+def _folded(module: LoraLinear) -> nn.Module:
+    return module.base if module._acting() is None else plain(module)
+
+
 def lora_state(model: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
     """An adapter's tensors by full name: `...q_proj.lora_A.weight` [r, in] and `...lora_B.weight` [out, r]."""
     return {

@@ -10,7 +10,10 @@ from helpers.engines import QWEN, SHAPE, adapted, adapter, engine_toy, pieces, r
 
 from arriero.errors import ConfigError
 from arriero.infer.torch_step import TorchStep
+from arriero.model.linear import Linear, named_products
+from arriero.model.lora import using_adapter
 from arriero.model.lora_config import LoraConfig
+from arriero.model.quantized import QuantizedLinear, quantize_linears
 
 LENGTHS = (1, 31, 32, 33, 97, 5, 64)
 
@@ -58,6 +61,23 @@ def test_adapters_leave_the_model_that_a_trainer_holds_as_it_is():
     step.add_adapter("a", *adapter(1))
     assert all(p.requires_grad for p in model.parameters()) and model.training
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
+
+
+def test_an_adapter_that_acts_is_folded_and_what_is_quantised_stays_so():
+    model, rng = quantize_linears(adapted(engine_toy(dtype=torch.float32), adapter(1)), "int8"), random.Random(5)
+    step = TorchStep(model, 9)
+    kinds = {type(module) for _, module in named_products(step._model)}
+    assert kinds == {Linear, QuantizedLinear}
+    ids = prompts(rng)[4:5]
+    expected = model(torch.tensor(ids))[0]
+    found = run_pieces(step, ids, pieces(rng, LENGTHS[4:5], 70), [None], rng)[0]
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    assert (found - using_none(model, ids)).abs().max() > 0.1
+
+
+def using_none(model, ids):
+    with using_adapter(model, None):
+        return model(torch.tensor(ids))[0]
 
 
 def test_a_copied_block_holds_what_its_source_did():
