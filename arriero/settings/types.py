@@ -36,7 +36,7 @@ def check_leaf(annotation: Any, value: Any) -> Any:
             raise Mismatch
         return tuple(check_leaf(kind, item) for kind, item in zip(kinds, value, strict=True))
     if origin is dict and isinstance(value, Mapping):
-        return {str(k): check_leaf(args[1], v) for k, v in value.items()}
+        return {_key(args[0], k): check_leaf(args[1], v) for k, v in value.items()}
     if annotation is Path and isinstance(value, str | Path):
         return Path(value)
     if annotation is float and type(value) is int:
@@ -44,6 +44,19 @@ def check_leaf(annotation: Any, value: Any) -> Any:
     if origin is None and type(value) is annotation:
         return value
     raise Mismatch
+
+
+def _key(annotation: Any, key: Any) -> Any:
+    """The key of a dict: TOML and JSON have text alone, so a number is written as one."""
+    if annotation is not int:
+        return str(key)
+    try:
+        number = int(key)
+    except ValueError:
+        raise Mismatch from None
+    if str(number) != str(key):
+        raise Mismatch  # "05" and "5" would be one
+    return number
 
 
 def _check_choice(choices: tuple[Any, ...], value: Any) -> Any:
@@ -136,7 +149,7 @@ def type_name(annotation: Any) -> str:
             else f"a list of {len(args)}: {', '.join(map(type_name, args))}"
         )
     if origin is dict:
-        return f"a table of {_plural(args[1])}"
+        return f"a table of {_plural(args[1])}" + (", each under a whole number" if args[0] is int else "")
     if dataclasses.is_dataclass(annotation):
         return "a table"
     names = {

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -145,7 +146,9 @@ def test_params_change_sampling_and_refuse_what_they_do_not_know(chat, capsys):
     assert (chat.sampling.temperature, chat.sampling.top_k) == (0.5, 7)
     chat.take("Say something.")
     first = chat.turns[-1]["content"]
+    chat.sampling = replace(chat.sampling, logit_bias={49_151: -1.0})
     chat.take("/params seed=3")
+    assert chat.sampling.logit_bias == {49_151: -1.0}
     chat.take("/retry")
     assert chat.turns[-1]["content"] == first
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):

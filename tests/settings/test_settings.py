@@ -40,6 +40,7 @@ class Inner:
     names: tuple[str, ...] = ()
     sizes: dict[str, int] = field(default_factory=dict)
     kind: Literal["round", "square", "oval"] = "round"
+    shares: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ inners = st.builds(
     rate=floats,
     names=st.lists(st.text(), max_size=3).map(tuple),
     sizes=st.dictionaries(st.text(), st.integers(), max_size=3),
+    shares=st.dictionaries(st.integers(), floats, max_size=3),
     kind=st.sampled_from(["round", "square", "oval"]),
 )
 outers = st.builds(
@@ -106,6 +108,12 @@ def test_a_written_file_explains_every_documented_setting() -> None:
     assert '# What it is called, on two lines.\ntitle = ""\n' in text
     assert "# A table within.\n[inner]\n# Steps in a metre.\nrate = 0.5\n" in text
     assert 'limit = "none"\n' in text
+
+
+@pytest.mark.parametrize("key", ["05", "five", "1.0", ""])
+def test_a_number_as_a_key_is_written_as_a_number(key: str) -> None:
+    with pytest.raises(ConfigError, match="it must be a table of numbers, each under a whole number"):
+        from_dict(Inner, {"shares": {key: 1.0}})
 
 
 def test_a_file_may_leave_out_what_keeps_its_default(tmp_path: Path) -> None:
