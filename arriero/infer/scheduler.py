@@ -27,6 +27,7 @@ import numpy as np
 from arriero.infer.blocks import BlockPool, Table, blocks_for
 from arriero.infer.step import BLOCK, StepInput
 
+_SCORED = 128  # tokens of a prompt in one step whose logits are all wanted: bounds their memory
 _RESERVE = 1 / 50  # of all blocks: kept for running sequences when another is admitted
 
 
@@ -228,6 +229,8 @@ class Scheduler:
         if sequence.computed % BLOCK == 0 and sequence.computed:
             self._extend(sequence)  # by what others have computed since
         n = min(sequence.left, budget)
+        if sequence.scored_from is not None:
+            n = min(n, max(0, sequence.scored_from - 1 - sequence.computed) + _SCORED)
         if n < sequence.left and n > (over := (sequence.computed + n) % BLOCK):
             n -= over  # so that the next piece begins with a block, which others may have computed by then
         chosen.append((sequence, n))

@@ -100,6 +100,14 @@ def test_a_prompt_can_be_scored_without_an_answer_and_from_a_place_on_with_the_c
     assert end.cached == 96 and len(steps[-1].tokens) == 4
 
 
+def test_the_logits_of_a_long_prompt_are_never_all_there_at_once(steps):
+    engine = Engine(engine_toy(), step_tokens=331)
+    asked = Request(prompt(320), 0, prompt_logprobs=0, prompt_logprobs_from=20)
+    [[answer]] = engine.generate([asked])
+    assert len(answer.prompt_logprobs) == 300
+    assert [len(batch.outputs) for batch in steps] == [109, 128, 63]
+
+
 def test_a_stop_id_ends_an_answer_and_is_told_but_is_no_part_of_it():
     engine, asked = Engine(engine_toy()), Request(prompt(9), 20, stop_ids=())
     [[free]] = engine.generate([asked])
