@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from arriero.tokenizer.chat import encode_chat as encode_chat
     from arriero.train.config import PretrainConfig as PretrainConfig
     from arriero.train.config import SftConfig as SftConfig
+    from arriero.train.recover import recover as recover
 
 
 _HOMES = {
@@ -66,6 +67,7 @@ _HOMES = {
     "encode_chat": "arriero.tokenizer.chat",
     "PretrainConfig": "arriero.train.config",
     "SftConfig": "arriero.train.config",
+    "recover": "arriero.train.recover",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from arriero.errors import ConfigError
 from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.infer.config import BenchConfig, ChatConfig, GenerateConfig
 from arriero.io.paths import PathText
@@ -169,6 +170,7 @@ def quantize(
     type: Literal["int8", "int4", "nf4"] = "int8",
     format: Literal["compressed-tensors", "gguf"] = "compressed-tensors",
     calibrate: PathText | None = None,
+    recover: PathText | None = None,
     keep_head: bool = False,
     validation: PathText | None = None,
     chat_template: PathText | None = None,
@@ -182,6 +184,7 @@ def quantize(
     Example:
         arriero quantize smollm2-135m out/int8 --type int8
         arriero quantize smollm2-135m out/int4 --type int4 --calibrate prose.txt --validation other.txt
+        arriero quantize my-llama out/int4 --type int4 --calibrate rows.jsonl --recover rows.jsonl
         arriero chat out/int4
 
     Args:
@@ -192,6 +195,8 @@ def quantize(
         calibrate: Texts for which the error of the outputs is made small: a .txt file, or rows with texts or
             conversations; "default" is Python's reference manual. When not given, each weight is rounded to its nearest
             code.
+        recover: Texts, as for --calibrate, on which scales and norms are then trained to give MODEL's probabilities
+            again.
         keep_head: Leave the head, which makes the logits, at 16 bits.
         validation: Texts (.txt, or rows with texts) on which the result is compared with MODEL: perplexity, bits per
             byte, divergence of the next token's probabilities.
@@ -204,6 +209,8 @@ def quantize(
     from arriero.eval.divergence import compare, divergence_table, read_texts
     from arriero.show.terminal import output
 
+    if recover is not None and type == "nf4":
+        raise ConfigError("--recover trains the scales of int8 and int4; take --type int4, or leave --recover out")
     if validation is not None:
         read_texts(validation)  # a bad file is refused before anything is written
     found = write(
@@ -225,5 +232,13 @@ def quantize(
         f"{read_before / 1e6:,.1f} MB -> {read_after / 1e6:,.1f} MB"
     )
     say(f"{out} written and read back")
+    if recover is not None:
+        from arriero.train.recover import recover as train
+
+        gained = train(model, out, recover)
+        say(
+            f"scales and norms trained on {gained.rows:,} rows of {recover}; KL divergence on {gained.held_out:,} held "
+            f"out: {gained.before:.4f} -> {gained.after:.4f} nats a token"
+        )
     if validation is not None:
         output().print(divergence_table(compare(model, out, read_texts(validation)), str(validation)))
