@@ -125,7 +125,7 @@ struct Work {  // one row's, kept from call to call: fresh memory costs more tha
         for (auto* v : {&logits, &weights}) v->assign(n, 0);
         for (auto* v : {&candidates, &their_weights}) v->assign(n + kLanes, 0);
         sums.assign(n / kBlock, 0);
-        counts.assign(V, 0);
+        counts.assign(n, 0);
     }
     int64_t padded() const { return (int64_t)logits.size(); }
 };

@@ -360,3 +360,12 @@ def test_greedy_is_the_argmax_whatever_the_filters(logits):
 def test_settings_out_of_range_are_refused_on_construction(setting, message):
     with pytest.raises(ConfigError, match=message):
         SamplingConfig(**setting)
+
+
+def test_vocabularies_of_any_sizes_take_turns(through_torch):
+    """The C++ code keeps its memory from call to call, by the vocabulary's size."""
+    for size in (1000, 1009, 13, 600, 1024, 1009):
+        logits = torch.randn(2, size, generator=torch.Generator().manual_seed(size))
+        config = SamplingConfig(temperature=1.0, top_p=0.9, frequency_penalty=1.0, repetition_penalty=1.2)
+        rows = [Row(config, [size - 1, 0], answer=[size - 1] * 3, seed=i, logprobs=True) for i in range(2)]
+        same(sample(logits, rows), through_torch(sample, logits, rows))
