@@ -20,15 +20,23 @@
 #include <thread>
 #include <vector>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t IntLanes __attribute__((vector_size(64)));
-constexpr int64_t kLanes = 16, kBlock = 512;  // logits of a vector; of a block, whose sum is kept
+// Of the CPU's own width: GCC takes wider vectors apart into single numbers, which is ten times as slow.
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+typedef float Lanes __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t IntLanes __attribute__((vector_size(VECTOR_BYTES)));
+constexpr int64_t kLanes = VECTOR_BYTES / 4, kBlock = 512;  // logits of a vector; of a block, whose sum is kept
 constexpr float kInf = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kLowest = -std::numeric_limits<float>::max();
 constexpr float kHighest = 1e30f;  // stands for a logit of +inf, so that differences of logits are numbers
@@ -47,7 +55,7 @@ inline float highest(Lanes x) {
     for (int j = 1; j < kLanes; ++j) out = x[j] > out ? x[j] : out;
     return out;
 }
-inline float sum(Lanes x) {  // in pairs, so that the order is the same on every CPU
+inline float sum(Lanes x) {
     float part[kLanes];
     std::memcpy(part, &x, sizeof part);
     for (int64_t width = kLanes / 2; width; width /= 2)
@@ -158,6 +166,17 @@ int64_t narrow(const float* logits, const float* weights, int64_t n, float low, 
         _mm512_storeu_ps(out + kept, _mm512_maskz_compress_ps(in, x));
         if (weights) _mm512_storeu_ps(out_w + kept, w);
         kept += __builtin_popcount(in);
+    }
+#elif defined(__AVX2__)
+    const __m256 lo = _mm256_set1_ps(low), hi = _mm256_set1_ps(high);
+    for (; i + kLanes <= n; i += kLanes) {
+        const __m256 x = _mm256_loadu_ps(logits + i);
+        int in = _mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps(x, lo, _CMP_GE_OQ), _mm256_cmp_ps(x, hi, _CMP_LT_OQ)));
+        for (; in; in &= in - 1, ++kept) {
+            const int64_t j = i + __builtin_ctz(in);
+            out[kept] = logits[j];
+            if (weights) out_w[kept] = weights[j];
+        }
     }
 #endif
     for (; i < n; ++i) {
@@ -280,21 +299,22 @@ struct Masks {  // bit i % 32 of word i / 32 allows token i, if both masks have 
 
 // Put tokens outside both masks at -inf, divide by the temperature; returns the largest, and how many are allowed.
 float restrict_to(const Masks& masks, float temperature, int64_t V, Work& w, int64_t& allowed) {
-    const IntLanes bits = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    IntLanes bits;
+    for (int j = 0; j < kLanes; ++j) bits[j] = 1 << j;
     const Lanes lowest = all(-kInf), top = all(kHighest), divisor = all(temperature);
     Lanes largest = lowest;
     allowed = 0;
-    for (int64_t i = 0; i < w.padded(); i += 2 * kLanes) {
+    for (int64_t i = 0; i < w.padded(); i += 32) {
         const uint32_t mask = masks.word(i / 32) & (i + 32 <= V ? ~0u : i >= V ? 0u : ~0u >> (i + 32 - V));
         allowed += __builtin_popcount(mask);
-        for (int64_t half = 0; half < 2; ++half) {
-            const IntLanes mine = ((int32_t)(mask >> (16 * half) & 0xffff) - IntLanes{}) & bits;
-            Lanes x = load(&w.logits[i + half * kLanes]);
+        for (int64_t j = 0; j < 32; j += kLanes) {
+            const IntLanes mine = ((int32_t)(mask >> j & ((1u << kLanes) - 1)) - IntLanes{}) & bits;
+            Lanes x = load(&w.logits[i + j]);
             if (temperature != 1) x = x / divisor;
             x = x > top ? top : x;
             x = mine != 0 ? x : lowest;
             largest = x > largest ? x : largest;
-            store(&w.logits[i + half * kLanes], x);
+            store(&w.logits[i + j], x);
         }
     }
     return highest(largest);
