@@ -29,6 +29,7 @@ from arriero.checkpoint.gguf_blocks import KINDS
 from arriero.checkpoint.hf import LINEAR_ENDS, write_hf
 from arriero.checkpoint.load import check_head, open_weights
 from arriero.checkpoint.rows import check_rows
+from arriero.checkpoint.sensitivity import costs, widened
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.verify import read_independently
 from arriero.checkpoint.weights import Weights
@@ -107,6 +108,7 @@ def quantize(
     type: Kind = "int8",
     format: Format = "compressed-tensors",
     calibrate: str | Path | None = None,
+    budget_mb: float | None = None,
     keep_head: bool = False,
     chat_template: str = "",
     force: bool = False,
@@ -116,12 +118,15 @@ def quantize(
     type: "int8" (a scale for each output), "int4" (for each 32 inputs) or "nf4" (for each 64; read by Arriero only).
     format: "compressed-tensors" makes a directory, "gguf" a file. calibrate: a file of texts for which the error of the
     outputs is made small, "default" for Python's reference manual; None rounds each weight to its nearest code.
-    keep_head: leave the head as it is. chat_template: as in `convert`.
+    budget_mb: with int4, how many megabytes (10^6) of weights a token may read: what suffers most is held in int8 as
+    far as that goes (sensitivity.py). keep_head: leave the head as it is. chat_template: as in `convert`.
     Raises `CheckpointError` when `out` exists (unless `force`), when the model is quantised already, and when a width
     cannot be cut into groups; `DataError` for a text that cannot be used. Nothing is left at `out` by a run that fails.
     """
     source, out = resolve(model), as_path(out)
     _check_request(out, type, format, calibrate)
+    if budget_mb is not None and type != "int4":
+        raise CheckpointError(f"a budget of {budget_mb:g} MB decides what int4 leaves wider; type is {type}: take int4")
     check_destination(source, out, force)
     tokenizer = tokenizer_to_write(source, chat_template=chat_template)
     stored = open_weights(source)
@@ -135,6 +140,9 @@ def quantize(
     if tokenizer is not None and chat_template:
         beside = beside.for_training(tokenizer)
     rows = None if calibrate is None else _rows(source, tokenizer, calibrate)
+    if budget_mb is not None:
+        sample = _rows(source, tokenizer, DEFAULT) if rows is None else rows
+        kinds = _within_budget(weights, kinds, sample, int(budget_mb * 1e6), format)
     with _bar(source, type, weights) as bar:
         calibration = None if rows is None else Calibration(weights, kinds, rows, bar.say)
         work = _Work(weights, kinds, bar, calibration)
@@ -244,6 +252,25 @@ def _kinds(weights: Weights, kind: str, keep_head: bool) -> dict[str, str]:
                 "take --type int8, which has one for each row"
             )
     return dict.fromkeys(names, kind)
+
+
+def _within_budget(
+    weights: Weights, kinds: Mapping[str, str], rows: Tensor, budget: int, format: str
+) -> dict[str, str]:
+    """Kinds with the matrices that suffer most in int8, so that a token reads at most `budget` bytes."""
+    least = _sizes(weights, weights, kinds, format)[1][1]
+    if budget < least:
+        raise CheckpointError(
+            f"{weights.source}: in int4 a token reads {least / 1e6:,.1f} MB, and the budget is {budget / 1e6:,.1f} MB; "
+            "give more, or leave the budget out"
+        )
+
+    def extra(name: str) -> int:
+        shape = weights.entries[name].shape
+        return _bytes(name, shape, "int8", format) - _bytes(name, shape, "int4", format)
+
+    with progress_bar("what suffers most") as bar:
+        return widened(costs(weights, kinds, rows, bar.say), kinds, budget - least, extra)
 
 
 def _check(written: Path, out: Path, sums: Mapping[str, int]) -> None:

@@ -171,6 +171,7 @@ def quantize(
     format: Literal["compressed-tensors", "gguf"] = "compressed-tensors",
     calibrate: PathText | None = None,
     recover: PathText | None = None,
+    budget_mb: float | None = None,
     keep_head: bool = False,
     validation: PathText | None = None,
     chat_template: PathText | None = None,
@@ -197,6 +198,8 @@ def quantize(
             code.
         recover: Texts, as for --calibrate, on which scales and norms are then trained to give MODEL's probabilities
             again.
+        budget_mb: With int4, megabytes of weights that a token may read: what suffers most is held in int8 as far as
+            that goes.
         keep_head: Leave the head, which makes the logits, at 16 bits.
         validation: Texts (.txt, or rows with texts) on which the result is compared with MODEL: perplexity, bits per
             byte, divergence of the next token's probabilities.
@@ -219,6 +222,7 @@ def quantize(
         type=type,
         format=format,
         calibrate=calibrate,
+        budget_mb=budget_mb,
         keep_head=keep_head,
         chat_template=chat_template or "",
         force=force,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.subjects import byte_level
 from helpers.toys import equal_weights, toy_model
 from safetensors.torch import load_file, save_file
 
@@ -202,3 +204,24 @@ def test_tensors_that_do_not_fit_each_other_are_named(written, tmp_path):
     save_file(state | {scale: bad}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"down_proj.weight holds 32 values that are NaN or infinite"):
         open_weights(tmp_path).read(LINEAR)
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gguf"])
+def test_what_suffers_most_is_wider_as_far_as_the_budget_goes(format, tmp_path):
+    save_hf(toy_model(replace(TIED, vocab_size=byte_level().vocab_size)), tmp_path / "m", byte_level())
+    suffix = ".gguf" if format == "gguf" else ""
+    plain = quantize(tmp_path / "m", tmp_path / f"plain{suffix}", type="int4", format=format)
+    budget = plain.per_token[1] + 20_000
+    found = quantize(tmp_path / "m", tmp_path / f"wide{suffix}", type="int4", format=format, budget_mb=budget / 1e6)
+    assert plain.per_token[1] < found.per_token[1] <= budget
+    wider = {matrix.name for matrix in found.matrices if matrix.kind == "int8"}
+    assert wider
+    groups = [{f"model.layers.{i}.self_attn.{x}_proj.weight" for x in "qkv"} for i in range(2)]
+    groups += [{f"model.layers.{i}.mlp.{x}_proj.weight" for x in ("gate", "up")} for i in range(2)]
+    assert all(group <= wider or not group & wider for group in groups)
+    weights = open_weights(found.out)
+    assert {name: weights.packed(name).kind for name in wider} == dict.fromkeys(wider, "int8")
+    with pytest.raises(CheckpointError, match=r"a token reads 0.1 MB, and the budget is 0.0 MB; give more"):
+        quantize(tmp_path / "m", tmp_path / "none", type="int4", budget_mb=0.01)
+    with pytest.raises(CheckpointError, match=r"a budget of 1 MB decides what int4 leaves wider; type is int8"):
+        quantize(tmp_path / "m", tmp_path / "none", type="int8", budget_mb=1.0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from helpers.subjects import byte_level
 from helpers.toys import toy_model
 from safetensors.torch import load_file, save_file
 
@@ -29,6 +31,17 @@ def test_transformers_computes_our_logits(kind, keep_head, tmp_path):
     quantize(tmp_path / "m", tmp_path / "q", type=kind, keep_head=keep_head)
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
     assert "weight_packed" in dict(reference.model.layers[1].mlp.down_proj.named_parameters())
+    ours = load_model(tmp_path / "q", dtype=torch.float32)
+    torch.testing.assert_close(ours(TOKENS), reference(TOKENS).logits, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_transformers_computes_our_logits_where_some_matrices_are_wider(tmp_path):
+    tokenizer = byte_level()
+    save_hf(toy_model(replace(SHAPE, vocab_size=tokenizer.vocab_size)), tmp_path / "m", tokenizer)
+    found = quantize(tmp_path / "m", tmp_path / "q", type="int4", budget_mb=0.08)
+    assert {matrix.kind for matrix in found.matrices} == {"int4", "int8"}
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
     ours = load_model(tmp_path / "q", dtype=torch.float32)
     torch.testing.assert_close(ours(TOKENS), reference(TOKENS).logits, atol=2e-5, rtol=0)
 
