@@ -50,7 +50,7 @@ class SamplingConfig:
             value = getattr(self, name)
             check(-2 <= value <= 2, f"{name} is {value}; it must be from -2 to 2 (0: none)")
         for token, bias in self.logit_bias.items():
-            check(token >= 0, f"logit_bias names token {token}; ids begin at 0")
+            check(0 <= token < 2**31, f"logit_bias names token {token}; ids are from 0 on, and below 2**31")
             check(-100 <= bias <= 100, f"logit_bias of token {token} is {bias}; it must be from -100 to 100")
 
 

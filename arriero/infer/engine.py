@@ -285,6 +285,8 @@ class Engine:
         """Tokens that the answer may have."""
         prompt = request.prompt
         size = self._model_step.vocab_size
+        for token in request.sampling.logit_bias:
+            check(token < size, f"logit_bias names the id {token}, and the model's are 0 to {size - 1:,}")
         if min(prompt) < 0 or max(prompt) >= size:
             wrong = next(i for i in prompt if not 0 <= i < size)
             raise ConfigError(f"the prompt has the id {wrong}, and the model's are 0 to {size - 1:,}")

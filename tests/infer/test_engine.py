@@ -151,6 +151,7 @@ def test_echo_and_stop_strings_make_the_text_and_ids_stay_whole(tokenizer):
         ({"prompt": [5] * 60, "max_new_tokens": 101}, "60 tokens and an answer of 101 need 160 .* there are 128; give"),
         ({"prompt": [5, 101]}, "the prompt has the id 101, and the model's are 0 to 100"),
         ({"prompt": [-1]}, "the prompt has the id -1"),
+        ({"sampling": SamplingConfig(logit_bias={101: 1.0})}, "logit_bias names the id 101, and the model's are"),
         ({"adapter": "x"}, "the engine has no adapter 'x'; loaded are: a"),
         ({"stop": ("x",)}, "stop strings are given, and the engine has no tokenizer"),
         ({"stop": ("x", "")}, "a stop string is empty"),

@@ -354,7 +354,8 @@ def test_greedy_is_the_argmax_whatever_the_filters(logits):
         ({"presence_penalty": 2.5}, r"presence_penalty is 2.5; it must be from -2 to 2 \(0: none\)"),
         ({"frequency_penalty": math.nan}, "frequency_penalty is nan; it must be from -2 to 2"),
         ({"logit_bias": {5: 101.0}}, "logit_bias of token 5 is 101.0; it must be from -100 to 100"),
-        ({"logit_bias": {-5: 1.0}}, "logit_bias names token -5; ids begin at 0"),
+        ({"logit_bias": {-5: 1.0}}, "logit_bias names token -5; ids are from 0 on"),
+        ({"logit_bias": {2**31: 1.0}}, "logit_bias names token 2147483648; ids are from 0 on, and below"),
     ],
 )
 def test_settings_out_of_range_are_refused_on_construction(setting, message):
