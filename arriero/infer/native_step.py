@@ -43,8 +43,12 @@ PANEL, GROUP, LANES = 64, 32, 16
 """kPanel, kGroup and kLanes of native/."""
 _INT32 = ("positions", "sequences", "tables", "outputs")
 WIDEST_HEAD = 512
-FLOAT, BF16, INT8, INT4 = range(4)
+FLOAT, BF16, INT8, INT4, TWELVE = range(5)
 """The C++ enum `Type`."""
+_DENSE = (FLOAT, BF16, TWELVE)
+RARE = 8  # bytes of the C++ struct `Rare`
+RARELY = 128
+"""bf16 is held in twelve bits where at most one weight in so many is rare: it then reads a quarter less, at no loss."""
 PLACES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _IN_BLOCK = (*(f"self_attn.{name}" for name in PLACES[:4]), *(f"mlp.{name}" for name in PLACES[4:]))
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -59,6 +63,10 @@ def load_library() -> ctypes.CDLL | None:
         library.arriero_open.argtypes = (ctypes.c_int64,)
         library.arriero_close.argtypes = (ctypes.c_void_p,)
         library.arriero_step.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+        library.arriero_pack_twelve.restype = ctypes.c_int64
+        library.arriero_pack_twelve.argtypes = (
+            ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_void_p,
+        )  # fmt: skip
         library.arriero_product.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_void_p)
         for kind in ("float", "bf16", "int8", "int4"):
             function = getattr(library, f"arriero_pack_{kind}")
@@ -109,10 +117,13 @@ def _runs(module: Any) -> bool:
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
+_PARTS = ("scales", "minimums", "values", "rare", "rare_ends")
+
+
 class _Matrix(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("type", "out", "in_")),
-        *((name, ctypes.c_void_p) for name in ("data", "scales", "minimums", "values")),
+        *((name, ctypes.c_void_p) for name in ("data", *_PARTS)),
     )
 
 
@@ -166,22 +177,45 @@ class PackedMatrix:
     scales: Tensor | None = None
     minimums: Tensor | None = None
     values: Tensor | None = None
+    rare: Tensor | None = None
+    rare_ends: Tensor | None = None
 
     def struct(self) -> _Matrix:
         """What the kernels are given; this object must outlive it."""
-        pointers = (None if t is None else t.data_ptr() for t in (self.data, self.scales, self.minimums, self.values))
-        return _Matrix(self.kind, self.out, self.in_, *pointers)
+        return _Matrix(self.kind, self.out, self.in_, *(None if t is None else t.data_ptr() for t in self._tensors))
+
+    @property
+    def _tensors(self) -> list[Tensor | None]:
+        return [self.data, *(getattr(self, name) for name in _PARTS)]
 
     @property
     def bytes(self) -> int:
         """Memory of all parts."""
-        return sum(t.nbytes for t in (self.data, self.scales, self.minimums, self.values) if t is not None)
+        return sum(t.nbytes for t in self._tensors if t is not None)
 
 
 def pack_matrix(library: ctypes.CDLL, weight: Tensor) -> PackedMatrix:
     """A dense matrix, fp32 or bf16."""
     kind = FLOAT if weight.dtype == torch.float32 else BF16
     return PackedMatrix(kind, weight.shape[0], weight.shape[1], _panels(library, weight.detach().contiguous(), kind))
+
+
+def in_twelve_bits(library: ctypes.CDLL, matrix: PackedMatrix) -> PackedMatrix:
+    """A bf16 matrix in twelve bits, the same values; the matrix itself where too many weights would be rare."""
+    panels = _up(matrix.out, PANEL) // PANEL
+    weights = matrix.data.numel() // 2
+    blocks = torch.empty(weights * 3 // 2, dtype=torch.uint8)
+    values, ends = torch.empty(16, dtype=torch.uint8), torch.empty(panels + 1, dtype=torch.int64)
+    room = weights // RARELY
+    rare = torch.empty(max(room, 1) * RARE, dtype=torch.uint8)
+    found = library.arriero_pack_twelve(
+        matrix.data.data_ptr(), panels, weights // panels, blocks.data_ptr(), values.data_ptr(), rare.data_ptr(), room,
+        ends.data_ptr(),
+    )  # fmt: skip
+    if found > room:
+        return matrix
+    rare = rare[: max(found, 1) * RARE].clone()
+    return PackedMatrix(TWELVE, matrix.out, matrix.in_, blocks, values=values, rare=rare, rare_ends=ends)
 
 
 def pack_quantized(library: ctypes.CDLL, matrix: Quantized) -> PackedMatrix:
@@ -228,12 +262,17 @@ def _packed(library: ctypes.CDLL, module: Any) -> PackedMatrix:
     """What the module multiplies by, an adapter that acts folded."""
     if isinstance(module, LoraLinear):
         acts = isinstance(module.active, str) and module.active in module.scales
-        return pack_matrix(library, module.dense()) if acts else _packed(library, module.base)
+        return _packed_dense(library, module.dense()) if acts else _packed(library, module.base)
     if type(module) is PackedLinear:
         return pack_quantized(library, module.matrix)
     if type(module) is QuantizedLinear:
         return pack_quantized(library, _quantized(module))
-    return pack_matrix(library, module.weight)
+    return _packed_dense(library, module.weight)
+
+
+def _packed_dense(library: ctypes.CDLL, weight: Tensor) -> PackedMatrix:
+    matrix = pack_matrix(library, weight)
+    return in_twelve_bits(library, matrix) if matrix.kind == BF16 else matrix
 
 
 def _quantized(module: QuantizedLinear) -> Quantized:
@@ -306,7 +345,7 @@ class NativeStep:
                 norms.append(self._pointer(weight))
             self._layers[i] = _Layer((_Matrix * len(PLACES))(*structs), *norms)
         embedding = model.model.embed_tokens.weight.detach()
-        self._embedding = None if model.tied and self.head.kind in (FLOAT, BF16) else embedding.clone()
+        self._embedding = None if model.tied and self.head.kind in _DENSE else embedding.clone()
         self._places |= dict(zip((f"{name}.weight" for name in self._linears), self.matrices, strict=True))
         norm = self._places["model.norm.weight"] = model.model.norm.weight.float().clone()
         self._places[EMBEDDINGS] = self.head if self._embedding is None else self._embedding
@@ -389,12 +428,26 @@ class NativeStep:
             place.copy_(tensor)
         else:
             self._check_shape(name, (place.out, place.in_), tensor)
-            if place.kind not in (FLOAT, BF16):
+            if place.kind not in _DENSE:
                 raise ConfigError(
                     f"refit: {name} is held in few bits; open the model unquantised to give it new weights"
                 )
             fresh = tensor.to(torch.float32 if place.kind == FLOAT else torch.bfloat16).contiguous()
-            place.data.copy_(_panels(self._library, fresh, place.kind))
+            if place.kind == TWELVE:  # from now on as they come: what is refitted once will be again
+                place.kind, place.values, place.rare, place.rare_ends = BF16, None, None, None
+                place.data = _panels(self._library, fresh, BF16)
+                fresh_struct = place.struct()
+                own = ctypes.addressof(self._struct_of(place))
+                ctypes.memmove(own, ctypes.addressof(fresh_struct), ctypes.sizeof(_Matrix))
+            else:
+                place.data.copy_(_panels(self._library, fresh, place.kind))
+
+    def _struct_of(self, matrix: PackedMatrix) -> _Matrix:
+        """What the kernels read of a matrix."""
+        if matrix is self.head:
+            return self._model.head  # type: ignore[no-any-return]
+        i = next(i for i, other in enumerate(self.matrices) if other is matrix)
+        return self._layers[i // len(PLACES)].matrices[i % len(PLACES)]  # type: ignore[no-any-return]
 
     @staticmethod
     def _check_shape(name: str, own: tuple[int, ...], tensor: Tensor) -> None:

@@ -20,6 +20,7 @@ from arriero.model.quantized import quantize_linears
 from arriero.quant.packed import UNIFORM, from_indices
 
 N_BLOCKS = 40
+KINDS = ("fp32", "bf16", "twelve", "int8", "nf4")
 ADAPTERS = {"one": LoraConfig(rank=3, alpha=20), "two": LoraConfig(rank=5, targets=("q_proj", "down_proj"))}
 WIDE = LlamaConfig(64, 2, 4, 2, 128, 131, 1024, head_dim=64)  # whole vectors, and groups of int4
 
@@ -93,8 +94,15 @@ def test_integer_weights_are_the_dequantised_forward_within_the_rounding_of_acti
 
 
 def made(kind: str) -> Llama:
+    """bf16 with weights of many magnitudes, which twelve bits do not pay for; "twelve" with a few rare ones."""
     model = Llama(WIDE).init_weights(std=0.1, seed=2).requires_grad_(False)
-    if kind == "bf16":
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and kind == "bf16":
+            module.weight.mul_(2.0 ** torch.randint(-28, 1, module.weight.shape, generator=generator))
+        elif isinstance(module, torch.nn.Linear) and kind == "twelve":
+            module.weight[::23, ::9] *= 2.0**-40
+    if kind in ("bf16", "twelve"):
         return with_adapters(model.to(torch.bfloat16))
     return with_adapters(model if kind == "fp32" else quantize_linears(model, kind))
 
@@ -126,13 +134,36 @@ def run_schedule(step: NativeStep, ids: list[list[int]], adapters, draw) -> list
     return [torch.stack(rows) for rows in found]
 
 
+def kinds_of(step: NativeStep) -> set[int]:
+    return {matrix.kind for matrix in (*step.matrices, step.head)}
+
+
+def test_trained_weights_are_held_in_twelve_bits_and_those_of_many_magnitudes_as_they_are(steps):
+    assert kinds_of(steps["twelve"]) == {native.TWELVE} and kinds_of(steps["bf16"]) == {native.BF16}
+    rare = [matrix.rare_ends[-1].item() for matrix in steps["twelve"].matrices]
+    assert min(rare) > 0, "the rare weights are tested too"
+    assert steps["twelve"].memory["weights"] < 0.8 * steps["bf16"].memory["weights"]
+
+
+def test_twelve_bits_multiply_to_the_same_bits_as_sixteen(library):
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(200, 90, generator=generator).bfloat16()
+    weight[3, 5], weight[150, 89], weight[199, 0] = 2.0**90, -(2.0**-90), 2.0**-100
+    plain = native.pack_matrix(library, weight)
+    twelve = native.in_twelve_bits(library, plain)
+    assert twelve.kind == native.TWELVE
+    for n in (1, 2, 5, 8, 9, 40, 70):
+        x = torch.randn(n, 90, generator=generator)
+        assert torch.equal(native.product(library, twelve, x), native.product(library, plain, x))
+
+
 @pytest.fixture(scope="module")
 def steps(library):
-    return {kind: step_of(library, made(kind)) for kind in ("fp32", "bf16", "int8", "nf4")}
+    return {kind: step_of(library, made(kind)) for kind in KINDS}
 
 
 @settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 2**31), kind=st.sampled_from(["fp32", "bf16", "int8", "nf4"]))
+@given(seed=st.integers(0, 2**31), kind=st.sampled_from(KINDS))
 def test_logits_are_the_same_bits_alone_and_in_any_schedule(steps, seed, kind):
     draw, step = np.random.default_rng(seed), steps[kind]
     lengths = draw.choice([1, 2, 17, 31, 32, 33, 64, 100, 290], size=draw.integers(1, 7)).tolist()
@@ -143,7 +174,7 @@ def test_logits_are_the_same_bits_alone_and_in_any_schedule(steps, seed, kind):
         assert torch.equal(found, alone(step, document, adapter))
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "nf4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_thread_or_three_make_the_same_bits(library, kind):
     model = made(kind)
     (ids,) = documents(WIDE.vocab_size, [300])
@@ -186,9 +217,10 @@ def test_a_copied_block_is_read_like_its_source(library, gqa):
     assert torch.equal(step(StepInput(*last))[0], whole[-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_refitted_step_is_one_made_of_the_new_weights(library, toys, tied):
-    old, new = (toys("mqa" if tied else "gqa", seed) for seed in (0, 1))
+def test_a_refitted_step_is_one_made_of_the_new_weights(library, toys, tied, dtype):
+    old, new = (toys("mqa" if tied else "gqa", seed).to(dtype) for seed in (0, 1))
     step = step_of(library, old)
     for name, tensor in new.state_dict().items():
         if not (tied and name == "lm_head.weight"):

@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -25,8 +27,11 @@ typedef float Four __attribute__((vector_size(16)));
 typedef int32_t IntLanes __attribute__((vector_size(64)));
 typedef uint32_t WideLanes __attribute__((vector_size(64)));
 typedef uint16_t HalfLanes __attribute__((vector_size(32)));
-typedef uint16_t HalvesOfBytes __attribute__((vector_size(64)));
+typedef uint16_t Words __attribute__((vector_size(64)));
+typedef uint8_t HalfBytes __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(64)));
+
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct bf16 {
     uint16_t bits;
@@ -136,6 +141,26 @@ inline Lanes load_half(const uint16_t* p) {
 #endif
 }
 
-inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Memory that grows when it must and is kept from step to step.
+template <class T>
+class Buffer {
+  public:
+    T* get(int64_t count) {
+        if (count > size_) {
+            size_ = count + count / 4;
+            memory_.reset(static_cast<T*>(::operator new(size_t(size_) * sizeof(T), std::align_val_t(64))));
+            std::memset(static_cast<void*>(memory_.get()), 0, size_t(size_) * sizeof(T));
+        }
+        return memory_.get();
+    }
+
+  private:
+    struct Free {
+        void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+    };
+    std::unique_ptr<T, Free> memory_;
+    int64_t size_ = 0;
+};
+
 
 }  // namespace

@@ -8,6 +8,7 @@
 // Weights lie in panels of 64 outputs, the inputs of a panel one after the other, so that a panel is read as one stream:
 //   fp32   [in][64]
 //   bf16   [in / 2][64][2]: pairs of inputs, for the dot-product instruction
+//   twelve the same values as bf16 in twelve bits each, without loss; see `Twelve`
 //   int8   [in / 4][64][4] of code + 128; a scale fp32 for each output
 //   int4   [in / 32][4][64][4] bytes of two codes, which stand for 16 values; a scale (half precision) for each output and
 //          group of 32 inputs, and, where there are some, a minimum that is added
@@ -32,15 +33,19 @@ constexpr int64_t kPanel = 64;              // outputs
 constexpr int64_t kBlocks = kPanel / kLanes;  // vectors
 constexpr int64_t kGroup = 32;              // inputs that share a scale
 
-enum Type : int64_t { kFloat, kBf16, kInt8, kInt4 };
+enum Type : int64_t { kFloat, kBf16, kInt8, kInt4, kTwelve };
 
 extern "C" struct Matrix {
     int64_t type, out, in;
     const void* data;          // panels
     const void* scales;        // int8: float [out, padded to 64]; int4: half [panels][in / 32][64]
     const void* minimums;      // int4: half, like scales, or null: w = scale * value of the code + minimum
-    const uint8_t* values;     // int4: what the 16 codes mean, plus 128
+    const uint8_t* values;     // int4: what the 16 codes mean, plus 128; twelve: the 16 high bytes
+    const struct Rare* rare;   // twelve: the weights whose high byte is none of these, in order
+    const int64_t* rare_ends;  // twelve: [1 + panels] of a panel's in `rare`; the first is 0
 };
+
+inline bool is_half(const Matrix& m) { return m.type == kBf16 || m.type == kTwelve; }
 
 // The inputs of a product: n rows of `width` (a multiple of 32, filled with zeros), in the forms that are asked for.
 struct Rows {
@@ -115,6 +120,36 @@ inline Bytes lookup(Bytes table, Bytes codes) {
 #endif
 }
 
+// bf16 in twelve bits, bit for bit the same. The high byte of a bf16 value is its sign and all but the last bit of its
+// exponent, and a trained matrix uses few of them: fifteen make up all but one weight in five thousand. So the low byte is
+// kept as it is, and the high byte as the four bits of its place in a table. Code 0 stands for 0, and for a rare weight,
+// which is listed with its value. (Three bits would leave three weights in a hundred out, and listing these costs what
+// the bit saves.)
+struct Rare {
+    uint32_t place;  // among the weights of its panel
+    bf16 value;
+};
+
+struct Twelve {  // 64 weights: 16-bit word i has the low bytes of weights 32 + i and i, byte i their codes
+    static constexpr int64_t width = 64;
+    uint16_t low[32];
+    uint8_t codes[32];
+};
+static_assert(sizeof(Twelve) == 96);
+
+inline bf16 weight_of(const Matrix& m, int64_t at) {  // one weight of a bf16 or twelve-bit matrix, by its place in it
+    if (m.type == kBf16) return static_cast<const bf16*>(m.data)[at];
+    const int64_t size = up(m.in, kGroup) * kPanel, panel = at / size;
+    const Twelve& block = static_cast<const Twelve*>(m.data)[at / Twelve::width];
+    const int64_t i = at % 32;
+    const bool second = at % Twelve::width >= 32;
+    const uint8_t code = second ? block.codes[i] & 15 : block.codes[i] >> 4;
+    for (int64_t r = m.rare_ends[panel]; !code && r < m.rare_ends[panel + 1]; ++r)
+        if (m.rare[r].place == uint32_t(at % size)) return m.rare[r].value;
+    const uint16_t low = second ? block.low[i] & 0xff : block.low[i] >> 8;
+    return {uint16_t(low | m.values[code] << 8)};
+}
+
 inline Bytes table_of(const uint8_t* values) {
     Bytes table;
     for (int i = 0; i < 64; ++i) table[i] = values[i % 16];
@@ -141,24 +176,69 @@ inline void run_float(const float* w, const Rows& x, int64_t row, Lanes (&y)[R][
     std::memcpy(&y, &sums, sizeof y);
 }
 
-template <int R, int B>
-inline void run_bf16(const bf16* w, const Rows& x, int64_t row, Lanes (&y)[R][B]) {
+constexpr int64_t kSlice = 32;  // inputs of a panel that are taken together
+
+// weights(i): where the weights of inputs i to i + 31 lie.
+template <int R, int B, class Source>
+inline void run_bf16(Source weights, const Rows& x, int64_t row, Lanes (&y)[R][B]) {
     const uint32_t* from[R];
     for (int r = 0; r < R; ++r) from[r] = reinterpret_cast<const uint32_t*>(x.halves + (row + r) * x.width);
     Lanes sums[R][B] = {};
-    for (int64_t i = 0; i < x.width / 2; ++i, w += 2 * kPanel) {
-        Lanes weights[B];
-        for (int b = 0; b < B; ++b) {
-            if (R == 1) prefetch(w + b * 2 * kLanes);
-            weights[b] = load<Lanes>(w + b * 2 * kLanes);
-        }
-        for (int r = 0; r < R; ++r) {
-            const Lanes pair = broadcast_pair(from[r][i]);
-            for (int b = 0; b < B; ++b) sums[r][b] = add_pairs(sums[r][b], weights[b], pair);
+    for (int64_t i = 0; i < x.width; i += kSlice) {
+        const bf16* w = weights(i);
+        for (int64_t j = i / 2; j < (i + kSlice) / 2; ++j, w += 2 * kPanel) {
+            Lanes found[B];
+            for (int b = 0; b < B; ++b) {
+                if (R == 1) prefetch(w + b * 2 * kLanes);
+                found[b] = load<Lanes>(w + b * 2 * kLanes);
+            }
+            for (int r = 0; r < R; ++r) {
+                const Lanes pair = broadcast_pair(from[r][j]);
+                for (int b = 0; b < B; ++b) sums[r][b] = add_pairs(sums[r][b], found[b], pair);
+            }
         }
     }
     std::memcpy(&y, &sums, sizeof y);
 }
+
+struct Plain {  // a panel of bf16
+    const bf16* w;
+    const bf16* operator()(int64_t i) const { return w + i * kPanel; }
+};
+
+// A panel of twelve bits, unpacked slice by slice into the nearest cache.
+class Unpacked {
+  public:
+    Unpacked(const Matrix& m, int64_t panel)
+        : blocks_(static_cast<const Twelve*>(m.data) + panel * up(m.in, kGroup) * kPanel / Twelve::width),
+          table_(table_of(m.values)), rare_(m.rare + m.rare_ends[panel]), end_(m.rare + m.rare_ends[panel + 1]) {}
+
+    const bf16* operator()(int64_t i) {
+        unpack(i, slice_);
+        return slice_;
+    }
+
+    void unpack(int64_t i, bf16* to) {  // in ascending order of i
+        const Twelve* block = blocks_ + i * kPanel / Twelve::width;
+        const Twelve* const end = block + kSlice * kPanel / Twelve::width;
+        for (bf16* at = to; block < end; ++block, at += Twelve::width) {
+            prefetch(block);
+            prefetch(block->codes);
+            const Words low = load<Words>(block->low);
+            const Words codes = __builtin_convertvector(load<HalfBytes>(block->codes), Words);
+            const Words high = (Words)lookup(table_, (Bytes)((codes | codes << 4) & 0x0f0f));
+            const Words first = low >> 8 | (high & 0xff00), second = (low & 0x00ff) | high << 8;
+            std::memcpy(at, &first, sizeof first), std::memcpy(at + 32, &second, sizeof second);
+        }
+        for (; rare_ < end_ && rare_->place < (i + kSlice) * kPanel; ++rare_) to[rare_->place - i * kPanel] = rare_->value;
+    }
+
+  private:
+    const Twelve* const blocks_;
+    const Bytes table_;
+    const Rare *rare_, *const end_;
+    alignas(64) bf16 slice_[kSlice * kPanel];
+};
 
 // The sums of one group, times its scale, onto y. `scale(r, b)`: what the integer sums are multiplied by.
 template <int R, int B>
@@ -204,7 +284,7 @@ inline void run_int4(const uint8_t* w, const uint16_t* scales, const uint16_t* m
             for (int b = 0; b < B; ++b) {
                 if (R == 1) prefetch(w + b * 64);
                 const Bytes both = load<Bytes>(w + b * 64);
-                first[b] = lookup(table, both & low), second[b] = lookup(table, (Bytes)((HalvesOfBytes)both >> 4) & low);
+                first[b] = lookup(table, both & low), second[b] = lookup(table, (Bytes)((Words)both >> 4) & low);
             }
             for (int r = 0; r < R; ++r) {
                 int32_t quads[2];
@@ -253,14 +333,15 @@ inline void configure_tiles() {
 
 constexpr int64_t kFewRows = 8;  // up to which tiles are slower
 
-template <int R, int B>
-inline void run_like_tiles(const bf16* w, const Rows& x, int64_t row, Lanes (&y)[R][B]) {
+template <int R, int B, class Source>
+inline void run_like_tiles(Source weights, const Rows& x, int64_t row, Lanes (&y)[R][B]) {
     const float* from = x.rounded + row * x.width;
     const WideLanes high = WideLanes{} + 0xffff0000u;
     Lanes sums[R][B] = {};
-    for (int64_t i = 0; i < x.width; i += 32) {
+    for (int64_t i = 0; i < x.width; i += kSlice) {
+        const bf16* w = weights(i);
         Lanes even[R][B] = {}, odd[R][B] = {};
-        for (int64_t j = 0; j < 32; j += 2, w += 2 * kPanel)
+        for (int64_t j = 0; j < kSlice; j += 2, w += 2 * kPanel)
             for (int b = 0; b < B; ++b) {
                 if (R < 3) prefetch(w + b * 2 * kLanes);
                 const WideLanes pairs = load<WideLanes>(w + b * 2 * kLanes);
@@ -281,7 +362,7 @@ inline void run_few(const bf16* w, const Rows& x, int64_t row, float* y) {
     constexpr int B = R == 1 ? 4 : 2;
     for (int64_t b = 0; b < kBlocks; b += B) {
         Lanes found[R][B];
-        run_like_tiles<R, B>(w + b * 2 * kLanes, x, row, found);
+        run_like_tiles<R, B>(Plain{w + b * 2 * kLanes}, x, row, found);
         for (int r = 0; r < R; ++r) std::memcpy(y + r * kPanel + b * kLanes, found[r], sizeof found[r]);
     }
 }
@@ -400,13 +481,14 @@ inline void run(const Matrix& m, int64_t panel, const Rows& x, int64_t row, floa
             });
         case kBf16:
             return blocks(Floats{}, [&](int64_t o, auto& found) {
-                run_bf16(static_cast<const bf16*>(m.data) + panel * x.width * kPanel + 2 * o, x, row, found);
+                run_bf16(Plain{static_cast<const bf16*>(m.data) + panel * x.width * kPanel + 2 * o}, x, row, found);
             });
         case kInt8:
             return blocks(Integers{}, [&](int64_t o, auto& found) {
                 run_int8(static_cast<const uint8_t*>(m.data) + panel * x.width * kPanel + 4 * o,
                          static_cast<const float*>(m.scales) + panel * kPanel + o, x, row, found);
             });
+        case kTwelve: break;  // see `multiply`
         case kInt4: {
             const int64_t at = panel * groups * kPanel;
             const Bytes table = table_of(m.values);
@@ -420,9 +502,9 @@ inline void run(const Matrix& m, int64_t panel, const Rows& x, int64_t row, floa
     }
 }
 
-// emit(panel, row, y [64]) for the outputs of panels first..last and rows begin..end of x.
+// `multiply` for weights that lie as they are multiplied by.
 template <class Emit>
-void multiply(const Matrix& m, int64_t first, int64_t last, const Rows& x, int64_t begin, int64_t end, Emit emit) {
+void multiply_stored(const Matrix& m, int64_t first, int64_t last, const Rows& x, int64_t begin, int64_t end, Emit emit) {
     alignas(64) float y[kRowPadding * kPanel];
 #if defined(ARRIERO_TILES)
     if (m.type == kBf16 && tiles_lent) {
@@ -457,6 +539,39 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const Rows& x, int64
             for (int64_t r = 0; r < n; ++r) emit(panel, row + r, y + r * kPanel);
             row += n;
         }
+    }
+}
+
+thread_local Buffer<bf16> unpacked_panel;
+
+// One row, as the weights are unpacked: y [64].
+inline void multiply_one(Unpacked weights, const Rows& x, int64_t row, float* y) {
+    Lanes found[1][kBlocks];
+#if defined(ARRIERO_TILES)
+    if (tiles_lent) run_like_tiles<1, kBlocks, Unpacked&>(weights, x, row, found);
+    else
+#endif
+        run_bf16<1, kBlocks, Unpacked&>(weights, x, row, found);
+    std::memcpy(y, found, sizeof found);
+}
+
+// emit(panel, row, y [64]) for the outputs of panels first..last and rows begin..end of x.
+template <class Emit>
+void multiply(const Matrix& m, int64_t first, int64_t last, const Rows& x, int64_t begin, int64_t end, Emit emit) {
+    if (m.type != kTwelve) return multiply_stored(m, first, last, x, begin, end, emit);
+    for (int64_t panel = first; panel < last; ++panel) {
+        if (end - begin == 1) {
+            alignas(64) float y[kPanel];
+            multiply_one(Unpacked(m, panel), x, begin, y);
+            emit(panel, begin, y);
+            continue;
+        }
+        bf16* const whole = unpacked_panel.get(x.width * kPanel);
+        Unpacked packed(m, panel);
+        for (int64_t i = 0; i < x.width; i += kSlice) packed.unpack(i, whole + i * kPanel);
+        Matrix plain = m;
+        plain.type = kBf16, plain.data = whole;
+        multiply_stored(plain, 0, 1, x, begin, end, [&](int64_t, int64_t row, float* y) { emit(panel, row, y); });
     }
 }
 
@@ -500,6 +615,44 @@ extern "C" void arriero_pack_bf16(const uint16_t* from, int64_t out, int64_t in,
                 const int64_t row = p * kPanel + o;
                 to[(p * width + i / 2 * 2) * kPanel + 2 * o + i % 2] = row < out && i < in ? from[row * in + i] : 0;
             }
+}
+
+// Panels of bf16 in twelve bits: `blocks` has three quarters of their size. Writes the table of 16 high bytes, and for the
+// rare weights (as many as `room` takes) their places and values, and where each panel's end. Returns how many there are.
+extern "C" int64_t arriero_pack_twelve(const uint16_t* panels, int64_t n_panels, int64_t size, Twelve* blocks,
+                                       uint8_t* values, Rare* rare, int64_t room, int64_t* rare_ends) {
+    int64_t counts[256] = {};
+    const int64_t total = n_panels * size;
+    for (int64_t i = 0; i < total; ++i) ++counts[panels[i] >> 8];
+    uint8_t code_of[256];
+    std::fill(code_of, code_of + 256, uint8_t(16));
+    values[0] = 0, code_of[0] = 0;
+    for (int code = 1; code < 16; ++code) {
+        const auto most = std::max_element(counts + 1, counts + 256);
+        values[code] = uint8_t(most - counts), code_of[values[code]] = uint8_t(code);
+        *most = -1;
+    }
+    int64_t found = 0;
+    rare_ends[0] = 0;
+    for (int64_t p = 0; p < n_panels; ++p) {
+        for (int64_t j = 0; j < size; j += Twelve::width, ++blocks) {
+            uint16_t bits[Twelve::width];
+            uint8_t codes[Twelve::width];
+            std::memcpy(bits, panels + p * size + j, sizeof bits);
+            for (int64_t i = 0; i < Twelve::width; ++i) {
+                codes[i] = code_of[bits[i] >> 8];
+                if (codes[i] < 16) continue;
+                if (found < room) rare[found] = {uint32_t(j + i), {bits[i]}};
+                ++found, codes[i] = 0, bits[i] = 0;
+            }
+            for (int64_t i = 0; i < 32; ++i) {
+                blocks->low[i] = uint16_t(bits[i] << 8 | (bits[32 + i] & 0xff));
+                blocks->codes[i] = uint8_t(codes[i] << 4 | codes[32 + i]);
+            }
+        }
+        rare_ends[p + 1] = found;
+    }
+    return found;
 }
 
 // codes int8 [out, in]; the padding reads as 0, which is 128 here.

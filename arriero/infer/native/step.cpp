@@ -8,9 +8,6 @@
 //
 // Shapes: n tokens of the step, D model width, H heads, K KV heads, h head width, F FFN width, V vocabulary.
 
-#include <memory>
-#include <new>
-
 #include "attention.h"
 #include "team.h"
 
@@ -49,27 +46,6 @@ extern "C" struct Batch {
     const Adapter* const* adapters;       // [n], each null or [L, kPlaces]
     int64_t any_adapter;
     float* logits;                        // [n_outputs, V]
-};
-
-// Memory that grows when it must and is kept from step to step.
-template <class T>
-class Buffer {
-  public:
-    T* get(int64_t count) {
-        if (count > size_) {
-            size_ = count + count / 4;
-            memory_.reset(static_cast<T*>(::operator new(size_t(size_) * sizeof(T), std::align_val_t(64))));
-            std::memset(static_cast<void*>(memory_.get()), 0, size_t(size_) * sizeof(T));
-        }
-        return memory_.get();
-    }
-
-  private:
-    struct Free {
-        void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
-    };
-    std::unique_ptr<T, Free> memory_;
-    int64_t size_ = 0;
 };
 
 struct Engine {
@@ -183,9 +159,8 @@ class Step {
         } else {
             const int64_t at = token / kPanel * dim_ * kPanel, o = token % kPanel;
             for (int64_t d = 0; d < m_.dim; ++d)
-                x[d] = m_.head.type == kBf16
-                           ? widen(static_cast<const bf16*>(m_.head.data)[at + d / 2 * 2 * kPanel + 2 * o + d % 2])
-                           : static_cast<const float*>(m_.head.data)[at + d * kPanel + o];
+                x[d] = m_.head.type == kFloat ? static_cast<const float*>(m_.head.data)[at + d * kPanel + o]
+                                              : widen(weight_of(m_.head, at + d / 2 * 2 * kPanel + 2 * o + d % 2));
         }
         float* turn = turns_ + i * m_.head_dim;
         for (int64_t d = 0; d < m_.head_dim / 2; ++d) {
@@ -201,7 +176,7 @@ class Step {
     void convert(const float* floats, int64_t width, const Matrix* matrices, int64_t count, int64_t i) {
         bool half = false, integer = false;
         for (int64_t j = 0; j < count; ++j)
-            half |= matrices[j].type == kBf16, integer |= matrices[j].type == kInt8 || matrices[j].type == kInt4;
+            half |= is_half(matrices[j]), integer |= matrices[j].type == kInt8 || matrices[j].type == kInt4;
         const float* x = floats + i * width;
         if (half)
             for (int64_t d = 0; d < width; d += kLanes) round(x + d, halves_ + i * width + d, rounded_ + i * width + d);
