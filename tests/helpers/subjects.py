@@ -58,6 +58,7 @@ from arriero.tokenizer.template import ChatTemplate
 from arriero.train.metrics import surviving_records
 from arriero.train.scaling.budget import open_law
 from arriero.train.scaling.config import SweepConfig
+from helpers import gptq
 from helpers.hostile import Subject
 from helpers.shards import write_shards
 from helpers.tokenizers import small_sentencepiece
@@ -208,12 +209,20 @@ def write_in_shards(folder: Path) -> None:
 
 
 def write_quantized(kind: str, folder: Path) -> None:
-    save_hf(model(LlamaConfig(32, 1, 2, 1, 64, 512, 64)), folder / "whole", byte_level())
+    save_hf(model(LlamaConfig(64, 1, 2, 1, 64, 512, 64)), folder / "whole", byte_level())
     quantize(folder / "whole", folder / "q", type=kind)  # type: ignore[arg-type]
     shutil.rmtree(folder / "whole")
     for file in (folder / "q").iterdir():
         file.rename(folder / file.name)
     (folder / "q").rmdir()
+
+
+def write_awq(folder: Path) -> None:
+    gptq.quantized("awq", folder)
+
+
+def write_gptq(folder: Path) -> None:
+    gptq.quantized("gptq", folder)
 
 
 def write_metas(folder: Path) -> None:
@@ -571,6 +580,9 @@ MODELS = [
     Subject("hugging face, weights", write_hugging_face, read_model, ("model.safetensors",)),
     Subject("hugging face in shards", write_in_shards, read_model),
     Subject("compressed-tensors, int4", partial(write_quantized, "int4"), read_model, WEIGHTS_AND_CONFIG),
+    Subject("gptq", write_gptq, read_model, WEIGHTS_AND_CONFIG),
+    Subject("awq", write_awq, read_model, WEIGHTS_AND_CONFIG),
+    Subject("compressed-tensors, nf4", partial(write_quantized, "nf4"), read_model, WEIGHTS_AND_CONFIG),
     Subject("compressed-tensors, int8", partial(write_quantized, "int8"), read_model, WEIGHTS_AND_CONFIG),
     Subject("meta", write_metas, read_model),
     Subject("gguf, byte-level, Q8_0", write_gguf_bytes, read_gguf),
