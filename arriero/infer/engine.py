@@ -18,6 +18,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from ctypes import CDLL
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,11 +29,12 @@ from arriero.infer import native_step
 from arriero.infer.adapters import Adapter, Adapters
 from arriero.infer.answer_text import AnswerText
 from arriero.infer.blocks import blocks_for, root_key
+from arriero.infer.draft import Draft
 from arriero.infer.request import Completion, Event, FinishReason, Request, TokenLogprob, joined
 from arriero.infer.row import Row
 from arriero.infer.sample import Chosen, sample, score, token_words
 from arriero.infer.scheduler import Part, Plan, Scheduler, Sequence
-from arriero.infer.speculate import Lookup, verify
+from arriero.infer.speculate import Drafted, Lookup, verify
 from arriero.infer.step import BLOCK, Step
 from arriero.infer.structured import Constraint
 from arriero.infer.torch_step import TorchStep, block_bytes, computed_in
@@ -45,13 +47,20 @@ SPECULATIVE_ROWS = 16
 """Tokens of a step with proposals: more would cost as much as they may gain."""
 
 
-def open_step(model: Llama, context: int, blocks_of: Callable[[int], int]) -> Step:
-    """The fastest step for this model: in C++ where it runs. blocks_of(bytes of a block): the blocks of its cache."""
-    library = native_step.load_library() if native_step.fits(model, context) else None
-    if library is None:
-        return TorchStep(model, blocks_of(block_bytes(model.config, computed_in(model))))
-    size = native_step.block_bytes(model.config, computed_in(model))
-    return native_step.NativeStep(library, model, blocks_of(size))
+def open_step(model: Llama, context: int, n_blocks: int) -> Step:
+    """The fastest step for this model, with so many blocks of cache: in C++ where it runs."""
+    library = _library(model, context)
+    return native_step.NativeStep(library, model, n_blocks) if library else TorchStep(model, n_blocks)
+
+
+def _block_bytes(model: Llama, context: int) -> int:
+    """Memory of one block of cache of that step."""
+    of = native_step.block_bytes if _library(model, context) else block_bytes
+    return of(model.config, computed_in(model))
+
+
+def _library(model: Llama, context: int) -> CDLL | None:
+    return native_step.load_library() if native_step.fits(model, context) else None
 
 
 @dataclass(eq=False)
@@ -64,7 +73,7 @@ class _Answer:
     row: Row  # what the sampler knows of it
     text: AnswerText | None
     constraint: Constraint | None = None
-    lookup: Lookup | None = None
+    proposals: Lookup | Drafted | None = None
     told: bool = False  # whether an event of it has been made
 
     @property
@@ -107,6 +116,7 @@ class Engine:
         step_tokens: int = 256,
         context: int = 0,
         speculate: int = 0,
+        draft: Llama | None = None,
     ) -> None:
         """tokenizer: None gives no texts, and knows no stop ids.
 
@@ -114,8 +124,8 @@ class Engine:
         requests that are computed at a time. step_tokens: most tokens in one step, which bounds how long a request that
         is being answered waits for its next token.
         context: most tokens of prompt and answer; 0 means the model's own. speculate: most tokens that are proposed at
-        once, by what followed earlier in the text; which are right is decided exactly (speculate.py). Raises
-        `ConfigError` for values out of range.
+        once, by what followed earlier in the text; which are right is decided exactly (speculate.py). draft: a smaller
+        model of the same tokenizer, which proposes instead. Raises `ConfigError` for values out of range.
         """
         check(speculate >= 0, f"speculate is {speculate}; it must be at least 0 (0: nothing is proposed)")
         check(max_running >= 1, f"max_running is {max_running}; it must be at least 1")
@@ -124,15 +134,20 @@ class Engine:
             f"step_tokens is {step_tokens}; it must be at least max_running ({max_running}): each step has a token of "
             "every request that is being answered",
         )
+        check(draft is None or speculate > 0, "a draft is given, and speculate is 0: say how many tokens it proposes")
         self.context, self._speculate = context or model.config.max_context, speculate
-
-        def blocks_of(size: int) -> int:
-            if cache_tokens:
-                return blocks_for(cache_tokens)
-            check(cache_bytes >= size, f"cache_bytes is {cache_bytes:,}; one block of {BLOCK} tokens takes {size:,}")
-            return min(cache_bytes // size, max_running * blocks_for(self.context))
-
-        self._model_step = open_step(model, self.context, blocks_of)
+        models = [model] if draft is None else [model, draft]
+        size = sum(_block_bytes(each, self.context) for each in models)
+        n_blocks = blocks_for(cache_tokens) or min(cache_bytes // size, max_running * blocks_for(self.context))
+        check(n_blocks > 0, f"cache_bytes is {cache_bytes:,}; one block of {BLOCK} tokens takes {size:,}")
+        self._model_step, *others = (open_step(each, self.context, n_blocks) for each in models)
+        self._draft = Draft(others[0]) if others else None
+        for step in others:
+            check(
+                step.vocab_size == self._model_step.vocab_size,
+                f"the draft has {step.vocab_size:,} tokens, the model {self._model_step.vocab_size:,}; take one of the "
+                "same tokenizer",
+            )
         self._tokenizer, self._words = tokenizer, token_words(tokenizer) if tokenizer else None
         self._scheduler = Scheduler(self._model_step.n_blocks, self.context, max_running, step_tokens)
         self._adapters = Adapters(model, self._model_step)
@@ -151,7 +166,12 @@ class Engine:
     @property
     def memory(self) -> dict[str, int]:
         """Bytes of the weights as they are held for computing ("weights"), and of keys and values ("cache")."""
-        return self._model_step.memory
+        return {part: sum(step.memory[part] for step in self._steps) for part in ("weights", "cache")}
+
+    @property
+    def _steps(self) -> list[Step]:
+        """The model's, and the draft's."""
+        return [self._model_step] if self._draft is None else [self._model_step, self._draft.step]
 
     @property
     def busy(self) -> bool:
@@ -192,8 +212,8 @@ class Engine:
                 logprobs=request.logprobs is not None, n_top=request.logprobs or 0, top_of=request.top_of,
             )  # fmt: skip
             constraint = request.grammar.begin() if request.grammar else None
-            lookup = Lookup(list(request.prompt), self._speculate) if self._speculate else None
-            asked.answers.append(answer := _Answer(asked, index, sequence, row, text, constraint, lookup))
+            proposals = self._proposals(request) if self._speculate else None
+            asked.answers.append(answer := _Answer(asked, index, sequence, row, text, constraint, proposals))
             sequence.owner = answer
         first, *others = (answer.sequence for answer in asked.answers)
         first.followers = others
@@ -222,8 +242,11 @@ class Engine:
                 self._propose()
             with self._change():
                 if (plan := self._scheduler.plan()) is not None and plan.copies:
-                    self._model_step.copy_blocks(plan.copies)
+                    for step in self._steps:
+                        step.copy_blocks(plan.copies)
             if plan is not None:
+                if self._draft is not None:
+                    self._draft.fill(plan, lambda sequence: sequence.owner.row)
                 self._take(plan, self._model_step(plan.batch))
         events, self._untold = self._untold, []
         return events
@@ -317,14 +340,20 @@ class Engine:
                 if not part.sequence.generates and part.sequence.left == 0:
                     self._finish(part.sequence.owner, "length")
 
+    def _proposals(self, request: Request) -> Lookup | Drafted:
+        """What proposes tokens for one answer."""
+        return Drafted(self._speculate) if self._draft else Lookup(list(request.prompt), self._speculate)
+
     def _propose(self) -> None:
         """Let those that are being answered say what may follow, as many rows as a step takes at little more cost."""
         decoding = [sequence for sequence in self._scheduler.running if sequence.left == 1]
         most = min(self._speculate, SPECULATIVE_ROWS // max(len(decoding), 1) - 1)
         for sequence in decoding:
             answer = sequence.owner
-            if answer.lookup is not None:
-                sequence.proposed = answer.lookup.propose()[: max(0, min(most, answer.asked.room - answer.n_new - 1))]
+            if answer.proposals is not None:
+                sequence.proposed = answer.proposals.propose()[
+                    : max(0, min(most, answer.asked.room - answer.n_new - 1))
+                ]
 
     @staticmethod
     def _chosen(ready: list[tuple[Sequence, range]], logits: Tensor) -> list[tuple[Sequence, Chosen, range]]:
@@ -342,7 +371,7 @@ class Engine:
         verified = verify(logits, rows, proposals, [sequence.owner.constraint for sequence, _ in ready])
         for (sequence, _), each in zip(ready, verified, strict=True):
             if sequence.proposed:
-                sequence.owner.lookup.learn(len(sequence.proposed), len(each.ids) - 1)
+                sequence.owner.proposals.learn(len(sequence.proposed), len(each.ids) - 1)
             sequence.proposed = []
         return [(sequence, each, range(len(each.ids))) for (sequence, _), each in zip(ready, verified, strict=True)]
 
@@ -375,8 +404,8 @@ class Engine:
         """A token was chosen; returns whether it ended the answer."""
         answer.sequence.ids.append(token)
         answer.row.push(token)
-        if answer.lookup is not None:
-            answer.lookup.push(token)
+        if answer.proposals is not None:
+            answer.proposals.push(token)
         text, constraint = answer.text, answer.constraint
         try:
             ended = constraint is not None and constraint.accept(token)

@@ -26,8 +26,43 @@ from arriero.infer.sample import Chosen, sample
 from arriero.infer.structured import Constraint
 
 
+class _Rests:
+    """Proposes nothing for a while where too little of what was proposed was right."""
+
+    cost: float
+    rest: int
+    rate: float
+    resting: int
+
+    def learn(self, proposed: int, accepted: int) -> None:
+        """Of `proposed` tokens, `accepted` were."""
+        for i in range(proposed):
+            self.rate += ((i < accepted) - self.rate) / 32
+        if proposed and self.rate < self.cost:
+            self.rate, self.resting = min(1.0, 2 * self.cost), self.rest
+
+
 @dataclass
-class Lookup:
+class Drafted(_Rests):
+    """Of one request: whether a draft model's proposals are worth their steps; fields as in `Lookup`."""
+
+    most: int
+    cost: float = 0.4
+    rest: int = 64
+    rate: float = field(default=1.0, init=False)
+    resting: int = field(default=0, init=False)
+
+    def push(self, token: int) -> None:
+        """A token was said."""
+        self.resting = max(0, self.resting - 1)
+
+    def propose(self) -> list[int]:
+        """Places for the tokens that the draft is to say."""
+        return [] if self.resting else [0] * self.most
+
+
+@dataclass
+class Lookup(_Rests):
     """Proposals for one request, from its own tokens.
 
     most: tokens proposed at once. longest, shortest: length of the n-gram that has to stand earlier in the text, the
@@ -43,7 +78,7 @@ class Lookup:
     rest: int = 64
     rate: float = field(default=1.0, init=False)
     """Share of the proposed tokens that were accepted, over about the last 32."""
-    _resting: int = field(default=0, init=False)
+    resting: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.ids = list(self.ids)
@@ -55,11 +90,11 @@ class Lookup:
         """A token was said."""
         self._note(len(self.ids))
         self.ids.append(token)
-        self._resting = max(0, self._resting - 1)
+        self.resting = max(0, self.resting - 1)
 
     def propose(self) -> list[int]:
         """Up to `most` tokens that may follow; often none."""
-        if self._resting:
+        if self.resting:
             return []
         for n in range(min(self.longest, len(self.ids)), self.shortest - 1, -1):
             if (at := self._followed.get(tuple(self.ids[-n:]))) is not None:
@@ -69,13 +104,6 @@ class Lookup:
                     said.append(self.ids[source] if past < 0 else said[past])
                 return said
         return []
-
-    def learn(self, proposed: int, accepted: int) -> None:
-        """Of `proposed` tokens, `accepted` were."""
-        for i in range(proposed):
-            self.rate += ((i < accepted) - self.rate) / 32
-        if proposed and self.rate < self.cost:
-            self.rate, self._resting = 2 * self.cost, self.rest
 
     def _note(self, end: int) -> None:
         """Remember the n-grams before position `end`, and that they were followed by what stands there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def adapted(model: Llama, given: Adapter) -> Llama:
     return other
 
 
-def small_engine(model: Llama, n_blocks: int, tokenizer: Tokenizer | None = None, **settings: int) -> Engine:
+def small_engine(model: Llama, n_blocks: int, tokenizer: Tokenizer | None = None, **settings: Any) -> Engine:
     """An engine of that many blocks of cache."""
     return Engine(model, tokenizer, cache_tokens=n_blocks * BLOCK, **settings)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.engines import adapted, adapter, engine_toy, small_engine
+from helpers.engines import SHAPE, adapted, adapter, engine_toy, small_engine
 
 from arriero.errors import ConfigError
 from arriero.infer.config import SamplingConfig
@@ -177,6 +177,10 @@ def test_engines_that_cannot_be_are_refused():
         Engine(model, step_tokens=3)
     with pytest.raises(ConfigError, match="max_running is 0"):
         Engine(model, max_running=0)
+    with pytest.raises(ConfigError, match="a draft is given, and speculate is 0: say how many tokens it proposes"):
+        Engine(model, draft=model)
+    with pytest.raises(ConfigError, match="the draft has 103 tokens, the model 101; take one of the same tokenizer"):
+        Engine(model, speculate=2, draft=engine_toy(replace(SHAPE, vocab_size=103)))
 
 
 def test_the_cache_takes_no_more_than_its_budget():

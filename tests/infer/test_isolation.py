@@ -23,7 +23,7 @@ from arriero.infer.native_step import NativeStep
 from arriero.infer.request import Completion, Event, Request, TokenLogprob, joined
 from arriero.infer.row import Row
 from arriero.infer.sample import sample, score
-from arriero.infer.speculate import Lookup
+from arriero.infer.speculate import Drafted, Lookup
 from arriero.infer.step import BLOCK
 
 ADAPTERS = {seed: adapter(seed) for seed in range(4)}
@@ -177,7 +177,7 @@ def judge(models):
     return lambda life: by_forward(models[life.adapter], life)
 
 
-def lived(model, n, seed, **settings: int) -> list[Life]:
+def lived(model, n, seed, **settings) -> list[Life]:
     """Many requests in a small engine, which had to preempt and could share."""
     engine = small_engine(model, 18, max_running=16, step_tokens=48, **settings)
     lives = live(engine, random.Random(seed), n)
@@ -207,6 +207,19 @@ def test_by_the_step_in_cpp_every_answer_is_so_bit_for_bit(native, n, speculate,
     assert isinstance(small_engine(model, 1)._model_step, NativeStep)
     assert wrong(lived(model, n, n, speculate=speculate), Alone(model), tolerance=0) == 0
     assert not speculate or sum(proposed) > sum(accepted) > n // 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["cpp", "torch"])
+@pytest.mark.parametrize("seed", [0, 9], ids=["itself", "another"])
+def test_a_draft_changes_no_answer_and_what_agrees_is_taken(native, dtype, seed, monkeypatch):
+    proposed, accepted, learn = [], [], Drafted.learn
+    monkeypatch.setattr(
+        Drafted, "learn", lambda *args: (proposed.append(args[1]), accepted.append(args[2]), learn(*args))
+    )
+    model = engine_toy(dtype=dtype)
+    lives = lived(model, 100, 5, speculate=3, draft=engine_toy(dtype=dtype, seed=seed))
+    assert wrong(lives, Alone(model), tolerance=0 if dtype == torch.bfloat16 else TOLERANCE) == 0
+    assert sum(accepted) > 300 if seed == 0 else sum(accepted) < sum(proposed) / 3
 
 
 def test_one_block_that_two_sequences_hold_by_mistake_is_found_out(models, judge, monkeypatch):
