@@ -350,7 +350,7 @@ class Engine:
         most = min(self._speculate, SPECULATIVE_ROWS // max(len(decoding), 1) - 1)
         for sequence in decoding:
             answer = sequence.owner
-            if answer.proposals is not None:
+            if not sequence.followers:  # which take over its blocks as they are behind the prompt
                 sequence.proposed = answer.proposals.propose()[
                     : max(0, min(most, answer.asked.room - answer.n_new - 1))
                 ]

@@ -61,6 +61,12 @@ def test_answers_to_one_prompt_compute_it_once_and_are_those_of_their_seeds(step
     assert len({tuple(answer.ids) for answer in four}) == 4
 
 
+def test_nothing_is_proposed_before_the_answers_to_one_prompt_part(native):
+    model, asked = engine_toy(dtype=torch.bfloat16), Request([7, 11, 13] * 11, 9, WARM, n=3, stop_ids=())
+    engine = Engine(model, speculate=4, max_running=3, step_tokens=32)  # the prompt's last token is a step's first
+    assert ids_of(engine.generate([asked])) == ids_of(Engine(model).generate([asked]))
+
+
 def test_no_seed_draws_other_answers_each_time():
     engine = Engine(engine_toy())
     asked = Request(prompt(5), 9, SamplingConfig(temperature=1.0), stop_ids=())
