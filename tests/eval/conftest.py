@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from arriero.checkpoint.load import load
+from arriero.checkpoint.load import load_model, load_tokenizer_at
 
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf):
-    """The real model in fp32, and its tokenizer."""
-    return load(smollm2_gguf, dtype=torch.float32)
+    """The real model in fp32, multiplied out, and its tokenizer."""
+    return load_model(smollm2_gguf, dtype=torch.float32), load_tokenizer_at(smollm2_gguf)
 
 
 @pytest.fixture(scope="session")
