@@ -55,9 +55,10 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @functools.cache
-def load_library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be compiled."""
-    library = load_cpp(Path(__file__).parent / "native" / "step.cpp", "running the model through torch, much slower")
+def load_library(*flags: str) -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be compiled. flags: for the compiler, such as another -march."""
+    instead = "running the model through torch, much slower"
+    library = load_cpp(Path(__file__).parent / "native" / "step.cpp", instead, *flags)
     if library is not None:
         library.arriero_open.restype = ctypes.c_void_p
         library.arriero_open.argtypes = (ctypes.c_int64,)

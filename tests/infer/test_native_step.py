@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -184,6 +187,26 @@ def test_one_thread_or_three_make_the_same_bits(library, kind):
     step = step_of(library, model, threads=2)  # of few tokens the chunks of the keys are dealt out
     alone(step, ids)
     assert torch.equal(step(StepInput(*last))[0], one[-1])
+
+
+CPUS = {"x86-64-v3": "avx2", "x86-64-v4": "avx512bw", "cooperlake": "avx512_bf16"}  # -march, and what it needs
+
+
+@pytest.mark.parametrize("march", CPUS)
+def test_kernels_for_other_cpus_are_the_torch_forward_and_as_indifferent_to_the_schedule(march):
+    cpu = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not cpu.is_file() or f" {CPUS[march]} " not in cpu.read_text():
+        pytest.skip(f"this CPU has no {CPUS[march]}")
+    library, draw = native.load_library(f"-march={march}"), np.random.default_rng(3)
+    ids = documents(WIDE.vocab_size, [1, 33, 100, 290])
+    for kind in KINDS:
+        model, adapters = made(kind), [None, "one", None, "two"]
+        step = step_of(library, model)
+        for document, adapter, found in zip(ids, adapters, run_schedule(step, ids, adapters, draw), strict=True):
+            assert torch.equal(found, alone(step, document, adapter))
+        exact = model.float()(torch.tensor([ids[2]]))[0]
+        error = (alone(step, ids[2]) - exact).abs().mean() / exact.abs().mean()
+        assert error < {"fp32": 1e-5, "int8": 0.02, "nf4": 0.03}.get(kind, 0.01)
 
 
 def test_an_adapter_is_the_one_of_the_model(library, gqa):

@@ -48,12 +48,12 @@ inline void score(const float* queries, int64_t width, const float* keys, Lanes 
     Lanes sums[G][2] = {};
     for (int64_t d = 0; d < width; ++d, keys += kBlock) {
         const Lanes low = load_lanes(keys), high = load_lanes(keys + kLanes);
-        for (int g = 0; g < G; ++g) {
+        UNROLL for (int g = 0; g < G; ++g) {
             sums[g][0] += low * queries[g * width + d];
             sums[g][1] += high * queries[g * width + d];
         }
     }
-    std::memcpy(&scores, &sums, sizeof scores);
+    UNROLL for (int g = 0; g < G; ++g) scores[g][0] = sums[g][0], scores[g][1] = sums[g][1];
 }
 
 template <int G>
@@ -61,14 +61,14 @@ inline void score(const bf16* queries, int64_t width, const bf16* keys, Lanes (&
     Lanes sums[G][2] = {};
     for (int64_t d = 0; d < width; d += 2, keys += 2 * kBlock) {
         const Lanes low = load<Lanes>(keys), high = load<Lanes>(keys + 2 * kLanes);
-        for (int g = 0; g < G; ++g) {
+        UNROLL for (int g = 0; g < G; ++g) {
             uint32_t pair;
             std::memcpy(&pair, queries + g * width + d, sizeof pair);
             sums[g][0] = add_pairs(sums[g][0], low, broadcast_pair(pair));
             sums[g][1] = add_pairs(sums[g][1], high, broadcast_pair(pair));
         }
     }
-    std::memcpy(&scores, &sums, sizeof scores);
+    UNROLL for (int g = 0; g < G; ++g) scores[g][0] = sums[g][0], scores[g][1] = sums[g][1];
 }
 
 // out[g] += sum over the keys of weights[g][key] * values[key], for 16 B of the head's columns.
@@ -76,9 +76,9 @@ template <int G, int B, class C>
 inline void weigh(const float* weights, const C* values, int64_t stride, int64_t keys, Lanes (&sums)[G][B]) {
     for (int64_t s = 0; s < keys; ++s, values += stride) {
         Lanes v[B];
-        for (int b = 0; b < B; ++b) v[b] = load_lanes(values + b * kLanes);
-        for (int g = 0; g < G; ++g)
-            for (int b = 0; b < B; ++b) sums[g][b] += v[b] * weights[g * kChunk + s];
+        UNROLL for (int b = 0; b < B; ++b) v[b] = load_lanes(values + b * kLanes);
+        UNROLL for (int g = 0; g < G; ++g)
+            UNROLL for (int b = 0; b < B; ++b) sums[g][b] += v[b] * weights[g * kChunk + s];
     }
 }
 
@@ -94,25 +94,25 @@ void attend_chunk(const Paged<C>& cache, const int32_t* table, int64_t kv, int64
     alignas(64) float scores[G * kChunk];
     const int64_t keys = std::min(kChunk, position + 1 - start), width = cache.head_dim;
     Lanes most[G];
-    for (int g = 0; g < G; ++g) most[g] = all(-INFINITY);
-    const IntLanes places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    UNROLL for (int g = 0; g < G; ++g) most[g] = all(-INFINITY);
+    const IntLanes places = counting();
     for (int64_t s = 0; s < keys; s += kBlock) {
         Lanes found[G][2];
         score<G>(queries, width, cache.keys_of(table[(start + s) / kBlock], kv), found);
-        for (int g = 0; g < G; ++g)
-            for (int half = 0; half < 2; ++half) {
+        UNROLL for (int g = 0; g < G; ++g)
+            UNROLL for (int half = 0; half < 2; ++half) {
                 const int32_t left = int32_t(keys - s - half * kLanes);  // what lies behind may be anything
-                const Lanes seen = places < left ? found[g][half] * scale : all(-INFINITY);
+                const Lanes seen = select(places < left, found[g][half] * scale, all(-INFINITY));
                 store(scores + g * kChunk + s + half * kLanes, seen);
                 most[g] = larger(most[g], seen);
             }
     }
-    for (int g = 0; g < G; ++g) {
+    UNROLL for (int g = 0; g < G; ++g) {
         const float highest = largest(most[g]);
         Lanes total = {};
         for (int64_t s = 0; s < keys; s += kLanes) {
             const Lanes weight = exponential(load_lanes(scores + g * kChunk + s) - highest);
-            const Lanes kept = places < int32_t(keys - s) ? weight : Lanes{};
+            const Lanes kept = select(places < int32_t(keys - s), weight, Lanes{});
             store(scores + g * kChunk + s, kept);
             total += kept;
         }
@@ -125,7 +125,8 @@ void attend_chunk(const Paged<C>& cache, const int32_t* table, int64_t kv, int64
         for (int64_t s = 0; s < keys; s += kBlock)
             weigh<G, B>(scores + s, cache.values_of(table[(start + s) / kBlock], kv) + column, columns,
                         std::min(kBlock, keys - s), sums);
-        for (int g = 0; g < G; ++g) std::memcpy(out + g * columns + column, sums[g], sizeof sums[g]);
+        UNROLL for (int g = 0; g < G; ++g) 
+            UNROLL for (int b = 0; b < B; ++b) store(out + g * columns + column + b * kLanes, sums[g][b]);
     };
     int64_t column = 0;
     for (; column + 4 * kLanes <= columns; column += 4 * kLanes) values(std::integral_constant<int, 4>{}, column);

@@ -17,8 +17,6 @@
 
 #pragma once
 
-#include <type_traits>
-
 #include "lanes.h"
 
 #if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
@@ -73,23 +71,18 @@ inline Lanes add_pairs(Lanes sums, Lanes w, Lanes x) {
 
 // sums + the products of four inputs: w unsigned, x signed bytes, exact.
 inline IntLanes add_quads(IntLanes sums, Bytes w, IntLanes x) {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
     return (IntLanes)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
-#elif defined(__AVX2__)
-    __m256i weights[2], inputs[2], total[2];
-    std::memcpy(weights, &w, sizeof w);
-    std::memcpy(inputs, &x, sizeof x);
-    std::memcpy(total, &sums, sizeof sums);
-    for (int i = 0; i < 2; ++i) {  // even and odd bytes as words: a product of bytes may not fit 16 bits
-        const __m256i even = _mm256_and_si256(weights[i], _mm256_set1_epi16(0xff));
-        const __m256i odd = _mm256_srli_epi16(weights[i], 8);
-        const __m256i even_x = _mm256_srai_epi16(_mm256_slli_epi16(inputs[i], 8), 8);
-        const __m256i odd_x = _mm256_srai_epi16(inputs[i], 8);
-        total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(even, even_x));
-        total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(odd, odd_x));
-    }
-    std::memcpy(&sums, total, sizeof sums);
-    return sums;
+#elif defined(__AVX2__) && !defined(__AVX512BW__)
+    const auto half = [](auto sums, auto w, auto x) {  // even and odd bytes as words: a product may not fit 16 bits
+        const __m256i weights = (__m256i)w, inputs = (__m256i)x;
+        const __m256i even = _mm256_and_si256(weights, _mm256_set1_epi16(0xff)), odd = _mm256_srli_epi16(weights, 8);
+        const __m256i even_x = _mm256_srai_epi16(_mm256_slli_epi16(inputs, 8), 8);
+        const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even, even_x),
+                                              _mm256_madd_epi16(odd, _mm256_srai_epi16(inputs, 8)));
+        return (decltype(sums))_mm256_add_epi32((__m256i)sums, both);
+    };
+    return {half(sums.lo, w.lo, x.lo), half(sums.hi, w.hi, x.hi)};
 #else
     const IntLanes words = (IntLanes)w;
     for (int i = 0; i < 4; ++i) sums += ((words >> 8 * i) & 0xff) * ((x << (24 - 8 * i)) >> 24);
@@ -100,23 +93,19 @@ inline IntLanes add_quads(IntLanes sums, Bytes w, IntLanes x) {
 inline Bytes lookup(Bytes table, Bytes codes) {
 #if defined(__AVX512BW__)
     return (Bytes)_mm512_shuffle_epi8((__m512i)table, (__m512i)codes);
-#elif defined(__AVX2__)
-    __m256i from[2], at[2];
-    std::memcpy(from, &table, sizeof table);
-    std::memcpy(at, &codes, sizeof codes);
-    for (int i = 0; i < 2; ++i) at[i] = _mm256_shuffle_epi8(from[i], at[i]);
-    std::memcpy(&codes, at, sizeof codes);
-    return codes;
+#elif defined(__AVX2__) && !defined(__AVX512BW__)
+    using Half = decltype(codes.lo);
+    return {(Half)_mm256_shuffle_epi8((__m256i)table.lo, (__m256i)codes.lo),
+            (Half)_mm256_shuffle_epi8((__m256i)table.hi, (__m256i)codes.hi)};
 #elif defined(__aarch64__)
     uint8x16_t from[4], at[4];
-    std::memcpy(from, &table, sizeof table);
-    std::memcpy(at, &codes, sizeof codes);
+    store(from, table), store(at, codes);
     for (int i = 0; i < 4; ++i) at[i] = vqtbl1q_u8(from[i], at[i]);
-    std::memcpy(&codes, at, sizeof codes);
-    return codes;
+    return load<Bytes>(at);
 #else
-    for (int i = 0; i < 64; ++i) codes[i] = table[codes[i]];
-    return codes;
+    uint8_t values[64];
+    for (int i = 0; i < 64; ++i) values[i] = table[codes[i]];
+    return load<Bytes>(values);
 #endif
 }
 
@@ -151,9 +140,9 @@ inline bf16 weight_of(const Matrix& m, int64_t at) {  // one weight of a bf16 or
 }
 
 inline Bytes table_of(const uint8_t* values) {
-    Bytes table;
+    uint8_t table[64];
     for (int i = 0; i < 64; ++i) table[i] = values[i % 16];
-    return table;
+    return load<Bytes>(table);
 }
 
 // The hardware's prefetcher alone leaves a fifth of the bandwidth unused on some CPUs. (Never with a hint that the values
@@ -169,11 +158,12 @@ inline void run_float(const float* w, const Rows& x, int64_t row, Lanes (&y)[R][
     Lanes sums[R][B] = {};
     for (int64_t i = 0; i < x.width; ++i, w += kPanel) {
         Lanes weights[B];
-        for (int b = 0; b < B; ++b) prefetch(w + b * kLanes), weights[b] = load_lanes(w + b * kLanes);
-        for (int r = 0; r < R; ++r)
-            for (int b = 0; b < B; ++b) sums[r][b] += weights[b] * from[r * x.width + i];
+        UNROLL for (int b = 0; b < B; ++b) prefetch(w + b * kLanes), weights[b] = load_lanes(w + b * kLanes);
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int b = 0; b < B; ++b) sums[r][b] += weights[b] * from[r * x.width + i];
     }
-    std::memcpy(&y, &sums, sizeof y);
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int b = 0; b < B; ++b) y[r][b] = sums[r][b];
 }
 
 constexpr int64_t kSlice = 32;  // inputs of a panel that are taken together
@@ -182,23 +172,24 @@ constexpr int64_t kSlice = 32;  // inputs of a panel that are taken together
 template <int R, int B, class Source>
 inline void run_bf16(Source weights, const Rows& x, int64_t row, Lanes (&y)[R][B]) {
     const uint32_t* from[R];
-    for (int r = 0; r < R; ++r) from[r] = reinterpret_cast<const uint32_t*>(x.halves + (row + r) * x.width);
+    UNROLL for (int r = 0; r < R; ++r) from[r] = reinterpret_cast<const uint32_t*>(x.halves + (row + r) * x.width);
     Lanes sums[R][B] = {};
     for (int64_t i = 0; i < x.width; i += kSlice) {
         const bf16* w = weights(i);
         for (int64_t j = i / 2; j < (i + kSlice) / 2; ++j, w += 2 * kPanel) {
             Lanes found[B];
-            for (int b = 0; b < B; ++b) {
+            UNROLL for (int b = 0; b < B; ++b) {
                 if (R == 1) prefetch(w + b * 2 * kLanes);
                 found[b] = load<Lanes>(w + b * 2 * kLanes);
             }
-            for (int r = 0; r < R; ++r) {
+            UNROLL for (int r = 0; r < R; ++r) {
                 const Lanes pair = broadcast_pair(from[r][j]);
-                for (int b = 0; b < B; ++b) sums[r][b] = add_pairs(sums[r][b], found[b], pair);
+                UNROLL for (int b = 0; b < B; ++b) sums[r][b] = add_pairs(sums[r][b], found[b], pair);
             }
         }
     }
-    std::memcpy(&y, &sums, sizeof y);
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int b = 0; b < B; ++b) y[r][b] = sums[r][b];
 }
 
 struct Plain {  // a panel of bf16
@@ -225,10 +216,10 @@ class Unpacked {
             prefetch(block);
             prefetch(block->codes);
             const Words low = load<Words>(block->low);
-            const Words codes = __builtin_convertvector(load<HalfBytes>(block->codes), Words);
+            const Words codes = load_bytes(block->codes);
             const Words high = (Words)lookup(table_, (Bytes)((codes | codes << 4) & 0x0f0f));
             const Words first = low >> 8 | (high & 0xff00), second = (low & 0x00ff) | high << 8;
-            std::memcpy(at, &first, sizeof first), std::memcpy(at + 32, &second, sizeof second);
+            store(at, first), store(at + 32, second);
         }
         for (; rare_ < end_ && rare_->place < (i + kSlice) * kPanel; ++rare_) to[rare_->place - i * kPanel] = rare_->value;
     }
@@ -247,26 +238,26 @@ inline void run_int8(const uint8_t* w, const float* scales, const Rows& x, int64
     Lanes total[R][B] = {};
     for (int64_t g = 0; g < groups; ++g) {
         IntLanes sums[R][B];
-        for (int r = 0; r < R; ++r)
-            for (int b = 0; b < B; ++b) sums[r][b] = IntLanes{} + x.offsets[(row + r) * groups + g];
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int b = 0; b < B; ++b) sums[r][b] = IntLanes{} + x.offsets[(row + r) * groups + g];
         for (int64_t q = 0; q < kGroup / 4; ++q, w += 4 * kPanel) {
             Bytes weights[B];
-            for (int b = 0; b < B; ++b) {
+            UNROLL for (int b = 0; b < B; ++b) {
                 if (R == 1) prefetch(w + b * 64);
                 weights[b] = load<Bytes>(w + b * 64);
             }
-            for (int r = 0; r < R; ++r) {
+            UNROLL for (int r = 0; r < R; ++r) {
                 int32_t quad;
                 std::memcpy(&quad, x.codes + (row + r) * x.width + g * kGroup + 4 * q, sizeof quad);
-                for (int b = 0; b < B; ++b) sums[r][b] = add_quads(sums[r][b], weights[b], IntLanes{} + quad);
+                UNROLL for (int b = 0; b < B; ++b) sums[r][b] = add_quads(sums[r][b], weights[b], IntLanes{} + quad);
             }
         }
-        for (int r = 0; r < R; ++r)
-            for (int b = 0; b < B; ++b)
-                total[r][b] += __builtin_convertvector(sums[r][b], Lanes) * x.scales[(row + r) * groups + g];
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int b = 0; b < B; ++b)
+                total[r][b] += convert<Lanes>(sums[r][b]) * x.scales[(row + r) * groups + g];
     }
-    for (int r = 0; r < R; ++r)
-        for (int b = 0; b < B; ++b) y[r][b] = total[r][b] * load_lanes(scales + b * kLanes);
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int b = 0; b < B; ++b) y[r][b] = total[r][b] * load_lanes(scales + b * kLanes);
 }
 
 template <int R, int B>
@@ -277,34 +268,34 @@ inline void run_int4(const uint8_t* w, const uint16_t* scales, const uint16_t* m
     Lanes total[R][B] = {};
     for (int64_t g = 0; g < groups; ++g, scales += kPanel) {
         IntLanes sums[R][B];
-        for (int r = 0; r < R; ++r)
-            for (int b = 0; b < B; ++b) sums[r][b] = IntLanes{} + x.offsets[(row + r) * groups + g];
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int b = 0; b < B; ++b) sums[r][b] = IntLanes{} + x.offsets[(row + r) * groups + g];
         for (int64_t q = 0; q < kGroup / 8; ++q, w += 4 * kPanel) {
             Bytes first[B], second[B];
-            for (int b = 0; b < B; ++b) {
+            UNROLL for (int b = 0; b < B; ++b) {
                 if (R == 1) prefetch(w + b * 64);
                 const Bytes both = load<Bytes>(w + b * 64);
                 first[b] = lookup(table, both & low), second[b] = lookup(table, (Bytes)((Words)both >> 4) & low);
             }
-            for (int r = 0; r < R; ++r) {
+            UNROLL for (int r = 0; r < R; ++r) {
                 int32_t quads[2];
                 const int8_t* codes = x.codes + (row + r) * x.width + g * kGroup + 4 * q;
                 std::memcpy(&quads[0], codes, 4), std::memcpy(&quads[1], codes + kGroup / 2, 4);
-                for (int b = 0; b < B; ++b) {
+                UNROLL for (int b = 0; b < B; ++b) {
                     sums[r][b] = add_quads(sums[r][b], first[b], IntLanes{} + quads[0]);
                     sums[r][b] = add_quads(sums[r][b], second[b], IntLanes{} + quads[1]);
                 }
             }
         }
-        for (int b = 0; b < B; ++b) {
+        UNROLL for (int b = 0; b < B; ++b) {
             const Lanes scale = load_half(scales + b * kLanes);
-            for (int r = 0; r < R; ++r)
-                total[r][b] += __builtin_convertvector(sums[r][b], Lanes) * (scale * x.scales[(row + r) * groups + g]);
+            UNROLL for (int r = 0; r < R; ++r)
+                total[r][b] += convert<Lanes>(sums[r][b]) * (scale * x.scales[(row + r) * groups + g]);
         }
         if (minimums) {
-            for (int b = 0; b < B; ++b) {
+            UNROLL for (int b = 0; b < B; ++b) {
                 const Lanes minimum = load_half(minimums + b * kLanes);
-                for (int r = 0; r < R; ++r) {
+                UNROLL for (int r = 0; r < R; ++r) {
                     const int64_t at = (row + r) * groups + g;
                     total[r][b] += minimum * (x.scales[at] * float(x.offsets[at] / -128));
                 }
@@ -312,7 +303,8 @@ inline void run_int4(const uint8_t* w, const uint16_t* scales, const uint16_t* m
             minimums += kPanel;
         }
     }
-    std::memcpy(&y, &total, sizeof y);
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int b = 0; b < B; ++b) y[r][b] = total[r][b];
 }
 
 #if defined(ARRIERO_TILES)
@@ -342,19 +334,20 @@ inline void run_like_tiles(Source weights, const Rows& x, int64_t row, Lanes (&y
         const bf16* w = weights(i);
         Lanes even[R][B] = {}, odd[R][B] = {};
         for (int64_t j = 0; j < kSlice; j += 2, w += 2 * kPanel)
-            for (int b = 0; b < B; ++b) {
+            UNROLL for (int b = 0; b < B; ++b) {
                 if (R < 3) prefetch(w + b * 2 * kLanes);
                 const WideLanes pairs = load<WideLanes>(w + b * 2 * kLanes);
                 const Lanes first = (Lanes)(pairs << 16), second = (Lanes)(pairs & high);
-                for (int r = 0; r < R; ++r) {
+                UNROLL for (int r = 0; r < R; ++r) {
                     even[r][b] += first * from[r * x.width + i + j];
                     odd[r][b] += second * from[r * x.width + i + j + 1];
                 }
             }
-        for (int r = 0; r < R; ++r)
-            for (int b = 0; b < B; ++b) sums[r][b] += even[r][b] + odd[r][b];
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int b = 0; b < B; ++b) sums[r][b] += even[r][b] + odd[r][b];
     }
-    std::memcpy(&y, &sums, sizeof y);
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int b = 0; b < B; ++b) y[r][b] = sums[r][b];
 }
 
 template <int R>
@@ -363,7 +356,8 @@ inline void run_few(const bf16* w, const Rows& x, int64_t row, float* y) {
     for (int64_t b = 0; b < kBlocks; b += B) {
         Lanes found[R][B];
         run_like_tiles<R, B>(Plain{w + b * 2 * kLanes}, x, row, found);
-        for (int r = 0; r < R; ++r) std::memcpy(y + r * kPanel + b * kLanes, found[r], sizeof found[r]);
+        UNROLL for (int r = 0; r < R; ++r) 
+                UNROLL for (int i = 0; i < B; ++i) store(y + r * kPanel + (b + i) * kLanes, found[r][i]);
     }
 }
 
@@ -452,7 +446,7 @@ class Arithmetic {
 
 constexpr int64_t kRowPadding = 32;  // rows of activations are allocated in whole tiles
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
 constexpr int kWide = 6, kNarrow = 6;  // rows of a tile: of floats, of integers
 constexpr int kFloatBlocks = 4, kIntBlocks = 2;
 #else
@@ -468,7 +462,8 @@ inline void run(const Matrix& m, int64_t panel, const Rows& x, int64_t row, floa
         for (int64_t b = 0; b < kBlocks; b += B) {
             Lanes found[R][B];
             kernel(b * kLanes, found);
-            for (int r = 0; r < R; ++r) std::memcpy(y + r * kPanel + b * kLanes, found[r], sizeof found[r]);
+            UNROLL for (int r = 0; r < R; ++r) 
+                UNROLL for (int i = 0; i < B; ++i) store(y + r * kPanel + (b + i) * kLanes, found[r][i]);
         }
     };
     using Floats = std::integral_constant<int, R == 1 ? 4 : kFloatBlocks>;
@@ -529,7 +524,7 @@ void multiply_stored(const Matrix& m, int64_t first, int64_t last, const Rows& x
             switch (n) {
                 case 1: run<1>(m, panel, x, row, y); break;
                 case 2: run<2>(m, panel, x, row, y); break;
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
                 case 3: run<3>(m, panel, x, row, y); break;
                 case 4: run<4>(m, panel, x, row, y); break;
                 case 5: run<5>(m, panel, x, row, y); break;
@@ -552,7 +547,7 @@ inline void multiply_one(Unpacked weights, const Rows& x, int64_t row, float* y)
     else
 #endif
         run_bf16<1, kBlocks, Unpacked&>(weights, x, row, found);
-    std::memcpy(y, found, sizeof found);
+    UNROLL for (int b = 0; b < kBlocks; ++b) store(y + b * kLanes, found[0][b]);
 }
 
 // emit(panel, row, y [64]) for the outputs of panels first..last and rows begin..end of x.

@@ -381,7 +381,7 @@ class Step {
                 raise(layer, row, kGate, 0, o / kPanel, y);
                 for (int64_t j = 0; j < kPanel; j += kLanes) {
                     const Lanes x = load_lanes(y + j);
-                    store(y + j, x / (1.0f + exponential(-x)));
+                    store(y + j, x / (exponential(-x) + 1.0f));
                 }
                 std::memcpy(hidden_ + row * ffn_ + o, y, size_t(count) * 4);
             });
