@@ -1,6 +1,6 @@
 """What int8 and int4 cost, on weights that lie on no grid: SmolLM2-135M after a rotation of its residual stream.
 
-    python bench/quantize.py                                  # a JSON line; about 15 minutes on two cores
+    python bench/quantize.py                                  # a JSON line; about 20 minutes on two quiet cores
     python bench/quantize.py --only int4 --chars 20000        # sooner, and less sure
 
 The built-in weights came from a Q4_1 file: an affine 4-bit format copies them, and shows nothing. So the model judged

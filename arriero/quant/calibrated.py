@@ -17,6 +17,9 @@ that the numbers of one input lie together.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -35,13 +38,26 @@ def calibrated(weight: Tensor, gram: Tensor, kind: str, rounds: int = _ROUNDS) -
     gram = damped(gram)
     spread = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
     rows = max(64, _AT_ONCE // weight.shape[1])
-    parts = [
-        _rounded(weight[start : start + rows].float(), gram, spread, kind, rounds)
-        for start in range(0, len(weight), rows)
-    ]
+    with _one_thread():
+        parts = [
+            _rounded(weight[start : start + rows].float(), gram, spread, kind, rounds)
+            for start in range(0, len(weight), rows)
+        ]
     codes, scales = (torch.cat(column) for column in zip(*parts, strict=True))
     low, _ = LIMITS[kind]
     return from_indices(kind, codes - (low if kind == "int4" else 0), scales)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of small products, one after the other: threads that wait for each other at each of them take ten times
+    as long where cores are shared (docs/log.md), and gain little where they are not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def damped(gram: Tensor) -> Tensor:
