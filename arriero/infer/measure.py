@@ -51,7 +51,7 @@ def measure(model: Llama, config: BenchConfig, on_turn: Callable[[], object] = l
         PROMPT + config.new_tokens < room,
         f"new_tokens is {config.new_tokens}; {PROMPT} more of a prompt do not fit the context of {room} tokens",
     )
-    models = {kind: _of_type(model, kind) for kind in config.types}
+    models = {kind: of_type(model, kind) for kind in config.types}
     speeds = {kind: Speeds(kind, _bytes(held)) for kind, held in models.items()}
     most = max(config.batches)
     longest = max(config.prompt, PROMPT + config.new_tokens) + 2
@@ -108,7 +108,8 @@ def _ids(n: int, seed: int) -> list[int]:
     return torch.randint(0, 100, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _of_type(model: Llama, kind: str) -> Llama:
+def of_type(model: Llama, kind: str) -> Llama:
+    """The model with its linears of that type, sharing everything else."""
     if kind == "bf16":
         return model
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
