@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from arriero.checkpoint.hf import LINEAR_ENDS, save_hf
-from arriero.checkpoint.load import load, open_weights
+from arriero.checkpoint.load import load_model, load_tokenizer_at, open_weights
 from arriero.checkpoint.quantize import quantize
+from arriero.checkpoint.source import resolve
 from arriero.checkpoint.weights import Weights
 from arriero.eval.divergence import divergence, final_states, views_of
 from arriero.model.build import build_model
@@ -106,7 +107,7 @@ def main() -> None:
 def measured(model: str, text: str, calibrate: str, formats: list[str], scratch: Path) -> dict[str, Any]:
     """Everything that is printed."""
     source = scratch / "rotated"
-    original, tokenizer = load(model, dtype=torch.float32)
+    original, tokenizer = load_model(model, dtype=torch.float32), load_tokenizer_at(resolve(model))
     turned = rotated(original)
     ids = torch.tensor([tokenizer.encode(text)[:200]])
     with torch.no_grad():
