@@ -1,1 +1,1 @@
-"""Sampling, cached decoding, and the terminal chat."""
+"""The inference engine: requests in, events out; sampling, structured output, speculation."""

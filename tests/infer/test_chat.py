@@ -45,7 +45,7 @@ def chat(smollm2, tokenizer, native, capsys):
 
 
 def test_a_piped_chat_writes_answers_to_stdout_and_the_rest_to_stderr(smollm2_gguf, tmp_path):
-    talk = f"What is the capital of France?\n/save {tmp_path / 'talk.jsonl'}\n/sav\n\nAnd of Italy?\n"
+    talk = f"Name the capital city of France.\n/save {tmp_path / 'talk.jsonl'}\n/sav\n\nAnd of Italy?\n"
     done = subprocess.run(
         command(smollm2_gguf, 12), input=talk, capture_output=True, text=True, timeout=200, check=False
     )
@@ -199,7 +199,7 @@ def test_messages_of_several_lines(typed, message):
 
 
 def test_generate_answers_a_pipe(smollm2_gguf, native, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is the capital of France?")))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Name the capital city of France.")))
     run_generate(GenerateConfig(model=str(smollm2_gguf), max_new_tokens=12))
     assert "Paris" in capsys.readouterr().out
     run_generate(GenerateConfig(model=str(smollm2_gguf), prompt="1, 2, 3, 4,", raw=True, max_new_tokens=8))
