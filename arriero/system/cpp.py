@@ -16,10 +16,12 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from arriero.io.paths import cache_dir
+from arriero.show.terminal import complain
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,8 @@ def load_cpp(source: Path, instead: str, *flags: str) -> ctypes.CDLL | None:
 
 def _compile(command: list[str], source: Path, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
-    log.info("compiling %s once, a few seconds", source.name)
+    if sys.stderr.isatty():  # people wait for it
+        complain(f"compiling {source.name} for this machine, once: some seconds")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         out = Path(folder) / library.name
         subprocess.run([*command, str(source), "-o", str(out)], check=True, capture_output=True, text=True)
