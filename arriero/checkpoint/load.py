@@ -116,13 +116,14 @@ def load(
 ) -> tuple[Llama, Tokenizer]:
     """Load a model and its tokenizer by path, Hub id or built-in name, with a PEFT adapter on it when given.
 
-    Matrices that are stored quantised are held so. An adapter that was trained on a quantised base gets its base's
-    weights as that format holds them (held.py). chat_template: as in `load_tokenizer_at`.
+    Matrices that are stored quantised are held so, except in fp32, which multiplies them out. An adapter that was
+    trained on a quantised base gets its base's weights as that format holds them (held.py). chat_template: as in
+    `load_tokenizer_at`.
     quantize: round the matrices that are not quantised yet to "int8" or "int4", to the nearest code; not the adapter's.
     """
     path = resolve(name)
     kind = None if adapter is None else kind_of_base(resolve(adapter))
-    model = load_model(path, dtype=dtype, device=device, quantization=kind, packed=True)
+    model = load_model(path, dtype=dtype, device=device, quantization=kind, packed=dtype not in (None, torch.float32))
     if quantize:
         pack_linears(model, lambda _, weight: nearest(weight, quantize))
     if adapter is not None:

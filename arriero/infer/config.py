@@ -120,7 +120,8 @@ class GenerateConfig:
     max_new_tokens: int = 512
     """Longest answer, in tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Type of weights and cache; bf16 is read twice as fast."""
+    """Type of weights and cache; bf16 is read twice as fast. Weights that are stored quantised are run as they are
+    with bf16, and multiplied out with fp32."""
     quantize: Literal["", "int8", "int4"] = ""
     """Round the matrices on the fly, for fewer bytes read per token; `arriero quantize` does it once, and better."""
     json_schema: PathText = ""
@@ -197,7 +198,8 @@ class ChatConfig:
     context: int = 0
     """Tokens of conversation that the model sees; older turns are dropped. 0 means the model's own, at most 8192."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Type of weights and cache; bf16 is read twice as fast."""
+    """Type of weights and cache; bf16 is read twice as fast. Weights that are stored quantised are run as they are
+    with bf16, and multiplied out with fp32."""
     quantize: Literal["", "int8", "int4"] = ""
     """Round the matrices on the fly, for fewer bytes read per token; `arriero quantize` does it once, and better."""
     sampling: SamplingFlags = field(default_factory=SamplingFlags)

@@ -3,7 +3,7 @@
 The logits of a token are the same bits alone and in a batch, with the prompt in one piece or in many, for any number of
 threads; native/linear.h says why. Weights are laid out anew for these kernels, once: that copy, and the cache, are all
 the memory that a step has (`memory`). Activations, sums and softmax are fp32; what goes into a product is rounded to
-bf16 for bf16 weights, and to eight bits with a scale for each 32 inputs for integer weights.
+bf16 for bf16 weights, and to fifteen bits with a scale for each 32 inputs for integer weights.
 
 The kernels are compiled on first use (system/cpp.py). Slow twin: `TorchStep`, which takes every model and device.
 """

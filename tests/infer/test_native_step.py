@@ -93,7 +93,7 @@ def test_integer_weights_are_the_dequantised_forward_within_the_rounding_of_acti
     (ids,) = documents(WIDE.vocab_size, [60])
     exact = model(torch.tensor([ids]))[0]
     error = (alone(step_of(library, model), ids) - exact).abs().mean() / exact.abs().mean()
-    assert error < 0.02
+    assert error < {"int8": 5e-4, "nf4": 0.02}[kind]  # NF4's levels are held as 127ths
 
 
 def made(kind: str) -> Llama:
@@ -206,7 +206,7 @@ def test_kernels_for_other_cpus_are_the_torch_forward_and_as_indifferent_to_the_
             assert torch.equal(found, alone(step, document, adapter))
         exact = model.float()(torch.tensor([ids[2]]))[0]
         error = (alone(step, ids[2]) - exact).abs().mean() / exact.abs().mean()
-        assert error < {"fp32": 1e-5, "int8": 0.02, "nf4": 0.03}.get(kind, 0.01)
+        assert error < {"fp32": 1e-5, "int8": 5e-4, "nf4": 0.02}.get(kind, 0.01)
 
 
 def test_an_adapter_is_the_one_of_the_model(library, gqa):
@@ -265,5 +265,5 @@ def test_four_bits_with_minimums_are_their_formula(library):
         x = torch.randn(5, 96, generator=generator)
         found = native.product(library, native.pack_quantized(library, matrix), x)
         exact = x @ matrix.dense().T
-        assert (found - exact).abs().max() < 0.02 * exact.abs().max()
+        assert (found - exact).abs().max() < 1e-4 * exact.abs().max()
         assert len(UNIFORM) == 16

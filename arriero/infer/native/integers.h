@@ -27,6 +27,17 @@ inline IntLanes add_quads(IntLanes sums, Bytes w, IntLanes x) {
 #endif
 }
 
+inline IntLanes quad_of(const int8_t* codes) {
+    int32_t quad;
+    std::memcpy(&quad, codes, sizeof quad);
+    return IntLanes{} + quad;
+}
+
+// What the sums over the digits of a group's activations come to, less 128 of each weight.
+inline Lanes whole(IntLanes high, IntLanes low, const Rows& x, int64_t group) {
+    return convert<Lanes>((high << 7) + low + x.offsets[group]);
+}
+
 // The sums of R rows and B vectors of a panel's outputs, y [R][B]: the integer sums of each group times its scales, added
 // up in order.
 template <int R, int B>
@@ -34,9 +45,7 @@ inline void run_int8(const uint8_t* w, const float* scales, const Rows& x, int64
     const int64_t groups = x.width / kGroup;
     Lanes total[R][B] = {};
     for (int64_t g = 0; g < groups; ++g) {
-        IntLanes sums[R][B];
-        UNROLL for (int r = 0; r < R; ++r)
-            UNROLL for (int b = 0; b < B; ++b) sums[r][b] = IntLanes{} + x.offsets[(row + r) * groups + g];
+        IntLanes high[R][B] = {}, low[R][B] = {};
         for (int64_t q = 0; q < kGroup / 4; ++q, w += 4 * kPanel) {
             Bytes weights[B];
             UNROLL for (int b = 0; b < B; ++b) {
@@ -44,14 +53,17 @@ inline void run_int8(const uint8_t* w, const float* scales, const Rows& x, int64
                 weights[b] = load<Bytes>(w + b * 64);
             }
             UNROLL for (int r = 0; r < R; ++r) {
-                int32_t quad;
-                std::memcpy(&quad, x.codes + (row + r) * x.width + g * kGroup + 4 * q, sizeof quad);
-                UNROLL for (int b = 0; b < B; ++b) sums[r][b] = add_quads(sums[r][b], weights[b], IntLanes{} + quad);
+                const int64_t at = (row + r) * x.width + g * kGroup + 4 * q;
+                const IntLanes highs = quad_of(x.high + at), lows = quad_of(x.low + at);
+                UNROLL for (int b = 0; b < B; ++b) {
+                    high[r][b] = add_quads(high[r][b], weights[b], highs);
+                    low[r][b] = add_quads(low[r][b], weights[b], lows);
+                }
             }
         }
         UNROLL for (int r = 0; r < R; ++r)
             UNROLL for (int b = 0; b < B; ++b)
-                total[r][b] += convert<Lanes>(sums[r][b]) * x.scales[(row + r) * groups + g];
+                total[r][b] += whole(high[r][b], low[r][b], x, (row + r) * groups + g) * x.scales[(row + r) * groups + g];
     }
     UNROLL for (int r = 0; r < R; ++r)
         UNROLL for (int b = 0; b < B; ++b) y[r][b] = total[r][b] * load_lanes(scales + b * kLanes);
@@ -61,33 +73,33 @@ template <int R, int B>
 inline void run_int4(const uint8_t* w, const uint16_t* scales, const uint16_t* minimums, Bytes table, const Rows& x,
                      int64_t row, Lanes (&y)[R][B]) {
     const int64_t groups = x.width / kGroup;
-    const Bytes low = Bytes{} + 15;
+    const Bytes nibble = Bytes{} + 15;
     Lanes total[R][B] = {};
     for (int64_t g = 0; g < groups; ++g, scales += kPanel) {
-        IntLanes sums[R][B];
-        UNROLL for (int r = 0; r < R; ++r)
-            UNROLL for (int b = 0; b < B; ++b) sums[r][b] = IntLanes{} + x.offsets[(row + r) * groups + g];
+        IntLanes high[R][B] = {}, low[R][B] = {};
         for (int64_t q = 0; q < kGroup / 8; ++q, w += 4 * kPanel) {
             Bytes first[B], second[B];
             UNROLL for (int b = 0; b < B; ++b) {
                 if (R == 1) prefetch(w + b * 64);
                 const Bytes both = load<Bytes>(w + b * 64);
-                first[b] = lookup(table, both & low), second[b] = lookup(table, (Bytes)((Words)both >> 4) & low);
+                first[b] = lookup(table, both & nibble);
+                second[b] = lookup(table, (Bytes)((Words)both >> 4) & nibble);
             }
             UNROLL for (int r = 0; r < R; ++r) {
-                int32_t quads[2];
-                const int8_t* codes = x.codes + (row + r) * x.width + g * kGroup + 4 * q;
-                std::memcpy(&quads[0], codes, 4), std::memcpy(&quads[1], codes + kGroup / 2, 4);
+                const int64_t at = (row + r) * x.width + g * kGroup + 4 * q, later = at + kGroup / 2;
+                const IntLanes highs[2] = {quad_of(x.high + at), quad_of(x.high + later)};
+                const IntLanes lows[2] = {quad_of(x.low + at), quad_of(x.low + later)};
                 UNROLL for (int b = 0; b < B; ++b) {
-                    sums[r][b] = add_quads(sums[r][b], first[b], IntLanes{} + quads[0]);
-                    sums[r][b] = add_quads(sums[r][b], second[b], IntLanes{} + quads[1]);
+                    high[r][b] = add_quads(add_quads(high[r][b], first[b], highs[0]), second[b], highs[1]);
+                    low[r][b] = add_quads(add_quads(low[r][b], first[b], lows[0]), second[b], lows[1]);
                 }
             }
         }
         UNROLL for (int b = 0; b < B; ++b) {
             const Lanes scale = load_half(scales + b * kLanes);
             UNROLL for (int r = 0; r < R; ++r)
-                total[r][b] += convert<Lanes>(sums[r][b]) * (scale * x.scales[(row + r) * groups + g]);
+                total[r][b] += whole(high[r][b], low[r][b], x, (row + r) * groups + g) *
+                               (scale * x.scales[(row + r) * groups + g]);
         }
         if (minimums) {
             UNROLL for (int b = 0; b < B; ++b) {
@@ -104,19 +116,24 @@ inline void run_int4(const uint8_t* w, const uint16_t* scales, const uint16_t* m
         UNROLL for (int b = 0; b < B; ++b) y[r][b] = total[r][b];
 }
 
-// A row of activations in eight bits, a scale for each group: scale = max |x| / 127, code = x / scale to nearest even.
-inline void quantise(const float* x, int64_t width, int8_t* codes, float* scales, int32_t* offsets) {
-    for (int64_t g = 0; g < width / kGroup; ++g, x += kGroup, codes += kGroup) {
-        const Lanes a = load_lanes(x), b = load_lanes(x + kLanes);
-        const float most = largest(larger(larger(a, -a), larger(b, -b)));
-        const float inverse = most > 0 ? 127 / most : 0;
-        scales[g] = most / 127;
-        const Lanes magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-        const IntLanes low = (IntLanes)(a * inverse + magic) - (IntLanes)magic;
-        const IntLanes high = (IntLanes)(b * inverse + magic) - (IntLanes)magic;
-        int32_t total = 0;
-        for (int64_t i = 0; i < kLanes; ++i) codes[i] = int8_t(low[i]), total += low[i];
-        for (int64_t i = 0; i < kLanes; ++i) codes[kLanes + i] = int8_t(high[i]), total += high[i];
+// A row of activations as integers, a scale for each group: scale = max |x| / (127 * 128), code = x / scale to the nearest,
+// which is 128 times a high digit (from -127 to 127) plus a low one (from -64 to 63).
+inline void quantise(const float* x, int64_t width, int8_t* high, int8_t* low, float* scales, int32_t* offsets) {
+    constexpr float kMost = 127 * 128;
+    const Lanes magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    for (int64_t g = 0; g < width / kGroup; ++g) {
+        const Lanes first = load_lanes(x + g * kGroup), second = load_lanes(x + g * kGroup + kLanes);
+        const float most = largest(larger(larger(first, -first), larger(second, -second)));
+        const float inverse = most > 0 ? kMost / most : 0;
+        scales[g] = most / kMost;
+        int32_t codes[kGroup], total = 0;
+        store(codes, (IntLanes)(first * inverse + magic) - (IntLanes)magic);
+        store(codes + kLanes, (IntLanes)(second * inverse + magic) - (IntLanes)magic);
+        for (int64_t i = 0; i < kGroup; ++i) {
+            const int32_t digit = (codes[i] + 64) >> 7;
+            high[g * kGroup + i] = int8_t(digit), low[g * kGroup + i] = int8_t(codes[i] - (digit << 7));
+            total += codes[i];
+        }
         offsets[g] = -128 * total;
     }
 }

@@ -43,7 +43,7 @@ class Arithmetic {
 constexpr int64_t kRowPadding = 32;  // rows of activations are allocated in whole tiles
 
 #if defined(__AVX512BW__)
-constexpr int kWide = 6, kNarrow = 6;  // rows of a tile: of floats, of integers
+constexpr int kWide = 6, kNarrow = 4;  // rows of a tile: of floats, of integers
 constexpr int kFloatBlocks = 4, kIntBlocks = 2;
 #else
 constexpr int kWide = 2, kNarrow = 2;
