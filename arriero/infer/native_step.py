@@ -43,7 +43,7 @@ PANEL, GROUP, LANES = 64, 32, 16
 """kPanel, kGroup and kLanes of native/."""
 _INT32 = ("positions", "sequences", "tables", "outputs")
 WIDEST_HEAD = 512
-FLOAT, BF16, INT8, INT4, TWELVE = range(5)
+FLOAT, BF16, INT8, INT4, TWELVE, INT8_GROUPS = range(6)
 """The C++ enum `Type`."""
 _DENSE = (FLOAT, BF16, TWELVE)
 RARE = 8  # bytes of the C++ struct `Rare`
@@ -107,12 +107,17 @@ def _runs(module: Any) -> bool:
     if isinstance(module, LoraLinear):
         return _runs(module.base)
     if type(module) is PackedLinear:
-        whole = module.in_features % GROUP == 0 and module.in_features // module.scales.shape[1] % GROUP == 0
-        return module.scales.shape[1] == 1 if module.kind == "int8" else whole
+        return _whole_groups(module.matrix)
     if type(module) is QuantizedLinear:
         return module.kind == "int8" or (module.kind == "nf4" and module.in_features % nf4.BLOCK == 0)
     plain = type(module) is Linear and type(module.weight.data) is Tensor and module.weight.is_cpu
     return plain and module.weight.dtype in (torch.float32, torch.bfloat16)
+
+
+def _whole_groups(matrix: Quantized) -> bool:
+    """Whether the kernels have scales like these."""
+    of_rows = matrix.levels is None and matrix.scales.shape[1] == 1
+    return of_rows or (matrix.shape[1] % GROUP == 0 and matrix.group % GROUP == 0)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -224,12 +229,14 @@ def pack_quantized(library: ctypes.CDLL, matrix: Quantized) -> PackedMatrix:
     out, in_ = matrix.shape
     codes = matrix.indices().contiguous()
     repeat = max(1, matrix.group // GROUP)
+    assert _whole_groups(matrix), "scales of one output, or of whole groups of 32 inputs"
+    if matrix.levels is None and matrix.scales.shape[1] > 1:
+        scales = _by_panel(matrix.scales.repeat_interleave(repeat, 1))
+        return PackedMatrix(INT8_GROUPS, out, in_, _panels(library, codes, INT8), scales)
     if matrix.levels is None:
-        assert matrix.scales.shape[1] == 1, "eight bits have a scale for each output"
         padded = torch.zeros(_up(out, PANEL))
         padded[:out] = matrix.scales[:, 0]
         return PackedMatrix(INT8, out, in_, _panels(library, codes, INT8), padded)
-    assert matrix.group % GROUP == 0 and in_ % GROUP == 0, "four bits have scales for whole groups of 32"
     levels, unit = torch.tensor(matrix.levels), 1.0
     if bool((levels != levels.round()).any()):  # NF4: to the nearest 127th, at most 0.4% of a group's largest value
         levels, unit = (levels * 127).round(), 1 / 127

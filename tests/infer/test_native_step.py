@@ -256,11 +256,12 @@ def test_a_refitted_step_is_one_made_of_the_new_weights(library, toys, tied, dty
         step.refit("model.norm.weight", torch.zeros(3))
 
 
-def test_four_bits_with_minimums_are_their_formula(library):
+def test_groups_with_scales_and_minimums_are_their_formula(library):
     generator = torch.Generator().manual_seed(3)
-    indices = torch.randint(0, 16, (70, 96), generator=generator)
+    codes = torch.randint(0, 16, (70, 96), generator=generator)
     scales, minimums = (torch.rand(70, 3, generator=generator).half().float() for _ in range(2))
-    for kind, least in (("int4", None), ("int4-affine", -minimums)):
+    bytes_ = torch.randint(-127, 128, (70, 96), generator=generator)
+    for kind, indices, least in (("int4", codes, None), ("int4-affine", codes, -minimums), ("int8", bytes_, None)):
         matrix = from_indices(kind, indices, scales, least)
         x = torch.randn(5, 96, generator=generator)
         found = native.product(library, native.pack_quantized(library, matrix), x)

@@ -40,8 +40,9 @@ inline Lanes whole(IntLanes high, IntLanes low, const Rows& x, int64_t group) {
 
 // The sums of R rows and B vectors of a panel's outputs, y [R][B]: the integer sums of each group times its scales, added
 // up in order.
-template <int R, int B>
-inline void run_int8(const uint8_t* w, const float* scales, const Rows& x, int64_t row, Lanes (&y)[R][B]) {
+// scales: of each output, fp32; or, kGroups, of each output and group of inputs, in half precision.
+template <bool kGroups, int R, int B>
+inline void run_int8(const uint8_t* w, const void* scales, const Rows& x, int64_t row, Lanes (&y)[R][B]) {
     const int64_t groups = x.width / kGroup;
     Lanes total[R][B] = {};
     for (int64_t g = 0; g < groups; ++g) {
@@ -61,12 +62,18 @@ inline void run_int8(const uint8_t* w, const float* scales, const Rows& x, int64
                 }
             }
         }
-        UNROLL for (int r = 0; r < R; ++r)
-            UNROLL for (int b = 0; b < B; ++b)
-                total[r][b] += whole(high[r][b], low[r][b], x, (row + r) * groups + g) * x.scales[(row + r) * groups + g];
+        UNROLL for (int b = 0; b < B; ++b) {
+            const Lanes scale =
+                kGroups ? load_half(static_cast<const uint16_t*>(scales) + g * kPanel + b * kLanes) : all(1);
+            UNROLL for (int r = 0; r < R; ++r)
+                total[r][b] += whole(high[r][b], low[r][b], x, (row + r) * groups + g) *
+                               (scale * x.scales[(row + r) * groups + g]);
+        }
     }
-    UNROLL for (int r = 0; r < R; ++r)
-        UNROLL for (int b = 0; b < B; ++b) y[r][b] = total[r][b] * load_lanes(scales + b * kLanes);
+    UNROLL for (int b = 0; b < B; ++b) {
+        const Lanes scale = kGroups ? all(1) : load_lanes(static_cast<const float*>(scales) + b * kLanes);
+        UNROLL for (int r = 0; r < R; ++r) y[r][b] = total[r][b] * scale;
+    }
 }
 
 template <int R, int B>

@@ -76,8 +76,13 @@ inline void run(const Matrix& m, int64_t panel, const Rows& x, int64_t row, floa
             });
         case kInt8:
             return blocks(Integers{}, [&](int64_t o, auto& found) {
-                run_int8(static_cast<const uint8_t*>(m.data) + panel * x.width * kPanel + 4 * o,
-                         static_cast<const float*>(m.scales) + panel * kPanel + o, x, row, found);
+                run_int8<false>(static_cast<const uint8_t*>(m.data) + panel * x.width * kPanel + 4 * o,
+                                static_cast<const float*>(m.scales) + panel * kPanel + o, x, row, found);
+            });
+        case kInt8Groups:
+            return blocks(Integers{}, [&](int64_t o, auto& found) {
+                run_int8<true>(static_cast<const uint8_t*>(m.data) + panel * x.width * kPanel + 4 * o,
+                               static_cast<const uint16_t*>(m.scales) + panel * groups * kPanel + o, x, row, found);
             });
         case kTwelve: break;  // see `multiply`
         case kInt4: {

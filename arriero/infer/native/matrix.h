@@ -4,7 +4,8 @@
 //   fp32   [in][64]
 //   bf16   [in / 2][64][2]: pairs of inputs, for the dot-product instruction
 //   twelve the same values as bf16 in twelve bits each, without loss; see `Twelve`
-//   int8   [in / 4][64][4] of code + 128; a scale fp32 for each output
+//   int8   [in / 4][64][4] of code + 128; a scale fp32 for each output, or one in half precision for each output and
+//          group of 32 inputs
 //   int4   [in / 32][4][64][4] bytes of two codes, which stand for 16 values; a scale (half precision) for each output and
 //          group of 32 inputs, and, where there are some, a minimum that is added
 // Activations for integer weights are integers of fifteen bits, in two digits, with a scale for each group of 32 inputs,
@@ -22,12 +23,12 @@ constexpr int64_t kBlocks = kPanel / kLanes;  // of vectors in a panel
 constexpr int64_t kGroup = 32;  // inputs that share a scale
 constexpr int64_t kSlice = 32;  // inputs of a panel that are taken together
 
-enum Type : int64_t { kFloat, kBf16, kInt8, kInt4, kTwelve };
+enum Type : int64_t { kFloat, kBf16, kInt8, kInt4, kTwelve, kInt8Groups };
 
 extern "C" struct Matrix {
     int64_t type, out, in;
     const void* data;          // panels
-    const void* scales;        // int8: float [out, padded to 64]; int4: half [panels][in / 32][64]
+    const void* scales;        // int8: float [out, padded to 64]; by groups, int4: half [panels][in / 32][64]
     const void* minimums;      // int4: half, like scales, or null: w = scale * value of the code + minimum
     const uint8_t* values;     // int4: what the 16 codes mean, plus 128; twelve: the 16 high bytes
     const struct Rare* rare;   // twelve: the weights whose high byte is none of these, in order

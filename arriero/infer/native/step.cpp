@@ -176,7 +176,7 @@ class Step {
     void convert(const float* floats, int64_t width, const Matrix* matrices, int64_t count, int64_t i) {
         bool half = false, integer = false;
         for (int64_t j = 0; j < count; ++j)
-            half |= is_half(matrices[j]), integer |= matrices[j].type == kInt8 || matrices[j].type == kInt4;
+            half |= is_half(matrices[j]), integer |= !is_half(matrices[j]) && matrices[j].type != kFloat;
         const float* x = floats + i * width;
         if (half)
             for (int64_t d = 0; d < width; d += kLanes) round(x + d, halves_ + i * width + d, rounded_ + i * width + d);
