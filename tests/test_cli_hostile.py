@@ -30,6 +30,8 @@ LINES = {
     "eval needle": "MODEL",
     "merge": "MODEL SHARDS out",
     "convert": "MODEL OUT --to gguf",
+    "bench infer": "MODEL",
+    "quantize": "MODEL OUT",
     "data inspect": "SOURCE --model MODEL",
     "data verify": "SHARDS",
     "data build docstrings": "out --source SOURCE",
