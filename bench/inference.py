@@ -32,6 +32,7 @@ from arriero.infer.engine import Engine
 from arriero.infer.measure import decode_speed, of_type, prefill_speed
 
 PROMPT, NEW, PREFILL = 32, 48, 512
+LIVING: list[Any] = []
 TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
 Way = Callable[[int, int], float]
@@ -51,7 +52,9 @@ def arriero(kind: str) -> Way:
 def llama_cpp(path: Path) -> Way:
     import llama_cpp as c
 
-    c.llama_log_set(c.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
+    quiet = c.llama_log_callback(lambda *_: None)
+    LIVING.append(quiet)  # called for as long as the library lives
+    c.llama_log_set(quiet, ctypes.c_void_p(0))
     params = c.llama_model_default_params()
     model = c.llama_model_load_from_file(str(path).encode(), params)
     settings = c.llama_context_default_params()
