@@ -30,7 +30,6 @@ from arriero.infer.structured import Compiler, Grammar, Kind
 from arriero.io.files import decoded, json_line, read_text
 from arriero.io.paths import as_path
 from arriero.model.llama import Llama
-from arriero.model.lora import merged_copy
 from arriero.settings import from_dict
 from arriero.show.terminal import check_input, notes, say, warn_once
 from arriero.tokenizer.base import Tokenizer
@@ -108,7 +107,7 @@ def _grammar(config: GenerateConfig, tokenizer: Tokenizer) -> Grammar | None:
 def _constrained(model: Llama, tokenizer: Tokenizer, request: Request) -> Iterator[str]:
     """The text of one answer as it grows. Raises `UserError` where its grammar cannot be followed to the end."""
     context = min(len(request.prompt) + request.max_new_tokens, model.config.max_context)
-    for event in Engine(merged_copy(model), tokenizer, max_running=1, context=context).stream(request):
+    for event in Engine(model, tokenizer, max_running=1, context=context).stream(request):
         yield event.text
         if event.error is not None:
             raise UserError(event.error)

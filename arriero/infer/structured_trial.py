@@ -70,6 +70,7 @@ def leads_nowhere(error: str) -> bool:
 
 
 def main() -> None:
+    """Reads a vocabulary, then a grammar a line, on standard input; answers each with its error, or null."""
     with contextlib.suppress(ImportError, ValueError):  # not on Windows, and not above a lower limit
         import resource
 

@@ -15,7 +15,7 @@ from arriero.errors import ConfigError
 from arriero.infer.step import BLOCK, StepInput
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
-from arriero.model.lora import add_lora, folded_copy, lora_state, remove_lora, sharing_copy, use_adapter
+from arriero.model.lora import add_lora, lora_state, merged_copy, remove_lora, sharing_copy, use_adapter
 from arriero.model.lora_config import LoraConfig
 from arriero.model.paged import PagedCache, PagedTokens
 
@@ -34,7 +34,7 @@ class TorchStep:
     """A model with a paged cache; see `Step`."""
 
     def __init__(self, model: Llama, n_blocks: int) -> None:
-        self._model, self._carries_adapters = folded_copy(model), False
+        self._model, self._carries_adapters = merged_copy(model), False
         self._cache = PagedCache(model.config, n_blocks, BLOCK, computed_in(model), model.device)
         self.n_blocks, self.vocab_size = n_blocks, model.head.out_features
 

@@ -193,44 +193,25 @@ def using_adapter(model: nn.Module, active: Active | Sequence[str | None]) -> It
             module.active = was
 
 
-def merged_copy(model: M) -> M:
-    """The model with the adapter that acts folded, sharing every tensor that has none; itself when it carries none."""
-    if not adapters(model):
-        return model
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return fold_adapters(copy.deepcopy(model, memo=shared))
-
-
 @torch.no_grad()
-def fold_adapters(model: M) -> M:
-    """Give every linear that carries adapters what it multiplies by, in place: dense, or its base where none acts."""
+def merged_copy(model: M) -> M:
+    """The model with the adapter that acts folded into the linears that have one, whatever else those are held in.
+
+    It shares every other tensor, but no parameter: nothing done to one can freeze the other. Without adapters: itself.
+    """
 
     def folded(_: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, LoraLinear):
             return None
         return module.base if module._acting() is None else plain(module)
 
-    return replace_linears(model, folded)
-
-
-def folded_copy(model: M) -> M:
-    """The model with the adapter that acts folded into the linears that have one, whatever else those are held in.
-
-    It shares every other tensor, but no parameter: nothing done to one can freeze the other. Without adapters: itself.
-    """
-    if not any(True for _ in _wrapped(model)):
-        return model
-    return replace_linears(sharing_copy(model), lambda _, m: _folded(m) if isinstance(m, LoraLinear) else None)
+    return replace_linears(sharing_copy(model), folded) if adapters(model) else model
 
 
 def sharing_copy(model: M) -> M:
     """Other modules and frozen parameters around the same memory."""
     frozen: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, memo=frozen | {id(b): b for b in model.buffers()})
-
-
-def _folded(module: LoraLinear) -> nn.Module:
-    return module.base if module._acting() is None else plain(module)
 
 
 def lora_state(model: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:

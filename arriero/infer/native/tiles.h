@@ -76,13 +76,17 @@ inline void run_few(const bf16* w, const Rows& x, int64_t row, int64_t n, float*
     }
 }
 
-// 16 rows and a whole panel: y [16][64].
-inline void run_tiles(const bf16* w, const Rows& x, int64_t row, float* y) {
-    const bf16* from = x.halves + row * x.width;
+inline void zero_sums() {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+}
+
+// 16 rows and a whole panel: y [16][64].
+inline void run_tiles(const bf16* w, const Rows& x, int64_t row, float* y) {
+    const bf16* from = x.halves + row * x.width;
+    zero_sums();
     for (int64_t i = 0; i < x.width; i += 32, w += 16 * 2 * kPanel) {
         _tile_loadd(4, from + i, x.width * 2);
         _tile_loadd(5, w, kPanel * 4);
@@ -104,10 +108,7 @@ inline void run_tiles(const bf16* w, const Rows& x, int64_t row, float* y) {
 inline void run_two_tiles(const bf16* w, const Rows& x, int64_t row, float* y) {
     const bf16* from = x.halves + row * x.width;
     const int64_t below = 16 * x.width;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
     for (int64_t i = 0; i < x.width; i += 32, w += 16 * 2 * kPanel) {
         _tile_loadd(4, from + i, x.width * 2);
         _tile_loadd(6, w, kPanel * 4);
