@@ -140,6 +140,51 @@ def parse_record(record: Record) -> Conversation:
     return _at(f"row {record.row} of {record.file}", lambda: _conversation(present, absent, record))
 
 
+def parse_prompt(record: Record) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, dict[str, Any]]:
+    """A row that waits for an answer: its messages, its tools, and all of its other columns, for whoever scores one.
+
+    What is asked is in `prompt` (a text, or messages), `question`, or `messages`, and does not end with the
+    assistant's message; `system`, `history` and `tools` belong to it as in `parse_record`.
+    Raises DataError where the row is broken or nothing in it is asked.
+    """
+    row = _present(parse_row(record))
+    return _at(f"row {record.row} of {record.file}", lambda: _prompt(row))
+
+
+def _prompt(row: RowDict) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, dict[str, Any]]:
+    given = [name for name in (*TALKS, "prompt", "question", "instruction") if name in row and not _is_empty(row[name])]
+    if not given:
+        near = f"; did you mean {', '.join(hints)}?" if (hints := _near_prompt(row)) else ""
+        columns = ", ".join(repr(name) for name in list(row)[:SHOWN]) or "none"
+        raise DataError(f"no prompt in its columns ({columns}); name it 'prompt', a text or messages{near}")
+    name = given[0]
+    if (
+        len(given) > 1
+        and name in TALKS
+        and not _stands_in(row[given[1]], [{"content": text} for text in _said(row[name])])
+    ):
+        raise DataError(f"{' and '.join(map(repr, given))} all say what is asked; keep one")
+    talk = _list(row[name], name) if name in TALKS else _side("user", row[name], name)
+    used = {name, "tools", "history", *SYSTEM}
+    messages = [_message(_from_sharegpt(m, i), i, set()) for i, m in enumerate(_history(row.get("history")) + talk)]
+    if not messages or messages[-1]["role"] in ("assistant", "system", "developer"):
+        whose = f"ends with the {messages[-1]['role']}'s message" if messages else "has no message"
+        raise DataError(
+            f"{name!r} {whose}, and an answer follows the user's or a tool's; take that message out, and keep a known "
+            "answer in a column of its own, such as 'answer'"
+        )
+    messages = _with_system(_system(row), messages)
+    return messages, _tools(row.get("tools")), {key: value for key, value in row.items() if key not in used}
+
+
+def _near_prompt(row: RowDict) -> list[str]:
+    return [f"'prompt' by {name!r}" for name in row if _differs_in_case(name, ("prompt", "question", "messages"))]
+
+
+def _said(talk: Any) -> list[str]:
+    return [str(m.get("content", "")) for m in talk if isinstance(m, dict)] if isinstance(talk, list) else []
+
+
 def _at(where: str, read: Callable[[], T]) -> T:
     """What `read` returns; its refusal gets the place before it."""
     try:
