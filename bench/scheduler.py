@@ -22,6 +22,7 @@ from torch import Tensor
 
 from arriero.checkpoint.load import load_model, load_tokenizer_at
 from arriero.checkpoint.source import resolve
+from arriero.infer import choose
 from arriero.infer import engine as module
 from arriero.infer.config import SamplingConfig
 from arriero.infer.engine import Engine
@@ -54,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = load_model(args.model, dtype=torch.bfloat16), load_tokenizer_at(resolve(args.model))
     step: Any = Nothing(model.head.out_features)
-    sampling, sample = [0.0], module.sample
+    sampling, sample = [0.0], choose.sample
 
     def timed(logits: Tensor, rows: Sequence[Row]) -> Any:
         began = time.perf_counter()
@@ -63,7 +64,7 @@ def main() -> None:
         return chosen
 
     result: dict[str, Any] = {"bench": "scheduler", "model": args.model}
-    with mock.patch.object(module, "open_step", lambda *_: step), mock.patch.object(module, "sample", timed):
+    with mock.patch.object(module, "open_step", lambda *_: step), mock.patch.object(choose, "sample", timed):
         for n, logprobs in ((1, None), (16, None), (16, 0), (64, None)):
             engine = Engine(model, tokenizer)
             for i in range(n):

@@ -6,8 +6,9 @@
         for event in engine.step():
             print(event.text, end="")
 
-The scheduler (scheduler.py) decides which tokens run in the next step, the step (step.py) computes them, and the tokens
-that follow are chosen (sample.py). One thread drives an engine: no method may be called while another runs.
+The scheduler (scheduler.py) decides which tokens run in the next step, the step (step.py) computes them, the tokens
+that follow are chosen (choose.py), and what they are to the requests under way is told in events (answers.py). One
+thread drives an engine: no method may be called while another runs.
 
 An engine serves the model as it stands, an adapter that it came with folded; loaded adapters act beside that model,
 each on the requests that name it. Its memory is the weights as the step holds them plus `cache_bytes`.
@@ -15,11 +16,9 @@ each on the requests that name it. Its memory is the weights as the step holds t
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from ctypes import CDLL
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -27,24 +26,20 @@ from torch import Tensor
 from arriero.errors import ConfigError, UserError, check
 from arriero.infer import native_step
 from arriero.infer.adapters import Adapter, Adapters
-from arriero.infer.answer_text import AnswerText
+from arriero.infer.answers import Answer, Answers
 from arriero.infer.blocks import blocks_for, root_key
+from arriero.infer.choose import choose, logprob, propose, score_prompt
 from arriero.infer.draft import Draft
-from arriero.infer.request import Completion, Event, FinishReason, Request, TokenLogprob, joined
-from arriero.infer.row import Row
-from arriero.infer.sample import Chosen, sample, score, token_words
-from arriero.infer.scheduler import Part, Plan, Scheduler, Sequence
-from arriero.infer.speculate import Drafted, Lookup, verify
+from arriero.infer.request import Completion, Event, Request, joined
+from arriero.infer.scheduler import Plan, Scheduler
+from arriero.infer.speculate import Drafted, Lookup
 from arriero.infer.step import BLOCK, Step
-from arriero.infer.structured import Constraint
 from arriero.infer.torch_step import TorchStep, block_bytes, computed_in
 from arriero.model.llama import Llama
 from arriero.model.lora_config import LoraConfig
 from arriero.tokenizer.base import Tokenizer
 
 CACHE_BYTES = 1 << 30
-SPECULATIVE_ROWS = 16
-"""Tokens of a step with proposals: more would cost as much as they may gain."""
 
 
 def open_step(model: Llama, context: int, n_blocks: int) -> Step:
@@ -61,45 +56,6 @@ def _block_bytes(model: Llama, context: int) -> int:
 
 def _library(model: Llama, context: int) -> CDLL | None:
     return native_step.load_library() if native_step.fits(model, context) else None
-
-
-@dataclass(eq=False)
-class _Answer:
-    """One of the answers to a request."""
-
-    asked: _Asked
-    index: int
-    sequence: Sequence
-    row: Row  # what the sampler knows of it
-    text: AnswerText | None
-    constraint: Constraint | None = None
-    proposals: Lookup | Drafted | None = None
-    told: bool = False  # whether an event of it has been made
-
-    @property
-    def n_new(self) -> int:
-        return len(self.sequence.ids) - self.sequence.n_prompt
-
-    def logprob(self, chosen: Chosen, i: int) -> TokenLogprob | None:
-        """Of the token that was chosen in row i."""
-        request = self.asked.request
-        if request.logprobs is None:
-            return None
-        return TokenLogprob(float(chosen.raw[i]), float(chosen.sampled[i]), _pairs(chosen, i), request.top_of)
-
-
-@dataclass(eq=False)
-class _Asked:
-    """A request under way."""
-
-    id: int
-    request: Request
-    seed: int
-    stop_ids: frozenset[int]
-    room: int  # tokens that an answer may have
-    adapter: Adapter | None
-    answers: list[_Answer] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class Engine:
@@ -148,12 +104,9 @@ class Engine:
                 f"the draft has {step.vocab_size:,} tokens, the model {self._model_step.vocab_size:,}; take one of the "
                 "same tokenizer",
             )
-        self._tokenizer, self._words = tokenizer, token_words(tokenizer) if tokenizer else None
+        self._answers = Answers(tokenizer, self._ended)
         self._scheduler = Scheduler(self._model_step.n_blocks, self.context, max_running, step_tokens)
         self._adapters = Adapters(model, self._model_step)
-        self._asked: dict[int, _Asked] = {}
-        self._next_id = 0
-        self._untold: list[Event] = []  # events that the next step returns
         self._weights = 0  # how often they were replaced
         self._paused = False
         self._changing = False  # the scheduler's state, now
@@ -176,7 +129,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step would do or tell anything."""
-        return bool(self._untold or self._asked)
+        return bool(self._answers)
 
     @property
     def preemptions(self) -> int:
@@ -191,45 +144,22 @@ class Engine:
         Raises `ConfigError` for a prompt that leaves no room in the context or does not fit the cache, ids out of the
         vocabulary, an adapter that is not loaded, stop strings without a tokenizer.
         """
-        room = self._room(request)
-        tokenizer, stops = self._tokenizer, request.stop_ids
-        if stops is None:
-            stops = tokenizer.stop_ids if tokenizer else ()
-        check(not request.stop or tokenizer is not None, "stop strings are given, and the engine has no tokenizer")
-        seed = request.sampling.seed
-        seed = secrets.randbits(62) if seed is None else seed
+        room = self._answers.check(request, self._model_step.vocab_size, self.context, self.cache_tokens)
         adapter = self._adapters.use(request.adapter)
-        asked = _Asked(self._next_id, request, seed, frozenset(stops), room, adapter)
-        self._next_id += 1
-        self._asked[asked.id] = asked
-        root = self._root(request, adapter)
-        for index in range(request.n):
-            sequence = Sequence((asked.id, index), list(request.prompt), root, adapter.step_name if adapter else None)
-            sequence.generates = room > 0
-            text = AnswerText(tokenizer, request.stop) if tokenizer and request.text else None
-            row = Row(
-                request.sampling, request.prompt, seed=seed + index, words=self._words,
-                logprobs=request.logprobs is not None, n_top=request.logprobs or 0, top_of=request.top_of,
-            )  # fmt: skip
-            constraint = request.grammar.begin() if request.grammar else None
-            proposals = self._proposals(request) if self._speculate else None
-            asked.answers.append(answer := _Answer(asked, index, sequence, row, text, constraint, proposals))
-            sequence.owner = answer
-        first, *others = (answer.sequence for answer in asked.answers)
-        first.followers = others
-        if request.prompt_logprobs is not None:
-            first.scored_from = request.prompt_logprobs_from
+        asked = self._answers.add(
+            request, room, adapter, self._root(request, adapter), lambda: self._proposals(request)
+        )
         with self._change():
-            self._scheduler.add(first)
+            self._scheduler.add(asked.sequences[0])
         return asked.id
 
     def cancel(self, request: int) -> bool:
         """End all answers to a request now; the next step tells. Returns whether there were any."""
-        if (asked := self._asked.get(request)) is None:
+        if (asked := self._answers.asked.get(request)) is None:
             return False
         with self._change():
             for answer in list(asked.answers):
-                self._finish(answer, "cancelled", text=answer.text.flush() if answer.text else "")
+                self._answers.finish(answer, "cancelled", text=answer.rest)
         return True
 
     def step(self) -> list[Event]:
@@ -237,9 +167,9 @@ class Engine:
 
         An exception in it, Ctrl-C for one, loses no request: the next step goes on.
         """
-        if self._asked and not self._paused:
+        if self._answers.asked and not self._paused:
             if self._speculate:
-                self._propose()
+                propose(self._scheduler.running, self._speculate)
             with self._change():
                 if (plan := self._scheduler.plan()) is not None and plan.copies:
                     for step in self._steps:
@@ -248,8 +178,7 @@ class Engine:
                 if self._draft is not None:
                     self._draft.fill(plan, lambda sequence: sequence.owner.row)
                 self._take(plan, self._model_step(plan.batch))
-        events, self._untold = self._untold, []
-        return events
+        return self._answers.take()
 
     def stream(self, request: Request) -> Iterator[Event]:
         """Submit a request and yield its events as they come; left early, it is cancelled."""
@@ -277,7 +206,7 @@ class Engine:
                     answers[self.submit(request)] = {}
                 except ConfigError as error:
                     raise ConfigError(f"request {i}: {error}") from error
-            left = sum(len(self._asked[number].answers) for number in answers)
+            left = sum(len(self._answers.asked[number].answers) for number in answers)
             while left:
                 for event in self._events_of(answers):
                     key = event.request, event.index
@@ -295,174 +224,55 @@ class Engine:
         if self._paused:
             raise ConfigError("the engine is paused for new weights, so nothing is answered; call resume() first")
         events = self.step()
-        self._untold = [event for event in events if event.request not in numbers]
+        self._answers.keep([event for event in events if event.request not in numbers])
         return [event for event in events if event.request in numbers]
 
     def _drop(self, numbers: Collection[int]) -> None:
         """End requests of which nobody wants to hear any more."""
         for number in numbers:
             if self.cancel(number):
-                self._untold = [event for event in self._untold if event.request != number]
-
-    def _room(self, request: Request) -> int:
-        """Tokens that the answer may have."""
-        prompt = request.prompt
-        size = self._model_step.vocab_size
-        for token in request.sampling.logit_bias:
-            check(token < size, f"logit_bias names the id {token}, and the model's are 0 to {size - 1:,}")
-        if min(prompt) < 0 or max(prompt) >= size:
-            wrong = next(i for i in prompt if not 0 <= i < size)
-            raise ConfigError(f"the prompt has the id {wrong}, and the model's are 0 to {size - 1:,}")
-        room = request.check_room(self.context)
-        if (most := len(prompt) + max(room - 1, 0)) > self.cache_tokens:
-            raise ConfigError(
-                f"the prompt of {len(prompt):,} tokens and an answer of {room:,} need {most:,} tokens of cache, and "
-                f"there are {self.cache_tokens:,}; give the engine more cache_bytes, or lower max_new_tokens"
-            )
-        return room
+                self._answers.forget(number)
 
     def _take(self, plan: Plan, logits: Tensor) -> None:
         """Make events of the logits of a step."""
         with self._change():
             for part in plan.parts:
                 if part.scores:
-                    self._score(part, logits)
+                    score_prompt(part, logits, self._answers.words)
             ready = [pair for pair in self._scheduler.commit(plan) if self._constrained(pair[0].owner)]
-        chosen = self._chosen(ready, logits)
+        chosen = choose(ready, logits)
         with self._change():
-            for sequence, those, which in chosen:
+            for answer, those, which in chosen:
                 for i in which:
                     if i > which.start:
-                        self._scheduler.accept(sequence)
-                    if self._said(sequence.owner, int(those.ids[i]), sequence.owner.logprob(those, i)):
+                        self._scheduler.accept(answer.sequence)
+                    if self._answers.said(answer, int(those.ids[i]), logprob(answer, those, i)):
                         break
             for part in plan.parts:
                 if not part.sequence.generates and part.sequence.left == 0:
-                    self._finish(part.sequence.owner, "length")
+                    self._answers.finish(part.sequence.owner, "length")
 
-    def _proposals(self, request: Request) -> Lookup | Drafted:
+    def _proposals(self, request: Request) -> Lookup | Drafted | None:
         """What proposes tokens for one answer."""
+        if not self._speculate:
+            return None
         return Drafted(self._speculate) if self._draft else Lookup(list(request.prompt), self._speculate)
 
-    def _propose(self) -> None:
-        """Let those that are being answered say what may follow, as many rows as a step takes at little more cost."""
-        decoding = [sequence for sequence in self._scheduler.running if sequence.left == 1]
-        most = min(self._speculate, SPECULATIVE_ROWS // max(len(decoding), 1) - 1)
-        for sequence in decoding:
-            answer = sequence.owner
-            if not sequence.followers:  # which take over its blocks as they are behind the prompt
-                sequence.proposed = answer.proposals.propose()[
-                    : max(0, min(most, answer.asked.room - answer.n_new - 1))
-                ]
-
-    @staticmethod
-    def _chosen(ready: list[tuple[Sequence, range]], logits: Tensor) -> list[tuple[Sequence, Chosen, range]]:
-        """The tokens that follow each sequence: one, and those proposed that would have followed."""
-        if not ready:
-            return []
-        wanted = [i for _, rows in ready for i in rows]
-        if wanted != list(range(len(logits))):
-            logits = logits[wanted]
-        rows = [sequence.owner.row for sequence, _ in ready]
-        if not any(sequence.proposed for sequence, _ in ready):
-            chosen = sample(logits, rows)
-            return [(sequence, chosen, range(i, i + 1)) for i, (sequence, _) in enumerate(ready)]
-        proposals = [sequence.proposed for sequence, _ in ready]
-        verified = verify(logits, rows, proposals, [sequence.owner.constraint for sequence, _ in ready])
-        for (sequence, _), each in zip(ready, verified, strict=True):
-            if sequence.proposed:
-                sequence.owner.proposals.learn(len(sequence.proposed), len(each.ids) - 1)
-            sequence.proposed = []
-        return [(sequence, each, range(len(each.ids))) for (sequence, _), each in zip(ready, verified, strict=True)]
-
-    def _constrained(self, answer: _Answer) -> bool:
+    def _constrained(self, answer: Answer) -> bool:
         """Let the sampler know what may follow by the answer's grammar; False where that ended the answer."""
         if answer.constraint is not None:
             try:
                 answer.row.allowed = answer.constraint.mask()
             except UserError as error:
-                self._finish(answer, "error", text=answer.text.flush() if answer.text else "", error=str(error))
+                self._answers.finish(answer, "error", text=answer.rest, error=str(error))
                 return False
         return True
 
-    def _score(self, part: Part, logits: Tensor) -> None:
-        """Log-probabilities of tokens of a prompt."""
-        asked, at = part.sequence.owner.asked, part.scored_from
-        targets = part.sequence.ids[at : at + len(part.scores)]
-        ours = logits[part.scores.start : part.scores.stop]
-        found = score(ours, targets, self._scorer(asked.request))
-        begin = at - asked.request.prompt_logprobs_from  # after an interruption they may be there already
-        asked.prompt_logprobs[begin:] = [
-            TokenLogprob(float(raw), top=_pairs(found, i)) for i, raw in enumerate(found.raw)
-        ]
-
-    def _scorer(self, request: Request) -> Row:
-        """How many of the most probable tokens are listed, of those that the tokenizer has."""
-        return Row(request.sampling, seed=0, words=self._words, n_top=request.prompt_logprobs or 0)
-
-    def _said(self, answer: _Answer, token: int, logprob: TokenLogprob | None) -> bool:
-        """A token was chosen; returns whether it ended the answer."""
-        answer.sequence.ids.append(token)
-        answer.row.push(token)
-        if answer.proposals is not None:
-            answer.proposals.push(token)
-        text, constraint = answer.text, answer.constraint
-        try:
-            ended = constraint is not None and constraint.accept(token)
-        except UserError as error:
-            piece = text.push(token) + text.flush() if text else ""
-            return self._finish(answer, "error", token, piece, logprob, error=str(error))
-        if token in answer.asked.stop_ids:
-            return self._finish(answer, "stop", token, text.flush() if text else "", logprob, token)
-        piece = text.push(token) if text else ""
-        if text and text.stopped_by is not None:
-            return self._finish(answer, "stop", token, piece, logprob, text.stopped_by)
-        if ended or answer.n_new >= answer.asked.room:
-            piece += text.flush() if text else ""
-            return self._finish(answer, "stop" if ended else "length", token, piece, logprob)
-        self._tell(answer, token, piece, logprob)
-        return False
-
-    def _finish(
-        self,
-        answer: _Answer,
-        finish: FinishReason,
-        token: int | None = None,
-        text: str = "",
-        logprob: TokenLogprob | None = None,
-        stopped_by: int | str | None = None,
-        error: str | None = None,
-    ) -> bool:
-        """End an answer, give back its blocks, and tell; True."""
-        self._tell(answer, token, text, logprob, finish, stopped_by, error)
-        asked = answer.asked
-        asked.answers.remove(answer)
-        if not asked.answers:
-            del self._asked[asked.id]
+    def _ended(self, answer: Answer) -> None:
+        """Give back an answer's blocks, and with the last one its adapter."""
         self._scheduler.remove(answer.sequence)
-        if not asked.answers:
-            self._adapters.leave(asked.adapter)
-        return True
-
-    def _tell(
-        self,
-        answer: _Answer,
-        token: int | None,
-        text: str,
-        logprob: TokenLogprob | None,
-        finish: FinishReason | None = None,
-        stopped_by: int | str | None = None,
-        error: str | None = None,
-    ) -> None:
-        asked, cached, prompt = answer.asked, 0, None
-        if not answer.told:
-            answer.told, cached = True, answer.sequence.reused
-            if asked.request.echo and answer.text:
-                text = answer.text.echo(asked.request.prompt) + text
-            if asked.request.prompt_logprobs is not None:
-                prompt = tuple(asked.prompt_logprobs)
-        number, index = asked.id, answer.index
-        self._untold.append(Event(number, index, token, text, logprob, prompt, cached, finish, stopped_by, error))
+        if not answer.asked.answers:
+            self._adapters.leave(answer.asked.adapter)
 
     # -- adapters and weights ----------------------------------------------------------------------------------------
 
@@ -501,9 +311,9 @@ class Engine:
         self._weights += 1
         with self._change():
             self._scheduler.pool.forget()
-            for asked in self._asked.values():
-                for answer in asked.answers:
-                    answer.sequence.begin_at(self._root(asked.request, asked.adapter))
+            for asked in self._answers.asked.values():
+                for sequence in asked.sequences:
+                    sequence.begin_at(self._root(asked.request, asked.adapter))
                 if (first := asked.answers[0]).index == 0 and not first.told and asked.prompt_logprobs:
                     asked.prompt_logprobs.clear()
                     first.sequence.scored_from = asked.request.prompt_logprobs_from
@@ -517,13 +327,7 @@ class Engine:
     def _change(self) -> Iterator[None]:
         """A change of the scheduler's state. One that was interrupted costs the cache: all is computed again."""
         if self._changing:
-            self._scheduler.reset([answer.sequence for asked in self._asked.values() for answer in asked.answers])
+            self._scheduler.reset([each for asked in self._answers.asked.values() for each in asked.sequences])
         self._changing = True
         yield
         self._changing = False
-
-
-def _pairs(chosen: Chosen, i: int) -> tuple[tuple[int, float], ...]:
-    """The most probable tokens of row i with their log-probabilities."""
-    ids, logprobs = chosen.top[i]
-    return tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))

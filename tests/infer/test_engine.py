@@ -236,7 +236,7 @@ def test_a_request_is_cancelled_at_any_step_and_leaves_nothing_behind():
         for _ in range(when):
             engine.step()
         cancelled = numbers[when % 4]
-        ended = engine._asked.get(cancelled) is None
+        ended = engine._answers.asked.get(cancelled) is None
         assert engine.cancel(cancelled) is not ended
         assert engine.cancel(cancelled) is False
         events = rest_of(engine)
@@ -350,7 +350,7 @@ def test_new_weights_reach_requests_under_way_and_old_beginnings_are_gone():
 )
 def test_an_interruption_anywhere_loses_no_request_and_no_token(where, monkeypatch):
     from arriero.infer import blocks, scheduler, torch_step
-    from arriero.infer import engine as module
+    from arriero.infer import choose as module
 
     owner, name = {
         "BlockPool.take": (blocks.BlockPool, "take"), "BlockPool.fill": (blocks.BlockPool, "fill"),
