@@ -95,14 +95,15 @@ def check_head(weights: Weights, wanted: HeadKind) -> None:
         )
 
 
-def open_model(name_or_path: str | Path, dtype: torch.dtype) -> tuple[Llama, Weights]:
+def open_model(name_or_path: str | Path, dtype: torch.dtype, head: HeadKind = "logits") -> tuple[Llama, Weights]:
     """A model without memory yet, its weights to be of type `dtype`, and the checkpoint that has their values.
 
-    For `parallelize`, whose `values` are `Weights.part`. Raises what `load_model` raises.
+    For `parallelize`, whose `values` are `Weights.part`. head: of the model; a language model may get another one in
+    the place of its own, which `Weights` does not have. Raises what `load_model` raises.
     """
     weights = open_weights(resolve(name_or_path))
-    check_head(weights, "logits")
-    return empty_model(weights.config).to(dtype), weights
+    check_head(weights, "logits" if weights.head == "logits" else head)
+    return empty_model(weights.config, head).to(dtype), weights
 
 
 def load(

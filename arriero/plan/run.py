@@ -36,7 +36,7 @@ from arriero.model.catalogue import LADDER, SHAPES, named_shape
 from arriero.model.config import LlamaConfig
 from arriero.plan.cost import MOMENTS, Cost, cost, gradients_at_once, kept, moment_bytes
 from arriero.show.terminal import log, notes, warn_once
-from arriero.train.config import RECIPES, PretrainConfig, SftConfig
+from arriero.train.config import RECIPES, PretrainConfig, SftConfig, TuneConfig
 
 BYTES = {"bf16": 2, "fp32": 4}
 PROBED = 3  # micro-batches timed, after one that compiles
@@ -82,7 +82,7 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
     """
     data = config.data.train
     shape = named_shape(config.model)
-    if isinstance(config, SftConfig) and config.model in LADDER and shape is not None:
+    if isinstance(config, TuneConfig) and config.model in LADDER and shape is not None:
         raise ConfigError(
             f"{config.model} has no weights to fine-tune; to plan its pretraining: "
             f"arriero plan pretrain-{config.model}" + (f" --data {data}" if data else "")
@@ -132,7 +132,7 @@ def by_arithmetic(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Pla
     wide = BYTES[config.loop.precision]
     trained, stored, at_once = shape.n_params, 4, gradients_at_once(shape)
     outside = shape.dim + shape.vocab_size * shape.dim * (1 if shape.tied_embeddings else 2)
-    lora = isinstance(config, SftConfig) and config.method == "lora"
+    lora = isinstance(config, TuneConfig) and config.method == "lora"
     if lora:
         trained, stored, outside = _adapter_size(shape, config), wide, 0
         at_once = trained // shape.n_layers
@@ -153,7 +153,7 @@ def by_arithmetic(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Pla
 
 def _weight_bytes(shape: LlamaConfig, config: SftConfig | PretrainConfig, stored: float) -> dict[str, int]:
     """Bytes of the weights by how they are held: those of the blocks' matrices, and the rest."""
-    if not isinstance(config, SftConfig) or config.quantize == "none":
+    if not isinstance(config, TuneConfig) or config.quantize == "none":
         return {"weights": int(shape.n_params * stored)}
     matrices = {name: shape.n_layers * out * width for name, (out, width) in matrix_shapes(shape).items()}
     bits = {"int8": 8, "nf4": 4 + 32 / 64}[config.quantize]  # and int8's scale of a row, which is next to nothing
@@ -167,7 +167,7 @@ def _weight_bytes(shape: LlamaConfig, config: SftConfig | PretrainConfig, stored
 
 def split(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Cost:
     """What each process holds and sends when all weights are trained, split by `config.parallel`."""
-    if isinstance(config, SftConfig) and config.method == "lora":
+    if isinstance(config, TuneConfig) and config.method == "lora":
         raise ConfigError("the plan of a split counts the training of all weights; add --method full")
     p, loop = config.parallel, config.loop
     fitted = p if p.dp_shard > 0 else p.fitted(p.dp_replicate * p.tp * p.cp * p.pp)

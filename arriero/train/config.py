@@ -190,15 +190,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class SftConfig:
-    """Supervised fine-tuning: the model learns the assistant's turns of the conversations in a file."""
+class TuneConfig:
+    """What every recipe is told that goes on from a model; each adds what only it knows."""
 
     model: PathText = ""
     """A directory, a .gguf file, a Hub id, or a built-in name."""
-    out: PathText = "out/sft"
+    out: PathText = "out/tuned"
     """Run directory: config, metrics, checkpoints, report, and the trained adapter or model."""
     method: Literal["lora", "full"] = "lora"
     """Train a low-rank adapter, or every weight."""
+    adapter: PathText = ""
+    """An adapter (PEFT's layout) on the model to go on with, by method lora; its rank, scale and targets hold, not
+    those given here. Empty begins a new one."""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """Hold the frozen matrices under an adapter in 8 or 4.5 bits a weight (QLoRA, arXiv 2305.14314), for less memory
     and more time. Embeddings, head and norms stay as they are."""
@@ -207,9 +210,6 @@ class SftConfig:
     with the result and used with it from then on; empty takes the model's own."""
     resume: bool = False
     """Go on from the newest whole checkpoint in the run directory."""
-    samples: int = 8
-    """Validation prompts answered before and after training, for the report; 0 for none."""
-    data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -217,11 +217,15 @@ class SftConfig:
 
     def __post_init__(self) -> None:
         settle(self)
-        check(self.samples >= 0, f"samples is {self.samples}; it must be at least 0")
         check(
             self.quantize == "none" or self.method == "lora",
             f"quantize is {self.quantize} and method {self.method}; only frozen weights are held in few bits: take "
             "method lora, or leave quantize out",
+        )
+        check(
+            not self.adapter or self.method == "lora",
+            f"adapter is {self.adapter} and method {self.method}; to train every weight from there, merge it first "
+            "(arriero merge) and name the merged model",
         )
         check(
             self.quantize == "none" or self.parallel.tp == 1,
@@ -229,6 +233,21 @@ class SftConfig:
             "take dp_shard or dp_replicate instead of tp",
         )
         check_together(self.optim, self.loop, self.parallel)
+
+
+@dataclass(frozen=True)
+class SftConfig(TuneConfig):
+    """Supervised fine-tuning: the model learns the assistant's turns of the conversations in a file."""
+
+    out: PathText = "out/sft"
+    """Run directory: config, metrics, checkpoints, report, and the trained adapter or model."""
+    samples: int = 8
+    """Validation prompts answered before and after training, for the report; 0 for none."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.samples >= 0, f"samples is {self.samples}; it must be at least 0")
 
 
 @dataclass(frozen=True)

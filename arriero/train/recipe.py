@@ -18,17 +18,13 @@ from typing import Any, Literal, Protocol
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from arriero import settings
 from arriero.checkpoint import native
 from arriero.checkpoint.load import best_device
-from arriero.distributed.materialise import Values
 from arriero.distributed.mesh import Mesh, init_mesh
 from arriero.errors import ConfigError
 from arriero.io.files import write_json, write_text
-from arriero.model.initial import initial_adapter
-from arriero.model.lora import is_adapter
 from arriero.optim.schedule import warmup_steps
 from arriero.show.terminal import notes
 from arriero.train import attempts
@@ -185,15 +181,6 @@ def compiles(loop: LoopConfig, tokens: int) -> bool:
     if loop.compile != "auto":
         return loop.compile == "on"
     return tokens >= COMPILE_FROM and (torch.cuda.is_available() or shutil.which("g++") is not None)
-
-
-def first_values(base: Values, seed: int) -> Values:
-    """Where an adapted model's values are before step 1: of what is adapted in `base`, of the adapter in `seed`."""
-
-    def values(name: str, shape: Sequence[int], box: tuple[slice, ...]) -> Tensor:
-        return initial_adapter(name, shape, box, seed=seed) if is_adapter(name) else base(name, shape, box)
-
-    return values
 
 
 def alone() -> Mesh:

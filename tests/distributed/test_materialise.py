@@ -14,7 +14,7 @@ from arriero.model.initial import BLOCK, initial_adapter, initial_weight, whole
 from arriero.model.llama import Llama
 from arriero.model.lora import add_lora
 from arriero.model.lora_config import LoraConfig
-from arriero.train.recipe import first_values
+from arriero.train.tuned import first_values
 
 SHAPE = LlamaConfig(22, 3, 6, 2, 34, 106, 64, head_dim=10, tied_embeddings=True)
 TALL = (2 * BLOCK + 37, 5)
@@ -55,7 +55,7 @@ def test_a_model_filled_afterwards_is_the_model_made_whole(tmp_path):
     read = add_lora(load_model(tmp_path / "saved"), LoraConfig(rank=3), seed=7)
     model, weights = open_model(tmp_path / "saved", torch.bfloat16)
     assert add_lora(model, LoraConfig(rank=3)).device.type == "meta"
-    (stage,) = parallelize(model, Mesh.alone("cpu"), values=first_values(weights.part, 7))
+    (stage,) = parallelize(model, Mesh.alone("cpu"), values=first_values(weights, 7))
     assert stage.model.lm_head.weight is stage.model.model.embed_tokens.weight
     ours, theirs = stage.model.state_dict(), read.state_dict()
     assert ours.keys() == theirs.keys()

@@ -52,7 +52,7 @@ def rounded(model: Path, kind: str, out: Path) -> Path:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_it_trains_as_over_the_rounded_model_and_peft_agrees(kind, toy_model, rows, tmp_path):
     config = settings(toy_model, rows, tmp_path / "run", kind)
-    held = [m for _, m in named_products(build(config, Console(quiet=True)).model)]
+    held = [m for _, m in named_products(build(config, Console(quiet=True)).tuned.base.model)]
     assert {type(m.base) for m in held} == {QuantizedLinear}
     main(config)
     plain = rounded(toy_model, kind, tmp_path / "rounded")

@@ -186,3 +186,22 @@ def test_compiling_is_chosen_by_the_length_of_the_run():
     assert not compiles(LoopConfig(), 1000)
     assert not compiles(LoopConfig(compile="off"), 10**9)
     assert compiles(LoopConfig(compile="on"), 1000)
+
+
+def test_a_run_goes_on_from_an_adapter_where_that_ended(toy_model, rows, tmp_path):
+    first = main(sft_settings(toy_model, rows, tmp_path / "first", lora=LoraConfig(rank=5, alpha=7)))
+    adapter = tmp_path / "first" / "adapter"
+    settings = sft_settings(toy_model, rows, tmp_path / "second", adapter=str(adapter), lora=LoraConfig(rank=2))
+    second = main(settings)
+    assert second.progress.validation[0] == pytest.approx(first.result_loss, rel=1e-5)
+    assert min(second.progress.validation.values()) < first.result_loss
+    saved = json.loads((tmp_path / "second" / "adapter" / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"]) == (5, 7)  # the adapter's own settings hold
+
+
+def test_an_adapter_to_go_on_with_is_refused_where_it_does_not_fit_the_settings(toy_model, rows, tmp_path):
+    with pytest.raises(ConfigError, match=r"method full; to train every weight from there, merge it first"):
+        sft_settings(toy_model, rows, tmp_path / "run", adapter="some/where", method="full")
+    main(sft_settings(toy_model, rows, tmp_path / "first", quantize="int8"))
+    with pytest.raises(ConfigError, match="trained on a base held in int8, and quantize is none"):
+        main(sft_settings(toy_model, rows, tmp_path / "second", adapter=str(tmp_path / "first" / "adapter")))
