@@ -7,22 +7,49 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from arriero.errors import ConfigError, did_you_mean
+from arriero.errors import ConfigError, check, did_you_mean
 from arriero.rewards.base import Scorer
+from arriero.rewards.isolated import Isolated
+from arriero.rewards.sandbox import Limits
+from arriero.rewards.unit_tests import UnitTests
 from arriero.rewards.verifiers import Exact, Numeric
 
-KINDS: dict[str, Callable[[str], Scorer]] = {
-    "exact": lambda field: Exact(field or "answer"),
-    "numeric": lambda field: Numeric(field or "answer"),
-}
+RULE, CODE, USERS = 2.0, 5.0, 10.0  # seconds an answer, where the caller says nothing
 
-HELP = """exact[:FIELD], numeric[:FIELD]: the final answer is the text, or the number, in the row's FIELD ("answer")"""
+HELP = """What answers are scored by. exact[:FIELD], numeric[:FIELD], math[:FIELD]: the final answer is the text or the
+number in the row's FIELD ("answer"), or equal to it in mathematics (package math-verify). regex[:FIELD]: all of it
+matches the pattern in FIELD ("pattern"). json-schema[:FIELD or FILE.json]: JSON that satisfies the schema in FIELD
+("schema") or in the file. unit-tests[:FIELD]: its Python passes the asserts, or the {input, output} pairs, in FIELD
+("tests"), run in a sandbox. python:PATH:FUNCTION: the user's function of an Answer."""
 """For the `--help` of commands that take a reward."""
 
 
-def open_scorer(spec: str) -> Scorer:
-    """The scorer that a text such as "numeric" or "exact:target" names; raises `ConfigError` where it names none."""
+def _function(argument: str, seconds: float) -> Scorer:
+    path, colon, name = argument.rpartition(":")
+    check(bool(colon and path and name), f"reward is 'python:{argument}'; write python:PATH:FUNCTION")
+    return Isolated("python", path, name, seconds=seconds or USERS, takes_cut=True)
+
+
+KINDS: dict[str, Callable[[str, float], Scorer]] = {
+    "exact": lambda field, seconds: Exact(field or "answer"),
+    "numeric": lambda field, seconds: Numeric(field or "answer"),
+    "math": lambda field, seconds: Isolated("math", field or "answer", seconds=seconds or RULE),
+    "regex": lambda field, seconds: Isolated("regex", field or "pattern", seconds=seconds or RULE),
+    "json-schema": lambda field, seconds: Isolated("json-schema", field or "schema", seconds=seconds or RULE),
+    "unit-tests": lambda field, seconds: UnitTests(field or "tests", Limits(seconds=seconds or CODE)),
+    "python": _function,
+}
+"""Each kind's scorer, of what follows its colon and the seconds that an answer may take (0: the kind's own)."""
+
+
+def open_scorer(spec: str, seconds: float = 0) -> Scorer:
+    """The scorer that a text such as "numeric" or "exact:target" names.
+
+    seconds: what scoring one answer may take; 0 takes the kind's own limit. Raises `ConfigError` for a text that names
+    none, and `UserError` where what it needs is missing.
+    """
     kind, _, argument = spec.partition(":")
     if kind not in KINDS:
         raise ConfigError(f"reward is {spec!r}; it begins with one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
-    return KINDS[kind](argument)
+    check(seconds >= 0, f"the reward's seconds are {seconds}; they must be at least 0 (0: the kind's own limit)")
+    return KINDS[kind](argument, seconds)

@@ -1,0 +1,221 @@
+"""The process that scores answers one at a time: `python -m arriero.rewards.worker JUDGE ARGUMENTS` (see isolated.py).
+
+Reads lines of JSON, writes one for each: value, outcome and note, or what a refused row lacks. JUDGES lists what it can
+do. What the user's function prints goes to the standard error stream.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from arriero.errors import ConfigError, DataError, UserError, did_you_mean, require
+from arriero.io.reading import read_json
+from arriero.rewards.base import Answer, Score, Verifier, required
+from arriero.rewards.final import final_answers
+from arriero.rewards.verifiers import references, shortened
+
+_FENCED = re.compile(r"\A\s*```(?:json)?[ \t]*\n(.*)\n[ \t]*```\s*\Z", re.DOTALL)
+
+
+class Regex(Verifier):
+    """1 where the whole answer, white space around it apart, matches the pattern in a field of the row."""
+
+    def __init__(self, field: str = "pattern") -> None:
+        self._field = field
+
+    def check(self, row: Mapping[str, Any], where: str) -> None:
+        """The pattern has to be one of Python's."""
+        self._pattern(row, where)
+
+    def verify(self, answer: Answer) -> Score:
+        """The whole answer against the pattern."""
+        found = self._pattern(answer.row, answer.where).fullmatch(answer.text.strip())
+        return Score(float(found is not None))
+
+    def _pattern(self, row: Mapping[str, Any], where: str) -> re.Pattern[str]:
+        source = required(row, self._field, where)
+        try:
+            return re.compile(source)
+        except (re.error, TypeError, RecursionError, OverflowError) as error:
+            raise DataError(
+                f"{where}: {self._field!r} is {source!r:.80}, no regular expression ({error}); mend it"
+            ) from error
+
+
+class JsonSchema(Verifier):
+    """1 where the answer is JSON that satisfies the schema: of a field of the row, or of a file for all rows.
+
+    The answer is the JSON text itself, or one fenced block of it. Drafts 4 to 2020-12, by the schema's "$schema";
+    nothing is fetched for a "$ref" (package jsonschema).
+    """
+
+    def __init__(self, field: str = "schema") -> None:
+        self._validators = require("jsonschema.validators", "rl")
+        self._registry = require("referencing", "rl").Registry()
+        self._errors = require("jsonschema.exceptions", "rl")
+        self._field, self._common = field, None
+        if field.endswith(".json"):
+            self._common = self._validator(read_json(Path(field), refusal=ConfigError), field)
+
+    def check(self, row: Mapping[str, Any], where: str) -> None:
+        """The schema has to be one."""
+        self._of(row, where)
+
+    def verify(self, answer: Answer) -> Score:
+        """The answer, parsed, against the schema."""
+        validator = self._of(answer.row, answer.where)
+        fenced = _FENCED.match(answer.text)
+        try:
+            value = json.loads(
+                fenced[1] if fenced else answer.text, parse_constant=_no_constant, object_pairs_hook=_once
+            )
+        except (ValueError, RecursionError) as error:
+            return Score(0.0, note=f"no JSON: {str(error)[:60]}")
+        fault = next(validator.iter_errors(value), None)
+        return Score(1.0) if fault is None else Score(0.0, note=f"at {fault.json_path}: {fault.message}"[:80])
+
+    def _of(self, row: Mapping[str, Any], where: str) -> Any:
+        if self._common is not None:
+            return self._common
+        schema = required(row, self._field, where)
+        if isinstance(schema, str):
+            try:
+                schema = json.loads(schema)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: {self._field!r} is no JSON ({error}); mend the schema") from error
+        return self._validator(schema, f"{where}: {self._field!r}")
+
+    def _validator(self, schema: Any, where: str) -> Any:
+        kind = self._validators.validator_for(schema, self._validators.Draft202012Validator)
+        try:
+            kind.check_schema(schema)
+        except (self._errors.SchemaError, RecursionError) as error:
+            raise DataError(f"{where} is no JSON schema ({str(error).splitlines()[0][:120]}); mend it") from error
+        return kind(schema, registry=self._registry)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return dict(pairs)
+
+
+class Math(Verifier):
+    """1 where the final answer is mathematically equal to the reference, by math-verify (package of that name)."""
+
+    def __init__(self, field: str = "answer") -> None:
+        self._library = require("math_verify", "rl")
+        self._field = field
+
+    def check(self, row: Mapping[str, Any], where: str) -> None:
+        """A reference has to be text."""
+        references(row, self._field, where)
+
+    def verify(self, answer: Answer) -> Score:
+        """The final answer against each reference; the limit of time is the process's own."""
+        found = final_answers(answer.text)
+        if len(found) > 1:
+            return Score(0.0, note="several final answers")
+        parsed = self._parsed(found[0])
+        wanted = (self._parsed(final_answers(text)[-1]) for text in references(answer.row, self._field, answer.where))
+        right = any(self._library.verify(text, parsed, timeout_seconds=None) for text in wanted)
+        return Score(float(right), note="" if right else f"answered {shortened(found[0])}")
+
+    def _parsed(self, text: str) -> Any:
+        boxed = f"\\boxed{{{text}}}" if "$" not in text and "\\boxed" not in text else text
+        return self._library.parse(boxed, parsing_timeout=None)
+
+
+class Function(Verifier):
+    """What the user's function returns for an `Answer`: a number, or a `Score`."""
+
+    def __init__(self, path: str, name: str) -> None:
+        self._function = load_function(Path(path), name)
+        self._what = f"{name} of {path}"
+
+    def verify(self, answer: Answer) -> Score:
+        """What the function says, checked."""
+        value = self._function(answer)
+        score = value if isinstance(value, Score) else Score(float(value))
+        if not math.isfinite(score.value):
+            raise ValueError(f"{self._what} returned {score.value}; a reward is a finite number")
+        return score
+
+
+def load_function(path: Path, name: str) -> Callable[[Answer], Any]:
+    """The function `name` of a Python file, which is run. Raises `ConfigError` where there is none."""
+    if not path.is_file():
+        raise ConfigError(f"reward: {path}: no such file; write python:PATH:FUNCTION")
+    sys.path.insert(0, str(path.parent.resolve()))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"reward: {path} is no Python file; its name ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"reward: {path} cannot be imported ({type(error).__name__}: {error}); mend it") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ConfigError(f"reward: {path} has no function {name!r}{did_you_mean(name, names)}")
+    return cast("Callable[[Answer], Any]", function)
+
+
+JUDGES: dict[str, Callable[..., Verifier]] = {
+    "regex": Regex,
+    "json-schema": JsonSchema,
+    "math": Math,
+    "python": Function,
+}
+
+
+def main() -> None:
+    """Open the judge, say so, then answer line by line until the input ends."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def say(reply: Mapping[str, Any]) -> None:
+        out.write(json.dumps(reply) + "\n")
+
+    try:
+        judge = JUDGES[sys.argv[1]](*sys.argv[2:])
+    except UserError as error:
+        say({"refused": str(error)})
+        return
+    say({})
+    for line in sys.stdin:
+        say(_answer(judge, json.loads(line)))
+
+
+def _answer(judge: Verifier, message: dict[str, Any]) -> dict[str, Any]:
+    try:
+        if "check" in message:
+            judge.check(message["check"], message["where"])
+            return {}
+        score = judge.verify(Answer(**message))
+        return {"value": score.value, "outcome": score.outcome, "note": score.note[:1000]}
+    except UserError as error:
+        return {"refused": str(error)}
+    except (Exception, SystemExit) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        note = f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
+        return {"value": 0.0, "outcome": "crash", "note": note[:1000]}
+
+
+if __name__ == "__main__":
+    main()
