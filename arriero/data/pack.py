@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -75,6 +76,36 @@ def pack(lengths: IntArray, capacity: int, seed: int, epoch: int) -> Packing:
     examples = np.lexsort((_random_keys(n, seed, epoch, 2), row_of))
     bounds = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=n_rows))]).astype(np.int64)
     return Packing(examples, bounds)
+
+
+class Epochs:
+    """Which examples row `index` of an endless sequence of epochs holds, each of them packed and ordered anew.
+
+    lengths: tokens of each example, [n]; capacity: of a row. packing False: one example a row.
+    """
+
+    def __init__(self, lengths: IntArray, capacity: int, seed: int, packing: bool = True) -> None:
+        if len(lengths) == 0:
+            raise DataError("the data set has no examples; give it rows, or a smaller validation share")
+        if (longest := int(lengths.max())) > capacity:
+            raise DataError(
+                f"the longest example has {longest} tokens but rows hold {capacity}; "
+                f"build the data set with max_length={capacity}, or raise seq_len"
+            )
+        self.lengths, self.capacity, self.seed, self.packing = lengths, capacity, seed, packing
+        self._packing = lru_cache(maxsize=2)(self._pack)  # two: a batch may span the end of an epoch
+        self.rows = len(self._packing(0))  # of every epoch: packing's row count depends on the lengths alone
+
+    def examples(self, index: int) -> list[int]:
+        """The examples of row `index`: a pure function of the arguments."""
+        assert index >= 0
+        epoch, k = divmod(index, self.rows)
+        return self._packing(epoch).row(k).tolist()
+
+    def _pack(self, epoch: int) -> Packing:
+        if not self.packing:
+            return one_each(len(self.lengths), self.seed, epoch)
+        return pack(self.lengths, self.capacity, self.seed, epoch)
 
 
 def _best_fit(descending: IntArray, capacity: int) -> IntArray:

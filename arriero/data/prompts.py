@@ -22,9 +22,10 @@ from typing import Any
 
 from rich.console import Console
 
-from arriero.data.formats import parse_prompt, text_of
+from arriero.data.formats import parse_prompt
+from arriero.data.messages import text_of
 from arriero.data.pack import random_order
-from arriero.data.sft import parse_share
+from arriero.data.splits import parse_share
 from arriero.errors import DataError
 from arriero.io.records import read_records, source_files
 from arriero.show.terminal import notes

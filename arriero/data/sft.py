@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +23,22 @@ from rich.console import Console
 
 from arriero.data.formats import Conversation, parse_record, warn_of_unused
 from arriero.data.pack import pack
-from arriero.data.sft_cache import INDEX, cache_directory, cache_key, encode_files, write_cache
+from arriero.data.sft_cache import (
+    INDEX,
+    EncodedRows,
+    cache_directory,
+    cache_key,
+    encode_files,
+    encode_records,
+    write_cache,
+)
+from arriero.data.splits import leave_out_long, splits
 from arriero.errors import DataError
-from arriero.io.records import read_records, source_files
+from arriero.io.records import Record, read_records, source_files
 from arriero.show.terminal import notes
 from arriero.tokenizer.base import Tokenizer
+
+T = TypeVar("T")
 
 
 class SftDataset:
@@ -58,21 +71,22 @@ class SftDataset:
 
     def where(self, i: int) -> str:
         """The file and row that example i came from."""
+        file, row = self.place(i)
+        return f"row {row} of {self.files[file]}"
+
+    def place(self, i: int) -> tuple[int, int]:
+        """The number of the file that example i came from, and its row there."""
         j = self.index[i]
-        return f"row {self._rows[j]} of {self.files[self._files[j]]}"
+        return int(self._files[j]), int(self._rows[j])
+
+    @property
+    def file_numbers(self) -> NDArray[np.int32]:
+        """The number of the file that each example is from, [n]."""
+        return self._files[self.index]
 
     def conversations(self, examples: Sequence[int]) -> list[Conversation]:
         """These examples as conversations, read again from the data files in one pass over them."""
-        wanted = [(int(self._files[j]), int(self._rows[j])) for j in self.index[list(examples)]]
-        found: dict[tuple[int, int], Conversation] = {}
-        for number in sorted({number for number, _ in wanted}):
-            rows = {row for n, row in wanted if n == number}
-            for record in read_records(self.files[number]):
-                if record.row in rows:
-                    found[number, record.row] = parse_record(record)
-                if record.row >= max(rows):
-                    break
-        return [found[place] for place in wanted]
+        return read_again(self.files, [self.place(i) for i in examples], parse_record)
 
     def last_answer(self, i: int) -> tuple[list[int], list[int]]:
         """Example i as (prompt ids, answer ids): split where its last run of trained tokens begins."""
@@ -109,6 +123,19 @@ class SftDataset:
         return np.memmap(path, dtype=dtype, mode="r", shape=(n_tokens,)).view(np.ndarray)
 
 
+def read_again(files: Sequence[Path], wanted: Sequence[tuple[int, int]], parse: Callable[[Record], T]) -> list[T]:
+    """The rows at these places (number of the file, row in it) as `parse` reads them, in one pass over the files."""
+    found: dict[tuple[int, int], T] = {}
+    for number in sorted({number for number, _ in wanted}):
+        rows = {row for n, row in wanted if n == number}
+        for record in read_records(files[number]):
+            if record.row in rows:
+                found[number, record.row] = parse(record)
+            if record.row >= max(rows):
+                break
+    return [found[place] for place in wanted]
+
+
 def build_dataset(
     source: str | Path,
     tokenizer: Tokenizer,
@@ -127,13 +154,30 @@ def build_dataset(
     """
     console = console or notes()
     files = source_files(source)
-    directory = cache_directory(cache_dir) / cache_key(files, tokenizer)
-    if not directory.is_dir():
-        write_cache(directory, files, encode_files(files, tokenizer, workers, console))
-    for file, unused in zip(files, json.loads((directory / "unused.json").read_text("utf-8")), strict=True):
-        warn_of_unused(file, unused)  # each run says it, also one that finds all tokenised
+    directory = tokenised(files, tokenizer, "", partial(encode_records, tokenizer), workers, cache_dir, console)
     dataset = SftDataset(directory, files)
     return dataset if max_length is None else leave_out_long(dataset, max_length, max_truncated, console)
+
+
+def tokenised(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    kind: str,
+    encode: Callable[[Sequence[Record]], EncodedRows],
+    workers: int,
+    cache_dir: str | Path | None,
+    console: Console,
+) -> Path:
+    """The directory of the cache of these files, which is made where there is none.
+
+    kind: what the rows are read as, with a number that goes up when the same rows would give other bytes.
+    """
+    directory = cache_directory(cache_dir) / cache_key(files, tokenizer, kind)
+    if not directory.is_dir():
+        write_cache(directory, files, encode_files(files, encode, workers, console))
+    for file, unused in zip(files, json.loads((directory / "unused.json").read_text("utf-8")), strict=True):
+        warn_of_unused(file, unused)  # each run says it, also one that finds all tokenised
+    return directory
 
 
 def build_splits(
@@ -166,64 +210,7 @@ def build_splits(
             console=console,
         )
 
-    share = parse_share(validation)
-    dataset = build(train)
-    if share is not None:
-        return split_by_content(dataset, share)
-    held_out = build(validation)
-    seen = np.isin(dataset.hashes, held_out.hashes)
-    if seen.all():
-        raise DataError(f"{train}: every row is also in the validation data {validation}; nothing is left to train on")
-    if seen.any():
-        console.print(
-            f"left {seen.sum():,} of {len(dataset):,} training rows out: they are also in {validation}", markup=False
-        )
-    return dataset.select(~seen), held_out
-
-
-def parse_share(validation: str) -> float | None:
-    """The share in [0, 1) that `validation` spells, or None where it names a file."""
-    try:
-        share = float(validation)
-    except ValueError:
-        return None
-    if not 0 <= share < 1:
-        raise DataError(f"validation is {validation}; give a file, or a share of the training rows from 0 to below 1")
-    return share
-
-
-def split_by_content(dataset: SftDataset, share: float) -> tuple[SftDataset, SftDataset | None]:
-    """Hold out the examples whose content hash is below `share` of its range; at least the one with the smallest."""
-    if share == 0:
-        return dataset, None
-    hashes = dataset.hashes
-    held_out = hashes <= np.maximum(hashes.min(), np.uint64(share * 2**64))
-    if held_out.all():
-        raise DataError(
-            f"a validation share of {share} of {len(dataset)} rows leaves none to train on; "
-            "lower it, or give more distinct rows"
-        )
-    return dataset.select(~held_out), dataset.select(held_out)
-
-
-def leave_out_long(dataset: SftDataset, max_length: int, max_truncated: float, console: Console) -> SftDataset:
-    """The examples of at most `max_length` tokens; a cut answer would teach the model to stop anywhere."""
-    long = dataset.lengths > max_length
-    share = float(long.mean())
-    if share > max_truncated:
-        first, longest = int(np.argmax(long)), int(dataset.lengths.max())
-        raise DataError(
-            f"{dataset.where(first)}: {dataset.lengths[first]:,} tokens do not fit {max_length:,}, and neither do "
-            f"{share:.1%} of the rows (at most {max_truncated:.1%} may be left out); raise seq_len "
-            f"(the longest row has {longest:,} tokens), shorten the rows, or raise max_truncated"
-        )
-    if long.all():
-        raise DataError(f"{dataset.where(0)}: no row fits {max_length:,} tokens; raise seq_len")
-    if long.any():
-        console.print(
-            f"left {long.sum():,} of {len(dataset):,} rows out: longer than {max_length:,} tokens", markup=False
-        )
-    return dataset.select(~long)
+    return splits(build, train, validation, console)
 
 
 # Statistics
@@ -258,14 +245,15 @@ def data_stats(dataset: SftDataset, seq_len: int) -> DataStats:
         tokens=int(dataset.lengths.sum()),
         trained_tokens=int(answers.sum()),
         trained_share=float(answers.sum() / dataset.lengths.sum()),
-        length_percentiles=_percentiles(dataset.lengths),
-        answer_percentiles=_percentiles(answers),
+        length_percentiles=percentiles(dataset.lengths),
+        answer_percentiles=percentiles(answers),
         seq_len=seq_len,
         packed_rows=rows,
         packing_efficiency=float(fitting.sum() / (rows * seq_len)) if rows else 0.0,
     )
 
 
-def _percentiles(values: NDArray) -> dict[str, int]:
+def percentiles(values: NDArray) -> dict[str, int]:
+    """Some of the percentiles of numbers, by name."""
     points = {"min": 0, "p10": 10, "p50": 50, "p90": 90, "p99": 99, "max": 100}
     return {name: int(np.percentile(values, p, method="lower")) for name, p in points.items()}

@@ -8,6 +8,7 @@
         hashes.npy             uint64 [n]: of each example's content
         rows.npy, files.npy    int64, int32 [n]: where each came from
         unused.json            for each file, which of its columns are in no example
+        NAME.npy               what else is known of the examples (preferences.py)
 
 Two processes may build the same cache at once: each writes under a temporary name of its own, then renames.
 
@@ -18,15 +19,15 @@ n examples, T tokens of all.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,9 +54,9 @@ def cache_directory(cache_dir: str | Path | None) -> Path:
     return paths.cache_dir() / "data" if cache_dir is None else Path(cache_dir)
 
 
-def cache_key(files: Sequence[Path], tokenizer: Tokenizer) -> str:
-    """SHA-256 of the files' contents (not their names), the tokenizer's fingerprint and the format."""
-    digest = hashlib.sha256(f"{FORMAT}\0{tokenizer.fingerprint}".encode())
+def cache_key(files: Sequence[Path], tokenizer: Tokenizer, kind: str = "") -> str:
+    """SHA-256 of the files' contents (not their names), the tokenizer's fingerprint, the format, and `kind`."""
+    digest = hashlib.sha256(f"{FORMAT}{kind}\0{tokenizer.fingerprint}".encode())
     for path in files:
         try:
             with open(path, "rb") as file:
@@ -79,6 +80,7 @@ class EncodedRows:
     hashes: NDArray[np.uint64]  # [n]
     rows: NDArray[np.int64]  # [n]
     unused: frozenset[str]  # columns that no example holds
+    more: dict[str, NDArray[Any]] = field(default_factory=dict)  # what else is known of them, by name
 
 
 def encode_conversation(tokenizer: Tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
@@ -106,18 +108,25 @@ def encode_records(tokenizer: Tokenizer, records: Sequence[Record]) -> EncodedRo
     """Encode the rows of one chunk, which all come from one file."""
     conversations = [parse_record(record) for record in records]
     encoded = [encode_conversation(tokenizer, conversation) for conversation in conversations]
+    return end_to_end(conversations, encoded)
+
+
+def end_to_end(conversations: Sequence[Conversation], encoded: Sequence[tuple[list[int], list[bool]]]) -> EncodedRows:
+    """These conversations of one file, as they were encoded."""
     return EncodedRows(
-        records[0].file,
+        conversations[0].file,
         np.fromiter(chain.from_iterable(ids for ids, _ in encoded), dtype=np.int32),
         np.fromiter(chain.from_iterable(trained for _, trained in encoded), dtype=np.bool_),
         np.array([len(ids) for ids, _ in encoded], dtype=np.int64),
         np.array([content_hash(conversation) for conversation in conversations], dtype=np.uint64),
-        np.array([record.row for record in records], dtype=np.int64),
+        np.array([conversation.row for conversation in conversations], dtype=np.int64),
         frozenset().union(*(conversation.unused for conversation in conversations)),
     )
 
 
-def encode_files(files: Sequence[Path], tokenizer: Tokenizer, workers: int, console: Console) -> Iterator[EncodedRows]:
+def encode_files(
+    files: Sequence[Path], encode: Callable[[Sequence[Record]], EncodedRows], workers: int, console: Console
+) -> Iterator[EncodedRows]:
     """Encode all rows of the files, in order, with a progress bar; small sources in this process."""
     workers = workers or os.cpu_count() or 1
     sizes = {str(path): path.stat().st_size for path in files}
@@ -141,8 +150,8 @@ def encode_files(files: Sequence[Path], tokenizer: Tokenizer, workers: int, cons
         if sum(sizes.values()) < IN_PROCESS:
             workers = 1
         n_rows = 0
-        for _, part in in_order(functools.partial(encode_records, tokenizer), chunks(), workers, "tokenising"):
-            n_rows += len(part.lengths)
+        for _, part in in_order(encode, chunks(), workers, "tokenising"):
+            n_rows += len(set(part.rows.tolist()))
             bar.say(f"{n_rows:,} rows, {n_rows / bar.elapsed:,.0f} rows/s")
             yield part
         bar.reach(sum(sizes.values()))
@@ -174,6 +183,7 @@ def write_cache(directory: Path, files: Sequence[Path], encoded: Iterable[Encode
 def _write_parts(directory: Path, files: Sequence[Path], encoded: Iterable[EncodedRows]) -> None:
     number = {str(path): i for i, path in enumerate(files)}
     lengths, hashes, rows, file_numbers = [], [], [], []
+    more: dict[str, list[NDArray[Any]]] = {}
     unused: list[set[str]] = [set() for _ in files]
     with open(directory / "tokens.bin", "wb") as tokens, open(directory / "trained.bin", "wb") as trained:
         for part in encoded:
@@ -184,6 +194,8 @@ def _write_parts(directory: Path, files: Sequence[Path], encoded: Iterable[Encod
             rows.append(part.rows)
             file_numbers.append(np.full(len(part.rows), number[part.file]))
             unused[number[part.file]] |= part.unused
+            for name, values in part.more.items():
+                more.setdefault(name, []).append(values)
         for file in (tokens, trained):
             file.flush()
             os.fsync(file.fileno())
@@ -191,4 +203,6 @@ def _write_parts(directory: Path, files: Sequence[Path], encoded: Iterable[Encod
     columns = (offsets, np.concatenate(hashes), np.concatenate(rows), np.concatenate(file_numbers))
     for (name, dtype), column in zip(INDEX.items(), columns, strict=True):
         np.save(directory / f"{name}.npy", column.astype(dtype), allow_pickle=False)
+    for name, parts in more.items():
+        np.save(directory / f"{name}.npy", np.concatenate(parts), allow_pickle=False)
     write_json(directory / "unused.json", [sorted(names) for names in unused])

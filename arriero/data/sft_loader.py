@@ -15,15 +15,13 @@ Price: packing an epoch (about a second for a million examples) when its first r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from arriero.data.batch import IGNORED, Batch, Row, collate, next_token_targets
-from arriero.data.pack import Packing, one_each, pack
+from arriero.data.pack import Epochs
 from arriero.data.sft import SftDataset
-from arriero.errors import DataError
 
 WORTH_SHARING = 8  # tokens: a shorter common beginning saves less than it costs to handle
 
@@ -49,28 +47,19 @@ class SftLoader:
     """Packed rows of `seq_len` tokens at most (one example a row without packing), each epoch in its own order."""
 
     def __init__(self, dataset: SftDataset, seq_len: int, seed: int, packing: bool = True) -> None:
-        if len(dataset) == 0:
-            raise DataError("the data set has no examples; give it rows, or a smaller validation share")
-        longest = int(dataset.lengths.max())
-        if longest > seq_len:
-            raise DataError(
-                f"the longest example has {longest} tokens but rows hold {seq_len}; "
-                f"build the data set with max_length={seq_len}, or raise seq_len"
-            )
-        self.dataset, self.seq_len, self.seed, self.packing = dataset, seq_len, seed, packing
+        self.dataset, self.seq_len = dataset, seq_len
+        self.epochs = Epochs(dataset.lengths, seq_len, seed, packing)
         self.prefix = shared_prefix(dataset)
-        self._packing = lru_cache(maxsize=2)(self._pack_epoch)  # two: a batch may span the end of an epoch
-        self._rows = len(self._packing(0))
+        if p := len(self.prefix):
+            self.epochs = Epochs(dataset.lengths - p, seq_len - p, seed, packing)
 
     def rows_in_epoch(self, epoch: int) -> int:
-        """Rows in `epoch`; every epoch has as many, since packing's row count depends on the lengths alone."""
-        return self._rows
+        """Rows in `epoch`; every epoch has as many."""
+        return self.epochs.rows
 
     def row(self, index: int) -> Row:
         """Row `index` of the endless sequence of epochs: a pure function of (data, seq_len, seed, index)."""
-        assert index >= 0
-        epoch, k = divmod(index, self._rows)
-        examples = self._packing(epoch).row(k).tolist()
+        examples = self.epochs.examples(index)
         p = len(self.prefix)
         tokens = [self.dataset.tokens(i)[p:] for i in examples]
         targets = [next_token_targets(t, self.dataset.trained(i)[p:]) for t, i in zip(tokens, examples, strict=True)]
@@ -81,9 +70,3 @@ class SftLoader:
         p = len(self.prefix)
         lead = Row(self.prefix, np.full(p, IGNORED), np.array([p])) if p else None
         return collate(rows, pad_to, behind=lead)
-
-    def _pack_epoch(self, epoch: int) -> Packing:
-        if not self.packing:
-            return one_each(len(self.dataset), self.seed, epoch)
-        p = len(self.prefix)
-        return pack(self.dataset.lengths - p, self.seq_len - p, self.seed, epoch)

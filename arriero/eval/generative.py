@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from arriero.data.formats import Conversation, text_of
+from arriero.data.formats import Conversation
+from arriero.data.messages import text_of
 from arriero.data.sft_cache import encode_conversation
 from arriero.errors import DataError
 from arriero.eval.bootstrap import mean, ratio

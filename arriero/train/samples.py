@@ -10,7 +10,8 @@ from typing import Literal
 
 import torch
 
-from arriero.data.formats import Conversation, text_of
+from arriero.data.formats import Conversation
+from arriero.data.messages import text_of
 from arriero.data.sft import SftDataset
 from arriero.distributed.engine import Engine
 from arriero.errors import ConfigError

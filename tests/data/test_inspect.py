@@ -66,3 +66,12 @@ def test_the_histogram_counts_every_example_once():
     assert bounds[0][0] == 7 and bounds[-1][1] == 97
     assert [sum(low <= n <= high for n in lengths) for low, high in bounds] == counts
     assert length_histogram(np.array([13, 13])).row_count == 1
+
+
+def test_both_sides_of_a_preference_are_shown_behind_their_prompt(tmp_path, tokenizer):
+    rows = [{"prompt": "Legs?", "chosen": "Four.", "rejected": "Five.", "rating": "better", "chosen_safe": True}]
+    text, stats = shown(write_rows(tmp_path / "p.jsonl", rows), tokenizer)
+    assert text.count("Legs?<|im_end|>") == 1 and "; better" in text
+    assert "-- chosen, safe: 3 trained\n\n⟦Four.<|im_end|>⟧" in text and "-- rejected: 3 trained\n\n⟦Five.<|im" in text
+    assert (stats.pairs, stats.by_kind, stats.trained_tokens) == (1, {"pair": 1}, 6)
+    assert "pairs of a better and a worse answer" in text

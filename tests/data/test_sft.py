@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from helpers.processes import killer
 from helpers.rows import read_conversations
 from rich.console import Console
 
-from arriero.data import sft, sft_cache
+from arriero.data import sft, sft_cache, splits
 from arriero.data.pack import pack
-from arriero.data.sft import SftDataset, build_dataset, build_splits, data_stats, split_by_content
+from arriero.data.sft import SftDataset, build_dataset, build_splits, data_stats
+from arriero.data.splits import split_by_content
 from arriero.errors import DataError
 from arriero.tokenizer.chat import encode_training
 from arriero.tokenizer.template import ChatTemplate
@@ -159,7 +161,8 @@ def test_a_process_that_comes_second_leaves_the_first_ones_cache_as_it_is(tmp_pa
     path = write_rows(tmp_path / "sums.jsonl", sums(29))
     dataset = build_dataset(path, tokenizer, cache_dir=tmp_path / "cache")
     before = (dataset.directory / "tokens.bin").stat().st_ino
-    parts = sft_cache.encode_files([path], tokenizer, 1, Console(file=io.StringIO()))
+    encode = partial(sft_cache.encode_records, tokenizer)
+    parts = sft_cache.encode_files([path], encode, 1, Console(file=io.StringIO()))
     sft_cache.write_cache(dataset.directory, [path], parts)
     assert (dataset.directory / "tokens.bin").stat().st_ino == before
     assert len(list((tmp_path / "cache").iterdir())) == 1
@@ -281,7 +284,7 @@ def test_rows_that_are_also_in_the_validation_file_are_not_trained_on(tmp_path, 
 @pytest.mark.parametrize("share", ["1", "-0.1", "1.5", "nan"])
 def test_a_share_outside_its_range_is_refused(share):
     with pytest.raises(DataError, match=f"validation is {share}; give a file, or a share"):
-        sft.parse_share(share)
+        splits.parse_share(share)
 
 
 # Numbers

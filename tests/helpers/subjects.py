@@ -40,6 +40,7 @@ from arriero.curate import classifier
 from arriero.curate.config import CurateConfig
 from arriero.curate.sources import read_documents
 from arriero.data.formats import parse_record
+from arriero.data.preferences import encode_preferences
 from arriero.data.shards import Shards, find_sets, open_sources, verify_tokenizer
 from arriero.errors import DataError
 from arriero.io.records import read_records, source_files
@@ -396,6 +397,30 @@ def read_rows(folder: Path) -> object:
     return good, read_texts(folder)
 
 
+PREFERENCES = [
+    {"prompt": "Hi", "chosen": "Hello", "rejected": "No", "rating": "better", "chosen_safe": True},
+    {"prompt": "Hi", "edited": "Hello!", "chosen": "Hello", "rejected": "No", "margin": 0.5},
+    {"chosen": MESSAGES, "rejected": [*MESSAGES[:2], {"role": "assistant", "content": "No"}]},
+    {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
+    {"messages": MESSAGES[:2], "completions": ["a", "b", "c"], "scores": [1, 0.5, -1], "safe": [True, None, False]},
+    {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
+    {"prompt": "Hi", "completion": "Hello", "label": False, "safe": True},
+]
+
+
+def read_preferences(folder: Path) -> object:
+    """As answers that are compared."""
+    good = 0
+    for path in source_files(folder):
+        for record in read_records(path):
+            try:
+                encode_preferences(_chat(), [record])
+                good += 1
+            except DataError as error:
+                assert str(error).strip()
+    return good
+
+
 @cache
 def _chat() -> Tokenizer:
     return byte_level()
@@ -596,6 +621,7 @@ MODELS = [
 ]
 _JSONL = partial(json_lines, CONVERSATIONS)
 ROWS = [
+    Subject("rows p.jsonl", partial(_write, "p.jsonl", partial(json_lines, PREFERENCES)), read_preferences),
     rows("rows.jsonl", _JSONL),
     rows("rows.jsonl.gz", partial(gzip.compress, _JSONL(), mtime=0)),
     rows("rows.jsonl.zst", partial(zstd, _JSONL())),
