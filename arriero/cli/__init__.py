@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": train.plan,
     "chat": use.chat,
     "generate": use.generate,
+    "serve": use.serve,
     "eval": use.evaluate,
     "eval needle": use.needle,
     "bench infer": use.bench_infer,

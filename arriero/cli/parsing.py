@@ -169,7 +169,7 @@ def _config_fields(info: Any, from_file: bool, required: Sequence[str]) -> Any:
             kind = Annotated[kind, tyro.conf.arg(name="data", aliases=["--train"] if name == "train" else [])]
         elif name in ("model", "prompt") and not from_file:
             kind = Annotated[kind, tyro.conf.Positional]
-        missing = name in required and value == ""
+        missing = name in required and value in ("", ())
         fields.append(StructFieldSpec(name, kind, tyro.MISSING if missing else value, docs.get(name)))
     return StructConstructorSpec(info.type, tuple(fields))
 

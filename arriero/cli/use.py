@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from arriero.errors import ConfigError
+from arriero.errors import ConfigError, require
 from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.infer.config import BenchConfig, ChatConfig, GenerateConfig
 from arriero.io.paths import PathText
+from arriero.serve.config import ServeConfig
 from arriero.show.terminal import say
 
 NumberType = Literal["f32", "f16", "bf16"]
@@ -39,6 +40,21 @@ def generate(config: GenerateConfig) -> None:
     from arriero.cli.chat import run_generate
 
     run_generate(config)
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve MODEL, or several, behind the APIs of OpenAI, Anthropic and Ollama; needs pip install 'arriero[serve]'.
+
+    Example:
+        arriero serve smollm2-135m
+        arriero serve smollm2-135m --adapter mine=out/mine/adapter --port 8000 --api-key SECRET
+    """
+    require("fastapi", "serve")
+    require("uvicorn", "serve")
+    require("prometheus_client", "serve")
+    from arriero.serve.server import serve as run
+
+    run(config)
 
 
 def evaluate(config: EvalConfig) -> None:

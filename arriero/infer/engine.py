@@ -136,6 +136,22 @@ class Engine:
         """How often a request had to give up its blocks to an earlier one."""
         return self._scheduler.preemptions
 
+    @property
+    def running(self) -> int:
+        """Answers that are being computed."""
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Answers that wait for their turn."""
+        return len(self._scheduler.waiting)
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the cache that requests hold, from 0 to 1; what is only kept for later does not count."""
+        pool = self._scheduler.pool
+        return 1 - pool.available / pool.n_blocks
+
     # -- requests ----------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> int:

@@ -1,0 +1,1 @@
+"""Serving: HTTP APIs over the inference engine, and the page."""
