@@ -36,40 +36,48 @@ inline void write_key(const Paged<bf16>& cache, bf16* to, int64_t slot, const fl
     for (int64_t d = 0; d < cache.head_dim; ++d) narrow(key[d], to + d / 2 * 2 * kBlock + 2 * slot + d % 2);
 }
 
-// A query as the scores want it.
-inline void convert(const float* query, int64_t width, float* to) { std::copy(query, query + width, to); }
-inline void convert(const float* query, int64_t width, bf16* to) {
-    for (int64_t d = 0; d < width; ++d) narrow(query[d], to + d);
+// A query as the scores want it, for a cache of this type: rounded like the keys.
+template <class C>
+using Query = std::conditional_t<std::is_same_v<C, float>, float, Half>;
+
+inline void convert(const float* query, int64_t width, float* to, const float*) { std::copy(query, query + width, to); }
+template <class To>
+inline void convert(const float* query, int64_t width, To* to, const bf16*) {
+    for (int64_t d = 0; d < width; ++d) {
+        bf16 rounded;
+        narrow(query[d], &rounded);
+        if constexpr (std::is_same_v<To, float>) to[d] = widen(rounded);
+        else to[d] = rounded;
+    }
 }
 
-// q . k for G queries [G, width] and the 32 keys of a block.
-template <int G>
-inline void score(const float* queries, int64_t width, const float* keys, Lanes (&scores)[G][2]) {
-    Lanes sums[G][2] = {};
-    for (int64_t d = 0; d < width; ++d, keys += kBlock) {
-        const Lanes low = load_lanes(keys), high = load_lanes(keys + kLanes);
-        UNROLL for (int g = 0; g < G; ++g) {
-            sums[g][0] += low * queries[g * width + d];
-            sums[g][1] += high * queries[g * width + d];
+// q . k for G queries [G, width] and 16 B of the keys of a block.
+template <int G, int B>
+inline void score(const float* queries, int64_t width, const float* keys, Lanes (&sums)[G][B]) {
+    for (int64_t d = 0; d < width; ++d, keys += kBlock)
+        UNROLL for (int b = 0; b < B; ++b) {
+            const Lanes found = load_lanes(keys + b * kLanes);
+            UNROLL for (int g = 0; g < G; ++g) sums[g][b] += found * queries[g * width + d];
         }
-    }
-    UNROLL for (int g = 0; g < G; ++g) scores[g][0] = sums[g][0], scores[g][1] = sums[g][1];
 }
 
-template <int G>
-inline void score(const bf16* queries, int64_t width, const bf16* keys, Lanes (&scores)[G][2]) {
-    Lanes sums[G][2] = {};
-    for (int64_t d = 0; d < width; d += 2, keys += 2 * kBlock) {
-        const Lanes low = load<Lanes>(keys), high = load<Lanes>(keys + 2 * kLanes);
-        UNROLL for (int g = 0; g < G; ++g) {
-            uint32_t pair;
-            std::memcpy(&pair, queries + g * width + d, sizeof pair);
-            sums[g][0] = add_pairs(sums[g][0], low, broadcast_pair(pair));
-            sums[g][1] = add_pairs(sums[g][1], high, broadcast_pair(pair));
+template <int G, int B>
+inline void score(const Half* queries, int64_t width, const bf16* keys, Lanes (&sums)[G][B]) {
+    for (int64_t d = 0; d < width; d += 2, keys += 2 * kBlock)
+        UNROLL for (int b = 0; b < B; ++b) {
+            const Pairs found = pairs_of(keys + b * 2 * kLanes);
+            UNROLL for (int g = 0; g < G; ++g) sums[g][b] = add_pairs(sums[g][b], found, queries + g * width + d);
         }
-    }
-    UNROLL for (int g = 0; g < G; ++g) scores[g][0] = sums[g][0], scores[g][1] = sums[g][1];
 }
+
+// Vectors of keys, and of columns, that G heads take at once: as many sums as there are registers.
+#if defined(__AVX512BW__)
+constexpr int score_blocks(int) { return 2; }
+constexpr int column_blocks(int) { return 4; }
+#else
+constexpr int score_blocks(int heads) { return heads < 3 ? 2 : 1; }
+constexpr int column_blocks(int heads) { return heads == 1 ? 4 : heads == 2 ? 2 : 1; }
+#endif
 
 // out[g] += sum over the keys of weights[g][key] * values[key], for 16 B of the head's columns.
 template <int G, int B, class C>
@@ -90,20 +98,23 @@ struct Part {  // of a softmax: its largest score, the sum of e^(score - largest
 // scale: of the scores, 1 / sqrt(h).
 template <int G, class C>
 void attend_chunk(const Paged<C>& cache, const int32_t* table, int64_t kv, int64_t start, int64_t position,
-                  const C* queries, float scale, float* out, Part* parts) {
+                  const Query<C>* queries, float scale, float* out, Part* parts) {
     alignas(64) float scores[G * kChunk];
     const int64_t keys = std::min(kChunk, position + 1 - start), width = cache.head_dim;
     Lanes most[G];
     UNROLL for (int g = 0; g < G; ++g) most[g] = all(-INFINITY);
     const IntLanes places = counting();
-    for (int64_t s = 0; s < keys; s += kBlock) {
-        Lanes found[G][2];
-        score<G>(queries, width, cache.keys_of(table[(start + s) / kBlock], kv), found);
+    constexpr int kAtOnce = score_blocks(G);
+    constexpr int64_t kPerKey = std::is_same_v<C, float> ? 1 : 2;  // numbers of a key that lie together
+    for (int64_t s = 0; s < keys; s += kAtOnce * kLanes) {
+        const C* block = cache.keys_of(table[(start + s) / kBlock], kv) + s % kBlock * kPerKey;
+        Lanes found[G][kAtOnce] = {};
+        score<G, kAtOnce>(queries, width, block, found);
         UNROLL for (int g = 0; g < G; ++g)
-            UNROLL for (int half = 0; half < 2; ++half) {
-                const int32_t left = int32_t(keys - s - half * kLanes);  // what lies behind may be anything
-                const Lanes seen = select(places < left, found[g][half] * scale, all(-INFINITY));
-                store(scores + g * kChunk + s + half * kLanes, seen);
+            UNROLL for (int b = 0; b < kAtOnce; ++b) {
+                const int32_t left = int32_t(keys - s - b * kLanes);  // what lies behind may be anything
+                const Lanes seen = select(places < left, found[g][b] * scale, all(-INFINITY));
+                store(scores + g * kChunk + s + b * kLanes, seen);
                 most[g] = larger(most[g], seen);
             }
     }
@@ -129,7 +140,9 @@ void attend_chunk(const Paged<C>& cache, const int32_t* table, int64_t kv, int64
             UNROLL for (int b = 0; b < B; ++b) store(out + g * columns + column + b * kLanes, sums[g][b]);
     };
     int64_t column = 0;
-    for (; column + 4 * kLanes <= columns; column += 4 * kLanes) values(std::integral_constant<int, 4>{}, column);
+    constexpr int kColumns = column_blocks(G);
+    for (; column + kColumns * kLanes <= columns; column += kColumns * kLanes)
+        values(std::integral_constant<int, kColumns>{}, column);
     for (; column < columns; column += kLanes) values(std::integral_constant<int, 1>{}, column);
 }
 

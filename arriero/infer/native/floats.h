@@ -6,18 +6,40 @@
 
 namespace {
 
-inline Lanes broadcast_pair(uint32_t pair) { return (Lanes)(WideLanes{} + pair); }
-
-// sums + the products of two inputs: the second of each pair first, as the instruction does it.
-inline Lanes add_pairs(Lanes sums, Lanes w, Lanes x) {
+// Pairs of bf16, and what they are multiplied by: pairs of bf16 where the CPU has an instruction for these, else the same
+// numbers in fp32, and pairs are widened once for all that they are multiplied by. add_pairs: sums + the products of two
+// inputs, the second first, as the instruction does it.
 #if defined(__AVX512BF16__)
-    return (Lanes)_mm512_dpbf16_ps((__m512)sums, (__m512bh)w, (__m512bh)x);
-#else
-    const WideLanes high = WideLanes{} + 0xffff0000u;
-    sums += (Lanes)((WideLanes)w & high) * (Lanes)((WideLanes)x & high);
-    return sums + (Lanes)((WideLanes)w << 16) * (Lanes)((WideLanes)x << 16);
-#endif
+using Half = bf16;
+using Pairs = Lanes;
+
+inline Pairs pairs_of(const bf16* p) { return load<Lanes>(p); }
+
+inline Lanes add_pairs(Lanes sums, Pairs w, const bf16* x) {
+    uint32_t pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return (Lanes)_mm512_dpbf16_ps((__m512)sums, (__m512bh)w, (__m512bh)(WideLanes{} + pair));
 }
+#else
+using Half = float;
+
+struct Pairs {
+    Lanes first, second;
+};
+
+inline Pairs pairs_of(const bf16* p) {
+    const WideLanes both = load<WideLanes>(p);
+    return {(Lanes)(both << 16), (Lanes)(both & 0xffff0000u)};
+}
+
+inline Lanes add_pairs(Lanes sums, const Pairs& w, const float* x) {
+    sums += w.second * x[1];
+    return sums + w.first * x[0];
+}
+#endif
+
+inline const bf16* halves_of(const Rows& x, const bf16*) { return x.halves; }
+inline const float* halves_of(const Rows& x, const float*) { return x.rounded; }
 
 // Each kernel: the sums of R rows and B vectors of a panel's outputs, y [R][B].
 template <int R, int B>
@@ -37,22 +59,16 @@ inline void run_float(const float* w, const Rows& x, int64_t row, Lanes (&y)[R][
 // weights(i): where the weights of inputs i to i + 31 lie.
 template <int R, int B, class Source>
 inline void run_bf16(Source weights, const Rows& x, int64_t row, Lanes (&y)[R][B]) {
-    const uint32_t* from[R];
-    UNROLL for (int r = 0; r < R; ++r) from[r] = reinterpret_cast<const uint32_t*>(x.halves + (row + r) * x.width);
+    const Half* from = halves_of(x, static_cast<const Half*>(nullptr)) + row * x.width;
     Lanes sums[R][B] = {};
     for (int64_t i = 0; i < x.width; i += kSlice) {
         const bf16* w = weights(i);
-        for (int64_t j = i / 2; j < (i + kSlice) / 2; ++j, w += 2 * kPanel) {
-            Lanes found[B];
+        for (int64_t j = i; j < i + kSlice; j += 2, w += 2 * kPanel)
             UNROLL for (int b = 0; b < B; ++b) {
                 if (R == 1) prefetch(w + b * 2 * kLanes);
-                found[b] = load<Lanes>(w + b * 2 * kLanes);
+                const Pairs found = pairs_of(w + b * 2 * kLanes);
+                UNROLL for (int r = 0; r < R; ++r) sums[r][b] = add_pairs(sums[r][b], found, from + r * x.width + j);
             }
-            UNROLL for (int r = 0; r < R; ++r) {
-                const Lanes pair = broadcast_pair(from[r][j]);
-                UNROLL for (int b = 0; b < B; ++b) sums[r][b] = add_pairs(sums[r][b], found[b], pair);
-            }
-        }
     }
     UNROLL for (int r = 0; r < R; ++r)
         UNROLL for (int b = 0; b < B; ++b) y[r][b] = sums[r][b];

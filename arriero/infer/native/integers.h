@@ -1,41 +1,111 @@
-// Products of int8 and four-bit weights with activations in eight bits.
+// Products of int8 and four-bit weights with activations in fifteen bits.
+//
+// Where the CPU multiplies bytes four at a time (VNNI), an activation is two digits, each a byte: 128 high + low. Elsewhere
+// it is one number of sixteen bits, and weights are widened to that, once for all rows of a tile. Both are exact.
 
 #pragma once
 
 #include "matrix.h"
 
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define ARRIERO_DIGITS
+#endif
+
 namespace {
 
-// sums + the products of four inputs: w unsigned, x signed bytes, exact.
-inline IntLanes add_quads(IntLanes sums, Bytes w, IntLanes x) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-    return (IntLanes)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
-#elif defined(__AVX2__) && !defined(__AVX512BW__)
-    const auto half = [](auto sums, auto w, auto x) {  // even and odd bytes as words: a product may not fit 16 bits
-        const __m256i weights = (__m256i)w, inputs = (__m256i)x;
-        const __m256i even = _mm256_and_si256(weights, _mm256_set1_epi16(0xff)), odd = _mm256_srli_epi16(weights, 8);
-        const __m256i even_x = _mm256_srai_epi16(_mm256_slli_epi16(inputs, 8), 8);
-        const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even, even_x),
-                                              _mm256_madd_epi16(odd, _mm256_srai_epi16(inputs, 8)));
-        return (decltype(sums))_mm256_add_epi32((__m256i)sums, both);
-    };
-    return {half(sums.lo, w.lo, x.lo), half(sums.hi, w.hi, x.hi)};
-#else
-    const IntLanes words = (IntLanes)w;
-    for (int i = 0; i < 4; ++i) sums += ((words >> 8 * i) & 0xff) * ((x << (24 - 8 * i)) >> 24);
-    return sums;
-#endif
-}
+#if defined(ARRIERO_DIGITS)
+using Quads = Bytes;  // weights of four inputs of sixteen outputs, unsigned
 
-inline IntLanes quad_of(const int8_t* codes) {
+struct Sums {
+    IntLanes high, low;
+};
+
+inline Quads quads_of(Bytes w) { return w; }
+
+inline IntLanes quad_of(const int8_t* digits) {
     int32_t quad;
-    std::memcpy(&quad, codes, sizeof quad);
+    std::memcpy(&quad, digits, sizeof quad);
     return IntLanes{} + quad;
 }
 
-// What the sums over the digits of a group's activations come to, less 128 of each weight.
-inline Lanes whole(IntLanes high, IntLanes low, const Rows& x, int64_t group) {
-    return convert<Lanes>((high << 7) + low + x.offsets[group]);
+struct Inputs {  // four activations of a row
+    IntLanes high, low;
+    Inputs(const int8_t* codes, int64_t width, int64_t i) : high(quad_of(codes + i)), low(quad_of(codes + width + i)) {}
+};
+
+inline void add_quads(Sums& sums, const Quads& w, const Inputs& x) {
+    sums.high = (IntLanes)_mm512_dpbusd_epi32((__m512i)sums.high, (__m512i)w, (__m512i)x.high);
+    sums.low = (IntLanes)_mm512_dpbusd_epi32((__m512i)sums.low, (__m512i)w, (__m512i)x.low);
+}
+
+inline IntLanes total_of(const Sums& sums) { return (sums.high << 7) + sums.low; }
+
+inline void place_code(int8_t* codes, int64_t width, int64_t i, int32_t code) {
+    const int32_t digit = (code + 64) >> 7;  // from -127 to 127; the low one from -64 to 63
+    codes[i] = int8_t(digit), codes[width + i] = int8_t(code - (digit << 7));
+}
+#else
+// a[0] b[0] + a[1] b[1] of each two signed words.
+inline IntLanes multiply_pairs(const Words& a, const Words& b) {
+#if defined(__AVX512BW__)
+    return (IntLanes)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    using Half = decltype(IntLanes{}.lo);
+    return {(Half)_mm256_madd_epi16((__m256i)a.lo, (__m256i)b.lo), (Half)_mm256_madd_epi16((__m256i)a.hi, (__m256i)b.hi)};
+#elif defined(__aarch64__)
+    int16x8_t x[4], y[4];
+    int32x4_t found[4];
+    store(x, a), store(y, b);
+    for (int i = 0; i < 4; ++i)
+        found[i] = vpaddq_s32(vmull_s16(vget_low_s16(x[i]), vget_low_s16(y[i])), vmull_high_s16(x[i], y[i]));
+    return load<IntLanes>(found);
+#else
+    const IntLanes x = (IntLanes)a, y = (IntLanes)b;
+    return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+struct Quads {  // weights of four inputs of sixteen outputs: of the first and third input, of the second and fourth
+    Words even, odd;
+};
+
+struct Sums {
+    IntLanes all;
+};
+
+inline Quads quads_of(const Bytes& w) {
+    const Words words = (Words)w;
+    return {words & 0xff, words >> 8};
+}
+
+inline Words pair_of(const int8_t* codes) {
+    int32_t pair;
+    std::memcpy(&pair, codes, sizeof pair);
+    return (Words)(IntLanes{} + pair);
+}
+
+struct Inputs {  // four activations of a row
+    Words even, odd;
+    Inputs(const int8_t* codes, int64_t, int64_t i) : even(pair_of(codes + 2 * i)), odd(pair_of(codes + 2 * i + 4)) {}
+};
+
+inline void add_quads(Sums& sums, const Quads& w, const Inputs& x) {
+    sums.all += multiply_pairs(w.even, x.even);
+    sums.all += multiply_pairs(w.odd, x.odd);
+}
+
+inline IntLanes total_of(const Sums& sums) { return sums.all; }
+
+inline void place_code(int8_t* codes, int64_t, int64_t i, int32_t code) {  // of each four: first, third, second, fourth
+    const int64_t at = i % 4 == 1 ? i + 1 : i % 4 == 2 ? i - 1 : i;
+    const int16_t word = int16_t(code);
+    std::memcpy(codes + 2 * at, &word, sizeof word);
+}
+#endif
+
+// What the sums over a group's activations come to, less 128 of each weight.
+inline Lanes whole(const Sums& sums, const Rows& x, int64_t group) {
+    return convert<Lanes>(total_of(sums) + x.offsets[group]);
 }
 
 // The sums of R rows and B vectors of a panel's outputs, y [R][B]: the integer sums of each group times its scales, added
@@ -46,27 +116,23 @@ inline void run_int8(const uint8_t* w, const void* scales, const Rows& x, int64_
     const int64_t groups = x.width / kGroup;
     Lanes total[R][B] = {};
     for (int64_t g = 0; g < groups; ++g) {
-        IntLanes high[R][B] = {}, low[R][B] = {};
-        for (int64_t q = 0; q < kGroup / 4; ++q, w += 4 * kPanel) {
-            Bytes weights[B];
+        Sums sums[R][B] = {};
+        for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i += 4, w += 4 * kPanel) {
+            Quads weights[B];
             UNROLL for (int b = 0; b < B; ++b) {
                 if (R == 1) prefetch(w + b * 64);
-                weights[b] = load<Bytes>(w + b * 64);
+                weights[b] = quads_of(load<Bytes>(w + b * 64));
             }
             UNROLL for (int r = 0; r < R; ++r) {
-                const int64_t at = (row + r) * x.width + g * kGroup + 4 * q;
-                const IntLanes highs = quad_of(x.high + at), lows = quad_of(x.low + at);
-                UNROLL for (int b = 0; b < B; ++b) {
-                    high[r][b] = add_quads(high[r][b], weights[b], highs);
-                    low[r][b] = add_quads(low[r][b], weights[b], lows);
-                }
+                const Inputs inputs(x.codes + 2 * (row + r) * x.width, x.width, i);
+                UNROLL for (int b = 0; b < B; ++b) add_quads(sums[r][b], weights[b], inputs);
             }
         }
         UNROLL for (int b = 0; b < B; ++b) {
             const Lanes scale =
                 kGroups ? load_half(static_cast<const uint16_t*>(scales) + g * kPanel + b * kLanes) : all(1);
             UNROLL for (int r = 0; r < R; ++r)
-                total[r][b] += whole(high[r][b], low[r][b], x, (row + r) * groups + g) *
+                total[r][b] += whole(sums[r][b], x, (row + r) * groups + g) *
                                (scale * x.scales[(row + r) * groups + g]);
         }
     }
@@ -83,29 +149,28 @@ inline void run_int4(const uint8_t* w, const uint16_t* scales, const uint16_t* m
     const Bytes nibble = Bytes{} + 15;
     Lanes total[R][B] = {};
     for (int64_t g = 0; g < groups; ++g, scales += kPanel) {
-        IntLanes high[R][B] = {}, low[R][B] = {};
-        for (int64_t q = 0; q < kGroup / 8; ++q, w += 4 * kPanel) {
-            Bytes first[B], second[B];
+        Sums sums[R][B] = {};
+        for (int64_t i = g * kGroup; i < g * kGroup + kGroup / 2; i += 4, w += 4 * kPanel) {
+            Quads first[B], second[B];
             UNROLL for (int b = 0; b < B; ++b) {
                 if (R == 1) prefetch(w + b * 64);
                 const Bytes both = load<Bytes>(w + b * 64);
-                first[b] = lookup(table, both & nibble);
-                second[b] = lookup(table, (Bytes)((Words)both >> 4) & nibble);
+                first[b] = quads_of(lookup(table, both & nibble));
+                second[b] = quads_of(lookup(table, (Bytes)((Words)both >> 4) & nibble));
             }
             UNROLL for (int r = 0; r < R; ++r) {
-                const int64_t at = (row + r) * x.width + g * kGroup + 4 * q, later = at + kGroup / 2;
-                const IntLanes highs[2] = {quad_of(x.high + at), quad_of(x.high + later)};
-                const IntLanes lows[2] = {quad_of(x.low + at), quad_of(x.low + later)};
+                const int8_t* const codes = x.codes + 2 * (row + r) * x.width;
+                const Inputs here(codes, x.width, i), later(codes, x.width, i + kGroup / 2);
                 UNROLL for (int b = 0; b < B; ++b) {
-                    high[r][b] = add_quads(add_quads(high[r][b], first[b], highs[0]), second[b], highs[1]);
-                    low[r][b] = add_quads(add_quads(low[r][b], first[b], lows[0]), second[b], lows[1]);
+                    add_quads(sums[r][b], first[b], here);
+                    add_quads(sums[r][b], second[b], later);
                 }
             }
         }
         UNROLL for (int b = 0; b < B; ++b) {
             const Lanes scale = load_half(scales + b * kLanes);
             UNROLL for (int r = 0; r < R; ++r)
-                total[r][b] += whole(high[r][b], low[r][b], x, (row + r) * groups + g) *
+                total[r][b] += whole(sums[r][b], x, (row + r) * groups + g) *
                                (scale * x.scales[(row + r) * groups + g]);
         }
         if (minimums) {
@@ -123,9 +188,8 @@ inline void run_int4(const uint8_t* w, const uint16_t* scales, const uint16_t* m
         UNROLL for (int b = 0; b < B; ++b) y[r][b] = total[r][b];
 }
 
-// A row of activations as integers, a scale for each group: scale = max |x| / (127 * 128), code = x / scale to the nearest,
-// which is 128 times a high digit (from -127 to 127) plus a low one (from -64 to 63).
-inline void quantise(const float* x, int64_t width, int8_t* high, int8_t* low, float* scales, int32_t* offsets) {
+// A row of activations as integers, a scale for each group: scale = max |x| / (127 * 128), code = x / scale to the nearest.
+inline void quantise(const float* x, int64_t width, int8_t* to, float* scales, int32_t* offsets) {
     constexpr float kMost = 127 * 128;
     const Lanes magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     for (int64_t g = 0; g < width / kGroup; ++g) {
@@ -136,11 +200,7 @@ inline void quantise(const float* x, int64_t width, int8_t* high, int8_t* low, f
         int32_t codes[kGroup], total = 0;
         store(codes, (IntLanes)(first * inverse + magic) - (IntLanes)magic);
         store(codes + kLanes, (IntLanes)(second * inverse + magic) - (IntLanes)magic);
-        for (int64_t i = 0; i < kGroup; ++i) {
-            const int32_t digit = (codes[i] + 64) >> 7;
-            high[g * kGroup + i] = int8_t(digit), low[g * kGroup + i] = int8_t(codes[i] - (digit << 7));
-            total += codes[i];
-        }
+        for (int64_t i = 0; i < kGroup; ++i) place_code(to, width, g * kGroup + i, codes[i]), total += codes[i];
         offsets[g] = -128 * total;
     }
 }

@@ -42,12 +42,15 @@ class Arithmetic {
 
 constexpr int64_t kRowPadding = 32;  // rows of activations are allocated in whole tiles
 
+// Rows of a tile, of floats and of integers, and vectors of outputs of R rows: as many sums as there are registers.
 #if defined(__AVX512BW__)
-constexpr int kWide = 6, kNarrow = 4;  // rows of a tile: of floats, of integers
-constexpr int kFloatBlocks = 4, kIntBlocks = 2;
+constexpr int kWide = 6, kNarrow = 4;
+constexpr int float_blocks(int) { return 4; }
+constexpr int int_blocks(int rows) { return rows == 1 ? 4 : 2; }
 #else
-constexpr int kWide = 2, kNarrow = 2;
-constexpr int kFloatBlocks = 2, kIntBlocks = 1;
+constexpr int kWide = 6, kNarrow = 4;
+constexpr int float_blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int int_blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 
 // R rows of a panel, y [R][64].
@@ -62,8 +65,8 @@ inline void run(const Matrix& m, int64_t panel, const Rows& x, int64_t row, floa
                 UNROLL for (int i = 0; i < B; ++i) store(y + r * kPanel + (b + i) * kLanes, found[r][i]);
         }
     };
-    using Floats = std::integral_constant<int, R == 1 ? 4 : kFloatBlocks>;
-    using Integers = std::integral_constant<int, R == 1 ? 4 : kIntBlocks>;
+    using Floats = std::integral_constant<int, float_blocks(R)>;
+    using Integers = std::integral_constant<int, int_blocks(R)>;
     const int64_t groups = x.width / kGroup;
     switch (m.type) {
         case kFloat:
@@ -125,12 +128,10 @@ void multiply_stored(const Matrix& m, int64_t first, int64_t last, const Rows& x
             switch (n) {
                 case 1: run<1>(m, panel, x, row, y); break;
                 case 2: run<2>(m, panel, x, row, y); break;
-#if defined(__AVX512BW__)
                 case 3: run<3>(m, panel, x, row, y); break;
                 case 4: run<4>(m, panel, x, row, y); break;
                 case 5: run<5>(m, panel, x, row, y); break;
                 case 6: run<6>(m, panel, x, row, y); break;
-#endif
             }
             for (int64_t r = 0; r < n; ++r) emit(panel, row + r, y + r * kPanel);
             row += n;

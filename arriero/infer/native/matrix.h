@@ -8,9 +8,9 @@
 //          group of 32 inputs
 //   int4   [in / 32][4][64][4] bytes of two codes, which stand for 16 values; a scale (half precision) for each output and
 //          group of 32 inputs, and, where there are some, a minimum that is added
-// Activations for integer weights are integers of fifteen bits, in two digits, with a scale for each group of 32 inputs,
-// chosen for each row by itself. (Eight bits would lose more than the weights' rounding does: docs/log.md.) Integer sums
-// are exact; the groups' results are added up in order in fp32.
+// Activations for integer weights are integers of fifteen bits with a scale for each group of 32 inputs, chosen for each
+// row by itself. (Eight bits would lose more than the weights' rounding does: docs/log.md.) Integer sums are exact; the
+// groups' results are added up in order in fp32.
 
 #pragma once
 
@@ -43,7 +43,7 @@ struct Rows {
     const float* floats;     // [n, width]
     const bf16* halves;      // [n, width]
     const float* rounded;    // [n, width]: the halves, widened
-    const int8_t *high, *low;  // [n, width]: digits of integers, 128 high + low
+    const int8_t* codes;     // [n, 2 width]: integers, as integers.h lays them
     const float* scales;     // [n, width / 32]
     const int32_t* offsets;  // [n, width / 32]: -128 times the sum of a group's integers
 };

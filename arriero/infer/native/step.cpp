@@ -53,7 +53,7 @@ struct Engine {
     Team team;
     Buffer<float> x, normed, q, k, v, mixed, hidden, turns, rounded, scales, low, chunks;
     Buffer<bf16> halves;
-    Buffer<int8_t> high, low_digits;
+    Buffer<int8_t> codes;
     Buffer<int32_t> offsets;
     Buffer<Part> parts;
 };
@@ -87,7 +87,7 @@ class Step {
           hidden_(e.hidden.get(n_ * ffn_)), turns_(e.turns.get(n_ * m.head_dim)) {
         const int64_t widest = std::max({dim_, ffn_, mixed_width_});
         halves_ = e.halves.get(padded_ * widest), rounded_ = e.rounded.get(padded_ * widest);
-        high_ = e.high.get(padded_ * widest), low_digits_ = e.low_digits.get(padded_ * widest);
+        codes_ = e.codes.get(2 * padded_ * widest);
         scales_ = e.scales.get(padded_ * widest / kGroup), offsets_ = e.offsets.get(padded_ * widest / kGroup);
         chunks_of_ = 1;
         for (int64_t i = 0; i < n_; ++i) chunks_of_ = std::max(chunks_of_, b.positions[i] / kChunk + 1);
@@ -170,7 +170,9 @@ class Step {
         }
     }
 
-    Rows forms(const float* floats, int64_t width) const { return {width, floats, halves_, rounded_, high_, low_digits_, scales_, offsets_}; }
+    Rows forms(const float* floats, int64_t width) const {
+        return {width, floats, halves_, rounded_, codes_, scales_, offsets_};
+    }
 
     // Row i in the forms that these matrices take.
     void convert(const float* floats, int64_t width, const Matrix* matrices, int64_t count, int64_t i) {
@@ -182,7 +184,7 @@ class Step {
             for (int64_t d = 0; d < width; d += kLanes) round(x + d, halves_ + i * width + d, rounded_ + i * width + d);
         if (integer) {
             const int64_t groups = width / kGroup;
-            quantise(x, width, high_ + i * width, low_digits_ + i * width, scales_ + i * groups, offsets_ + i * groups);
+            quantise(x, width, codes_ + 2 * i * width, scales_ + i * groups, offsets_ + i * groups);
         }
     }
 
@@ -348,9 +350,10 @@ class Step {
 
     template <int G>
     void attend_chunk_of(int64_t layer, int64_t i, int64_t kv, int64_t head, int64_t start, float* out, Part* parts) {
-        C queries[G * kWidestHead];
+        Query<C> queries[G * kWidestHead];
         for (int g = 0; g < G; ++g)
-            ::convert(q_ + i * q_width_ + (head + g) * m_.head_dim, m_.head_dim, queries + g * m_.head_dim);
+            ::convert(q_ + i * q_width_ + (head + g) * m_.head_dim, m_.head_dim, queries + g * m_.head_dim,
+                      static_cast<const C*>(nullptr));
         attend_chunk<G>(cache(layer), table(i), kv, start, b_.positions[i], queries,
                         1 / std::sqrt(float(m_.head_dim)), out, parts);
     }
@@ -400,7 +403,7 @@ class Step {
     float *const x_, *const normed_, *const q_, *const k_, *const v_, *const mixed_, *const hidden_, *const turns_;
     float *rounded_, *scales_, *low_ = nullptr, *chunks_ = nullptr;
     bf16* halves_;
-    int8_t *high_, *low_digits_;
+    int8_t* codes_;
     int32_t* offsets_;
     Part* parts_ = nullptr;
     int64_t chunks_of_ = 1, rank_ = 1;
@@ -422,15 +425,14 @@ extern "C" void arriero_product(Engine* engine, const Matrix* matrix, const floa
     const int64_t width = up(matrix->in, kGroup), groups = width / kGroup, padded = up(n, kRowPadding);
     bf16* halves = engine->halves.get(padded * width);
     float* rounded = engine->rounded.get(padded * width);
-    int8_t* high = engine->high.get(padded * width);
-    int8_t* low = engine->low_digits.get(padded * width);
+    int8_t* codes = engine->codes.get(2 * padded * width);
     float* scales = engine->scales.get(padded * groups);
     int32_t* offsets = engine->offsets.get(padded * groups);
     for (int64_t i = 0; i < n; ++i) {
         for (int64_t d = i * width; d < (i + 1) * width; d += kLanes) round(x + d, halves + d, rounded + d);
-        quantise(x + i * width, width, high + i * width, low + i * width, scales + i * groups, offsets + i * groups);
+        quantise(x + i * width, width, codes + 2 * i * width, scales + i * groups, offsets + i * groups);
     }
-    const Rows rows{width, x, halves, rounded, high, low, scales, offsets};
+    const Rows rows{width, x, halves, rounded, codes, scales, offsets};
     const Tiling tiling(*matrix, n);
     engine->team.run(repeat, [&] {
         const Arithmetic arithmetic;
