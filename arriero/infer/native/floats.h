@@ -65,7 +65,7 @@ inline void run_bf16(Source weights, const Rows& x, int64_t row, Lanes (&y)[R][B
         const bf16* w = weights(i);
         for (int64_t j = i; j < i + kSlice; j += 2, w += 2 * kPanel)
             UNROLL for (int b = 0; b < B; ++b) {
-                if (R == 1) prefetch(w + b * 2 * kLanes);
+                prefetch(w + b * 2 * kLanes);
                 const Pairs found = pairs_of(w + b * 2 * kLanes);
                 UNROLL for (int r = 0; r < R; ++r) sums[r][b] = add_pairs(sums[r][b], found, from + r * x.width + j);
             }

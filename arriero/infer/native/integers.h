@@ -120,7 +120,7 @@ inline void run_int8(const uint8_t* w, const void* scales, const Rows& x, int64_
         for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i += 4, w += 4 * kPanel) {
             Quads weights[B];
             UNROLL for (int b = 0; b < B; ++b) {
-                if (R == 1) prefetch(w + b * 64);
+                prefetch(w + b * 64);
                 weights[b] = quads_of(load<Bytes>(w + b * 64));
             }
             UNROLL for (int r = 0; r < R; ++r) {
@@ -153,7 +153,7 @@ inline void run_int4(const uint8_t* w, const uint16_t* scales, const uint16_t* m
         for (int64_t i = g * kGroup; i < g * kGroup + kGroup / 2; i += 4, w += 4 * kPanel) {
             Quads first[B], second[B];
             UNROLL for (int b = 0; b < B; ++b) {
-                if (R == 1) prefetch(w + b * 64);
+                prefetch(w + b * 64);
                 const Bytes both = load<Bytes>(w + b * 64);
                 first[b] = quads_of(lookup(table, both & nibble));
                 second[b] = quads_of(lookup(table, (Bytes)((Words)both >> 4) & nibble));
