@@ -40,9 +40,11 @@ inline void add_quads(Sums& sums, const Quads& w, const Inputs& x) {
 
 inline IntLanes total_of(const Sums& sums) { return (sums.high << 7) + sums.low; }
 
-inline void place_code(int8_t* codes, int64_t width, int64_t i, int32_t code) {
-    const int32_t digit = (code + 64) >> 7;  // from -127 to 127; the low one from -64 to 63
-    codes[i] = int8_t(digit), codes[width + i] = int8_t(code - (digit << 7));
+inline void place(const int32_t* codes, int64_t width, int64_t i, int8_t* to) {  // of a group that begins with input i
+    for (int64_t j = 0; j < kGroup; ++j) {
+        const int32_t digit = (codes[j] + 64) >> 7;  // from -127 to 127; the low one from -64 to 63
+        to[i + j] = int8_t(digit), to[width + i + j] = int8_t(codes[j] - (digit << 7));
+    }
 }
 #else
 // a[0] b[0] + a[1] b[1] of each two signed words.
@@ -96,10 +98,13 @@ inline void add_quads(Sums& sums, const Quads& w, const Inputs& x) {
 
 inline IntLanes total_of(const Sums& sums) { return sums.all; }
 
-inline void place_code(int8_t* codes, int64_t, int64_t i, int32_t code) {  // of each four: first, third, second, fourth
-    const int64_t at = i % 4 == 1 ? i + 1 : i % 4 == 2 ? i - 1 : i;
-    const int16_t word = int16_t(code);
-    std::memcpy(codes + 2 * at, &word, sizeof word);
+inline void place(const int32_t* codes, int64_t, int64_t i, int8_t* to) {  // of each four: first, third, second, fourth
+    int16_t words[kGroup];
+    for (int64_t j = 0; j < kGroup; j += 4) {
+        words[j] = int16_t(codes[j]), words[j + 1] = int16_t(codes[j + 2]);
+        words[j + 2] = int16_t(codes[j + 1]), words[j + 3] = int16_t(codes[j + 3]);
+    }
+    std::memcpy(to + 2 * i, words, sizeof words);
 }
 #endif
 
@@ -200,7 +205,8 @@ inline void quantise(const float* x, int64_t width, int8_t* to, float* scales, i
         int32_t codes[kGroup], total = 0;
         store(codes, (IntLanes)(first * inverse + magic) - (IntLanes)magic);
         store(codes + kLanes, (IntLanes)(second * inverse + magic) - (IntLanes)magic);
-        for (int64_t i = 0; i < kGroup; ++i) place_code(to, width, g * kGroup + i, codes[i]), total += codes[i];
+        for (int64_t i = 0; i < kGroup; ++i) total += codes[i];
+        place(codes, width, g * kGroup, to);
         offsets[g] = -128 * total;
     }
 }
