@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data inspect": data.inspect,
     "data verify": data.verify,
     "data build docstrings": data.build_docstrings,
+    "data build tasks": data.build_tasks,
     "tokenizer train": tokenizer.train,
     "tokenizer encode": tokenizer.encode,
     "tokenizer compare": tokenizer.compare,

@@ -9,6 +9,7 @@ from arriero import presets, settings
 from arriero.cli.tokenizer import open_tokenizer
 from arriero.errors import ConfigError
 from arriero.io.paths import PathText
+from arriero.io.reading import parse_json
 from arriero.show.terminal import notes, output, say
 
 
@@ -234,3 +235,50 @@ def build_docstrings(
     from arriero.data.docstrings import build_docstrings as build
 
     build(source, out, seed=seed, held_out=held_out, max_pairs=max_pairs, max_lines=max_lines)
+
+
+def build_tasks(
+    task: str,
+    out: Path,
+    size: int = 2,
+    digits: int = 1,
+    train: int = 2000,
+    held_out: int = 500,
+    seed: int = 0,
+    set: tuple[str, ...] = (),
+) -> None:
+    """Make prompts with answers that can be checked exactly, and held-out ones that differ by text.
+
+    Tasks: chain-sum, number-sorting, letter-counting, leg-counting, and reasoning-gym's as reasoning-gym:NAME.
+
+    Example:
+        arriero data build tasks chain-sum out/sums --size 2 --digits 2
+        arriero data build tasks reasoning-gym:leg_counting out/legs --set max_animals=3
+
+    Args:
+        task: Name of the task.
+        out: Directory for train.jsonl, test.jsonl and stats.json.
+        size: Terms of a sum, numbers to sort, words to count in, or kinds of animals.
+        digits: Digits of each number.
+        train: Questions to train on.
+        held_out: Questions to test on.
+        seed: Decides which questions are drawn.
+        set: Settings of reasoning-gym's task, as NAME=VALUE.
+    """
+    from arriero.data.tasks import Hardness, build_tasks
+
+    settings: dict[str, Any] = {}
+    for assignment in set:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: write NAME=VALUE, such as max_animals=3")
+        settings[name] = parse_json(
+            value, f"--set {name}", "write a number, true, false or a text in quotes", ConfigError
+        )
+    stats = build_tasks(
+        task, out, train=train, held_out=held_out, seed=seed, hard=Hardness(size, digits), settings=settings
+    )
+    say(
+        f"{out} written: {stats['train']:,} questions to train on and {stats['held_out']:,} held out, "
+        f"{stats['overlap']} of them in both; {stats['repeated']:,} drawn again were dropped"
+    )

@@ -20,7 +20,8 @@ HELP = """What answers are scored by. exact[:FIELD], numeric[:FIELD], math[:FIEL
 number in the row's FIELD ("answer"), or equal to it in mathematics (package math-verify). regex[:FIELD]: all of it
 matches the pattern in FIELD ("pattern"). json-schema[:FIELD or FILE.json]: JSON that satisfies the schema in FIELD
 ("schema") or in the file. unit-tests[:FIELD]: its Python passes the asserts, or the {input, output} pairs, in FIELD
-("tests"), run in a sandbox. python:PATH:FUNCTION: the user's function of an Answer."""
+("tests"), run in a sandbox. reasoning-gym: its own scorer, on rows of `arriero data build tasks`.
+python:PATH:FUNCTION: the user's function of an Answer."""
 """For the `--help` of commands that take a reward."""
 
 
@@ -37,6 +38,7 @@ KINDS: dict[str, Callable[[str, float], Scorer]] = {
     "regex": lambda field, seconds: Isolated("regex", field or "pattern", seconds=seconds or RULE),
     "json-schema": lambda field, seconds: Isolated("json-schema", field or "schema", seconds=seconds or RULE),
     "unit-tests": lambda field, seconds: UnitTests(field or "tests", Limits(seconds=seconds or CODE)),
+    "reasoning-gym": lambda _, seconds: Isolated("reasoning-gym", seconds=seconds or RULE),
     "python": _function,
 }
 """Each kind's scorer, of what follows its colon and the seconds that an answer may take (0: the kind's own)."""

@@ -139,6 +139,31 @@ class Math(Verifier):
         return self._library.parse(boxed, parsing_timeout=None)
 
 
+class Gym(Verifier):
+    """reasoning-gym's own score of an answer to one of its tasks, from 0 to 1, by the row's `entry`."""
+
+    def __init__(self) -> None:
+        self._library = require("reasoning_gym", "rl")
+
+    def check(self, row: Mapping[str, Any], where: str) -> None:
+        """The entry has to name a task of reasoning-gym."""
+        self._of(row, where)
+
+    def verify(self, answer: Answer) -> Score:
+        """The final answer, as the task's scorer sees it; several different ones are worth 0."""
+        found = final_answers(answer.text)
+        entry, name = self._of(answer.row, answer.where)
+        score = self._library.get_score_answer_fn(name)
+        return Score(0.0, note="several final answers") if len(found) > 1 else Score(float(score(found[0], entry)))
+
+    def _of(self, row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str]:
+        entry = required(row, "entry", where)
+        name = entry.get("metadata", {}).get("source_dataset") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise DataError(f"{where}: 'entry' is none of reasoning-gym's; make rows by arriero data build tasks")
+        return entry, name
+
+
 class Function(Verifier):
     """What the user's function returns for an `Answer`: a number, or a `Score`."""
 
@@ -181,6 +206,7 @@ JUDGES: dict[str, Callable[..., Verifier]] = {
     "json-schema": JsonSchema,
     "math": Math,
     "python": Function,
+    "reasoning-gym": Gym,
 }
 
 

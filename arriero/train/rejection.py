@@ -1,0 +1,341 @@
+"""Rejection sampling fine-tuning: the recipe behind `arriero rejection` (Llama 2, arXiv 2307.09288, section 3.2.3; Llama 3,
+2407.21783, 4.2.2).
+
+A round samples K answers to every prompt with the newest model, scores them, chooses the best of each prompt over this and
+all earlier rounds, and fine-tunes on them by the recipe of supervised fine-tuning, from the model that the run began with.
+Choosing among the last round alone forgot abilities at Meta; `last_round_only` shows it.
+
+    out/config.toml, data.json              as of any run
+    out/held_out-0.jsonl                    answers of the first model to held-out prompts
+    out/round-1/answers/00000.jsonl ...     answers with their rewards, some hundred a file
+    out/round-1/chosen.jsonl                rows that are learned
+    out/round-1/sft/                        the fine-tuning run, with its adapter or model
+    out/round-1/held_out.jsonl, round.json  how well that does, and what the round came to
+    out/adapter (or out/model)              a link to the last round's
+
+Each file appears whole or not at all, and what it says is a function of the settings and of what stood before; so a run
+that was killed anywhere goes on with `--resume` to the same result. Sampling is by the inference engine, in one process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from arriero.checkpoint.load import best_device, load, load_tokenizer_at
+from arriero.checkpoint.source import resolve
+from arriero.data.prompts import Prompt, Prompts, read_split
+from arriero.distributed.mesh import Mesh
+from arriero.errors import ConfigError, DataError
+from arriero.eval.bootstrap import difference, interval, mean
+from arriero.eval.pass_at_k import is_right, pass_at_k
+from arriero.infer.config import SamplingConfig
+from arriero.infer.engine import Engine
+from arriero.infer.request import Request
+from arriero.io.files import split_lines, write_json, write_jsonl
+from arriero.io.reading import read_json
+from arriero.model.linear import densify
+from arriero.rewards.base import Answer, Scorer
+from arriero.rewards.open import open_scorer
+from arriero.show.progress import progress
+from arriero.show.terminal import notes, output
+from arriero.train import sft
+from arriero.train.best_of import Choice, Sampled, choose, statistics
+from arriero.train.claim import check_named, claimed, refuse_changed
+from arriero.train.config import DataConfig, SftConfig
+from arriero.train.loop import Outcome
+from arriero.train.recipe import DTYPES, alone, record
+from arriero.train.rejection_config import RejectionConfig
+
+IN_A_FILE = 512  # answers, about: what a kill while sampling costs
+RESAMPLES = 2000
+
+
+def main(config: RejectionConfig) -> Outcome | None:
+    """All rounds. Returns how a round's training was interrupted, or None where all were done.
+
+    Raises a `UserError` before anything is sampled for whatever cannot be asked, scored or trained on.
+    """
+    check_named(config, "rejection")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("rejection samples in one process; start it without torchrun")
+    with claimed(config, "rejection", alone()) as recorded, open_scorer(config.reward, config.reward_seconds) as scorer:
+        run = build(config, notes(), scorer=scorer)
+        refuse_changed(recorded, run.fingerprints(), f"run {config.out}")
+        record(config, "rejection", run)  # type: ignore[arg-type]  # it has all that is recorded
+        run.console.print(run.summary(), markup=False, soft_wrap=True)
+        return run.go()
+
+
+@dataclass(frozen=True)
+class RejectionRun:
+    """Everything that the rounds are made of."""
+
+    config: RejectionConfig
+    prompts: Prompts
+    held_out: Prompts | None
+    scorer: Scorer
+    console: Console
+
+    def summary(self) -> str:
+        """What is about to happen."""
+        c = self.config
+        asked = 0 if self.held_out is None else len(self.held_out)
+        best = "this round's" if c.last_round_only else "all rounds'"
+        return (
+            f"{c.model}: {c.rounds} rounds of {c.answers} answers to {len(self.prompts):,} prompts at temperatures "
+            f"{', '.join(f'{t:g}' for t in c.temperatures)}, scored by {c.reward}\n"
+            f"the best {c.keep} of {best} answers above {c.above:g} are learned ({c.method}); {asked:,} prompts held "
+            f"out -> {c.out}"
+        )
+
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of what is asked."""
+        both = {"the prompts": self.prompts, "the held-out prompts": self.held_out}
+        return {name: prompts.fingerprint for name, prompts in both.items() if prompts is not None}
+
+    def data_statistics(self) -> dict[str, Any]:
+        """What is asked, and how much."""
+        held_out = 0 if self.held_out is None else len(self.held_out)
+        return {"train": self.config.data.train, "prompts": len(self.prompts), "held_out_prompts": held_out}
+
+    def go(self) -> Outcome | None:
+        """Every round that is not done yet."""
+        out = Path(self.config.out)
+        if self.held_out is not None and not (out / "held_out-0.jsonl").exists():
+            self._measure(out / "held_out-0.jsonl", *self._model(0))
+        for number in range(1, self.config.rounds + 1):
+            if (out / f"round-{number}" / "round.json").exists():
+                continue
+            if (interrupted := self._round(number)) is not None:
+                return interrupted
+        kind = "adapter" if self.config.method == "lora" else "model"
+        _link(out / kind, Path(f"round-{self.config.rounds}") / "sft" / kind)
+        output().print(self.table())
+        self.console.print(f"saved {out / kind}", markup=False, soft_wrap=True)
+        return None
+
+    def _round(self, number: int) -> Outcome | None:
+        """Sample, choose, train, measure. Returns how the training was interrupted, if it was."""
+        config, directory = self.config, Path(self.config.out) / f"round-{number}"
+        answers = self._sampled(number, directory / "answers")
+        pool = list(answers)
+        for earlier in range(1, number):
+            if not config.last_round_only:
+                pool += _read_answers(directory.parent / f"round-{earlier}" / "answers")
+        choice = choose(
+            pool, keep=config.keep, above=config.above, max_length_ratio=config.max_length_ratio,
+            max_same=config.max_same, seed=config.loop.seed,
+        )  # fmt: skip
+        if not choice.chosen:
+            raise DataError(
+                f"round {number}: none of {len(pool):,} answers is worth learning ({_why(choice)}); take easier prompts, "
+                "more answers, or a lower `above`"
+            )
+        write_jsonl(directory / "chosen.jsonl", [self._row(answer) for answer in choice.chosen])
+        outcome = sft.main(self._training(number))
+        if outcome.interrupted is not None:
+            return outcome
+        if self.held_out is not None:
+            self._measure(directory / "held_out.jsonl", *self._model(number))
+        write_json(directory / "round.json", {"round": number, **statistics(answers, choice)})
+        return None
+
+    def _model(self, after: int) -> tuple[str, str]:
+        """The model, and its adapter or "", as it stands after so many rounds."""
+        if after == 0:
+            return self.config.model, self.config.adapter
+        trained = Path(self.config.out) / f"round-{after}" / "sft"
+        if self.config.method == "full":
+            return str(trained / "model"), ""
+        return self.config.model, str(trained / "adapter")
+
+    def _training(self, number: int) -> SftConfig:
+        """The fine-tuning of a round; it goes on where it was begun."""
+        config, out = self.config, Path(self.config.out) / f"round-{number}"
+        adapter = self._model(number - 1)[1] if config.from_last else config.adapter
+        data = config.data
+        return SftConfig(
+            model=config.model, out=str(out / "sft"), method=config.method, adapter=adapter, quantize=config.quantize,
+            chat_template=config.chat_template, resume=(out / "sft" / "config.toml").exists(), samples=0,
+            data=DataConfig(
+                train=str(out / "chosen.jsonl"), validation="0", seq_len=data.seq_len, packing=data.packing,
+                max_truncated=data.max_truncated, workers=data.workers,
+            ),
+            lora=config.lora, optim=config.optim, loop=config.loop, parallel=config.parallel,
+        )  # fmt: skip
+
+    def _row(self, answer: Sampled) -> dict[str, Any]:
+        """What is learned of an answer, with where it came from."""
+        prompt: Prompt = self.prompts[answer.prompt]
+        origin = {"reward": answer.value, "round": answer.round, "temperature": answer.temperature}
+        return {"prompt": prompt.messages, "completion": answer.text, "meta": {"prompt": prompt.where, **origin}}
+
+    def _sampled(self, number: int, directory: Path) -> list[Sampled]:
+        """The answers of a round: those on disk, and the ones that are missing there."""
+        step = max(1, IN_A_FILE // self.config.answers)
+        parts = {directory / f"{i // step:05}.jsonl": range(i, min(i + step, len(self.prompts)))
+                 for i in range(0, len(self.prompts), step)}  # fmt: skip
+        missing = {path: those for path, those in parts.items() if not path.exists()}
+        if missing:
+            engine = self._engine(*self._model(number - 1))
+            with progress(f"round {number}: sampling", sum(map(len, missing.values())), self.console) as bar:
+                for path, those in missing.items():
+                    write_jsonl(path, [vars(answer) for answer in self._answers(engine, number, those)])
+                    bar.advance(len(those))
+        return _read_answers(directory)
+
+    def _answers(self, engine: Engine, number: int, indices: Sequence[int]) -> list[Sampled]:
+        """Sample and score answers to some prompts."""
+        shares = _shares(self.config.answers, self.config.temperatures)
+        asked = [(i, t, n) for i in indices for t, n in shares.items()]
+        requests = [
+            self._request(self.prompts[i], SamplingConfig(temperature=t, seed=_seed(self.config.loop.seed, number, i, t)), n)
+            for i, t, n in asked
+        ]
+        given = [
+            (i, t, completion)
+            for (i, t, _), those in zip(asked, engine.generate(requests), strict=True)
+            for completion in those
+        ]
+        scores = self.scorer([_answer(self.prompts[i], c.text, c.stopped) for i, _, c in given])
+        return [
+            Sampled.of(i, c.text, len(c.ids), c.stopped, t, number, score)
+            for (i, t, c), score in zip(given, scores, strict=True)
+        ]
+
+    def _request(self, prompt: Prompt, sampling: SamplingConfig, n: int) -> Request:
+        return Request(prompt.ids, self.config.max_new_tokens, sampling, n)
+
+    def _engine(self, model: str, adapter: str) -> Engine:
+        config = self.config
+        opened, tokenizer = load(
+            model, dtype=DTYPES[config.loop.precision], device=best_device(), adapter=adapter or None,
+            chat_template=config.chat_template,
+        )  # fmt: skip
+        longest = max(p.longest for p in (self.prompts, self.held_out) if p is not None) + config.max_new_tokens
+        context = min(longest, opened.config.max_context)
+        step_tokens = max(512, config.at_once)
+        return Engine(
+            densify(opened).requires_grad_(False), tokenizer, max_running=config.at_once, step_tokens=step_tokens,
+            context=context,
+        )  # fmt: skip
+
+    def _measure(self, path: Path, model: str, adapter: str) -> None:
+        """Answer the held-out prompts, greedily and by samples at temperature 1; a row for each prompt."""
+        assert self.held_out is not None
+        engine, n = self._engine(model, adapter), self.config.validation_answers
+        asked = self.held_out[: self.config.data.validation_prompts]
+        greedy, drawn = SamplingConfig(), SamplingConfig(temperature=1.0)
+        requests = [
+            request
+            for i, prompt in enumerate(asked)
+            for request in (
+                self._request(prompt, greedy, 1),
+                self._request(prompt, replace(drawn, seed=_seed(self.config.loop.seed, -1, i, 1.0)), n),
+            )
+        ]
+        with progress("held-out prompts", len(asked) * (n + 1), self.console) as bar:
+            found = engine.generate(requests, on_done=bar.advance)
+        groups = [(prompt, found[2 * i] + found[2 * i + 1]) for i, prompt in enumerate(asked)]
+        scores = iter(self.scorer([_answer(prompt, c.text, c.stopped) for prompt, those in groups for c in those]))
+        rows = []
+        for prompt, those in groups:
+            values = [next(scores).value for _ in those]
+            rows.append(
+                {"prompt": prompt.text, "answer": those[0].text, "greedy": values[0], "sampled": values[1:],
+                 "tokens": sum(len(c.ids) for c in those) / len(those), "finished": sum(c.stopped for c in those) / len(those)}
+            )  # fmt: skip
+        write_jsonl(path, rows)
+
+    def table(self) -> Table:
+        """Held-out results after each round: 95% intervals of the bootstrap, differences paired with the first model's."""
+        out, k = Path(self.config.out), self.config.validation_answers
+        table = Table(title=f"rejection sampling, {self.config.reward}")
+        for name in ("after", "chosen", "mean reward", "greedy", "pass@1", f"pass@{k}", "pass@1 gained", "tokens"):
+            table.add_column(name, justify="left" if name == "after" else "right")
+        first: list[float] | None = None
+        for number in range(self.config.rounds + 1):
+            told = read_json(out / f"round-{number}" / "round.json") if number else {}
+            row = [f"round {number}" if number else "the model", f"{told['chosen']:,}" if told else ""]
+            row.append(f"{told['mean_reward']:.3f}" if told else "")
+            path = out / f"round-{number}" / "held_out.jsonl" if number else out / "held_out-0.jsonl"
+            if self.held_out is not None:
+                rows = [json.loads(line) for line in split_lines(path.read_text("utf-8")) if line]
+                right = [sum(map(is_right, r["sampled"])) for r in rows]
+                passed = [pass_at_k(k, c, 1) for c in right]
+                first = first or passed
+                at_1 = interval(mean(passed), RESAMPLES, 0)
+                gained = difference(mean(first), mean(passed), RESAMPLES, 0)
+                row += [
+                    f"{mean([float(is_right(r['greedy'])) for r in rows]).value:.1%}", _shown(at_1),
+                    f"{mean([pass_at_k(k, c, k) for c in right]).value:.1%}", _shown(gained, "+") if number else "",
+                    f"{mean([r['tokens'] for r in rows]).value:.1f}",
+                ]  # fmt: skip
+            table.add_row(*row)
+        return table
+
+
+def build(
+    config: RejectionConfig, console: Console, mesh: Mesh | None = None, *, scorer: Scorer | None = None
+) -> RejectionRun:
+    """Read and check what is asked. mesh: nothing to a recipe of one process. scorer: None opens the settings' own."""
+    tokenizer = load_tokenizer_at(resolve(config.model), adapter=config.adapter or None, chat_template=config.chat_template)
+    data = config.data
+    prompts, held_out = read_split(
+        data.train, data.validation, tokenizer, max_length=data.max_prompt, max_truncated=data.max_truncated,
+        console=console,
+    )  # fmt: skip
+    scorer = scorer or open_scorer(config.reward, config.reward_seconds)
+    for prompt in [*prompts, *(held_out or ())]:
+        scorer.check(prompt.fields, prompt.where)
+    return RejectionRun(config, prompts, held_out, scorer, console)
+
+
+def _answer(prompt: Prompt, text: str, finished: bool) -> Answer:
+    return Answer(prompt.messages, text, finished, prompt.fields, prompt.where)
+
+
+def _shares(n: int, temperatures: Sequence[float]) -> dict[float, int]:
+    """How many of n answers each temperature gets: the first ones one more where they do not divide."""
+    each, more = divmod(n, len(temperatures))
+    return {t: each + (i < more) for i, t in enumerate(temperatures)}
+
+
+def _seed(seed: int, number: int, prompt: int, temperature: float) -> int:
+    """Where the random numbers of one request begin: far from every other's."""
+    digest = hashlib.sha256(f"{seed} {number} {prompt} {temperature!r}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _read_answers(directory: Path) -> list[Sampled]:
+    return [
+        Sampled(**json.loads(line))
+        for path in sorted(directory.glob("*.jsonl"))
+        for line in split_lines(path.read_text("utf-8"))
+        if line
+    ]
+
+
+def _link(path: Path, target: Path) -> None:
+    """Let `path` lead to `target`, relative to its directory."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.symlink_to(target)
+    os.replace(temporary, path)
+
+
+def _why(choice: Choice) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in choice.left_out.items())
+
+
+def _shown(found: Any, sign: str = "") -> str:
+    bounds = "" if found.low is None else f" ({found.low:{sign}.1%} to {found.high:{sign}.1%})"
+    return f"{found.value:{sign}.1%}{bounds}"
