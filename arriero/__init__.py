@@ -21,6 +21,7 @@ from arriero.version import __version__ as __version__
 if TYPE_CHECKING:
     from arriero.api import evaluate as evaluate
     from arriero.api import pretrain as pretrain
+    from arriero.api import rejection as rejection
     from arriero.api import sft as sft
     from arriero.checkpoint.convert import convert as convert
     from arriero.checkpoint.load import load as load
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "evaluate": "arriero.api",
     "pretrain": "arriero.api",
+    "rejection": "arriero.api",
     "sft": "arriero.api",
     "convert": "arriero.checkpoint.convert",
     "load": "arriero.checkpoint.load",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from arriero.eval.config import EvalConfig
 from arriero.settings import apply_overrides
 from arriero.train.config import DataConfig, PretrainConfig, PretrainDataConfig, SftConfig
+from arriero.train.rejection_config import RejectionConfig, RejectionDataConfig
 
 if TYPE_CHECKING:
     from arriero.eval.results import Results
@@ -27,6 +28,19 @@ def sft(model: str | Path, data: str | Path, **settings: Any) -> Outcome:
     from arriero.train.sft import main
 
     return main(apply_overrides(SftConfig(model=str(model), data=DataConfig(train=str(data))), settings))
+
+
+def rejection(model: str | Path, data: str | Path, reward: str, **settings: Any) -> Outcome | None:
+    """Fine-tune `model` on the best of its own answers to the prompts in `data`, as `reward` scores them, in rounds.
+
+    settings: fields of `RejectionConfig` and its sections, such as out, rounds, answers, temperatures, lr, resume.
+    Raises a `UserError` before anything is sampled for whatever cannot be asked, scored or trained on. Returns None
+    where all rounds are done.
+    """
+    from arriero.train.rejection import main
+
+    config = RejectionConfig(model=str(model), reward=reward, data=RejectionDataConfig(train=str(data)))
+    return main(apply_overrides(config, settings))
 
 
 def pretrain(model: str | Path, data: str | Path, **settings: Any) -> Outcome:

@@ -20,7 +20,6 @@ from arriero.errors import ConfigError, did_you_mean
 from arriero.io.paths import as_path, expand, lies_here
 from arriero.model.catalogue import LADDER
 from arriero.model.lora_config import LoraConfig
-from arriero.train.config import RECIPES as TRAINING
 from arriero.train.config import (
     DataConfig,
     LoopConfig,
@@ -30,6 +29,8 @@ from arriero.train.config import (
     SftConfig,
     TrainingStage,
 )
+from arriero.train.recipes import RECIPES as TRAINING
+from arriero.train.rejection_config import RejectionConfig, RejectionDataConfig
 from arriero.train.scaling.laws import FLOPS_PER_PARAMETER, TOKENS_PER_PARAMETER, suggested_batch, suggested_lr
 
 if TYPE_CHECKING:
@@ -67,6 +68,41 @@ def sft_docstrings_demo() -> SftConfig:
         data=DataConfig(train="demo/data/train.jsonl", validation="demo/data/validation.jsonl", seq_len=1024),
         optim=OptimConfig(lr=1e-3),
         loop=LoopConfig(steps=60, batch_rows=2, validate_every=60, save_every=20),
+    )
+
+
+def rejection_demo() -> RejectionConfig:
+    """SmolLM2-135M learns from its own right answers to sums (`arriero data build tasks chain-sum demo/sums`)."""
+    return RejectionConfig(
+        model="smollm2-135m",
+        out="demo/rejection",
+        reward="numeric",
+        rounds=2,
+        max_new_tokens=24,
+        data=RejectionDataConfig(train="demo/sums/train.jsonl", validation="demo/sums/test.jsonl", seq_len=512),
+        optim=OptimConfig(lr=5e-4),
+        loop=LoopConfig(epochs=2, batch_rows=4),
+    )
+
+
+def rejection_llama2() -> RejectionConfig:
+    """Rejection sampling as Llama 2 had it (arXiv 2307.09288, 3.2.3): best of all rounds, temperatures 1.2 and 1.3.
+
+    K is not published (figure 7 shows 1 to 100), nor are the settings of this fine-tuning: here are those of its first.
+    """
+    return RejectionConfig(
+        model="out/sft/model",
+        out="out/rejection-llama2",
+        method="full",
+        reward="python:reward.py:reward",
+        rounds=4,
+        answers=16,
+        temperatures=(1.2, 1.3),
+        max_new_tokens=1024,
+        above=-math.inf,
+        data=RejectionDataConfig(train="prompts.jsonl", seq_len=4096),
+        optim=OptimConfig(lr=2e-5, weight_decay=0.1),
+        loop=LoopConfig(epochs=2, batch_rows=64, recompute="full"),
     )
 
 
@@ -284,6 +320,8 @@ PRESETS: dict[str, Callable[[], Any]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         sft_docstrings_demo,
+        rejection_demo,
+        rejection_llama2,
         lora_1b,
         lora_8b,
         lora_70b,

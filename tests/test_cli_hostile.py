@@ -21,6 +21,7 @@ LINES = {
     "shard": "SOURCE --tokenizer MODEL --out OUT --workers 1",
     "pretrain": "1m --data SHARDS --out out --tokens 1000",
     "sft": "MODEL --data SOURCE --out out --steps 1",
+    "rejection": "MODEL --data SOURCE --out out",
     "run": "SETTINGS",
     "validate": "SETTINGS",
     "plan": "SETTINGS",

@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "shard": data.shard,
     "pretrain": train.pretrain,
     "sft": train.sft,
+    "rejection": train.rejection,
     "run": recipes.run,
     "validate": recipes.validate,
     "plan": train.plan,

@@ -20,7 +20,7 @@ from arriero import presets, settings
 from arriero.cli.data import curate
 from arriero.errors import ConfigError, UserError
 from arriero.io.paths import PathText, expand, expanded
-from arriero.train.config import RECIPES as TRAINING
+from arriero.train.recipes import RECIPES as TRAINING
 
 REQUIRED = ("model", "data", "train")
 TYPOGRAPHIC_FLAG = re.compile(

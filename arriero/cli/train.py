@@ -11,6 +11,7 @@ from arriero import presets
 from arriero.errors import TrainingError
 from arriero.show.terminal import output
 from arriero.train.config import PretrainConfig, SftConfig
+from arriero.train.rejection_config import RejectionConfig
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -36,6 +37,19 @@ def sft(config: SftConfig) -> None:
         arriero sft my-llama --data rows.parquet --method full --lr 2e-5 --epochs 2
     """
     start("sft", config)
+
+
+def rejection(config: RejectionConfig) -> None:
+    """Fine-tune MODEL on the best of its own answers to prompts, in rounds; a stopped run goes on with --resume.
+
+    A preset, or a file that `arriero cp` wrote, may stand in MODEL's place.
+
+    Example:
+        arriero data build tasks chain-sum out/sums --size 2 --digits 2
+        arriero rejection smollm2-135m --data out/sums/train.jsonl --validation out/sums/test.jsonl --reward numeric
+        arriero rejection my-llama --data prompts.jsonl --reward python:mine.py:reward --rounds 3 --answers 16
+    """
+    start("rejection", config)
 
 
 def plan(config: SftConfig) -> None:

@@ -1,7 +1,7 @@
 """pass@k: the chance that at least one of k answers is right, without bias, from n >= k answers.
 
-With c right ones among n, pass@k = 1 - C(n - c, k) / C(n, k) (Chen et al., arXiv 2107.03374, section 2.1); 1 - (1 - c/n)^k
-would be biased downwards. Right means full score: a value of 1 or more.
+With c right ones among n, pass@k = 1 - C(n - c, k) / C(n, k) (Chen et al., arXiv 2107.03374, section 2.1);
+1 - (1 - c/n)^k would be biased downwards. Right means full score: a value of 1 or more.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ from arriero.model.catalogue import LADDER, SHAPES, named_shape
 from arriero.model.config import LlamaConfig
 from arriero.plan.cost import MOMENTS, Cost, cost, gradients_at_once, kept, moment_bytes
 from arriero.show.terminal import log, notes, warn_once
-from arriero.train.config import RECIPES, PretrainConfig, SftConfig, TuneConfig
+from arriero.train.config import PretrainConfig, SftConfig, TuneConfig
+from arriero.train.recipes import RECIPES
 
 BYTES = {"bf16": 2, "fp32": 4}
 PROBED = 3  # micro-batches timed, after one that compiles

@@ -35,7 +35,9 @@ class Sampled:
     note: str = ""
 
     @classmethod
-    def of(cls, prompt: int, text: str, tokens: int, finished: bool, temperature: float, round: int, score: Score) -> Sampled:
+    def of(
+        cls, prompt: int, text: str, tokens: int, finished: bool, temperature: float, round: int, score: Score
+    ) -> Sampled:
         """An answer with its score."""
         return cls(prompt, text, tokens, finished, temperature, round, score.value, score.outcome, score.note)
 
@@ -94,7 +96,9 @@ def _thin(choice: Choice, max_same: float, seed: int) -> None:
     most = max(1, int(max_same * len(choice.chosen)))
     counts: Counter[str] = Counter()
     kept: set[int] = set()
-    for i in sorted(range(len(choice.chosen)), key=lambda i: _draw(seed, choice.chosen[i].prompt, choice.chosen[i].text)):
+    for i in sorted(
+        range(len(choice.chosen)), key=lambda i: _draw(seed, choice.chosen[i].prompt, choice.chosen[i].text)
+    ):
         text = choice.chosen[i].text.strip()
         counts[text] += 1
         if len(text) < SAME or counts[text] <= most:

@@ -22,6 +22,7 @@ from arriero.train import attempts
 # What may differ when a run is resumed, beside `parallel`: how the same steps are made, kept and shown. Where the data
 # lie may, since their fingerprints are compared.
 FREE = {
+    "rounds",
     "resume",
     "out",
     "prompts",

@@ -352,6 +352,3 @@ class PretrainConfig:
                 f"stage at {stage.start}: batch_rows {stage.batch_rows}, but in_backward is on, for which every batch "
                 "goes through the model at once: leave batch_rows or in_backward out",
             )
-
-
-RECIPES: dict[str, type] = {"sft": SftConfig, "pretrain": PretrainConfig}

@@ -1,8 +1,10 @@
-"""Rejection sampling fine-tuning: the recipe behind `arriero rejection` (Llama 2, arXiv 2307.09288, section 3.2.3; Llama 3,
-2407.21783, 4.2.2).
+"""Rejection sampling fine-tuning: the recipe behind `arriero rejection`.
 
-A round samples K answers to every prompt with the newest model, scores them, chooses the best of each prompt over this and
-all earlier rounds, and fine-tunes on them by the recipe of supervised fine-tuning, from the model that the run began with.
+Llama 2 (arXiv 2307.09288, section 3.2.3) and Llama 3 (2407.21783, 4.2.2).
+
+A round samples K answers to every prompt with the newest model, scores them, chooses the best of each prompt over this
+and all earlier rounds, and fine-tunes on them by the recipe of supervised fine-tuning, from the model that the run
+began with.
 Choosing among the last round alone forgot abilities at Meta; `last_round_only` shows it.
 
     out/config.toml, data.json              as of any run
@@ -14,34 +16,30 @@ Choosing among the last round alone forgot abilities at Meta; `last_round_only` 
     out/adapter (or out/model)              a link to the last round's
 
 Each file appears whole or not at all, and what it says is a function of the settings and of what stood before; so a run
-that was killed anywhere goes on with `--resume` to the same result. Sampling is by the inference engine, in one process.
+that was killed anywhere goes on with `--resume` to the same result. The inference engine samples, in this process.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from arriero.checkpoint.load import best_device, load, load_tokenizer_at
 from arriero.checkpoint.source import resolve
 from arriero.data.prompts import Prompt, Prompts, read_split
 from arriero.distributed.mesh import Mesh
 from arriero.errors import ConfigError, DataError
-from arriero.eval.bootstrap import difference, interval, mean
-from arriero.eval.pass_at_k import is_right, pass_at_k
 from arriero.infer.config import SamplingConfig
 from arriero.infer.engine import Engine
 from arriero.infer.request import Request
-from arriero.io.files import split_lines, write_json, write_jsonl
-from arriero.io.reading import read_json
+from arriero.io.files import write_json, write_jsonl
 from arriero.model.linear import densify
 from arriero.rewards.base import Answer, Scorer
 from arriero.rewards.open import open_scorer
@@ -54,9 +52,9 @@ from arriero.train.config import DataConfig, SftConfig
 from arriero.train.loop import Outcome
 from arriero.train.recipe import DTYPES, alone, record
 from arriero.train.rejection_config import RejectionConfig
+from arriero.train.rejection_report import read_rows, table
 
 IN_A_FILE = 512  # answers, about: what a kill while sampling costs
-RESAMPLES = 2000
 
 
 def main(config: RejectionConfig) -> Outcome | None:
@@ -119,7 +117,7 @@ class RejectionRun:
                 return interrupted
         kind = "adapter" if self.config.method == "lora" else "model"
         _link(out / kind, Path(f"round-{self.config.rounds}") / "sft" / kind)
-        output().print(self.table())
+        output().print(table(self.config, self.held_out is not None))
         self.console.print(f"saved {out / kind}", markup=False, soft_wrap=True)
         return None
 
@@ -137,8 +135,8 @@ class RejectionRun:
         )  # fmt: skip
         if not choice.chosen:
             raise DataError(
-                f"round {number}: none of {len(pool):,} answers is worth learning ({_why(choice)}); take easier prompts, "
-                "more answers, or a lower `above`"
+                f"round {number}: none of {len(pool):,} answers is worth learning ({_why(choice)}); take easier "
+                "prompts, more answers, or a lower `above`"
             )
         write_jsonl(directory / "chosen.jsonl", [self._row(answer) for answer in choice.chosen])
         outcome = sft.main(self._training(number))
@@ -198,7 +196,9 @@ class RejectionRun:
         shares = _shares(self.config.answers, self.config.temperatures)
         asked = [(i, t, n) for i in indices for t, n in shares.items()]
         requests = [
-            self._request(self.prompts[i], SamplingConfig(temperature=t, seed=_seed(self.config.loop.seed, number, i, t)), n)
+            self._request(
+                self.prompts[i], SamplingConfig(temperature=t, seed=_seed(self.config.loop.seed, number, i, t)), n
+            )
             for i, t, n in asked
         ]
         given = [
@@ -252,43 +252,18 @@ class RejectionRun:
             values = [next(scores).value for _ in those]
             rows.append(
                 {"prompt": prompt.text, "answer": those[0].text, "greedy": values[0], "sampled": values[1:],
-                 "tokens": sum(len(c.ids) for c in those) / len(those), "finished": sum(c.stopped for c in those) / len(those)}
+                 "tokens": fmean(len(c.ids) for c in those), "finished": fmean(c.stopped for c in those)}
             )  # fmt: skip
         write_jsonl(path, rows)
-
-    def table(self) -> Table:
-        """Held-out results after each round: 95% intervals of the bootstrap, differences paired with the first model's."""
-        out, k = Path(self.config.out), self.config.validation_answers
-        table = Table(title=f"rejection sampling, {self.config.reward}")
-        for name in ("after", "chosen", "mean reward", "greedy", "pass@1", f"pass@{k}", "pass@1 gained", "tokens"):
-            table.add_column(name, justify="left" if name == "after" else "right")
-        first: list[float] | None = None
-        for number in range(self.config.rounds + 1):
-            told = read_json(out / f"round-{number}" / "round.json") if number else {}
-            row = [f"round {number}" if number else "the model", f"{told['chosen']:,}" if told else ""]
-            row.append(f"{told['mean_reward']:.3f}" if told else "")
-            path = out / f"round-{number}" / "held_out.jsonl" if number else out / "held_out-0.jsonl"
-            if self.held_out is not None:
-                rows = [json.loads(line) for line in split_lines(path.read_text("utf-8")) if line]
-                right = [sum(map(is_right, r["sampled"])) for r in rows]
-                passed = [pass_at_k(k, c, 1) for c in right]
-                first = first or passed
-                at_1 = interval(mean(passed), RESAMPLES, 0)
-                gained = difference(mean(first), mean(passed), RESAMPLES, 0)
-                row += [
-                    f"{mean([float(is_right(r['greedy'])) for r in rows]).value:.1%}", _shown(at_1),
-                    f"{mean([pass_at_k(k, c, k) for c in right]).value:.1%}", _shown(gained, "+") if number else "",
-                    f"{mean([r['tokens'] for r in rows]).value:.1f}",
-                ]  # fmt: skip
-            table.add_row(*row)
-        return table
 
 
 def build(
     config: RejectionConfig, console: Console, mesh: Mesh | None = None, *, scorer: Scorer | None = None
 ) -> RejectionRun:
     """Read and check what is asked. mesh: nothing to a recipe of one process. scorer: None opens the settings' own."""
-    tokenizer = load_tokenizer_at(resolve(config.model), adapter=config.adapter or None, chat_template=config.chat_template)
+    tokenizer = load_tokenizer_at(
+        resolve(config.model), adapter=config.adapter or None, chat_template=config.chat_template
+    )
     data = config.data
     prompts, held_out = read_split(
         data.train, data.validation, tokenizer, max_length=data.max_prompt, max_truncated=data.max_truncated,
@@ -317,12 +292,7 @@ def _seed(seed: int, number: int, prompt: int, temperature: float) -> int:
 
 
 def _read_answers(directory: Path) -> list[Sampled]:
-    return [
-        Sampled(**json.loads(line))
-        for path in sorted(directory.glob("*.jsonl"))
-        for line in split_lines(path.read_text("utf-8"))
-        if line
-    ]
+    return [Sampled(**row) for path in sorted(directory.glob("*.jsonl")) for row in read_rows(path)]
 
 
 def _link(path: Path, target: Path) -> None:
@@ -334,8 +304,3 @@ def _link(path: Path, target: Path) -> None:
 
 def _why(choice: Choice) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in choice.left_out.items())
-
-
-def _shown(found: Any, sign: str = "") -> str:
-    bounds = "" if found.low is None else f" ({found.low:{sign}.1%} to {found.high:{sign}.1%})"
-    return f"{found.value:{sign}.1%}{bounds}"

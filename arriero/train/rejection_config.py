@@ -46,8 +46,8 @@ class RejectionConfig(TuneConfig):
     answers: int = 8
     """Answers to each prompt in a round (K), spread evenly over the temperatures."""
     temperatures: tuple[float, ...] = (0.7, 1.0, 1.3)
-    """Temperatures of sampling. What each of them gives is recorded every round: the best one rises as a model is trained
-    (Llama 2, section 3.2.3: 1.2 to 1.3 with 10 to 100 answers)."""
+    """Temperatures of sampling. What each of them gives is recorded every round: the best one rises as a model is
+    trained (Llama 2, section 3.2.3: 1.2 to 1.3 with 10 to 100 answers)."""
     max_new_tokens: int = 256
     """Longest answer, in tokens; one that is cut there is never chosen."""
     keep: int = 1
@@ -55,7 +55,7 @@ class RejectionConfig(TuneConfig):
     above: float = 0.0
     """Answers of at most this reward are not learned; -inf learns the best one whatever it is."""
     last_round_only: bool = False
-    """Choose among the answers of this round alone, not of all rounds so far, which forgets (Llama 2, section 3.2.3)."""
+    """Choose among the answers of this round alone, not of all so far: it forgets (Llama 2, section 3.2.3)."""
     from_last: bool = False
     """Train each round on from the last one's adapter, not from the model that the run began with. Method lora only."""
     max_length_ratio: float = 4.0

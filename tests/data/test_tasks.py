@@ -82,9 +82,7 @@ def test_unknown_tasks_are_refused_with_the_near_one(tmp_path):
 def test_neighbouring_seeds_of_reasoning_gym_do_not_leak(tmp_path):
     """Its instance i is seeded with seed + i: a test set of the next seed would be the training set again."""
     pytest.importorskip("reasoning_gym")
-    line = (
-        "data build tasks reasoning-gym:leg_counting OUT --train 60 --held-out 30 --set min_animals=2 max_animals=2"
-    )
+    line = "data build tasks reasoning-gym:leg_counting OUT --train 60 --held-out 30 --set min_animals=2 max_animals=2"
     assert cli.main([word.replace("OUT", str(tmp_path)) for word in line.split()]) == 0
     train, test = rows(tmp_path / "train.jsonl"), rows(tmp_path / "test.jsonl")
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}

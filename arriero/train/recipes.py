@@ -1,0 +1,8 @@
+"""The recipes that train, by name, each with the class of its settings; the module of the name builds and runs it."""
+
+from __future__ import annotations
+
+from arriero.train.config import PretrainConfig, SftConfig
+from arriero.train.rejection_config import RejectionConfig
+
+RECIPES: dict[str, type] = {"sft": SftConfig, "pretrain": PretrainConfig, "rejection": RejectionConfig}
