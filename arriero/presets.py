@@ -99,7 +99,7 @@ def rejection_llama2() -> RejectionConfig:
         answers=16,
         temperatures=(1.2, 1.3),
         max_new_tokens=1024,
-        above=-math.inf,
+        every_prompt=True,
         data=RejectionDataConfig(train="prompts.jsonl", seq_len=4096),
         optim=OptimConfig(lr=2e-5, weight_decay=0.1),
         loop=LoopConfig(epochs=2, batch_rows=64, recompute="full"),

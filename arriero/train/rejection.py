@@ -22,6 +22,7 @@ that was killed anywhere goes on with `--resume` to the same result. The inferen
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -88,10 +89,11 @@ class RejectionRun:
         c = self.config
         asked = 0 if self.held_out is None else len(self.held_out)
         best = "this round's" if c.last_round_only else "all rounds'"
+        least = "whatever their reward" if c.every_prompt else f"above {c.above:g}"
         return (
             f"{c.model}: {c.rounds} rounds of {c.answers} answers to {len(self.prompts):,} prompts at temperatures "
             f"{', '.join(f'{t:g}' for t in c.temperatures)}, scored by {c.reward}\n"
-            f"the best {c.keep} of {best} answers above {c.above:g} are learned ({c.method}); {asked:,} prompts held "
+            f"the best {c.keep} of {best} answers {least} are learned ({c.method}); {asked:,} prompts held "
             f"out -> {c.out}"
         )
 
@@ -130,13 +132,13 @@ class RejectionRun:
             if not config.last_round_only:
                 pool += _read_answers(directory.parent / f"round-{earlier}" / "answers")
         choice = choose(
-            pool, keep=config.keep, above=config.above, max_length_ratio=config.max_length_ratio,
-            max_same=config.max_same, seed=config.loop.seed,
+            pool, keep=config.keep, above=-math.inf if config.every_prompt else config.above,
+            max_length_ratio=config.max_length_ratio, max_same=config.max_same, seed=config.loop.seed,
         )  # fmt: skip
         if not choice.chosen:
             raise DataError(
                 f"round {number}: none of {len(pool):,} answers is worth learning ({_why(choice)}); take easier "
-                "prompts, more answers, or a lower `above`"
+                "prompts, more answers, or a lower `above`, or every_prompt"
             )
         write_jsonl(directory / "chosen.jsonl", [self._row(answer) for answer in choice.chosen])
         outcome = sft.main(self._training(number))

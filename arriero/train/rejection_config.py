@@ -53,7 +53,9 @@ class RejectionConfig(TuneConfig):
     keep: int = 1
     """Best answers of each prompt that are learned, if they differ."""
     above: float = 0.0
-    """Answers of at most this reward are not learned; -inf learns the best one whatever it is."""
+    """Answers of at most this reward are not learned."""
+    every_prompt: bool = False
+    """Learn the best answer to each prompt whatever its reward, as Llama 2 did: for rewards without a zero."""
     last_round_only: bool = False
     """Choose among the answers of this round alone, not of all so far: it forgets (Llama 2, section 3.2.3)."""
     from_last: bool = False
@@ -82,7 +84,6 @@ class RejectionConfig(TuneConfig):
             len(self.temperatures) <= self.answers,
             f"temperatures are {len(self.temperatures)} and answers {self.answers}; each temperature needs an answer",
         )
-        check(self.above < math.inf, f"above is {self.above}; no reward is higher")
         check(
             self.max_length_ratio == 0 or self.max_length_ratio >= 1,
             f"max_length_ratio is {self.max_length_ratio}; it must be at least 1, or 0 for none",
