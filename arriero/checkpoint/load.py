@@ -16,6 +16,7 @@ from arriero.checkpoint.gguf import open_gguf
 from arriero.checkpoint.held import held_in, kind_of_base
 from arriero.checkpoint.hf import open_hf
 from arriero.checkpoint.meta import open_meta
+from arriero.checkpoint.rounded import rounded_in
 from arriero.checkpoint.rows import check_rows
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.weights import Weights
@@ -25,7 +26,6 @@ from arriero.model.build import empty_model
 from arriero.model.llama import EMBEDDINGS, HeadKind, Llama
 from arriero.model.packed import pack_linears
 from arriero.quant.packed import Quantized
-from arriero.quant.rounding import nearest
 from arriero.show.terminal import warn_once
 from arriero.tokenizer.load import TOKENIZER_FILES
 
@@ -61,16 +61,21 @@ def load_model(
     quantization: str | None = None,
     head: HeadKind = "logits",
     packed: bool = False,
+    quantize: str = "",
 ) -> Llama:
     """Load a model by path, Hub id or built-in name, ready for use (`.train()` for dropout).
 
     dtype: the type to hold the weights in; None keeps the stored one (quantised weights become fp32). quantization:
     "int8" or "nf4" rounds the matrices of the blocks as those formats hold them. head: what is wanted of the model.
     packed: hold matrices that are stored quantised as they are (model/packed.py), not multiplied out: to run them.
+    quantize: hold all matrices so, those that are not quantised yet in the nearest codes of "int8" or "int4", which are
+    cached (rounded.py).
     Raises `CheckpointError` when it is not found, damaged, or of an unknown architecture.
     """
     weights = held_in(open_weights(resolve(name_or_path)), quantization)
     check_head(weights, head)
+    if quantize:
+        weights, packed = rounded_in(weights, quantize, quantization), True
     dtype = dtype or weights.dtype
     model = empty_model(weights.config, head)
     state, held = {}, dict[str, Quantized]()
@@ -120,13 +125,12 @@ def load(
     Matrices that are stored quantised are held so, except in fp32, which multiplies them out. An adapter that was
     trained on a quantised base gets its base's weights as that format holds them (held.py). chat_template: as in
     `load_tokenizer_at`.
-    quantize: round the matrices that are not quantised yet to "int8" or "int4", to the nearest code; not the adapter's.
+    quantize: as in `load_model`; the adapter's matrices are not rounded.
     """
     path = resolve(name)
     kind = None if adapter is None else kind_of_base(resolve(adapter))
-    model = load_model(path, dtype=dtype, device=device, quantization=kind, packed=dtype not in (None, torch.float32))
-    if quantize:
-        pack_linears(model, lambda _, weight: nearest(weight, quantize))
+    packed = dtype not in (None, torch.float32)
+    model = load_model(path, dtype=dtype, device=device, quantization=kind, packed=packed, quantize=quantize)
     if adapter is not None:
         load_adapter(model, adapter, base=name)
     tokenizer = load_tokenizer_at(path, adapter=adapter, chat_template=chat_template)

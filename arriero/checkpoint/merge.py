@@ -8,6 +8,7 @@ compared with the files of model and adapter (`verify.py`).
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from arriero.checkpoint.convert import check_destination, tensor_bar, tokenizer_
 from arriero.checkpoint.held import held_in, kind_of_base
 from arriero.checkpoint.hf import write_hf
 from arriero.checkpoint.load import check_head, open_weights
+from arriero.checkpoint.quantize import matrices_in, write_rounded
+from arriero.checkpoint.rounded import untied
 from arriero.checkpoint.rows import check_rows
 from arriero.checkpoint.source import resolve
 from arriero.checkpoint.verify import Verdict, check_written
@@ -26,6 +29,7 @@ from arriero.checkpoint.weights import Weights
 from arriero.io.paths import as_path
 from arriero.model.build import empty_model
 from arriero.model.lora_config import LoraConfig
+from arriero.show.progress import progress as progress_bar
 
 
 def merge(
@@ -36,6 +40,7 @@ def merge(
     dtype: torch.dtype | None = None,
     chat_template: str = "",
     original_base: bool = False,
+    quantize: str = "",
     force: bool = False,
 ) -> Verdict:
     """Fold `adapter` into the model, write the result as a Hugging Face directory at `dst`, and check it.
@@ -43,6 +48,8 @@ def merge(
     An adapter that was trained on a quantised base is folded into the base as it was held in training, which
     `Verdict.base` names, or with `original_base` into the model's own weights.
 
+    quantize: "int8" or "int4" writes the matrices of the result in the nearest codes, as `arriero quantize` would (the
+    largest difference is then ||W' - W|| / ||W||).
     dtype: type of the written weights; None keeps the model's stored type. chat_template: what is written as the
     result's (a name or file, as in `load_tokenizer_at`); empty writes the one that the adapter was trained with.
     Raises `CheckpointError` when `dst` exists (unless `force`), or when a written tensor is not W + s B A to within
@@ -63,8 +70,16 @@ def merge(
     tokenizer = tokenizer_to_write(source, adapter=directory, chat_template=chat_template)
     if tokenizer is not None:
         check_rows(source, weights.config.vocab_size, tokenizer)
-    with tensor_bar(f"{source.name} + {directory.name}", len(weights.entries)) as progress:
-        beside = read_beside(source) if tokenizer is None else read_beside(source).for_training(tokenizer)
+    beside = read_beside(source) if tokenizer is None else read_beside(source).for_training(tokenizer)
+    title = f"{source.name} + {directory.name}"
+    if quantize:
+        folded = untied(folded)
+        kinds = matrices_in(folded, quantize)
+        kept = torch.float16 if dtype is torch.float16 else torch.bfloat16
+        with progress_bar(title, sum(prod(entry.shape) for entry in folded.entries.values())) as bar:
+            rounded = write_rounded(folded, dst, kinds, "compressed-tensors", kept, tokenizer, beside, bar)
+        return Verdict(len(folded.entries), max(matrix.error for matrix in rounded), kind)
+    with tensor_bar(title, len(weights.entries)) as progress:
         write_hf(folded, dst, dtype=dtype, tokenizer=tokenizer, beside=beside, progress=progress, check=check)
     return verdicts[0]
 

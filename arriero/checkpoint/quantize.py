@@ -28,6 +28,7 @@ from arriero.checkpoint.gguf import Kind as Kinds
 from arriero.checkpoint.gguf_blocks import KINDS
 from arriero.checkpoint.hf import LINEAR_ENDS, write_hf
 from arriero.checkpoint.load import check_head, open_weights
+from arriero.checkpoint.rounded import check_width, untied
 from arriero.checkpoint.rows import check_rows
 from arriero.checkpoint.sensitivity import costs, widened
 from arriero.checkpoint.source import resolve
@@ -37,7 +38,7 @@ from arriero.errors import CheckpointError, did_you_mean
 from arriero.io.paths import as_path
 from arriero.model.llama import EMBEDDINGS, HEAD
 from arriero.quant.packed import Quantized
-from arriero.quant.rounding import GROUP, nearest
+from arriero.quant.rounding import nearest
 from arriero.show.progress import Bar
 from arriero.show.progress import progress as progress_bar
 from arriero.tokenizer.base import Tokenizer
@@ -134,7 +135,7 @@ def quantize(
     if tokenizer is not None:
         check_rows(source, stored.config.vocab_size, tokenizer)
     weights = stored if keep_head else untied(stored)
-    kinds = _kinds(weights, type, keep_head)
+    kinds = matrices_in(weights, type, keep_head)
     dtype = torch.float16 if stored.dtype is torch.float16 else torch.bfloat16
     beside = read_beside(source, same_model=True)
     if tokenizer is not None and chat_template:
@@ -145,20 +146,39 @@ def quantize(
         kinds = _within_budget(weights, kinds, sample, int(budget_mb * 1e6), format)
     with _bar(source, type, weights) as bar:
         calibration = None if rows is None else Calibration(weights, kinds, rows, bar.say)
-        work = _Work(weights, kinds, bar, calibration)
-        write_in(
-            format,
-            replace(weights, packed=work.packed),
-            out,
-            dtype,
-            kinds,
-            tokenizer,
-            beside,
-            progress=work.shown,
-            check=lambda written: _check(written, out, work.sums),
-        )
+        rounded = write_rounded(weights, out, kinds, format, dtype, tokenizer, beside, bar, calibration)
     untied_now = stored.config.tied_embeddings and not keep_head
-    return Quantization(out, untied_now, work.rounded, *_sizes(stored, weights, kinds, format))
+    return Quantization(out, untied_now, rounded, *_sizes(stored, weights, kinds, format))
+
+
+def write_rounded(
+    weights: Weights,
+    out: Path,
+    kinds: Mapping[str, str],
+    format: Format,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    beside: Beside,
+    bar: Bar,
+    calibration: Calibration | None = None,
+) -> list[Rounded]:
+    """Write weights with the matrices `kinds` rounded, to the nearest codes or as `calibration` says, and check them.
+
+    kinds: as `matrices_in` gives them. dtype: of all other tensors. Returns the matrices in the order of the model.
+    """
+    work = _Work(weights, kinds, bar, calibration)
+    write_in(
+        format,
+        replace(weights, packed=work.packed),
+        out,
+        dtype,
+        kinds,
+        tokenizer,
+        beside,
+        progress=work.shown,
+        check=lambda written: _check(written, out, work.sums),
+    )
+    return work.rounded
 
 
 def _rows(source: Path, tokenizer: Tokenizer | None, file: str | Path) -> Tensor:
@@ -219,25 +239,8 @@ def write_in(
         )
 
 
-def untied(weights: Weights) -> Weights:
-    """The same model with a head of its own, a copy of the embeddings where the two were one."""
-    if not weights.config.tied_embeddings:
-        return weights
-
-    def embeddings(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda name, *rows: read(EMBEDDINGS if name == HEAD else name, *rows)
-
-    return replace(
-        weights,
-        config=replace(weights.config, tied_embeddings=False),
-        entries={**weights.entries, HEAD: weights.entries[EMBEDDINGS]},
-        read=embeddings(weights.read),
-        read_rows=None if weights.read_rows is None else embeddings(weights.read_rows),
-    )
-
-
-def _kinds(weights: Weights, kind: str, keep_head: bool) -> dict[str, str]:
-    """The matrices that are rounded, each with its kind."""
+def matrices_in(weights: Weights, kind: str, keep_head: bool = False) -> dict[str, str]:
+    """The matrices that are rounded, each with its kind. Raises `CheckpointError` for those that cannot be."""
     names = [name for name in weights.entries if name.endswith(LINEAR_ENDS) and not (keep_head and name == HEAD)]
     for name in names:
         if not weights.source.is_file() and weights.packed(name) is not None:
@@ -245,12 +248,7 @@ def _kinds(weights: Weights, kind: str, keep_head: bool) -> dict[str, str]:
                 f"{weights.source}: quantised already ({name}); quantise the model that it was made from, for each "
                 "rounding adds its own error"
             )
-        n_in = weights.entries[name].shape[1]
-        if kind in GROUP and n_in % GROUP[kind]:
-            raise CheckpointError(
-                f"{weights.source}: {name} has {n_in} inputs, and {kind} shares a scale among {GROUP[kind]} of a row; "
-                "take --type int8, which has one for each row"
-            )
+        check_width(weights, name, kind)
     return dict.fromkeys(names, kind)
 
 

@@ -117,6 +117,7 @@ def merge(
     dtype: NumberType | None = None,
     chat_template: PathText | None = None,
     original_base: bool = False,
+    quantize: Literal["int8", "int4"] | None = None,
     force: bool = False,
 ) -> None:
     """Fold a LoRA adapter into its model, and check what was written against the files of both.
@@ -133,6 +134,8 @@ def merge(
             when not given, the one that the adapter was trained with.
         original_base: Fold an adapter of `sft --quantize` into the model's own weights, not into those that it was
             trained on, which the quantised base held.
+        quantize: Write the matrices of the result in the nearest codes of this type; `arriero quantize --calibrate`
+            rounds better.
         force: Overwrite what is there.
     """
     import torch
@@ -141,9 +144,18 @@ def merge(
 
     types = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
     number, template = types[dtype] if dtype else None, chat_template or ""
-    found = fold(model, adapter, out, dtype=number, chat_template=template, original_base=original_base, force=force)
+    found = fold(
+        model, adapter, out, dtype=number, chat_template=template, original_base=original_base,
+        quantize=quantize or "", force=force,
+    )  # fmt: skip
     held = "" if found.base is None else f" as {found.base} holds it, which the adapter was trained on"
     say(f"merged onto {model}{held}")
+    if quantize:
+        say(
+            f"{out} written and read back: {found.n_tensors} tensors, the matrices of model plus adapter in "
+            f"{quantize}, moved by the rounding by at most {found.largest_difference:.2g} of their norm"
+        )
+        return
     say(
         f"{out} written and read back: all {found.n_tensors} tensors are those of model plus adapter, the largest "
         f"difference by rounding {found.largest_difference:.2g} of a tensor's largest value"

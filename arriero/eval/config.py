@@ -33,6 +33,8 @@ class EvalConfig:
     """Rows measured, from the top of the file; 0 for all."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of activations and matmuls; softmax and sums are fp32 in both."""
+    quantize: Literal["", "int8", "int4"] = ""
+    """Measure `model` with its matrices rounded as `arriero chat --quantize` rounds them; `compare_with` as it is."""
     window: int = 2048
     """Tokens that the model sees at once on long texts; no more than its context is used."""
     context: int = 512
@@ -88,6 +90,8 @@ class NeedleConfig:
     """Hide a needle at every depth of one text and ask for all (multi-needle), and not one in a text of its own."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of activations and matmuls; softmax and sums are fp32 in both."""
+    quantize: Literal["", "int8", "int4"] = ""
+    """Measure `model` with its matrices rounded as `arriero chat --quantize` rounds them; `compare_with` as it is."""
     resamples: int = 2000
     """Bootstrap resamples behind each interval."""
     seed: int = 0

@@ -75,13 +75,16 @@ def before_and_after(
 
     chosen = config.chat_template if isinstance(config, EvalConfig) else ""
 
-    def measured(name: str, adapter: str) -> R:
+    def measured(name: str, adapter: str, quantize: str) -> R:
         dtype, device = DTYPES[config.precision], best_device()
-        model, tokenizer = load(name, dtype=dtype, device=device, adapter=adapter or None, chat_template=chosen)
-        return measure(densify(model), tokenizer, f"{name} + {adapter}" if adapter else name)
+        model, tokenizer = load(
+            name, dtype=dtype, device=device, adapter=adapter or None, chat_template=chosen, quantize=quantize
+        )
+        title = " ".join([name, *([f"in {quantize}"] if quantize else []), *([f"+ {adapter}"] if adapter else [])])
+        return measure(densify(model), tokenizer, title)
 
-    before = measured(config.compare_with, "") if config.compare_with else None
-    return before, measured(config.model, config.adapter)
+    before = measured(config.compare_with, "", "") if config.compare_with else None
+    return before, measured(config.model, config.adapter, config.quantize)
 
 
 def _measurement(config: EvalConfig) -> Measurement:

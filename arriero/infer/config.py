@@ -123,7 +123,8 @@ class GenerateConfig:
     """Type of weights and cache; bf16 is read twice as fast. Weights that are stored quantised are run as they are
     with bf16, and multiplied out with fp32."""
     quantize: Literal["", "int8", "int4"] = ""
-    """Round the matrices on the fly, for fewer bytes read per token; `arriero quantize` does it once, and better."""
+    """Round the matrices to the nearest codes, for fewer bytes read per token; the codes are cached, so that only the
+    first start takes long. `arriero quantize --calibrate` rounds better."""
     json_schema: PathText = ""
     """File with a JSON schema: the answer is JSON that satisfies it."""
     regex: str = ""
@@ -201,7 +202,8 @@ class ChatConfig:
     """Type of weights and cache; bf16 is read twice as fast. Weights that are stored quantised are run as they are
     with bf16, and multiplied out with fp32."""
     quantize: Literal["", "int8", "int4"] = ""
-    """Round the matrices on the fly, for fewer bytes read per token; `arriero quantize` does it once, and better."""
+    """Round the matrices to the nearest codes, for fewer bytes read per token; the codes are cached, so that only the
+    first start takes long. `arriero quantize --calibrate` rounds better."""
     sampling: SamplingFlags = field(default_factory=SamplingFlags)
 
     def __post_init__(self) -> None:
