@@ -22,6 +22,7 @@ LINES = {
     "pretrain": "1m --data SHARDS --out out --tokens 1000",
     "sft": "MODEL --data SOURCE --out out --steps 1",
     "rejection": "MODEL --data SOURCE --out out",
+    "distill": "MODEL --teacher MODEL --data SOURCE --out out --steps 1",
     "run": "SETTINGS",
     "validate": "SETTINGS",
     "plan": "SETTINGS",

@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": train.pretrain,
     "sft": train.sft,
     "rejection": train.rejection,
+    "distill": train.distill,
     "run": recipes.run,
     "validate": recipes.validate,
     "plan": train.plan,

@@ -10,7 +10,7 @@ from typing import Any
 from arriero import presets
 from arriero.errors import TrainingError
 from arriero.show.terminal import output
-from arriero.train.config import PretrainConfig, SftConfig
+from arriero.train.config import DistillConfig, PretrainConfig, SftConfig
 from arriero.train.rejection_config import RejectionConfig
 
 
@@ -50,6 +50,16 @@ def rejection(config: RejectionConfig) -> None:
         arriero rejection my-llama --data prompts.jsonl --reward python:mine.py:reward --rounds 3 --answers 16
     """
     start("rejection", config)
+
+
+def distill(config: DistillConfig) -> None:
+    """Fine-tune MODEL on conversations and, token by token, on what a larger TEACHER would have said.
+
+    Example:
+        arriero distill smollm2-135m --teacher out/larger/model --data train.jsonl --out out/distilled
+        arriero distill small --teacher large --data rows.jsonl --method full --lr 2e-5 --divergence reverse
+    """
+    start("distill", config)
 
 
 def plan(config: SftConfig) -> None:

@@ -251,6 +251,32 @@ class SftConfig(TuneConfig):
 
 
 @dataclass(frozen=True)
+class DistillConfig(SftConfig):
+    """Knowledge distillation: supervised fine-tuning towards a larger model's probabilities as well as the answers."""
+
+    out: PathText = "out/distill"
+    """Run directory: config, metrics, checkpoints, report, and the trained adapter or model."""
+    teacher: PathText = ""
+    """The model to learn from, of the same tokenizer: a directory, a .gguf file, a Hub id, or a built-in name."""
+    share: float = 0.5
+    """Share of the divergence from the teacher in the loss; the rest is cross-entropy (torchtune's kd_ratio)."""
+    divergence: Literal["forward", "reverse", "symmetric"] = "forward"
+    """forward, KL(teacher || student), covers all that the teacher would say; reverse keeps to what the teacher finds
+    likely; symmetric is their mean."""
+    top_k: int = 32
+    """Most probable tokens of the teacher that are kept, 8 bytes each on disk; all others are compared as one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 < self.share <= 1, f"share is {self.share}; it must be above 0 and at most 1 (0: use arriero sft)")
+        check(self.top_k >= 1, f"top_k is {self.top_k}; it must be at least 1 (usual: 16 to 128)")
+        check(
+            self.parallel.tp == 1,
+            f"tp is {self.parallel.tp}; distillation reads whole rows of logits: take dp_shard or cp instead of tp",
+        )
+
+
+@dataclass(frozen=True)
 class PretrainDataConfig:
     """Token shards, as `arriero shard` writes them, and how they are laid into rows."""
 

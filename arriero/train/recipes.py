@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from arriero.train.config import PretrainConfig, SftConfig
+from arriero.train.config import DistillConfig, PretrainConfig, SftConfig
 from arriero.train.rejection_config import RejectionConfig
 
-RECIPES: dict[str, type] = {"sft": SftConfig, "pretrain": PretrainConfig, "rejection": RejectionConfig}
+RECIPES: dict[str, type] = {
+    "sft": SftConfig,
+    "distill": DistillConfig,
+    "pretrain": PretrainConfig,
+    "rejection": RejectionConfig,
+}

@@ -7,6 +7,7 @@ in PEFT's layout or `model/` in Hugging Face's.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,9 @@ from arriero.data.batch import Batch
 from arriero.data.sft import SftDataset, build_splits, data_stats
 from arriero.data.sft_loader import SftLoader
 from arriero.distributed.mesh import Mesh
-from arriero.train.batches import micro_batches
+from arriero.distributed.objective import Objective
+from arriero.tokenizer.base import Tokenizer
+from arriero.train.batches import Rows, micro_batches
 from arriero.train.config import SftConfig
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.objectives import next_token
@@ -85,8 +88,23 @@ class SftRun:
         return self.tuned.export()
 
 
-def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftRun:
-    """Load, tokenise, adapt, split over `mesh` (None: one process): everything up to step 1."""
+def as_they_are(loader: SftLoader, _: Tokenizer) -> Rows:
+    """The rows of a loader."""
+    return loader
+
+
+def build(
+    config: SftConfig,
+    console: Console,
+    mesh: Mesh | None = None,
+    *,
+    rows_of: Callable[[SftLoader, Tokenizer], Rows] = as_they_are,
+    objective: Objective | None = None,
+) -> SftRun:
+    """Load, tokenise, adapt, split over `mesh` (None: one process): everything up to step 1.
+
+    rows_of: adds to the rows what an `objective` other than `next_token` needs beside them.
+    """
     loop, data, mesh = config.loop, config.data, mesh or alone()
     mesh.config.check_batch(loop.batch_rows, loop.micro_rows, data.seq_len)
     base = open_base(config, longest=data.seq_len)
@@ -105,14 +123,19 @@ def build(config: SftConfig, console: Console, mesh: Mesh | None = None) -> SftR
     tuned = base.on(mesh, tokens=steps * loop.batch_rows * data.seq_len)
     pad_to, row = (tuned.padded_to(n * data.seq_len, data.packing) for n in (loop.micro_rows, 1))
 
-    def batches(step: int) -> list[Batch]:
-        return micro_batches(loader, step * loop.batch_rows, loop.batch_rows, loop.micro_rows, mesh, pad_to)
-
+    objective = objective or next_token()
     validate = None
-    if validation is not None:
-        held_out = SftLoader(validation, data.seq_len, seed=0)
-        measured = HeldOut(lambda i: held_out.collate([held_out.row(i)], row), held_out.rows_in_epoch(0))
-        validate = Validation(tuned.engine, {"held out": measured})
-    learner = tuned.learner(next_token(), steps)
+    with mesh.one_before_others():
+        rows = rows_of(loader, base.tokenizer)
+        if validation is not None:
+            one_each = SftLoader(validation, data.seq_len, seed=0)
+            held_out = rows_of(one_each, base.tokenizer)
+            measured = HeldOut(lambda i: held_out.collate([held_out.row(i)], row), one_each.rows_in_epoch(0))
+            validate = Validation(tuned.engine, {"held out": measured}, objective)
+
+    def batches(step: int) -> list[Batch]:
+        return micro_batches(rows, step * loop.batch_rows, loop.batch_rows, loop.micro_rows, mesh, pad_to)
+
+    learner = tuned.learner(objective, steps)
     trainer = Trainer(learner, batches, steps, loop, Path(config.out), validate, tuned.sidecars)
     return SftRun(config, tuned, training, validation, loader, trainer)
