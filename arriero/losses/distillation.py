@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from arriero.quant.products import widened
+
 Kind = Literal["forward", "reverse", "symmetric"]
 CHUNK = 256  # positions whose logits exist at a time
 
@@ -64,6 +66,7 @@ def chunked_distillation(
     computed with them, so the head runs forward once.
     """
     assert not isinstance(weight, DTensor), "DistillConfig refuses a head that is split by vocabulary"
+    hidden = widened(hidden)
     kept = (targets != -100).nonzero().squeeze(1)
     given = (x.index_select(0, kept) for x in (targets, ids, logq))
     total, parts = _Distillation.apply(hidden.index_select(0, kept), weight, *given, kind, share, chunk)

@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from arriero.quant.products import widened
+
 IGNORED = -100
 CHUNK = 256  # positions a chunk: 256 x 128,256 fp32 logits are 125 MiB, and the matmul is already at full speed
 FUSED_LOGITS = 2**25  # at most in a compiled chunk of up to 1,024 positions: fewer sums of the head's gradient
@@ -54,6 +56,7 @@ def chunked_cross_entropy(
     compile: make one pass over each chunk's logits and one over their gradient, in compiled code. chunk: positions.
     Divide by the trained tokens of the whole global batch: the sum makes accumulation exact.
     """
+    hidden = widened(hidden)
     head = _Head.of(weight, compile)
     kept = (targets != IGNORED).nonzero().squeeze(1)
     if chunk is None:
@@ -79,6 +82,7 @@ def token_logprobs(
 
     Arguments as in `chunked_cross_entropy`, which is their negative sum.
     """
+    hidden = widened(hidden)
     head = _Head.of(weight)
     kept = (targets != IGNORED).nonzero().squeeze(1)
     parts = _TokenLogprobs.apply(

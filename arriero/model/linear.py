@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from arriero.quant.products import linear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,7 +50,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,6 +96,6 @@ def plain(module: nn.Module) -> Linear:
     """A plain linear that multiplies by what `module` does."""
     assert isinstance(module, Product)
     with torch.device("meta"):
-        linear = Linear(module.in_features, module.out_features)
-    linear.weight = nn.Parameter(module.dense(), requires_grad=False)
-    return linear
+        dense = Linear(module.in_features, module.out_features)
+    dense.weight = nn.Parameter(module.dense(), requires_grad=False)
+    return dense

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arriero.model.linear import Gather, Linear, as_it_is, named_products
 from arriero.model.llama import HEAD, Llama
 from arriero.quant.packed import Quantized
+from arriero.quant.products import linear
 
 
 class PackedLinear(nn.Module):
@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
         return self.matrix.dense(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix.dense(x.dtype))
+        return linear(x, self.matrix.dense(x.dtype))
 
 
 @torch.no_grad()

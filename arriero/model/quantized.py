@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arriero.model.linear import Gather, Linear, as_it_is, replace_linears
 from arriero.quant.formats import FORMATS
+from arriero.quant.products import linear, product
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -59,12 +59,13 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, kind: str, out_features: int) -> Tensor:
         ctx.save_for_backward(codes, scales)
         ctx.kind, ctx.shape, ctx.dtype = kind, (out_features, x.shape[-1]), x.dtype
-        return F.linear(x, FORMATS[kind].dequantize(codes, scales, ctx.shape, x.dtype))
+        return linear(x, FORMATS[kind].dequantize(codes, scales, ctx.shape, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         codes, scales = ctx.saved_tensors
-        return gradient @ FORMATS[ctx.kind].dequantize(codes, scales, ctx.shape, ctx.dtype), None, None, None, None
+        weight = FORMATS[ctx.kind].dequantize(codes, scales, ctx.shape, ctx.dtype)
+        return product(gradient, weight), None, None, None, None
 
 
 def quantize_linears(model: M, kind: str) -> M:

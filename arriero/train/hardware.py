@@ -15,12 +15,16 @@ import torch
 from arriero.data.batch import Batch
 from arriero.errors import ConfigError
 from arriero.model.config import LlamaConfig
+from arriero.quant.products import computed_in
 
 
 @functools.cache
 def matmul_peak(device: str, dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of a size^3 matrix product, the best of ten; a tenth of a second on two cores."""
-    a = torch.randn(size, size, device=device).to(dtype)
+    """FLOP/s of a size^3 matrix product in the type that those of `dtype` are computed in, the best of ten.
+
+    A tenth of a second on two cores with AVX-512.
+    """
+    a = torch.randn(size, size, device=device).to(computed_in(dtype, device))
     best = float("inf")
     for _ in range(10):
         start = time.perf_counter()

@@ -34,7 +34,8 @@ def test_bf16_activations_get_an_fp32_loss_and_fp32_weight_gradients():
     hidden, weight, targets = inputs(torch.bfloat16)
     loss = chunked_cross_entropy(hidden, weight, targets, 11)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, whole(hidden, weight, targets))
+    # where products of bf16 are computed in fp32 (quant/products.py), neither head nor logits are rounded to bf16
+    torch.testing.assert_close(loss, whole(hidden, weight, targets), rtol=1e-3, atol=0)
     grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight))
     assert (grad_hidden.dtype, grad_weight.dtype) == (torch.bfloat16, torch.float32)
 
