@@ -118,7 +118,7 @@ async def pieces(ticket: Ticket, tally: Tally, tools: Tools, style: Style) -> As
     async for which, event in ticket.events():
         tally.count(which, event, len(ticket.requests[which].prompt))
         if event.finish == "error":
-            raise ApiError(500, event.error or "the answer failed")
+            raise ApiError(400, event.error or "the answer failed")  # its grammar, which came with the request
         parser = parsers[event.index] if names else None
         tokens = ((event.token, event.logprob),) if event.token is not None and event.token != event.stopped_by else ()
         found = parser.push(event.text, event.finish is not None) if parser else [event.text] if event.text else []

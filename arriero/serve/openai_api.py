@@ -129,7 +129,7 @@ async def _completions(state: State, body: CompletionBody) -> AsyncIterator[dict
             async for which, event in ticket.events():
                 tally.count(which, event, len(prompts[which]))
                 if event.finish == "error":
-                    raise ApiError(500, event.error or "the answer failed")
+                    raise ApiError(400, event.error or "the answer failed")
                 choice = texts.add(which, event)
                 if body.stream and (choice["text"] or choice["finish_reason"] or choice["logprobs"]):
                     yield {**head, "choices": [choice]}
