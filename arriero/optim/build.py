@@ -3,8 +3,9 @@
 Muon (arXiv 2502.16982) replaces a matrix's momentum by the nearest semi-orthogonal matrix, so that all directions are
 learned at one speed; its updates are scaled to the size of AdamW's (section 2.2 there), so one learning rate and one
 weight decay serve both. Embeddings, head and norms do not map hidden states to hidden states and stay with AdamW.
-Price: five Newton-Schulz iterations a matrix and step, about 30 m^2 n FLOPs for m x n with m <= n, in bf16; it keeps
-one moment for a matrix where AdamW keeps two. Eight bits (adamw8bit.py) are for matrices; norms stay with AdamW.
+Price: five Newton-Schulz iterations a matrix and step, about 30 m^2 n FLOPs for m x n with m <= n, in bf16 (in fp32 on
+CPUs without it, muon.py); it keeps one moment for a matrix where AdamW keeps two. Eight bits (adamw8bit.py) are for
+matrices; norms stay with AdamW.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from arriero.optim.adamw8bit import AdamW8bit
+from arriero.optim.muon import WideMuon
+from arriero.quant.products import computed_in
 
 Name = Literal["adamw", "adamw8bit", "muon"]
 
@@ -38,8 +41,10 @@ def build_optimizer(
     rest = {n: p for n, p in parameters.items() if n not in own}
     members: list[Optimizer] = []
     if own and name == "muon":
+        device = next(iter(own.values())).device
+        muon = Muon if computed_in(torch.bfloat16, device) == torch.bfloat16 else WideMuon
         members.append(
-            Muon(own.values(), lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+            muon(own.values(), lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
         )
     elif own:
         members.append(AdamW8bit(own.values(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))

@@ -1,10 +1,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim import Muon
 
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
 from arriero.optim.build import build_optimizer
+from arriero.optim.muon import WideMuon, orthogonalised
 
 CONFIG = LlamaConfig(dim=44, n_layers=2, n_heads=11, n_kv_heads=11, ffn_dim=29, vocab_size=101, max_context=64)
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -83,3 +85,22 @@ def test_the_state_put_back_gives_the_same_next_step(kind):
         optimizer.step()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("shape", ((19, 31), (31, 19)))
+def test_muon_in_fp32_steps_as_torchs_does_in_bf16(shape):
+    settings = dict(lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    one, other = (nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in range(2))
+    start, optimizers = one.detach().clone(), (WideMuon([one], **settings), Muon([other], **settings))
+    for seed in range(4):
+        for optimizer, p in zip(optimizers, (one, other), strict=True):
+            p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 2))
+            optimizer.step()
+    assert (one - other).norm() < 0.03 * (other - start).norm()
+    assert torch.equal(*(o.state[p]["momentum_buffer"] for o, p in zip(optimizers, (one, other), strict=True)))
+
+
+def test_orthogonalised_brings_all_singular_values_near_one():
+    matrix = torch.randn(23, 41, generator=torch.Generator().manual_seed(5))
+    values = torch.linalg.svdvals(orthogonalised(matrix, (3.4445, -4.775, 2.0315), 5))
+    assert values.min() > 0.5 and values.max() < 1.5
