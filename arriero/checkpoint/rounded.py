@@ -61,7 +61,7 @@ def check_width(weights: Weights, name: str, kind: str) -> None:
     if kind in GROUP and n_in % GROUP[kind]:
         raise CheckpointError(
             f"{weights.source}: {name} has {n_in} inputs, and {kind} shares a scale among {GROUP[kind]} of a row; "
-            "take int8, which has one for each row"
+            "take int8 (--type int8, --quantize int8), which has one for each row"
         )
 
 

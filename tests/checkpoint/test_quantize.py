@@ -129,7 +129,7 @@ def test_mistakes_are_named(source, written, tmp_path):
         ((source, written["int4"], "int4"), "exists already; choose another name, or give --force"),
         ((source, tmp_path / "a.gguf", "int4"), "compressed-tensors is a directory; give the name of one"),
         ((written["int4"], tmp_path / "a", "int8"), "quantised already .*; quantise the model that it was made from"),
-        ((narrow, tmp_path / "a", "int4"), r"q_proj.weight has 48 inputs, and int4 shares .* 32 .*; take --type int8"),
+        ((narrow, tmp_path / "a", "int4"), r"q_proj.weight has 48 inputs, and int4 shares .* 32 .*; take int8"),
     ]
     for (model, out, kind), said in cases:
         with pytest.raises(CheckpointError, match=said):
