@@ -37,6 +37,7 @@ LINES = {
     "data inspect": "SOURCE --model MODEL",
     "data verify": "SHARDS",
     "data build docstrings": "out --source SOURCE",
+    "data build preferences": "SHARDS OUT",
     "data build tasks": "chain-sum OUT --train 3 --held-out 2",
     "tokenizer train": "SOURCE --out OUT --vocab-size 300 --n-special 11",
     "tokenizer encode": "MODEL --file MISSING",

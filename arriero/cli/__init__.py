@@ -46,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data verify": data.verify,
     "data build docstrings": data.build_docstrings,
     "data build tasks": data.build_tasks,
+    "data build preferences": data.build_preferences,
     "tokenizer train": tokenizer.train,
     "tokenizer encode": tokenizer.encode,
     "tokenizer compare": tokenizer.compare,

@@ -237,6 +237,29 @@ def build_docstrings(
     build(source, out, seed=seed, held_out=held_out, max_pairs=max_pairs, max_lines=max_lines)
 
 
+def build_preferences(run: Path, out: Path, per_prompt: int = 1, seed: int = 0) -> None:
+    """Make preference rows of the scored answers that a run of rejection, grpo or ppo left: a best and a worst one.
+
+    Example:
+        arriero rejection smollm2-135m --data out/sums/train.jsonl --reward numeric --out out/best
+        arriero data build preferences out/best out/pairs.jsonl
+        arriero dpo smollm2-135m --data out/pairs.jsonl
+
+    Args:
+        run: The run's directory.
+        out: File for the rows.
+        per_prompt: Rows for each prompt, at most: best and worst, next best and next worst, and so on.
+        seed: Decides among answers of equal reward.
+    """
+    from arriero.train.run_preferences import preferences_of_run as build
+
+    counts = build(run, out, per_prompt=per_prompt, seed=seed)
+    say(
+        f"{out}: {counts.rows:,} rows; {counts.alike:,} prompts had no two finished answers of different reward, "
+        f"{counts.unanswered:,} were not answered"
+    )
+
+
 def build_tasks(
     task: str,
     out: Path,

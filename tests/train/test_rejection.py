@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from arriero.data.preferences import build_preferences
 from arriero.errors import ConfigError, DataError
 from arriero.model.lora_config import LoraConfig
+from arriero.tokenizer.load import load_tokenizer
 from arriero.train import rejection
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.rejection import main
 from arriero.train.rejection_config import RejectionConfig, RejectionDataConfig
+from arriero.train.run_preferences import preferences_of_run
 
 
 @pytest.fixture
@@ -154,3 +157,29 @@ def test_settings_that_cannot_be_are_refused():
         RejectionConfig(answers=2)
     with pytest.raises(ConfigError, match="from_last is on and method full"):
         RejectionConfig(from_last=True, method="full")
+
+
+def test_its_answers_become_preference_rows_best_against_worst(toy_model, prompts, tmp_path, monkeypatch):
+    ends(monkeypatch)
+    out = tmp_path / "run"
+    main(settings(toy_model, prompts, out, rounds=1))
+    answers = [row for part in sorted((out / "round-1/answers").iterdir()) for row in rows(part)]
+    counts = preferences_of_run(out, tmp_path / "pairs.jsonl", per_prompt=2)
+    pairs = rows(tmp_path / "pairs.jsonl")
+    assert counts.rows == len(pairs) > 5 and counts.unanswered == 0
+    value = {(row["prompt"], row["text"]): row["value"] for row in answers}
+    asked = list(dict.fromkeys(row["prompt"] for row in answers))
+    first = {}
+    for pair in pairs:
+        better, worse = pair["meta"]["rewards"]
+        assert better > worse and pair["prompt"][0]["content"].startswith("Say ")
+        first.setdefault(pair["meta"]["prompt"], (better, worse))
+    extremes = [[v for (p, _), v in value.items() if p == i] for i in asked]
+    assert list(first.values()) == [(max(v), min(v)) for v in extremes if max(v) > min(v)]
+    assert len(build_preferences(tmp_path / "pairs.jsonl", load_tokenizer(toy_model))) == len(pairs)
+
+    prompts.write_text(prompts.read_text().replace("Say 3", "Say three"))
+    with pytest.raises(DataError, match="its prompts were others"):
+        preferences_of_run(out, tmp_path / "again.jsonl")
+    with pytest.raises(DataError, match="no run here"):
+        preferences_of_run(tmp_path / "nowhere", tmp_path / "again.jsonl")
