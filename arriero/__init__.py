@@ -20,6 +20,8 @@ from arriero.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from arriero.api import evaluate as evaluate
+    from arriero.api import grpo as grpo
+    from arriero.api import ppo as ppo
     from arriero.api import pretrain as pretrain
     from arriero.api import rejection as rejection
     from arriero.api import sft as sft
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "evaluate": "arriero.api",
+    "grpo": "arriero.api",
+    "ppo": "arriero.api",
     "pretrain": "arriero.api",
     "rejection": "arriero.api",
     "sft": "arriero.api",

@@ -13,6 +13,7 @@ from arriero.eval.config import EvalConfig
 from arriero.settings import apply_overrides
 from arriero.train.config import DataConfig, PretrainConfig, PretrainDataConfig, SftConfig
 from arriero.train.rejection_config import RejectionConfig, RejectionDataConfig
+from arriero.train.rl_config import GrpoConfig, PpoConfig, PromptConfig
 
 if TYPE_CHECKING:
     from arriero.eval.results import Results
@@ -40,6 +41,30 @@ def rejection(model: str | Path, data: str | Path, reward: str, **settings: Any)
     from arriero.train.rejection import main
 
     config = RejectionConfig(model=str(model), reward=reward, data=RejectionDataConfig(train=str(data)))
+    return main(apply_overrides(config, settings))
+
+
+def grpo(model: str | Path, data: str | Path, reward: str = "exact", **settings: Any) -> Outcome:
+    """Train `model` on its own answers to the prompts in `data`, scored by `reward`, each against its group's.
+
+    settings: fields of `GrpoConfig` and its sections, such as out, answers, max_new_tokens, advantage, loss, kl, lr.
+    Raises a `UserError` before step 1 for whatever cannot be trained on.
+    """
+    from arriero.train.grpo import main
+
+    config = GrpoConfig(model=str(model), reward=reward, data=PromptConfig(train=str(data)))
+    return main(apply_overrides(config, settings))
+
+
+def ppo(model: str | Path, data: str | Path, reward: str = "exact", **settings: Any) -> Outcome:
+    """Train `model` on its own answers to the prompts in `data`, scored by `reward`, with a value model.
+
+    settings: fields of `PpoConfig` and its sections, such as out, answers, updates, kl, value_lr, gae_lambda, lr.
+    Raises a `UserError` before step 1 for whatever cannot be trained on.
+    """
+    from arriero.train.ppo import main
+
+    config = PpoConfig(model=str(model), reward=reward, data=PromptConfig(train=str(data)))
     return main(apply_overrides(config, settings))
 
 

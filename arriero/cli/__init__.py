@@ -30,6 +30,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sft": train.sft,
     "rejection": train.rejection,
     "distill": train.distill,
+    "grpo": train.grpo,
+    "ppo": train.ppo,
     "run": recipes.run,
     "validate": recipes.validate,
     "plan": train.plan,

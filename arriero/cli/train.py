@@ -12,6 +12,7 @@ from arriero.errors import TrainingError
 from arriero.show.terminal import output
 from arriero.train.config import DistillConfig, PretrainConfig, SftConfig
 from arriero.train.rejection_config import RejectionConfig
+from arriero.train.rl_config import GrpoConfig, PpoConfig
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -60,6 +61,30 @@ def distill(config: DistillConfig) -> None:
         arriero distill small --teacher large --data rows.jsonl --method full --lr 2e-5 --divergence reverse
     """
     start("distill", config)
+
+
+def grpo(config: GrpoConfig) -> None:
+    """Train MODEL on its own answers to prompts, scored by a reward, each against the others of its group.
+
+    A preset, or a file that `arriero cp` wrote, may stand in MODEL's place.
+
+    Example:
+        arriero grpo smollm2-135m --data prompts.jsonl --reward exact --max-new-tokens 24 --out out/mine
+        arriero grpo my-llama --data prompts.jsonl --reward python:mine.py:reward --advantage rloo --kl 0.01
+    """
+    start("grpo", config)
+
+
+def ppo(config: PpoConfig) -> None:
+    """Train MODEL on its own answers to prompts, scored by a reward, with a value model that judges each token.
+
+    A preset, or a file that `arriero cp` wrote, may stand in MODEL's place.
+
+    Example:
+        arriero ppo smollm2-135m --data prompts.jsonl --reward numeric --max-new-tokens 24 --out out/mine
+        arriero run ppo-llama2 --data prompts.jsonl --reward python:mine.py:reward
+    """
+    start("ppo", config)
 
 
 def plan(config: SftConfig) -> None:

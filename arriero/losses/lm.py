@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -76,17 +76,30 @@ class Logprobs(NamedTuple):
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy: bool = False, chunk: int = CHUNK
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    entropy: bool | Literal["measured"] = False,
+    temperature: float = 1.0,
+    chunk: int = CHUNK,
 ) -> Logprobs:
-    """log softmax(hidden weight^T)[target] of each position, and the entropy there; differentiable.
+    """log softmax(hidden weight^T / temperature)[target] of each position, and the entropy there; differentiable.
 
-    Arguments as in `chunked_cross_entropy`, which is their negative sum.
+    Arguments as in `chunked_cross_entropy`, which is their negative sum. entropy: "measured" is without its gradient,
+    for less work. temperature: what the tokens were sampled at.
     """
     hidden = widened(hidden)
     head = _Head.of(weight)
     kept = (targets != IGNORED).nonzero().squeeze(1)
     parts = _TokenLogprobs.apply(
-        hidden.index_select(0, kept), head.weight, targets.index_select(0, kept), entropy, chunk, head.passes
+        hidden.index_select(0, kept),
+        head.weight,
+        targets.index_select(0, kept),
+        entropy,
+        chunk,
+        temperature,
+        head.passes,
     )
     zeros = torch.zeros(targets.shape, dtype=_wide(hidden), device=hidden.device)
     return Logprobs(*(zeros.index_put((kept,), part) for part in parts))
@@ -248,16 +261,24 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool, chunk: int, passes: _Passes
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        entropy: bool | str,
+        chunk: int,
+        temperature: float,
+        passes: _Passes,
     ) -> tuple[Tensor, Tensor]:
         computed, vocabulary = weight.to(hidden.dtype), passes.vocabulary
         frozen = hidden.requires_grad and not weight.requires_grad
         out = hidden.new_zeros(2, len(targets), dtype=_wide(hidden))
         logsumexps = torch.empty_like(out[0])
-        slopes = [torch.empty_like(hidden) for _ in range(1 + entropy)] if frozen else []  # for gradients of 1
+        pulled = entropy is True  # whether the entropy has a gradient
+        slopes = [torch.empty_like(hidden) for _ in range(1 + pulled)] if frozen else []  # for gradients of 1
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
-            logits = F.linear(hidden[rows], computed).to(out.dtype)
+            logits = F.linear(hidden[rows], computed).to(out.dtype).div_(temperature)
             logsumexp, chosen, picked, here = vocabulary.look_up(logits, targets[rows])
             logsumexps[rows], out[0, rows] = logsumexp[:, 0], (chosen - logsumexp)[:, 0]
             if not (entropy or frozen):
@@ -268,9 +289,9 @@ class _TokenLogprobs(torch.autograd.Function):
             for of, slope in enumerate(slopes):
                 ones = [torch.ones_like(logsumexp) if of == i else None for i in range(2)]
                 grad = _slope(logp, picked, here, out[1, rows, None], *ones)
-                torch.mm(grad.to(hidden.dtype), computed, out=slope[rows])
+                torch.mm(grad.div_(temperature).to(hidden.dtype), computed, out=slope[rows])
         ctx.save_for_backward(hidden, weight, targets, logsumexps, out[1], *slopes)
-        ctx.chunk, ctx.vocabulary, ctx.entropy = chunk, vocabulary, entropy
+        ctx.chunk, ctx.vocabulary, ctx.entropy, ctx.temperature = chunk, vocabulary, pulled, temperature
         return out[0].clone(), out[1].clone()
 
     @staticmethod
@@ -281,22 +302,25 @@ class _TokenLogprobs(torch.autograd.Function):
             parts = [
                 slope * grad.to(slope.dtype) for slope, grad in zip(slopes, grads, strict=False) if grad is not None
             ]
-            return (functools.reduce(torch.add, parts), None, None, None, None, None)
+            return (functools.reduce(torch.add, parts), None, None, None, None, None, None)
         computed = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight)) if ctx.needs_input_grad[1] else None
         for start in range(0, len(targets), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logp = F.linear(hidden[rows], computed).to(logsumexps.dtype).sub_(logsumexps[rows, None])
+            logits = F.linear(hidden[rows], computed).to(logsumexps.dtype).div_(ctx.temperature)
+            logp = logits.sub_(logsumexps[rows, None])
             picked = targets[rows, None] - ctx.vocabulary.first
             here = (picked >= 0) & (picked < len(weight))
             of = [None if grad is None else grad[rows] for grad in grads]
-            grad = _slope(logp, picked.where(here, 0), here, entropies[rows, None], *of).to(hidden.dtype)
+            grad = _slope(logp, picked.where(here, 0), here, entropies[rows, None], *of).div_(ctx.temperature)
+            grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, computed, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows]
-        return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None)
+        of_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return (grad_hidden, of_weight, None, None, None, None, None)
 
 
 def _wide(x: Tensor) -> torch.dtype:

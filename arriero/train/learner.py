@@ -91,7 +91,7 @@ class Learner:
             0.0 if self.seconds_at_peak is None else self.seconds_at_peak(micro_batches),
         )
         indices = mesh.local_shard(len(micro_batches) * mesh.dp_size)
-        seeds = [_mix(self.seed, c.step, index) for index in indices]  # dropout, as a pure function of the step
+        seeds = [mixed(self.seed, c.step, index) for index in indices]  # dropout, as a pure function of the step
         lr = self.optim.lr * self._lr_factor(c.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -224,10 +224,10 @@ class Learner:
         saved.read(prefix + "optimizer", tensors)
 
 
-def _mix(seed: int, step: int, index: int) -> int:
+def mixed(seed: int, step: int, index: int) -> int:
     """One 63-bit seed from three numbers: a few rounds of an odd multiplier, so that neighbours do not resemble."""
-    mixed = 0
+    out = 0
     for value in (seed, step, index):
-        mixed = ((mixed ^ value) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) & (2**64 - 1)
-        mixed ^= mixed >> 29
-    return mixed >> 1
+        out = ((out ^ value) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) & (2**64 - 1)
+        out ^= out >> 29
+    return out >> 1

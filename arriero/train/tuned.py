@@ -72,6 +72,8 @@ class Base:
             quantize_linears(model, config.quantize)
         if config.method == "lora":
             add_lora(model, self.lora)
+            if model.head_kind != "logits":  # it begins at random: it is trained whole, in fp32
+                model.head.float().requires_grad_(True)
         model.set_compute_dtype(DTYPES[loop.precision]).train()
         compiled = compiles(loop, tokens)
         values = first_values(self.weights, loop.seed, self.adapter)

@@ -150,3 +150,28 @@ def test_compiled_passes_weigh_tokens_alike():
     torch.testing.assert_close(*losses)
     for a, b in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in losses), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_log_probabilities_at_a_temperature_equal_those_of_whole_logits(frozen: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(17, 11, generator=g, requires_grad=True), torch.randn(13, 11, generator=g)
+    targets, pull = torch.randint(13, (17,), generator=g), torch.randn(2, 17, generator=g)
+    weight.requires_grad_(not frozen)
+    leaves = [hidden] if frozen else [hidden, weight]
+    found = token_logprobs(hidden, weight, targets, entropy=True, temperature=0.7, chunk=5)
+    logp = (hidden @ weight.T / 0.7).log_softmax(1)
+    wanted = logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(1)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    ours, theirs = ((pull[0] * x[0] + pull[1] * x[1]).sum() for x in (found, wanted))
+    for a, b in zip(*(torch.autograd.grad(x, leaves, retain_graph=True) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    measured = token_logprobs(hidden, weight, targets, entropy="measured", temperature=0.7)
+    torch.testing.assert_close(measured.entropy, wanted[1])
+    for a, b in zip(
+        *(torch.autograd.grad(pull[0] @ x, leaves, retain_graph=True) for x in (measured.chosen, wanted[0])),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert torch.autograd.grad(measured.entropy.sum(), hidden, allow_unused=True)[0].eq(0).all()

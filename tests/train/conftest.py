@@ -32,6 +32,16 @@ def rows(tmp_path, own_cache) -> Path:
     return path
 
 
+@pytest.fixture
+def prompts(tmp_path, own_cache) -> Path:
+    """23 questions, and five held out beside them."""
+    path = tmp_path / "prompts.jsonl"
+    rows = [json.dumps({"prompt": f"What is {i} + 2?", "answer": str(i + 2)}) + "\n" for i in range(28)]
+    path.write_text("".join(rows[:23]))
+    (tmp_path / "held-out.jsonl").write_text("".join(rows[23:]))
+    return path
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     """The help topics of Python as two sources, with a vocabulary of 512 learned from them."""

@@ -1,0 +1,220 @@
+"""Proximal policy optimisation with a value model: the recipe behind `arriero ppo`.
+
+As InstructGPT and Llama 2 had it (arXiv 2203.02155, section 3.5; 2307.09288, section 3.2.3): the reward of an answer
+stands at its last token, the divergence from the reference is taken off at each, a value model says what is to come,
+and generalised advantage estimation (1506.02438) makes advantages of these. Policy and value are two learners of one
+run. In a run of one process both, and the reference, are one frozen base in memory, with an adapter each and a value
+head; what LoRA leaves out, or several processes shard, each has for itself.
+
+Price, beside GRPO's: the value model's forward and backward, and a forward of the reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from arriero.data.batch import Batch, Row
+from arriero.distributed.engine import Engine
+from arriero.distributed.mesh import Mesh
+from arriero.distributed.objective import Objective
+from arriero.losses.advantages import gae, whitened
+from arriero.losses.policy import kl_estimate, value_loss
+from arriero.model.llama import Llama
+from arriero.model.lora import plain_name
+from arriero.rewards.base import Scorer
+from arriero.rewards.open import open_scorer
+from arriero.train.learner import Learner
+from arriero.train.loop import Outcome, Trainer
+from arriero.train.policy import PolicyObjective, dealt, evaluated, group_row, logprobs_of, with_extra
+from arriero.train.recipe import alone, execute
+from arriero.train.rl import HeldOutAnswers, Prepared, RlRun, check_mismatch, prepare, warn_of
+from arriero.train.rl_config import PpoConfig
+from arriero.train.rollouts import Rollout
+from arriero.train.tuned import open_base
+
+
+def main(config: PpoConfig) -> Outcome:
+    """Train as `config` says. Raises a `UserError` before step 1 for whatever cannot be trained on."""
+    with open_scorer(config.reward) as scorer:
+        return execute(config, "ppo", lambda c, console, mesh: build(c, console, mesh, scorer))
+
+
+def build(config: PpoConfig, console: Console, mesh: Mesh | None = None, scorer: Scorer | None = None) -> RlRun:
+    """Everything up to step 1."""
+    scorer, mesh, of_value = scorer or open_scorer(config.reward), mesh or alone(), config.value
+    prepared = prepare(config, console, mesh, scorer)
+    optim = dataclasses.replace(config.optim, lr=of_value.value_lr or config.optim.lr)
+    longest = config.data.max_prompt + config.rollout.max_new_tokens
+    base = open_base(dataclasses.replace(config, optim=optim, adapter=""), longest=longest, head="value")
+    value_model = base.on(mesh, tokens=0)
+    if not mesh.distributed:
+        share_frozen(prepared.tuned.engine, value_model.engine)
+    objective = PolicyObjective(config.policy, config.rollout.temperature)
+    updates = prepared.steps * config.policy.updates * config.policy.passes
+    policy = prepared.tuned.learner(objective(), updates)
+    value = value_model.learner(value_objective(of_value.value_clip), updates)
+    held_out = HeldOutAnswers(prepared)
+    trainer = Trainer(
+        {"policy": policy, "value": value}, prepared.rollouts, prepared.steps, config.loop, Path(config.out),
+        None if prepared.held_out is None else held_out, prepared.tuned.sidecars,
+        update=PpoUpdate(config, prepared, policy, value, objective), journal=prepared.rollouts,
+    )  # fmt: skip
+    return RlRun(prepared, trainer, held_out)
+
+
+def share_frozen(one: Engine, other: Engine) -> None:
+    """Let what is frozen in both lie in memory once."""
+    kept = {plain_name(name): p for name, p in one.model.named_parameters() if not p.requires_grad}
+    for name, p in other.model.named_parameters():
+        same = kept.get(plain_name(name))
+        if not p.requires_grad and same is not None and same.shape == p.shape and same.dtype == p.dtype:
+            p.data = same.data
+    buffers = dict(one.model.named_buffers())
+    for name, b in other.model.named_buffers():
+        if (mine := buffers.get(name)) is not None and mine.shape == b.shape and mine.dtype == b.dtype:
+            b.data = mine.data
+
+
+def values_of(model: Llama, batch: Batch) -> Tensor:
+    """The value before each token, fp32 [1, N]."""
+    hidden = model.model(batch.tokens, batch.layout).float()
+    return F.linear(hidden, model.head.weight.float())[..., 0]
+
+
+def value_objective(clip: float) -> Objective:
+    """Half the squared error of the value at each token that the policy chose; see `losses.policy.value_loss`."""
+
+    def sums(model: Llama, batch: Batch) -> dict[str, Tensor]:
+        e = {name: x[0] for name, x in batch.token_extras.items()}
+        return {"loss": (e["mask"] * value_loss(values_of(model, batch)[0], e["values"], e["returns"], clip)).sum()}
+
+    return Objective(sums, lambda batch: {"loss": float(batch.token_extras["mask"].sum())})
+
+
+@dataclass
+class PpoUpdate:
+    """The optimizer steps of policy and value on one batch of answers."""
+
+    config: PpoConfig
+    of: Prepared
+    policy: Learner
+    value: Learner
+    objective: PolicyObjective
+
+    def __call__(self, rollout: Rollout) -> dict[str, Any]:
+        """Log-probabilities and values before the updates, advantages, and a step of both on each share of the rows."""
+        config, loop = self.config, self.config.loop
+        rows, told = self.rows(rollout)
+        each = -(-len(rows) // config.policy.updates) if rows else 1
+        shares = [rows[i : i + each] for i in range(0, len(rows), each)]
+        found: list[dict[str, Any]] = []
+        for _ in range(config.policy.passes):
+            for share in shares:
+                batches = [batch for _, batch in dealt(share, loop.micro_rows, self.of.tuned.engine, self.of.pad)]
+                of_value = {f"value/{name}": x for name, x in self.value.step(batches).items()}
+                if rollout.step < config.value.warmup_steps:
+                    found.append({"loss": 0.0, "lr": 0.0, "grad_norm": 0.0, **self._counters, **of_value})
+                    continue
+                found.append({**self.policy.step(batches), **of_value})
+                check_mismatch(found[-1]["mismatch"], config.rollout.mismatch_stop, self.objective.worst, self.of)
+        metrics = {**self._summary(found), **told, **rollout.metrics}
+        warn_of(metrics)
+        return metrics
+
+    def rows(self, rollout: Rollout) -> tuple[list[Row], dict[str, float]]:
+        """A row for each prompt, of its answers that count, with advantages, returns, and what was before updates."""
+        config, of, n = self.config, self.of, rollout.rewards.shape[1]
+        scores = whitened(rollout.rewards, rollout.mask) if config.value.whiten_scores else rollout.rewards
+        rows, each_score = [], []
+        for g, group in enumerate(rollout.groups):
+            kept = [k for k in range(n) if rollout.mask[g, k]]
+            if kept:
+                answers = [group.answers[k] for k in kept]
+                prompt = of.prompts[group.prompt].ids
+                longest = config.rollout.max_new_tokens
+                rows.append(group_row(prompt, answers, [0.0] * len(kept), config.policy.normalise, longest))
+                each_score.append(scores[g, kept])
+        if not rows:
+            return [], {}
+        rows = self._before(rows)
+        kl = 0.0
+        advantages, returns = [], []
+        for row, score in zip(rows, each_score, strict=True):
+            rewards, penalty = self._token_rewards(row, score)
+            kl += float(penalty.sum())
+            values, mask = (torch.from_numpy(row.token_extras[name]) for name in ("values", "mask"))
+            documents = torch.repeat_interleave(torch.arange(len(row.lengths)), torch.from_numpy(row.lengths))
+            a, r = gae(rewards, values, mask, documents, config.value.gamma, config.value.gae_lambda)
+            advantages.append(a)
+            returns.append(r)
+        masks = torch.cat([torch.from_numpy(row.token_extras["mask"]) for row in rows])
+        told = self._told(rows, torch.cat(returns), masks, kl)
+        if config.value.whiten_advantages:
+            advantages = list(whitened(torch.cat(advantages), masks).split([len(row.tokens) for row in rows]))
+        for i, (a, r) in enumerate(zip(advantages, returns, strict=True)):
+            rows[i] = with_extra(with_extra(rows[i], "advantages", a.numpy()), "returns", r.numpy())
+        return rows, told
+
+    def _before(self, rows: list[Row]) -> list[Row]:
+        """With log-probabilities and values before the updates, and the reference's log-probabilities.
+
+        In the batches that the updates will take, so that the first ratio is exactly 1.
+        """
+        config, of, engine = self.config, self.of, self.of.tuned.engine
+        each = -(-len(rows) // config.policy.updates)
+        found: list[Row] = []
+        for i in range(0, len(rows), each):
+            share, micro_rows = rows[i : i + each], config.loop.micro_rows
+            function = logprobs_of(config.rollout.temperature)
+            values = {"old": evaluated(share, micro_rows, engine, of.pad, function)}
+            values["values"] = evaluated(share, micro_rows, self.value.engine, of.pad, values_of)
+            if config.policy.kl:
+                with of.reference.acting():
+                    values["reference"] = evaluated(share, micro_rows, engine, of.pad, function)
+            for k, row in enumerate(share):
+                for name, of_rows in values.items():
+                    row = with_extra(row, name, of_rows[k])
+                found.append(row)
+        return found
+
+    def _token_rewards(self, row: Row, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each token [N]: the answer's score at its last one, less the weighted divergence; and the divergence.
+
+        scores: of the row's answers, which are its last documents.
+        """
+        policy, extras = self.config.policy, {n: torch.from_numpy(x) for n, x in row.token_extras.items()}
+        penalty = torch.zeros(len(row.tokens))
+        if policy.kl:
+            penalty = extras["mask"] * kl_estimate(extras["old"], extras["reference"], policy.kl_kind)
+        rewards = -policy.kl * penalty if policy.kl_in == "reward" else torch.zeros(len(row.tokens))
+        ends = torch.from_numpy(row.lengths).cumsum(0)[-len(scores) :] - 1
+        return rewards.index_add(0, ends, scores.float()), penalty
+
+    def _told(self, rows: list[Row], returns: Tensor, masks: Tensor, kl: float) -> dict[str, float]:
+        """Metrics of the batch: divergence a token, and the share of the returns' variance that the values explain."""
+        values = torch.cat([torch.from_numpy(row.token_extras["values"]) for row in rows])[masks > 0]
+        wanted = returns[masks > 0]
+        explained = 1 - float((wanted - values).var() / wanted.var().clamp(min=1e-8)) if len(wanted) > 1 else 0.0
+        told = {"explained_variance": explained}
+        return told | ({"kl_from_start": kl / float(masks.sum())} if self.config.policy.kl else {})
+
+    @property
+    def _counters(self) -> dict[str, Any]:
+        c = self.policy.counters
+        return {"tokens": c.tokens, "trained_tokens": c.trained_tokens, "skipped": c.skipped + c.spikes}
+
+    def _summary(self, found: list[dict[str, Any]]) -> dict[str, Any]:
+        """The mean over the optimizer steps, but for counters."""
+        if not found:
+            return {"loss": 0.0, "lr": 0.0, "grad_norm": 0.0, **self._counters}
+        mean = {name: sum(x[name] for x in found) / len(found) for name in found[-1]}
+        last = ("tokens", "trained_tokens", "skipped", "lr", "value/tokens", "value/trained_tokens", "value/skipped")
+        return mean | {name: found[-1][name] for name in last}

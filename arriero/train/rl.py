@@ -1,0 +1,241 @@
+"""What recipes share that learn from a model's own answers: prompts, sampler, rewards, held-out answers, and warnings.
+
+`prepare` opens all of it; a recipe adds its learners and an `update` that takes a `Rollout` (rollouts.py) and has them
+step (policy.py). The validation's loss is minus the mean reward of answers to held-out prompts, sampled as in training
+with the same random numbers each time; the weights with the highest reward are the result.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from arriero.data.prompts import Prompts, read_split
+from arriero.distributed.mesh import Mesh
+from arriero.errors import TrainingError
+from arriero.losses.policy import kl_estimate
+from arriero.rewards.base import Scorer
+from arriero.show.terminal import warn_once
+from arriero.train.learner import mixed
+from arriero.train.loop import Trainer
+from arriero.train.policy import PADDED_TO, Reference, Worst, evaluated, group_row, logprobs_of
+from arriero.train.recipe import warmup_note
+from arriero.train.rl_config import RlConfig
+from arriero.train.rollouts import VALIDATION, Group, Rollouts
+from arriero.train.sampler import Sampler
+from arriero.train.samples import Sample, write_samples
+from arriero.train.tuned import Tuned, open_base
+
+KL_GROUPS = 16  # held-out prompts whose answers the divergence from the reference is measured on
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything but the learners."""
+
+    config: RlConfig
+    tuned: Tuned
+    prompts: Prompts
+    held_out: Prompts | None
+    rollouts: Rollouts
+    reference: Reference
+    steps: int
+
+    @property
+    def pad(self) -> bool:
+        """Whether batches are filled up to common lengths."""
+        return self.tuned.padded_to(PADDED_TO) is not None
+
+
+def prepare(config: RlConfig, console: Console, mesh: Mesh, scorer: Scorer) -> Prepared:
+    """Open model, prompts, sampler: all that can be refused is refused here."""
+    loop, data, rollout = config.loop, config.data, config.rollout
+    mesh.config.check_batch(loop.batch_rows, loop.micro_rows, PADDED_TO)
+    longest = data.max_prompt + rollout.max_new_tokens
+    base = open_base(config, longest=longest)
+    prompts, held_out = read_split(
+        data.train, data.validation, base.tokenizer,
+        max_length=data.max_prompt, max_truncated=data.max_truncated, raw=data.raw, console=console,
+    )  # fmt: skip
+    for prompt in (*prompts, *(held_out or ())):
+        scorer.check(prompt.fields, prompt.where)
+    held_out = None if held_out is None else held_out[: data.validation_prompts]
+    steps = loop.steps or max(1, math.ceil(loop.epochs * len(prompts) / loop.batch_rows))
+    tuned = base.on(mesh, tokens=0)  # compiling pays where shapes repeat, and those of answers do not
+    longest = max(each.longest for each in (prompts, held_out) if each is not None) + rollout.max_new_tokens
+    sampler = Sampler(tuned, longest=longest, at_once=rollout.at_once)
+    rollouts = Rollouts(
+        prompts, sampler, scorer, rollout,
+        n_prompts=loop.batch_rows, seed=loop.seed, run_dir=Path(config.out), reward=config.reward,
+    )  # fmt: skip
+    reference = Reference(tuned.engine, switched=config.method == "lora" and not config.adapter)
+    return Prepared(config, tuned, prompts, held_out, rollouts, reference, steps)
+
+
+# -- held-out answers --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class HeldOutAnswers:
+    """Answers to held-out prompts: their rewards, and how far the policy has moved from its reference."""
+
+    of: Prepared
+    groups: list[Group] = field(default_factory=list)  # the last answers
+    found: dict[str, Any] = field(default_factory=dict)  # what they came to
+    weights: int = 0  # the checksum of those that answered
+
+    def __call__(self) -> dict[str, Any]:
+        """The loss (minus the mean reward), reward, best of k, truncation, KL from the reference a token, samples."""
+        of, config = self.of, self.of.config.rollout
+        assert of.held_out is not None
+        chosen = list(range(len(of.held_out)))
+        seeds = [mixed(of.config.loop.seed, VALIDATION, i) for i in chosen]
+        of.rollouts.sampler.refit()
+        if self.found and self.weights == of.rollouts.sampler.weights:
+            return self.found
+        groups = of.rollouts.sampled(of.held_out, chosen, seeds, config.validation_answers)
+        self.groups = groups = of.rollouts.scored(of.held_out, groups)
+        values = [[a.value or 0.0 for a in group.answers] for group in groups]
+        reward = sum(map(sum, values)) / sum(map(len, values))
+        self.weights = of.rollouts.sampler.weights
+        self.found = {
+            "loss": -reward,
+            "reward": reward,
+            f"best_of_{config.validation_answers}": sum(map(max, values)) / len(values),
+            "truncated": sum(not a.finished for g in groups for a in g.answers) / sum(map(len, values)),
+            "kl": self._kl(groups[:KL_GROUPS]),
+            "samples": [self._shown(group) for group in groups[: of.config.samples]],
+        }
+        return self.found
+
+    def _kl(self, groups: list[Group]) -> float:
+        """Mean of the k3 estimate over the answers' tokens."""
+        of = self.of
+        assert of.held_out is not None
+        rows = [group_row(of.held_out[g.prompt].ids, g.answers, [0.0] * len(g.answers)) for g in groups]
+        function = logprobs_of(of.config.rollout.temperature)
+        micro_rows = of.config.loop.micro_rows
+        policy = evaluated(rows, micro_rows, of.tuned.engine, of.pad, function)
+        with of.reference.acting():
+            reference = evaluated(rows, micro_rows, of.tuned.engine, of.pad, function)
+        total = n = 0.0
+        for row, ours, theirs in zip(rows, policy, reference, strict=True):
+            k3 = kl_estimate(torch.from_numpy(ours), torch.from_numpy(theirs), "k3")
+            total, n = total + float(k3.sum()), n + float(row.token_extras["mask"].sum())
+        return total / max(n, 1.0)
+
+    def _shown(self, group: Group) -> str:
+        assert self.of.held_out is not None
+        answer = group.answers[0]
+        return f"{self.of.held_out[group.prompt].text}\n→ {answer.text}  [reward {answer.value:g}]"
+
+    def samples(self) -> list[Sample]:
+        """The last answers, for samples.jsonl."""
+        held_out = self.of.held_out
+        if held_out is None or not self.of.config.samples:
+            return []
+        self()
+        shown = self.groups[: self.of.config.samples]
+        return [
+            Sample(held_out[g.prompt].text, str(held_out[g.prompt].fields.get("answer", "")), g.answers[0].text)
+            for g in shown
+        ]
+
+
+@dataclass(frozen=True)
+class RlRun:
+    """Everything a run is made of, ready for step 1."""
+
+    prepared: Prepared
+    trainer: Trainer
+    held_out: HeldOutAnswers
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens through the model over the whole run, at most."""
+        of, config = self.prepared, self.prepared.config
+        group = of.prompts.longest + config.rollout.answers * config.rollout.max_new_tokens
+        return of.steps * config.loop.batch_rows * group * config.policy.passes
+
+    def summary(self) -> str:
+        """What is about to happen, in a few lines."""
+        of, config = self.prepared, self.prepared.config
+        held_out, memory = 0 if of.held_out is None else len(of.held_out), of.rollouts.sampler.memory
+        return (
+            f"{of.tuned.summary()}\n"
+            f"{len(of.prompts):,} prompts of at most {of.prompts.longest:,} tokens; {held_out:,} held out; "
+            f"reward: {config.reward}\n"
+            f"the sampler: {memory['weights'] / 1e6:,.0f} MB of weights and {memory['cache'] / 1e6:,.0f} MB of cache\n"
+            f"{of.steps:,} steps of {config.loop.batch_rows} prompts x {config.rollout.answers} answers of at most "
+            f"{config.rollout.max_new_tokens:,} tokens -> {config.out}" + warmup_note(config.optim, of.steps)
+        )
+
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the prompts, training and validation."""
+        of = self.prepared
+        both = {"training prompts": of.prompts, "validation prompts": of.held_out}
+        return {f"the {name}": x.fingerprint for name, x in both.items() if x is not None} | of.tuned.fingerprints()
+
+    def data_statistics(self) -> dict[str, Any]:
+        """What is asked, and how much."""
+        of = self.prepared
+        return {
+            "train": of.config.data.train,
+            "tokenizer_fingerprint": of.tuned.base.tokenizer.fingerprint,
+            "prompts": len(of.prompts),
+            "longest_prompt": of.prompts.longest,
+            "validation_prompts": 0 if of.held_out is None else len(of.held_out),
+        }
+
+    def sample(self, when: Literal["before", "after"]) -> None:
+        """Answers to a few held-out prompts."""
+        samples = self.held_out.samples()
+        if self.prepared.tuned.engine.mesh.rank == 0:
+            write_samples(Path(self.prepared.config.out), samples, when)
+
+    def export(self) -> Path:
+        """Write the trained adapter (PEFT's layout) or model (Hugging Face's); returns its directory."""
+        return self.prepared.tuned.export()
+
+
+# -- what is watched ---------------------------------------------------------------------------------------------------
+
+
+def check_mismatch(mean: float, most: float, worst: Worst, of: Prepared) -> None:
+    """Raise `TrainingError` where sampler and trainer differ by more than rounding, naming the worst token."""
+    if mean > most:
+        token = of.tuned.base.tokenizer.decode([worst.token]) if worst.token >= 0 else ""
+        raise TrainingError(
+            f"sampler and trainer differ: the mean of exp|difference| of their log-probabilities is {mean:.4f}, above "
+            f"mismatch_stop {most:g}; worst was the token {worst.token} ({token!r}), {worst.sampled:.3f} when sampled "
+            f"and {worst.trained:.3f} in training; both should have the same weights: take precision fp32, or raise "
+            "mismatch_stop if the difference is meant"
+        )
+    worst.difference = 0.0
+
+
+HEALTHY = {
+    "entropy": (0.02, math.inf, "answers hardly vary: raise clip_high or temperature, or lower lr"),
+    "truncated": (0.0, 0.3, "answers are cut: raise max_new_tokens, or let the reward ask for shorter ones"),
+    "same_reward": (0.0, 0.8, "most groups teach nothing: take prompts of middle difficulty (prefer_middle), more "
+                              "answers, or dynamic rounds"),
+    "mismatch": (1.0, 1.02, "sampler and trainer drift apart: take precision fp32"),
+    "clipped": (0.0, 0.3, "the policy moves far in one batch: lower lr, updates or passes"),
+    "timeout": (0.0, 0.05, "the scorer runs out of time: raise its limit"),
+    "crash": (0.0, 0.05, "the scorer crashes: look at the notes in rollouts/"),
+}  # fmt: skip
+"""Metrics of a step by name: the healthy range, and what to do outside."""
+
+
+def warn_of(metrics: dict[str, Any]) -> None:
+    """Say once for each metric that it left its healthy range, and the remedy."""
+    for name, (low, high, remedy) in HEALTHY.items():
+        value = metrics.get(name)
+        if value is not None and not low <= value <= high:
+            wanted = f"at most {high:g}" if value > high else f"at least {low:g}"
+            warn_once(f"{name} left its healthy range ({wanted}): {remedy}")
