@@ -19,8 +19,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,15 +91,13 @@ def score(logits: Tensor, ids: Sequence[int], row: Row | None = None) -> Chosen:
 def _run(logits: Tensor, rows: Sequence[Row], given: Sequence[int] | None) -> Chosen:
     m, vocab = logits.shape
     assert len(rows) == m and vocab < 2**31
-    with one_thread():
-        values = logits.detach().to("cpu", torch.float32).contiguous()
+    values = logits.detach().to("cpu", torch.float32).contiguous()  # the engine's logits are so already
     n_top = max((row.n_top for row in rows), default=0)
     out = np.empty(m, _OUT)
     top_ids, tops = np.full((m, n_top), -1, np.int32), np.empty((m, n_top), np.float32)
     library = load_library()
     if library is None:
-        with one_thread():
-            sample_twin.sample_rows(values, rows, given, out, top_ids, tops)
+        sample_twin.sample_rows(values, rows, given, out, top_ids, tops)
     else:
         natives = (
             [row.native for row in rows]
@@ -150,18 +147,3 @@ def token_words(tokenizer: Tokenizer) -> np.ndarray:
         bits[tokenizer.unused_ids] = 0
         _WORDS[tokenizer] = np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
     return _WORDS[tokenizer]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keeps torch's operators on this thread while the block runs.
-
-    A vocabulary is just long enough for torch to wake its OpenMP threads, which then spin for a while on the cores that
-    the next decode step runs on: sampled text came at less than half the speed of greedy (docs/log.md, "Decoding").
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
