@@ -23,6 +23,7 @@ LINES = {
     "sft": "MODEL --data SOURCE --out out --steps 1",
     "rejection": "MODEL --data SOURCE --out out",
     "distill": "MODEL --teacher MODEL --data SOURCE --out out --steps 1",
+    "dpo": "MODEL --data SOURCE --out out --steps 1",
     "run": "SETTINGS",
     "validate": "SETTINGS",
     "plan": "SETTINGS",

@@ -32,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "distill": train.distill,
     "grpo": train.grpo,
     "ppo": train.ppo,
+    "dpo": train.dpo,
     "run": recipes.run,
     "validate": recipes.validate,
     "plan": train.plan,

@@ -11,6 +11,7 @@ from arriero import presets
 from arriero.errors import TrainingError
 from arriero.show.terminal import output
 from arriero.train.config import DistillConfig, PretrainConfig, SftConfig
+from arriero.train.preference_config import DpoConfig
 from arriero.train.rejection_config import RejectionConfig
 from arriero.train.rl_config import GrpoConfig, PpoConfig
 
@@ -85,6 +86,18 @@ def ppo(config: PpoConfig) -> None:
         arriero run ppo-llama2 --data prompts.jsonl --reward python:mine.py:reward
     """
     start("ppo", config)
+
+
+def dpo(config: DpoConfig) -> None:
+    """Train MODEL on preferences: answers of which one is better (DPO, IPO, KTO, SimPO, ORPO).
+
+    A preset, or a file that `arriero cp` wrote, may stand in MODEL's place.
+
+    Example:
+        arriero dpo smollm2-135m --data pairs.jsonl --out out/mine
+        arriero dpo smollm2-135m --adapter out/sft/adapter --data pairs.jsonl --nll 0.2 --mask-format
+    """
+    start("dpo", config)
 
 
 def plan(config: SftConfig) -> None:

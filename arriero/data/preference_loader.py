@@ -26,6 +26,7 @@ from torch import Tensor
 from arriero.data.batch import IGNORED, Batch, Row, collate, joined, next_token_targets, shifted
 from arriero.data.pack import Epochs
 from arriero.data.preferences import PreferenceDataset
+from arriero.errors import DataError
 
 Taken = Literal["all", "extremes"]
 
@@ -121,6 +122,42 @@ class PreferenceLoader:
             token_extras={"scored": scored, "end": end},
             document_extras={name: np.concatenate([np.zeros(pad, dtype=x.dtype), x]) for name, x in of_answers.items()},
         )
+
+    def mismatched(self, index: int) -> Row:
+        """The prompts of row `index`, each with the first answer to another one; it is numbered S + its row from 1.
+
+        What is more probable there than it was says how far the model has moved in general (KTO, arXiv 2402.01306).
+        """
+        return joined([_numbered(self._mismatch(i), k) for k, i in enumerate(self.epochs.examples(index))])
+
+    def _mismatch(self, i: int) -> Row:
+        data, p = self.dataset, self.dataset.prompt(i)
+        j = self._other(i)
+        of, q = data.of_row(j)[0], data.prompt(j)
+        tokens, targets, scored, end = self._answer(of, q)
+        mine = data.answers.tokens(data.of_row(i)[0])[: p + 1]
+        zeros = np.zeros(p, dtype=np.float32)
+        n = min(p + len(tokens), self.seq_len)
+        return Row(
+            tokens=np.concatenate([mine, tokens[1:]])[:n],
+            targets=np.concatenate([np.full(p, IGNORED, dtype=np.int64), targets])[:n],
+            lengths=np.array([n], dtype=np.int64),
+            leads=(-1,),
+            token_extras={"scored": np.concatenate([zeros, scored])[:n], "end": np.concatenate([zeros, end])[:n]},
+            document_extras={
+                "group": np.ones(1, dtype=np.int64),
+                "answer": np.array([len(data.values) + int(data.index[i]) + 1]),
+            },
+        )
+
+    def _other(self, i: int) -> int:
+        """The next row with another prompt."""
+        hashes = self.dataset.hashes
+        n = len(hashes)
+        other = next((k % n for k in range(i + 1, i + n) if hashes[k % n] != hashes[i]), None)
+        if other is None:
+            raise DataError(f"{self.dataset.where(i)}: all rows have this prompt; kto needs answers to others")
+        return other
 
     def _answer(self, answer: int, p: int) -> tuple[NDArray, NDArray, NDArray, NDArray]:
         """Tokens, targets, what counts, and where it ends, of an answer behind p tokens of its prompt."""

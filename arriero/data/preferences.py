@@ -75,6 +75,11 @@ class PreferenceDataset:
         return int(self._prompts[self.index[i]])
 
     @property
+    def n_cached(self) -> int:
+        """Rows of the whole cache, which `index` chooses from."""
+        return len(self._kinds)
+
+    @property
     def kinds(self) -> NDArray[np.int8]:
         """The layout of each row, an index of KINDS, [n]."""
         return self._kinds[self.index]

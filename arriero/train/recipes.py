@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from arriero.train.config import DistillConfig, PretrainConfig, SftConfig
+from arriero.train.preference_config import DpoConfig
 from arriero.train.rejection_config import RejectionConfig
 from arriero.train.rl_config import GrpoConfig, PpoConfig
 
 RECIPES: dict[str, type] = {
     "sft": SftConfig,
     "distill": DistillConfig,
+    "dpo": DpoConfig,
     "pretrain": PretrainConfig,
     "rejection": RejectionConfig,
     "grpo": GrpoConfig,

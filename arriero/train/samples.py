@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from arriero.data.formats import Conversation
 from arriero.data.messages import text_of
-from arriero.data.sft import SftDataset
 from arriero.distributed.engine import Engine
 from arriero.errors import ConfigError
 from arriero.infer.config import SamplingConfig
@@ -35,7 +34,17 @@ class Sample:
     answer: str
 
 
-def answer(model: Llama, tokenizer: Tokenizer, held_out: SftDataset | None, n: int) -> list[Sample]:
+class Asked(Protocol):
+    """Held-out rows of prompts with an answer that each should get (`SftDataset`, `PreferenceDataset`)."""
+
+    def __len__(self) -> int: ...
+
+    def last_answer(self, i: int) -> tuple[list[int], list[int]]: ...
+
+    def conversations(self, examples: Sequence[int]) -> list[Conversation]: ...
+
+
+def answer(model: Llama, tokenizer: Tokenizer, held_out: Asked | None, n: int) -> list[Sample]:
     """Greedy answers to the last turn of the first `n` held-out examples."""
     if held_out is None or n == 0:
         return []

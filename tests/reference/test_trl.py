@@ -41,7 +41,7 @@ class _Model(SimpleNamespace):
 
 
 def trainer(**settings: object) -> SimpleNamespace:
-    accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x, num_processes=1)
+    accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x)
     model = SimpleNamespace(training=True)
     common = {"accelerator": accelerator, "model": model, "_metrics": defaultdict(lambda: defaultdict(list))}
     return SimpleNamespace(**common, aux_loss_enabled=False, _total_train_tokens=0, _tp_size=1, **settings)
