@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from arriero.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from arriero.api import dpo as dpo
     from arriero.api import evaluate as evaluate
     from arriero.api import grpo as grpo
     from arriero.api import ppo as ppo
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 
 _HOMES = {
+    "dpo": "arriero.api",
     "evaluate": "arriero.api",
     "grpo": "arriero.api",
     "ppo": "arriero.api",

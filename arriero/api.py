@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from arriero.eval.config import EvalConfig
 from arriero.settings import apply_overrides
 from arriero.train.config import DataConfig, PretrainConfig, PretrainDataConfig, SftConfig
+from arriero.train.preference_config import DpoConfig, PreferenceDataConfig
 from arriero.train.rejection_config import RejectionConfig, RejectionDataConfig
 from arriero.train.rl_config import GrpoConfig, PpoConfig, PromptConfig
 
@@ -65,6 +66,18 @@ def ppo(model: str | Path, data: str | Path, reward: str = "exact", **settings: 
     from arriero.train.ppo import main
 
     config = PpoConfig(model=str(model), reward=reward, data=PromptConfig(train=str(data)))
+    return main(apply_overrides(config, settings))
+
+
+def dpo(model: str | Path, data: str | Path, **settings: Any) -> Outcome:
+    """Train `model` on the preferences in `data`; the adapter or model is left in the run directory `out`.
+
+    settings: fields of `DpoConfig` and its sections, such as out, loss, beta, nll, adapter.
+    Raises a `UserError` before step 1 for whatever cannot be trained on.
+    """
+    from arriero.train.dpo import main
+
+    config = DpoConfig(model=str(model), data=PreferenceDataConfig(train=str(data)))
     return main(apply_overrides(config, settings))
 
 

@@ -29,6 +29,7 @@ from arriero.train.config import (
     SftConfig,
     TrainingStage,
 )
+from arriero.train.preference_config import DpoConfig, PreferenceDataConfig
 from arriero.train.recipes import RECIPES as TRAINING
 from arriero.train.rejection_config import RejectionConfig, RejectionDataConfig
 from arriero.train.rl_config import (
@@ -244,6 +245,35 @@ def full_llama2_7b() -> SftConfig:
     )
 
 
+def dpo_llama3_8b() -> DpoConfig:
+    """Llama 3's DPO (arXiv 2407.21783, 4.1.4): 1e-5, beta 0.1, format tokens masked, NLL 0.2; the batch is ours."""
+    return DpoConfig(
+        model="meta-llama/Llama-3.1-8B-Instruct",
+        out="out/dpo-llama3-8b",
+        method="full",
+        beta=0.1,
+        nll=0.2,
+        mask_format=True,
+        data=PreferenceDataConfig(train="preferences.jsonl", seq_len=4096, ratings=("significantly better", "better")),
+        optim=OptimConfig(lr=1e-5),
+        loop=LoopConfig(epochs=1, batch_rows=32, recompute="full"),
+    )
+
+
+def dpo_tulu3_8b() -> DpoConfig:
+    """Tulu 3's length-normalised DPO (arXiv 2411.15124, section 5.1): beta 5, 5e-7, linear, warmup 0.1."""
+    return DpoConfig(
+        model="meta-llama/Llama-3.1-8B-Instruct",
+        out="out/dpo-tulu3-8b",
+        method="full",
+        loss="sigmoid-norm",
+        beta=5.0,
+        data=PreferenceDataConfig(train="preferences.jsonl", seq_len=2048),
+        optim=OptimConfig(lr=5e-7, schedule="linear", warmup=0.1, min_lr=0.0),
+        loop=LoopConfig(epochs=1, batch_rows=128, recompute="full"),
+    )
+
+
 def curate_web() -> CurateConfig:
     """Web pages as FineWeb keeps them (arXiv 2406.17557), with Llama 3's line and URL deduplication."""
     from arriero.curate.config import CurateConfig
@@ -435,6 +465,8 @@ PRESETS: dict[str, Callable[[], Any]] = {
         dr_grpo,
         gspo,
         ppo_llama2,
+        dpo_llama3_8b,
+        dpo_tulu3_8b,
         curate_web,
         curate_prose,
         curate_code,
