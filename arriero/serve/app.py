@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from arriero.errors import UserError
-from arriero.serve import anthropic_api, embeddings, house_api, ollama_api, openai_api, responses_api
+from arriero.serve import anthropic_api, embeddings, house_api, ollama_api, openai_api, page_api, responses_api
 from arriero.serve.body import first_error
 from arriero.serve.config import ServeConfig
 from arriero.serve.faults import ApiError, answer
@@ -43,7 +43,7 @@ def application(config: ServeConfig) -> FastAPI:
         responses={400: {"description": "The request cannot be answered; the body says why."}},
     )
     app.state.serve = state
-    for module in (openai_api, responses_api, embeddings, anthropic_api, ollama_api, house_api):
+    for module in (openai_api, responses_api, embeddings, anthropic_api, ollama_api, house_api, page_api):
         app.include_router(module.router)
     app.add_exception_handler(HTTPException, _told)
     app.add_exception_handler(UserError, _refused)
