@@ -24,6 +24,7 @@ LINES = {
     "rejection": "MODEL --data SOURCE --out out",
     "distill": "MODEL --teacher MODEL --data SOURCE --out out --steps 1",
     "dpo": "MODEL --data SOURCE --out out --steps 1",
+    "reward audit": "exact --data SOURCE",
     "run": "SETTINGS",
     "validate": "SETTINGS",
     "plan": "SETTINGS",

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from arriero.cli import data, recipes, scaling, tokenizer, train, use
+from arriero.cli import data, recipes, reward, scaling, tokenizer, train, use
 from arriero.cli.parsing import call, description
 from arriero.errors import UserError, did_you_mean
 from arriero.io.limits import NAMELESS, raise_open_files, remedy
@@ -41,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve": use.serve,
     "eval": use.evaluate,
     "eval needle": use.needle,
+    "reward audit": reward.audit,
     "bench infer": use.bench_infer,
     "merge": use.merge,
     "convert": use.convert,

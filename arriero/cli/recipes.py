@@ -13,16 +13,17 @@ from arriero.errors import ConfigError
 from arriero.show.terminal import notes, say
 
 
-def ls(what: Literal["models", "presets", "steps"]) -> None:
-    """List known models with their sizes, presets, or the steps of curation.
+def ls(what: Literal["models", "presets", "steps", "rewards"]) -> None:
+    """List known models with their sizes, presets, the steps of curation, or what answers can be scored by.
 
     Example:
         arriero ls models
         arriero ls presets
         arriero ls steps
+        arriero ls rewards
 
     Args:
-        what: Model shapes with exact parameter counts, named configurations to copy, or what curation can do.
+        what: Model shapes with exact parameter counts, named configurations to copy, what curation can do, or rewards.
     """
     if what == "steps":
         from arriero.curate.config import KINDS, CurateConfig
@@ -30,6 +31,12 @@ def ls(what: Literal["models", "presets", "steps"]) -> None:
         for name, kinds in KINDS.items():
             first_line = (inspect.getdoc(CurateConfig().step(name)) or "").splitlines()[0]
             print(f"{name:<17}  {'/'.join(kinds):<10}  {first_line}")
+        return
+    if what == "rewards":
+        from arriero.rewards.open import DESCRIPTIONS
+
+        for name, description in DESCRIPTIONS.items():
+            print(f"{name:<33} {description}")
         return
     if what == "presets":
         width = max(map(len, presets.PRESETS))

@@ -10,25 +10,39 @@ from collections.abc import Callable
 from arriero.errors import ConfigError, check, did_you_mean
 from arriero.rewards.base import Scorer
 from arriero.rewards.isolated import Isolated
+from arriero.rewards.judge import open_judge
+from arriero.rewards.llama2 import Combined
 from arriero.rewards.sandbox import Limits
 from arriero.rewards.unit_tests import UnitTests
 from arriero.rewards.verifiers import Exact, Numeric
 
 RULE, CODE, USERS = 2.0, 5.0, 10.0  # seconds an answer, where the caller says nothing
 
-HELP = """What answers are scored by. exact[:FIELD], numeric[:FIELD], math[:FIELD]: the final answer is the text or the
-number in the row's FIELD ("answer"), or equal to it in mathematics (package math-verify). regex[:FIELD]: all of it
-matches the pattern in FIELD ("pattern"). json-schema[:FIELD or FILE.json]: JSON that satisfies the schema in FIELD
-("schema") or in the file. unit-tests[:FIELD]: its Python passes the asserts, or the {input, output} pairs, in FIELD
-("tests"), run in a sandbox. reasoning-gym: its own scorer, on rows of `arriero data build tasks`.
-python:PATH:FUNCTION: the user's function of an Answer."""
-"""For the `--help` of commands that take a reward."""
+DESCRIPTIONS = {
+    "exact[:FIELD]": 'the final answer is the text in the row\'s FIELD ("answer")',
+    "numeric[:FIELD]": "the final number is FIELD's, read exactly",
+    "math[:FIELD]": "the final answer is mathematically equal to FIELD (package math-verify)",
+    "regex[:FIELD]": 'all of the answer matches the pattern in FIELD ("pattern")',
+    "json-schema[:FIELD or FILE.json]": 'JSON that satisfies the schema in FIELD ("schema") or in the file',
+    "unit-tests[:FIELD]": 'its Python passes the asserts, or {input, output} pairs, in FIELD ("tests"), in a sandbox',
+    "reasoning-gym": "reasoning-gym's own scorer, for rows of `arriero data build tasks`",
+    "python:PATH:FUNCTION": "what your function returns for an arriero.rewards.base.Answer",
+    "judge:URL or judge:FILE.toml": "a model behind an OpenAI-compatible API, by a rubric",
+    "llama2:SAFETY,HELPFULNESS": "Llama 2's combination of two rewards, whitened over a batch; llama2-plain: is not",
+}
+"""How each kind is written, and what it rewards: for `arriero ls rewards`."""
 
 
 def _function(argument: str, seconds: float) -> Scorer:
     path, colon, name = argument.rpartition(":")
     check(bool(colon and path and name), f"reward is 'python:{argument}'; write python:PATH:FUNCTION")
     return Isolated("python", path, name, seconds=seconds or USERS, takes_cut=True)
+
+
+def _combined(argument: str, seconds: float, whiten: bool) -> Scorer:
+    safety, comma, helpful = argument.partition(",")
+    check(bool(comma and safety and helpful), f"reward is 'llama2:{argument}'; write llama2:SAFETY,HELPFULNESS")
+    return Combined(open_scorer(safety, seconds), open_scorer(helpful, seconds), whiten)
 
 
 KINDS: dict[str, Callable[[str, float], Scorer]] = {
@@ -40,6 +54,9 @@ KINDS: dict[str, Callable[[str, float], Scorer]] = {
     "unit-tests": lambda field, seconds: UnitTests(field or "tests", Limits(seconds=seconds or CODE)),
     "reasoning-gym": lambda _, seconds: Isolated("reasoning-gym", seconds=seconds or RULE),
     "python": _function,
+    "judge": open_judge,
+    "llama2": lambda argument, seconds: _combined(argument, seconds, whiten=True),
+    "llama2-plain": lambda argument, seconds: _combined(argument, seconds, whiten=False),
 }
 """Each kind's scorer, of what follows its colon and the seconds that an answer may take (0: the kind's own)."""
 

@@ -64,6 +64,11 @@ def main(config: RejectionConfig) -> Outcome | None:
     Raises a `UserError` before anything is sampled for whatever cannot be asked, scored or trained on.
     """
     check_named(config, "rejection")
+    if config.reward.startswith("llama2:"):
+        raise ConfigError(
+            "reward llama2 is whitened over a batch, so answers of different batches cannot be compared; write "
+            "llama2-plain"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("rejection samples in one process; start it without torchrun")
     with claimed(config, "rejection", alone()) as recorded, open_scorer(config.reward, config.reward_seconds) as scorer:

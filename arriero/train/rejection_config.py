@@ -37,8 +37,8 @@ class RejectionConfig(TuneConfig):
     out: PathText = "out/rejection"
     """Run directory: a directory for each round, with all answers, the chosen rows, and the fine-tuning run."""
     reward: str = "exact"
-    """What answers are scored by: exact, numeric, math, regex, json-schema, unit-tests, reasoning-gym, with :FIELD for
-    another field of the row; python:PATH:FUNCTION (docs/rewards.md)."""
+    """What answers are scored by: exact, numeric, math, regex, json-schema, unit-tests, with :FIELD for another field
+    of the row, python:PATH:FUNCTION, and others (arriero ls rewards)."""
     reward_seconds: float = 0.0
     """Seconds that scoring one answer may take; 0 takes the reward's own limit."""
     rounds: int = 1
