@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval needle": use.needle,
     "reward audit": reward.audit,
     "bench infer": use.bench_infer,
+    "bench serve": use.bench_serve,
     "merge": use.merge,
     "convert": use.convert,
     "quantize": use.quantize,

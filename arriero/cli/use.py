@@ -9,7 +9,7 @@ from arriero.errors import ConfigError, require
 from arriero.eval.config import EvalConfig, NeedleConfig
 from arriero.infer.config import BenchConfig, ChatConfig, GenerateConfig
 from arriero.io.paths import PathText
-from arriero.serve.config import ServeConfig
+from arriero.serve.config import LoadConfig, ServeConfig
 from arriero.show.terminal import say
 
 NumberType = Literal["f32", "f16", "bf16"]
@@ -106,6 +106,32 @@ def bench_infer(config: BenchConfig) -> None:
         path = as_path(config.plot)
         with replaced_file(path) as part:
             figure(speeds, config).savefig(part, format=path.suffix[1:])
+        say(f"{config.plot} written")
+
+
+def bench_serve(config: LoadConfig) -> None:
+    """Load-test a server on this machine that speaks OpenAI's API: tokens/s and latencies, by clients at a time.
+
+    Example:
+        arriero bench serve --url http://127.0.0.1:8080 --clients 1 4 16 64 --plot load.png
+    """
+    from rich.live import Live
+
+    from arriero.io.files import replaced_file
+    from arriero.io.paths import as_path
+    from arriero.serve.load import figure, run_load, table
+    from arriero.show.terminal import notes, output, warn_once
+
+    with Live(console=notes(), refresh_per_second=4, transient=True) as live:
+        levels = run_load(config, lambda so_far: live.update(table(so_far)))
+    output().print(table(levels))
+    for level in levels:
+        for why in sorted(set(level.lost)):
+            warn_once(f"{level.clients} clients: {level.lost.count(why)} requests were lost: {why}")
+    if config.plot:
+        path = as_path(config.plot)
+        with replaced_file(path) as part:
+            figure(levels).savefig(part, format=path.suffix[1:])
         say(f"{config.plot} written")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from arriero.errors import ConfigError, check
 from arriero.io.paths import PathText, expand
@@ -126,3 +127,46 @@ def _check_names(names: Iterable[str]) -> None:
             name.isprintable() and 0 < len(name) <= 200, f"{name!r} cannot be a name; take up to 200 printable letters"
         )
         seen.add(name)
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """A load test of a server on this machine."""
+
+    url: str = "http://127.0.0.1:8080"
+    """Address of any server that speaks OpenAI's API, on loopback."""
+    name: str = ""
+    """Which of its models to ask; empty takes the first that it lists."""
+    api_key: str = ""
+    """The server's key; empty takes the environment's ARRIERO_API_KEY."""
+    clients: tuple[int, ...] = (1, 4, 16)
+    """Requests that are under way at a time, one load after the other."""
+    requests: int = 3
+    """Requests that each client makes, one after the other."""
+    system: int = 110
+    """Words of the system prompt that all requests share."""
+    words: tuple[int, int] = (150, 300)
+    """Fewest and most words of a request's own prompt, no two alike."""
+    new_tokens: int = 128
+    """Tokens of each answer."""
+    seed: int = 0
+    """Decides the prompts."""
+    plot: PathText = ""
+    """Where to write a plot of latency against load (.png, .svg, .pdf); empty writes none."""
+
+    def __post_init__(self) -> None:
+        settle(self)
+        parts = urlsplit(self.url)
+        check(
+            parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost", "::1"),
+            f"url is {self.url!r}; a load test is for a server on this machine: http://127.0.0.1:PORT",
+        )
+        check(bool(self.clients) and min(self.clients) >= 1, f"clients is {self.clients}; give numbers of at least 1")
+        for name in ("requests", "new_tokens"):
+            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        low, high = self.words
+        check(1 <= low <= high, f"words is {self.words}; give the fewest and the most words")
+        check(
+            not self.plot or self.plot.endswith((".png", ".svg", ".pdf")),
+            f"plot is {self.plot}; its name must end in .png, .svg or .pdf",
+        )

@@ -132,7 +132,7 @@ class Driver:
         def run() -> None:
             try:
                 given.set_result(function(self.engine))
-            except Exception as error:
+            except BaseException as error:
                 given.set_exception(error)
 
         self.put(run)
@@ -166,7 +166,7 @@ class Driver:
         try:
             events = self.engine.step()
             self._failed = 0
-        except Exception as error:
+        except BaseException as error:  # a library's panic too: the thread has to go on
             self._failed += 1
             complain("".join(traceback.format_exception(error)))
             if self._failed > 1:
@@ -198,8 +198,8 @@ class Driver:
                 number = self.engine.submit(request)
                 ticket.numbers[number] = which
                 self._tickets[number] = ticket
-        except Exception as failure:
-            error = failure
+        except BaseException as failure:
+            error = failure if isinstance(failure, Exception) else RuntimeError(str(failure))
             self._cancel(ticket)
             if not isinstance(error, UserError):
                 complain("".join(traceback.format_exception(error)))
