@@ -124,7 +124,7 @@ def grpo_demo() -> GrpoConfig:
         data=PromptConfig(train="prompts.jsonl"),
         rollout=RolloutConfig(answers=8, max_new_tokens=24),
         optim=OptimConfig(lr=2e-4, schedule="constant", warmup=0.0),
-        loop=LoopConfig(steps=60, batch_rows=16, micro_rows=4),
+        loop=LoopConfig(precision="fp32", steps=60, batch_rows=16, micro_rows=4),
     )
 
 
@@ -140,7 +140,7 @@ def grpo_paper() -> GrpoConfig:
         rollout=RolloutConfig(answers=64, max_new_tokens=1024),
         policy=PolicyConfig(normalise="answers", clip_high=0.2, kl=0.04, kl_in="loss", kl_kind="k3"),
         optim=OptimConfig(lr=1e-6, schedule="constant"),
-        loop=LoopConfig(steps=1000, batch_rows=16, micro_rows=1),
+        loop=LoopConfig(precision="bf16", steps=1000, batch_rows=16, micro_rows=1),
     )
 
 
@@ -155,7 +155,7 @@ def dapo() -> GrpoConfig:
         ),
         policy=PolicyConfig(clip_low=0.2, clip_high=0.28, updates=16),
         optim=OptimConfig(lr=1e-6, schedule="constant"),
-        loop=LoopConfig(steps=1000, batch_rows=512, micro_rows=1),
+        loop=LoopConfig(precision="bf16", steps=1000, batch_rows=512, micro_rows=1),
     )
 
 
@@ -169,7 +169,7 @@ def dr_grpo() -> GrpoConfig:
         rollout=RolloutConfig(answers=8, max_new_tokens=3000),
         policy=PolicyConfig(normalise="longest", clip_high=0.2),
         optim=OptimConfig(lr=1e-6, schedule="constant"),
-        loop=LoopConfig(steps=1000, batch_rows=128, micro_rows=1),
+        loop=LoopConfig(precision="bf16", steps=1000, batch_rows=128, micro_rows=1),
     )
 
 
@@ -181,7 +181,7 @@ def gspo() -> GrpoConfig:
         data=PromptConfig(train="prompts.jsonl"),
         policy=PolicyConfig(loss="gspo", normalise="answers", clip_low=3e-4, clip_high=4e-4, updates=4),
         optim=OptimConfig(lr=1e-6, schedule="constant"),
-        loop=LoopConfig(steps=1000, batch_rows=64, micro_rows=1),
+        loop=LoopConfig(precision="bf16", steps=1000, batch_rows=64, micro_rows=1),
     )
 
 
@@ -204,7 +204,7 @@ def ppo_llama2() -> PpoConfig:
         optim=OptimConfig(
             lr=1e-6, schedule="constant", warmup=0.0, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, clip=1.0
         ),
-        loop=LoopConfig(steps=400, batch_rows=512, micro_rows=8, recompute="full"),
+        loop=LoopConfig(precision="bf16", steps=400, batch_rows=512, micro_rows=8, recompute="full"),
     )
 
 

@@ -153,7 +153,10 @@ class RlConfig(TuneConfig):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, schedule="constant"))
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=100, batch_rows=16, micro_rows=4))
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(steps=100, batch_rows=16, micro_rows=4, precision="fp32")
+    )
+    """fp32 by default: sampler and trainer then agree to 1e-5, in bf16 to a few hundredths of a nat a token."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,7 +216,9 @@ class PpoConfig(RlConfig):
     policy: PolicyConfig = field(
         default_factory=lambda: PolicyConfig(clip_high=0.2, kl=0.01, kl_in="reward", kl_kind="k1", updates=4)
     )
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=100, batch_rows=64, micro_rows=16))
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(steps=100, batch_rows=64, micro_rows=16, precision="fp32")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.answering import ByRule, Killed, killed_in, result
+from helpers.parallel import run_processes
 
 from arriero.data.batch import IGNORED, Row
 from arriero.errors import ConfigError, DataError, TrainingError
@@ -353,3 +355,24 @@ def test_what_cannot_be_trained_so_is_refused(toy_model: Path, prompts: Path, tm
     other.write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
     with pytest.raises(DataError, match=r"row 1 of .*the field 'answer', by which answers are scored, is missing"):
         grpo.build(config(data=PromptConfig(train=str(other), validation="0")), notes(quiet=True))
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_run_of_one(toy_model: Path, prompts: Path, tmp_path: Path) -> None:
+    rule = 'def reward(answer):\n    return answer.text.count("e") / (len(answer.text) or 1)\n'
+    (tmp_path / "letters.py").write_text(rule)
+    told = f"--answers 4 --max-new-tokens 5 --truncated score --validation {prompts.parent / 'held-out.jsonl'}"
+    told += " --batch-rows 4 --micro-rows 2 --steps 3 --lr 1e-2 --warmup 0"
+    command = [sys.executable, "-m", "arriero", "grpo", str(toy_model), "--data", str(prompts), *told.split()]
+    command += ["--reward", f"python:{tmp_path / 'letters.py'}:reward"]
+    run_processes([*command, "--out", str(tmp_path / "one")], 1, 280)
+    run_processes([*command, "--out", str(tmp_path / "two"), "--dp-shard", "2"], 2, 280)
+    one, two = result(tmp_path / "one"), result(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+    asked = [surviving_records(tmp_path / run / "rollouts" / "step-00000001-0.jsonl") for run in ("one", "two")]
+    assert [row["answers"] for row in asked[0]] == [row["answers"] for row in asked[1]]
