@@ -32,6 +32,7 @@ LINES = {
     "generate": "MODEL hi --adapter SHARDS",
     "eval": "MODEL --data SOURCE",
     "eval needle": "MODEL",
+    "eval pass-at-k": "MODEL --data SOURCE",
     "merge": "MODEL SHARDS out",
     "convert": "MODEL OUT --to gguf",
     "bench infer": "MODEL",

@@ -42,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": use.evaluate,
     "eval needle": use.needle,
     "reward audit": reward.audit,
+    "eval pass-at-k": use.pass_at_k,
     "bench infer": use.bench_infer,
     "bench serve": use.bench_serve,
     "merge": use.merge,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from arriero.errors import ConfigError, require
-from arriero.eval.config import EvalConfig, NeedleConfig
+from arriero.eval.config import EvalConfig, NeedleConfig, PassConfig
 from arriero.infer.config import BenchConfig, ChatConfig, GenerateConfig
 from arriero.io.paths import PathText
 from arriero.serve.config import LoadConfig, ServeConfig
@@ -79,6 +79,19 @@ def needle(config: NeedleConfig) -> None:
     from arriero.eval.needle_run import run_needle
 
     run_needle(config)
+
+
+def pass_at_k(config: PassConfig) -> None:
+    """Ask MODEL prompts whose answers can be checked: rewards, pass@1 and pass@k, with intervals.
+
+    Example:
+        arriero data build tasks chain-sum out/sums
+        arriero eval pass-at-k smollm2-135m --data out/sums/test.jsonl --reward numeric
+        arriero eval pass-at-k smollm2-135m --data test.jsonl --adapter out/grpo/adapter --compare-with smollm2-135m
+    """
+    from arriero.eval.verified import run_verified
+
+    run_verified(config)
 
 
 def bench_infer(config: BenchConfig) -> None:

@@ -105,3 +105,59 @@ class NeedleConfig:
         check(self.trials >= 1, f"trials is {self.trials}; it must be at least 1")
         check(self.resamples >= 100, f"resamples is {self.resamples}; an interval needs at least 100")
         check(self.seed >= 0, f"seed is {self.seed}; it must be at least 0")
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """One model (or two, side by side) answering prompts whose answers are checked: rewards and pass@k."""
+
+    model: PathText = ""
+    """What is measured: a directory, a .gguf file, a Hub id, or a built-in name."""
+    data: PathText = ""
+    """Rows with `prompt` (a text, or messages) and what the reward needs, such as `answer`."""
+    reward: str = "numeric"
+    """What scores the answers: exact, numeric, math, regex, json-schema, unit-tests, python:PATH:FUNCTION and others
+    (docs/rewards.md)."""
+    reward_seconds: float = 0.0
+    """Seconds that scoring one answer may take; 0 takes the reward's own limit."""
+    adapter: PathText = ""
+    """Directory of a LoRA adapter laid over the model; empty for none."""
+    compare_with: PathText = ""
+    """A second model, measured first on the same rows without the adapter: the "before" of the table."""
+    chat_template: PathText = ""
+    """A template's name or a .jinja file, of both models; empty takes each one's own."""
+    raw: bool = False
+    """Give the prompts as plain text to continue, without the chat template."""
+    out: PathText = ""
+    """Directory for results.json and samples.jsonl; empty writes nothing."""
+    rows: int = 0
+    """Rows measured, from the top of the file; 0 for all."""
+    answers: int = 8
+    """Sampled answers to each prompt, beside a greedy one: k of pass@k."""
+    temperature: float = 1.0
+    """Of sampling, over the whole vocabulary."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens; one that is cut is wrong."""
+    max_prompt: int = 1024
+    """Longest prompt, in tokens."""
+    at_once: int = 64
+    """Answers that are decoded at a time."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of activations and matmuls; softmax and sums are fp32 in both."""
+    quantize: Literal["", "int8", "int4"] = ""
+    """Measure `model` with its matrices rounded as `arriero chat --quantize` rounds them; `compare_with` as it is."""
+    resamples: int = 2000
+    """Bootstrap resamples behind each interval."""
+    seed: int = 0
+    """Decides the sampled answers and the bootstrap's resamples."""
+    examples: int = 5
+    """Rows shown in full on the screen."""
+
+    def __post_init__(self) -> None:
+        settle(self)
+        for name in ("answers", "max_new_tokens", "max_prompt", "at_once"):
+            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        check(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0 (one is greedy anyway)")
+        check(self.resamples >= 100, f"resamples is {self.resamples}; an interval needs at least 100")
+        for name in ("rows", "examples", "seed"):
+            check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")

@@ -52,18 +52,23 @@ MEASURES = {
     "exact": Measure("exact match", "higher", ".1%"),
     "one_sentence": Measure("one sentence", "higher", ".1%"),
     "stopped": Measure("stops by itself", "higher", ".1%"),
+    "greedy_reward": Measure("reward, greedy", "higher"),
+    "reward": Measure("mean reward", "higher"),
     "found": Measure("finds the key", "higher", ".1%"),
     "chosen": Measure("prefers it to 9 others", "higher", ".1%", chance=0.1),
     "key_bits": Measure("bits of the key", "lower", ".2f"),
 }
 
 
+PASS_AT = "pass@"  # followed by k
 BY_SOURCE = "bits_per_byte_"  # followed by a source's name, as in validations of pretraining
 MOST_SOURCES = 20  # that a table shows
 
 
 def measure_of(key: str) -> Measure:
-    """The measure that a key of `Results.ratios` names: one of `MEASURES`, or the bits per byte of a source."""
+    """The measure that a key of `Results.ratios` names: one of `MEASURES`, pass@k, or the bits per byte of a source."""
+    if key.startswith(PASS_AT):
+        return Measure(key, "higher", ".1%")
     if not key.startswith(BY_SOURCE):
         return MEASURES[key]
     return Measure(f"{MEASURES['bits_per_byte'].name}: {key.removeprefix(BY_SOURCE)}", "lower")

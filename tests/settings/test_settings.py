@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from arriero.curate.config import CurateConfig
 from arriero.errors import ConfigError
-from arriero.eval.config import EvalConfig, NeedleConfig
+from arriero.eval.config import EvalConfig, NeedleConfig, PassConfig
 from arriero.infer.config import ChatConfig, GenerateConfig
 from arriero.settings import (
     apply_overrides,
@@ -249,7 +249,17 @@ def test_text_that_no_file_could_hold_is_refused_and_the_largest_numbers_are_not
     assert made.sizes["a"] == 2**63 - 1 and made.place == Path("~/x").expanduser()
 
 
-CONFIGS = (SftConfig, PretrainConfig, GenerateConfig, ChatConfig, EvalConfig, NeedleConfig, SweepConfig, CurateConfig)
+CONFIGS = (
+    SftConfig,
+    PretrainConfig,
+    GenerateConfig,
+    ChatConfig,
+    EvalConfig,
+    NeedleConfig,
+    PassConfig,
+    SweepConfig,
+    CurateConfig,
+)
 
 
 @pytest.mark.parametrize("cls", CONFIGS)
