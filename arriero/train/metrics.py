@@ -248,7 +248,8 @@ class LiveLine:
         per_byte = measured.get("bits_per_byte")
         bits = "" if per_byte is None else f"  {per_byte:.4f} bits/byte"
         width = len(str(self._total))
-        text = f"step {step:>{width}}/{self._total}  validation loss {measured['loss']:.4f}{bits}"
+        shown = "reward" if "reward" in measured else "loss"
+        text = f"step {step:>{width}}/{self._total}  validation {shown} {measured[shown]:.4f}{bits}"
         self._console.print(text, soft_wrap=True, highlight=False)
 
     def _text(self, metrics: Mapping[str, Any], now: float) -> Text:

@@ -72,19 +72,19 @@ def curves_png(steps: list[dict[str, Any]], validation: list[dict[str, Any]], th
     """Draw training loss (each step, and smoothed), validation loss, and the learning rate below them."""
     figure = Figure(figsize=(9, 5.4), dpi=160, facecolor=theme.background, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
-    x = [record["step"] for record in steps]
-    losses = [math.nan if record["loss"] is None else record["loss"] for record in steps]
+    x, shown = [record["step"] for record in steps], _shown_of(steps, validation)
+    losses = [math.nan if record[shown] is None else record[shown] for record in steps]
     if steps:
         top.plot(x, losses, color=theme.first, alpha=0.3, linewidth=1)
         top.plot(x, smoothed(losses), color=theme.first, linewidth=2, label="training, smoothed")
         bottom.plot(x, [record["lr"] for record in steps], color=theme.text, linewidth=1.5)
     if validation:
-        points = [record["step"] for record in validation], [record["loss"] for record in validation]
+        points = [record["step"] for record in validation], [record[shown] for record in validation]
         top.plot(*points, color=theme.second, linewidth=2, marker="o", markersize=4.5, label="validation")
         best = min(validation, key=lambda record: record["loss"])
         top.annotate(
-            f"{best['loss']:.3f}",
-            (best["step"], best["loss"]),
+            f"{best[shown]:.3f}",
+            (best["step"], best[shown]),
             xytext=(0, -15),
             textcoords="offset points",
             ha="center",
@@ -92,7 +92,7 @@ def curves_png(steps: list[dict[str, Any]], validation: list[dict[str, Any]], th
             fontweight="bold",
         )
         top.margins(y=0.12)
-    top.set_ylabel("loss (nats per token)", color=theme.text)
+    top.set_ylabel("mean reward" if shown == "reward" else "loss (nats per token)", color=theme.text)
     bottom.set_ylabel("learning rate", color=theme.text)
     bottom.set_xlabel("optimizer step", color=theme.text)
     bottom.set_ylim(bottom=0)
@@ -102,6 +102,12 @@ def curves_png(steps: list[dict[str, Any]], validation: list[dict[str, Any]], th
     dress((top, bottom), theme)
     top.legend(frameon=False, labelcolor=theme.text, loc="upper right")
     return png(figure)
+
+
+def _shown_of(steps: list[dict[str, Any]], validation: list[dict[str, Any]]) -> str:
+    """What a run is judged by: its loss, or where answers earn a reward, that."""
+    records = steps or validation
+    return "reward" if records and all("reward" in record for record in records) else "loss"
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -143,15 +149,15 @@ def _title(config: dict[str, Any], run_dir: Path) -> str:
 def _summary(steps: list[dict[str, Any]], validation: list[dict[str, Any]], run_dir: Path) -> str:
     if not steps:
         return "No step has been logged."
-    last, total = steps[-1], _total_steps(run_dir)
+    last, total, shown = steps[-1], _total_steps(run_dir), _shown_of(steps, validation)
     stopped = f"Stopped at step {last['step']:,} of {total:,}" if total and last["step"] < total else ""
     text = stopped or f"{last['step']:,} steps"
     text += f" over {last['trained_tokens']:,} trained tokens ({last['tokens']:,} read)"
     if len(validation) > 1:
         best = min(validation, key=lambda record: record["loss"])
-        text += f": validation loss from {validation[0]['loss']:.3f} to {best['loss']:.3f} at step {best['step']:,}"
+        text += f": validation {shown} from {validation[0][shown]:.3f} to {best[shown]:.3f} at step {best['step']:,}"
     elif last["loss"] is not None:
-        text += f": training loss {last['loss']:.3f} at the last step"
+        text += f": training {shown} {last[shown]:.3f} at the last step"
     return text + "."
 
 
@@ -166,7 +172,8 @@ def _tiles(steps: list[dict[str, Any]], validation: list[dict[str, Any]]) -> lis
     tiles = []
     if validation:
         best = min(validation, key=lambda record: record["loss"])
-        tiles.append(("best validation loss", f"{best['loss']:.3f}"))
+        shown = _shown_of(steps, validation)
+        tiles.append((f"best validation {shown}", f"{best[shown]:.3f}"))
         if best.get("bits_per_byte") is not None:
             tiles.append(("bits per byte", f"{best['bits_per_byte']:.3f}"))
     if steps:

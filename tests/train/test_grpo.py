@@ -73,6 +73,7 @@ def test_a_run_raises_its_reward_and_leaves_a_whole_record(toy_model: Path, prom
     assert validation[0]["kl"] == pytest.approx(0, abs=1e-5) and validation[-1]["kl"] > 0.01
     assert validation[-1]["reward"] == -validation[-1]["loss"] > validation[0]["reward"]
     assert len(validation[0]["samples"]) == 2
+    assert "validation reward from" in (tmp_path / "run" / "report.html").read_text()
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"model", "report.html", "rollouts", "samples.jsonl"}
     [first, *_] = surviving_records(tmp_path / "run" / "rollouts" / "step-00000001-0.jsonl")
     assert first["asked"]["text"].startswith("What is") and first["weights"]["step"] == 0
