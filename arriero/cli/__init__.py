@@ -50,6 +50,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": use.quantize,
     "data inspect": data.inspect,
     "data verify": data.verify,
+    "data why": data.why,
     "data build docstrings": data.build_docstrings,
     "data build tasks": data.build_tasks,
     "data build preferences": data.build_preferences,

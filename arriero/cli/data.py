@@ -305,3 +305,20 @@ def build_tasks(
         f"{out} written: {stats['train']:,} questions to train on and {stats['held_out']:,} held out, "
         f"{stats['overlap']} of them in both; {stats['repeated']:,} drawn again were dropped"
     )
+
+
+def why(file: Path, row: int) -> None:
+    """Say where a row that a run made comes from: prompt, round or step, weights, checkpoint, and what scored it.
+
+    Example:
+        arriero data why out/grpo/rollouts/step-00000012-0.jsonl 3
+        arriero data why out/rejection/round-2/chosen.jsonl 17
+
+    Args:
+        file: A file of RUN/rollouts/, or RUN/round-N/chosen.jsonl.
+        row: Its row, from 1.
+    """
+    from arriero.train.why import why as found
+
+    for name, value in found(file, row):
+        say(f"{name:<11} {value}")

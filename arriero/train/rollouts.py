@@ -15,6 +15,7 @@ batch, which groups are left out) is computed alike on each of them.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from arriero.data.prompts import Prompt, Prompts
 from arriero.distributed.mesh import Mesh
+from arriero.errors import TrainingError
 from arriero.infer.config import SamplingConfig
 from arriero.infer.request import Completion, Request
 from arriero.io.files import write_jsonl
@@ -181,6 +183,12 @@ class Rollouts:
         found = []
         for group in mine:
             each = [(a, next(scores)) for a in group.answers]
+            for _, s in each:
+                if not math.isfinite(s.value):
+                    raise TrainingError(
+                        f"{prompts[group.prompt].where}: the reward of an answer is {s.value}; it must be a finite "
+                        f"number: mend the reward {self.reward}"
+                    )
             rated = [replace(a, value=float(s.value), outcome=s.outcome, note=s.note) for a, s in each]
             found.append(replace(group, answers=rated))
         shared = self._shared(found)

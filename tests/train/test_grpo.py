@@ -29,6 +29,7 @@ from arriero.train.recipe import execute
 from arriero.train.rl import RlRun
 from arriero.train.rl_config import GrpoConfig, PolicyConfig, PromptConfig, RolloutConfig
 from arriero.train.rollouts import Sampled
+from arriero.train.why import why
 
 
 def settings(toy_model: Path, prompts: Path, out: Path, steps: int = 4, **more: Any) -> GrpoConfig:
@@ -77,6 +78,11 @@ def test_a_run_raises_its_reward_and_leaves_a_whole_record(toy_model: Path, prom
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"model", "report.html", "rollouts", "samples.jsonl"}
     [first, *_] = surviving_records(tmp_path / "run" / "rollouts" / "step-00000001-0.jsonl")
     assert first["asked"]["text"].startswith("What is") and first["weights"]["step"] == 0
+    said = dict(why(tmp_path / "run" / "rollouts" / "step-00000010-0.jsonl", 2))
+    assert (
+        said["weights"] == "after step 9" and "step-00000009" in said["checkpoint"] and said["model"] == str(toy_model)
+    )
+    assert said["prompt"].startswith("row ") and "(scored)" in said["answer 0"] and said["scored by"] == "exact"
     assert all(len(a["ids"]) == len(a["logprobs"]) and a["outcome"] == "scored" for a in first["answers"])
 
 
@@ -291,6 +297,12 @@ def test_kl_in_the_loss_is_a_term_of_it(toy_model: Path, prompts: Path, tmp_path
     second = run.trainer.update(run.prepared.rollouts(1))
     assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-6
     assert second["loss"] == pytest.approx(second["policy"] + 0.1 * second["kl"])
+
+
+def test_a_reward_that_is_no_number_is_refused_with_its_row(run: RlRun) -> None:
+    run.prepared.rollouts.scorer = ByRule(lambda text: float("nan"))
+    with pytest.raises(TrainingError, match=r"row \d+ of .*the reward of an answer is nan; it must be a finite number"):
+        run.prepared.rollouts(0)
 
 
 # -- which prompts -----------------------------------------------------------------------------------------------------
