@@ -6,10 +6,12 @@ Peak memory is one model plus one tensor, whatever the format and the cast.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from arriero.checkpoint.adapter import load_adapter
 from arriero.checkpoint.gguf import open_gguf
@@ -23,6 +25,7 @@ from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError
 from arriero.io.gguf_header import read_metadata
 from arriero.model.build import empty_model
+from arriero.model.filed import file_linears
 from arriero.model.llama import EMBEDDINGS, HeadKind, Llama
 from arriero.model.packed import pack_linears
 from arriero.quant.packed import Quantized
@@ -62,6 +65,7 @@ def load_model(
     head: HeadKind = "logits",
     packed: bool = False,
     quantize: str = "",
+    filed: bool = False,
 ) -> Llama:
     """Load a model by path, Hub id or built-in name, ready for use (`.train()` for dropout).
 
@@ -70,6 +74,7 @@ def load_model(
     packed: hold matrices that are stored quantised as they are (model/packed.py), not multiplied out: to run them.
     quantize: hold all matrices so, those that are not quantised yet in the nearest codes of "int8" or "int4", which are
     cached (rounded.py).
+    filed: leave the matrices in the file, for an `Engine` to read them one by one (model/filed.py).
     Raises `CheckpointError` when it is not found, damaged, or of an unknown architecture.
     """
     weights = held_in(open_weights(resolve(name_or_path)), quantization)
@@ -78,17 +83,28 @@ def load_model(
         weights, packed = rounded_in(weights, quantize, quantization), True
     dtype = dtype or weights.dtype
     model = empty_model(weights.config, head)
+    if filed:
+        file_linears(model, partial(_matrix, weights, packed, dtype), dtype)
     state, held = {}, dict[str, Quantized]()
+    kept = dict(model.named_parameters())
     for name in weights.entries:
+        if name not in kept and filed:
+            continue
         progress(name)
-        if packed and name != EMBEDDINGS and (matrix := weights.packed(name)) is not None:  # embeddings are looked up
-            held[name] = matrix
+        found = weights.read(name).to(dtype) if name == EMBEDDINGS else _matrix(weights, packed, dtype, name)
+        if isinstance(found, Quantized):
+            held[name] = found
         else:
-            state[name] = weights.read(name).to(device, dtype)
+            state[name] = found.to(device)
     pack_linears(model.to(dtype), lambda name, _: held.get(name))
     model.load_state_dict(state, assign=True, strict=False)  # a tied head is missing; `checked` has checked the others
     model.tie_weights()
     return model.to(device).eval() if held else model.eval()
+
+
+def _matrix(weights: Weights, packed: bool, dtype: torch.dtype, name: str) -> Tensor | Quantized:
+    matrix = weights.packed(name) if packed else None
+    return weights.read(name).to(dtype) if matrix is None else matrix
 
 
 def check_head(weights: Weights, wanted: HeadKind) -> None:
@@ -119,18 +135,21 @@ def load(
     adapter: str | Path | None = None,
     chat_template: str = "",
     quantize: str = "",
+    filed: bool = False,
 ) -> tuple[Llama, Tokenizer]:
     """Load a model and its tokenizer by path, Hub id or built-in name, with a PEFT adapter on it when given.
 
     Matrices that are stored quantised are held so, except in fp32, which multiplies them out. An adapter that was
     trained on a quantised base gets its base's weights as that format holds them (held.py). chat_template: as in
     `load_tokenizer_at`.
-    quantize: as in `load_model`; the adapter's matrices are not rounded.
+    quantize, filed: as in `load_model`; the adapter's matrices are not rounded.
     """
     path = resolve(name)
     kind = None if adapter is None else kind_of_base(resolve(adapter))
     packed = dtype not in (None, torch.float32)
-    model = load_model(path, dtype=dtype, device=device, quantization=kind, packed=packed, quantize=quantize)
+    model = load_model(
+        path, dtype=dtype, device=device, quantization=kind, packed=packed, quantize=quantize, filed=filed
+    )
     if adapter is not None:
         load_adapter(model, adapter, base=name)
     tokenizer = load_tokenizer_at(path, adapter=adapter, chat_template=chat_template)

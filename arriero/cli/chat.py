@@ -49,6 +49,7 @@ def load_chosen(config: GenerateConfig | ChatConfig) -> tuple[Llama, Tokenizer]:
         adapter=config.adapter or None,
         chat_template=config.chat_template,
         quantize=config.quantize,
+        filed=best_device() == "cpu",
     )
 
 

@@ -35,6 +35,7 @@ from arriero.infer.scheduler import Plan, Scheduler
 from arriero.infer.speculate import Drafted, Lookup
 from arriero.infer.step import BLOCK, Step
 from arriero.infer.torch_step import TorchStep, block_bytes, computed_in
+from arriero.model.filed import hold
 from arriero.model.llama import Llama
 from arriero.model.lora_config import LoraConfig
 from arriero.tokenizer.base import Tokenizer
@@ -45,7 +46,7 @@ CACHE_BYTES = 1 << 30
 def open_step(model: Llama, context: int, n_blocks: int) -> Step:
     """The fastest step for this model, with so many blocks of cache: in C++ where it runs."""
     library = _library(model, context)
-    return native_step.NativeStep(library, model, n_blocks) if library else TorchStep(model, n_blocks)
+    return native_step.NativeStep(library, model, n_blocks) if library else TorchStep(hold(model), n_blocks)
 
 
 def _block_bytes(model: Llama, context: int) -> int:

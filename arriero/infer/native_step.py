@@ -27,6 +27,7 @@ from arriero.errors import ConfigError
 from arriero.infer.step import BLOCK, StepInput
 from arriero.infer.torch_step import computed_in
 from arriero.model.config import LlamaConfig
+from arriero.model.filed import FiledLinear
 from arriero.model.linear import Linear
 from arriero.model.llama import EMBEDDINGS, HEAD, Llama
 from arriero.model.lora import LoraLinear
@@ -106,6 +107,8 @@ def _runs(module: Any) -> bool:
     """Whether the kernels have this linear: dense in fp32 or bf16, or quantised in groups that they know."""
     if isinstance(module, LoraLinear):
         return _runs(module.base)
+    if type(module) is FiledLinear:  # what is quantised in other groups is multiplied out when it is packed
+        return module.dtype in (torch.float32, torch.bfloat16)
     if type(module) is PackedLinear:
         return _whole_groups(module.matrix)
     if type(module) is QuantizedLinear:
@@ -271,6 +274,11 @@ def _packed(library: ctypes.CDLL, module: Any) -> PackedMatrix:
     if isinstance(module, LoraLinear):
         acts = isinstance(module.active, str) and module.active in module.scales
         return _packed_dense(library, module.dense()) if acts else _packed(library, module.base)
+    if type(module) is FiledLinear:
+        found = module.read()
+        if isinstance(found, Quantized) and _whole_groups(found):
+            return pack_quantized(library, found)
+        return _packed_dense(library, found.dense(module.dtype) if isinstance(found, Quantized) else found)
     if type(module) is PackedLinear:
         return pack_quantized(library, module.matrix)
     if type(module) is QuantizedLinear:
