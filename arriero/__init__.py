@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from arriero.api import pretrain as pretrain
     from arriero.api import rejection as rejection
     from arriero.api import sft as sft
+    from arriero.checkpoint.average import average as average
     from arriero.checkpoint.convert import convert as convert
     from arriero.checkpoint.load import load as load
     from arriero.checkpoint.merge import merge as merge
@@ -56,6 +57,7 @@ _HOMES = {
     "pretrain": "arriero.api",
     "rejection": "arriero.api",
     "sft": "arriero.api",
+    "average": "arriero.checkpoint.average",
     "convert": "arriero.checkpoint.convert",
     "load": "arriero.checkpoint.load",
     "merge": "arriero.checkpoint.merge",

@@ -34,6 +34,7 @@ LINES = {
     "eval needle": "MODEL",
     "eval pass-at-k": "MODEL --data SOURCE",
     "merge": "MODEL SHARDS out",
+    "average": "MODEL SHARDS --out out",
     "convert": "MODEL OUT --to gguf",
     "bench infer": "MODEL",
     "quantize": "MODEL OUT",

@@ -46,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench infer": use.bench_infer,
     "bench serve": use.bench_serve,
     "merge": use.merge,
+    "average": use.average,
     "convert": use.convert,
     "quantize": use.quantize,
     "data inspect": data.inspect,

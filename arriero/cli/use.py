@@ -201,6 +201,38 @@ def merge(
     )
 
 
+def average(
+    models: tuple[PathText, ...],
+    *,
+    out: Path,
+    weights: tuple[float, ...] = (),
+    base: PathText | None = None,
+    dtype: NumberType | None = None,
+    force: bool = False,
+) -> None:
+    """Average the weights of models, or exactly what adapters of one model add, over several runs of a stage.
+
+    Example:
+        arriero average out/run-1/model out/run-2/model out/run-3/model --out out/averaged
+        arriero average out/a/adapter out/b/adapter --weights 2 1 --out out/mixed
+
+    Args:
+        models: Directories (or GGUF files) of models of one shape, or of adapters of one model.
+        out: Directory for the average.
+        weights: A number above 0 for each, of which only the proportions count; all alike when not given.
+        base: The model that adapters were trained on; when not given, the one that the first adapter names.
+        dtype: Type of a written model; the first one's own when not given.
+        force: Overwrite what is there.
+    """
+    import torch
+
+    from arriero.checkpoint.average import average as mean
+
+    types = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+    mean(models, out, weights=weights, base=base or "", dtype=types[dtype] if dtype else None, force=force)
+    say(f"{out} written: the average of {len(models)}")
+
+
 def convert(
     src: PathText,
     dst: Path,
