@@ -42,6 +42,8 @@ LINES = {
     "data verify": "SHARDS",
     "data build docstrings": "out --source SOURCE",
     "data build preferences": "SHARDS OUT",
+    "data build gatt": "MODEL SOURCE out.jsonl",
+    "data build distill": "MODEL SOURCE out.jsonl --preprompt x",
     "data build tasks": "chain-sum OUT --train 3 --held-out 2",
     "tokenizer train": "SOURCE --out OUT --vocab-size 300 --n-special 11",
     "tokenizer encode": "MODEL --file MISSING",

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from arriero.cli import data, recipes, reward, scaling, tokenizer, train, use
+from arriero.cli import data, data_from_models, recipes, reward, scaling, tokenizer, train, use
 from arriero.cli.parsing import call, description
 from arriero.errors import UserError, did_you_mean
 from arriero.io.limits import NAMELESS, raise_open_files, remedy
@@ -54,6 +54,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data why": data.why,
     "data build docstrings": data.build_docstrings,
     "data build tasks": data.build_tasks,
+    "data build gatt": data_from_models.gatt,
+    "data build distill": data_from_models.distill,
     "data build preferences": data.build_preferences,
     "tokenizer train": tokenizer.train,
     "tokenizer encode": tokenizer.encode,

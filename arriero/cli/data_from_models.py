@@ -1,0 +1,137 @@
+"""Commands that make fine-tuning data of a model's own answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from arriero.errors import ConfigError, DataError
+from arriero.io.paths import PathText
+from arriero.show.terminal import say
+
+Precision = Literal["bf16", "fp32"]
+
+
+def gatt(
+    model: PathText,
+    data: PathText,
+    out: Path,
+    *,
+    adapter: PathText = "",
+    instructions: PathText | None = None,
+    most: int = 2,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    chat_template: PathText = "",
+    precision: Precision = "bf16",
+    seed: int = 0,
+) -> None:
+    """Make ghost attention's rows: an instruction in the first turn alone that the answers of all turns obey.
+
+    Example:
+        arriero data build gatt my-llama dialogues.jsonl out/gatt.jsonl
+        arriero data build gatt my-llama dialogues.jsonl out/gatt.jsonl --instructions mine.jsonl --most 3
+
+    Args:
+        model: The model that answers under the instruction, which is joined to every turn.
+        data: Dialogues (messages); the user's turns are kept, the answers sampled anew.
+        out: File for the rows, which `arriero sft` reads; the last answer alone is trained.
+        adapter: Directory of a LoRA adapter laid over the model; empty for none.
+        instructions: A file of rows long, short and kind; built-in ones when not given.
+        most: Instructions of different kinds that are joined, at most.
+        temperature: Of sampling; 0 takes the most probable token.
+        max_new_tokens: Longest answer, in tokens; a dialogue with an answer that is cut is left out.
+        chat_template: A template's name or a .jinja file; empty takes the model's own.
+        precision: Type of weights and cache.
+        seed: Decides the instructions and the answers.
+    """
+    from arriero.data.formats import parse_records
+    from arriero.io.files import write_jsonl
+    from arriero.io.records import read_records, source_files
+    from arriero.train.answering import open_answering
+    from arriero.train.ghost_attention import BUILT_IN, build_gatt, draw, read_instructions
+
+    if most < 1:
+        raise ConfigError(f"most is {most}; it must be at least 1")
+    records = (record for path in source_files(data) for record in read_records(path))
+    talks = [(conversation.messages, conversation.where) for conversation in parse_records(records)]
+    dialogues = draw(talks, read_instructions(instructions) if instructions else BUILT_IN, most, seed)
+    answering = open_answering(
+        model, adapter=adapter, precision=precision, chat_template=chat_template, max_new_tokens=max_new_tokens,
+        temperature=temperature, seed=seed,
+    )  # fmt: skip
+    rows = build_gatt(dialogues, answering)
+    if not rows:
+        raise DataError(f"every dialogue has an answer of over {max_new_tokens} tokens; raise --max-new-tokens")
+    write_jsonl(out, rows)
+    say(f"{out} written: {len(rows):,} rows; {len(dialogues) - len(rows):,} dialogues with a cut answer were left out")
+
+
+def distill(
+    model: PathText,
+    data: PathText,
+    out: Path,
+    *,
+    preprompt: str = "",
+    preprompts: PathText | None = None,
+    reward: str = "",
+    adapter: PathText = "",
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    max_prompt: int = 1024,
+    chat_template: PathText = "",
+    precision: Precision = "bf16",
+    seed: int = 0,
+) -> None:
+    """Make rows for context distillation: answers given under a preprompt, to prompts without it.
+
+    Example:
+        arriero data build distill my-llama prompts.jsonl out/rows.jsonl --preprompt "You are careful and polite."
+        arriero data build distill my-llama adversarial.jsonl out/rows.jsonl --preprompts by-category.json \\
+            --reward python:safety.py:reward
+
+    Args:
+        model: The model that answers.
+        data: Prompts (prompt, or messages).
+        out: File for the rows, which `arriero sft` reads.
+        preprompt: What the model is told before every prompt.
+        preprompts: A JSON file of preprompts by the rows' field `category`, in place of `preprompt`.
+        reward: Keep a row only where this reward prefers the answer under the preprompt (arriero ls rewards).
+        adapter: Directory of a LoRA adapter laid over the model; empty for none.
+        temperature: Of sampling; 0 takes the most probable token.
+        max_new_tokens: Longest answer, in tokens; one that is cut is left out.
+        max_prompt: Longest prompt, in tokens.
+        chat_template: A template's name or a .jinja file; empty takes the model's own.
+        precision: Type of weights and cache.
+        seed: Decides the answers.
+    """
+    from contextlib import nullcontext
+
+    from arriero.data.prompts import read_prompts
+    from arriero.io.files import write_jsonl
+    from arriero.io.reading import read_json
+    from arriero.rewards.open import open_scorer
+    from arriero.train.answering import open_answering
+    from arriero.train.context_distillation import build_distill, preprompt_of
+
+    if bool(preprompt) == bool(preprompts):
+        raise ConfigError("give one of --preprompt and --preprompts: what the model is told before a prompt")
+    told = read_json(Path(preprompts), refusal=ConfigError) if preprompts else {"": preprompt}
+    if not all(isinstance(text, str) and text.strip() for text in told.values()):
+        raise ConfigError(f"{preprompts}: a preprompt is no text, or empty; write {{category: text}}")
+    answering = open_answering(
+        model, adapter=adapter, precision=precision, chat_template=chat_template, max_new_tokens=max_new_tokens,
+        temperature=temperature, seed=seed,
+    )  # fmt: skip
+    prompts = read_prompts(data, answering.tokenizer, max_length=max_prompt)
+    with open_scorer(reward) if reward else nullcontext() as scorer:
+        for prompt in prompts:
+            preprompt_of(prompt, told)
+            if scorer is not None:
+                scorer.check(prompt.fields, prompt.where)
+        rows, left_out = build_distill(prompts, told, answering, scorer)
+    why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+    if not rows:
+        raise DataError(f"no answer is worth learning ({why}); raise --max-new-tokens, or take another preprompt")
+    write_jsonl(out, rows)
+    say(f"{out} written: {len(rows):,} rows" + (f"; left out: {why}" if why else ""))
