@@ -17,12 +17,13 @@ def gatt(
     data: PathText,
     out: Path,
     *,
-    adapter: PathText = "",
+    adapter: PathText | None = None,
     instructions: PathText | None = None,
     most: int = 2,
+    obeyed: bool = False,
     temperature: float = 1.0,
     max_new_tokens: int = 256,
-    chat_template: PathText = "",
+    chat_template: PathText | None = None,
     precision: Precision = "bf16",
     seed: int = 0,
 ) -> None:
@@ -36,12 +37,13 @@ def gatt(
         model: The model that answers under the instruction, which is joined to every turn.
         data: Dialogues (messages); the user's turns are kept, the answers sampled anew.
         out: File for the rows, which `arriero sft` reads; the last answer alone is trained.
-        adapter: Directory of a LoRA adapter laid over the model; empty for none.
+        adapter: Directory of a LoRA adapter laid over the model; none when not given.
         instructions: A file of rows long, short and kind; built-in ones when not given.
         most: Instructions of different kinds that are joined, at most.
+        obeyed: Leave out dialogues with an answer that does not obey, where a rule can tell: of the built-in ones.
         temperature: Of sampling; 0 takes the most probable token.
         max_new_tokens: Longest answer, in tokens; a dialogue with an answer that is cut is left out.
-        chat_template: A template's name or a .jinja file; empty takes the model's own.
+        chat_template: A template's name or a .jinja file; the model's own when not given.
         precision: Type of weights and cache.
         seed: Decides the instructions and the answers.
     """
@@ -57,14 +59,15 @@ def gatt(
     talks = [(conversation.messages, conversation.where) for conversation in parse_records(records)]
     dialogues = draw(talks, read_instructions(instructions) if instructions else BUILT_IN, most, seed)
     answering = open_answering(
-        model, adapter=adapter, precision=precision, chat_template=chat_template, max_new_tokens=max_new_tokens,
-        temperature=temperature, seed=seed,
+        model, adapter=adapter or "", precision=precision, chat_template=chat_template or "",
+        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
     )  # fmt: skip
-    rows = build_gatt(dialogues, answering)
+    rows, left_out = build_gatt(dialogues, answering, obeyed)
+    why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
     if not rows:
-        raise DataError(f"every dialogue has an answer of over {max_new_tokens} tokens; raise --max-new-tokens")
+        raise DataError(f"no dialogue is worth learning ({why}); raise --max-new-tokens, or take other instructions")
     write_jsonl(out, rows)
-    say(f"{out} written: {len(rows):,} rows; {len(dialogues) - len(rows):,} dialogues with a cut answer were left out")
+    say(f"{out} written: {len(rows):,} rows" + (f"; left out: {why}" if why else ""))
 
 
 def distill(
@@ -75,11 +78,11 @@ def distill(
     preprompt: str = "",
     preprompts: PathText | None = None,
     reward: str = "",
-    adapter: PathText = "",
+    adapter: PathText | None = None,
     temperature: float = 1.0,
     max_new_tokens: int = 256,
     max_prompt: int = 1024,
-    chat_template: PathText = "",
+    chat_template: PathText | None = None,
     precision: Precision = "bf16",
     seed: int = 0,
 ) -> None:
@@ -97,11 +100,11 @@ def distill(
         preprompt: What the model is told before every prompt.
         preprompts: A JSON file of preprompts by the rows' field `category`, in place of `preprompt`.
         reward: Keep a row only where this reward prefers the answer under the preprompt (arriero ls rewards).
-        adapter: Directory of a LoRA adapter laid over the model; empty for none.
+        adapter: Directory of a LoRA adapter laid over the model; none when not given.
         temperature: Of sampling; 0 takes the most probable token.
         max_new_tokens: Longest answer, in tokens; one that is cut is left out.
         max_prompt: Longest prompt, in tokens.
-        chat_template: A template's name or a .jinja file; empty takes the model's own.
+        chat_template: A template's name or a .jinja file; the model's own when not given.
         precision: Type of weights and cache.
         seed: Decides the answers.
     """
@@ -120,8 +123,8 @@ def distill(
     if not all(isinstance(text, str) and text.strip() for text in told.values()):
         raise ConfigError(f"{preprompts}: a preprompt is no text, or empty; write {{category: text}}")
     answering = open_answering(
-        model, adapter=adapter, precision=precision, chat_template=chat_template, max_new_tokens=max_new_tokens,
-        temperature=temperature, seed=seed,
+        model, adapter=adapter or "", precision=precision, chat_template=chat_template or "",
+        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
     )  # fmt: skip
     prompts = read_prompts(data, answering.tokenizer, max_length=max_prompt)
     with open_scorer(reward) if reward else nullcontext() as scorer:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,23 +124,27 @@ def read_instructions(source: str) -> list[Instruction]:
     return found
 
 
-def build_gatt(dialogues: Sequence[Dialogue], answering: Answering) -> list[dict[str, Any]]:
-    """Rows of the dialogues, their answers sampled under the instruction; without those that an answer was cut in."""
+def build_gatt(
+    dialogues: Sequence[Dialogue], answering: Answering, obeyed: bool = False
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Rows of the dialogues, their answers sampled under the instruction, and how many were left out and why.
+
+    obeyed: leave out those with an answer of which a rule says that it does not obey.
+    """
     talks: list[Messages] = [[] for _ in dialogues]
+    dropped: dict[int, str] = {}
     for turn in range(max((len(d.turns) for d in dialogues), default=0)):
-        asked = [i for i, d in enumerate(dialogues) if turn < len(d.turns) and talks[i] is not _CUT]
+        asked = [i for i, d in enumerate(dialogues) if turn < len(d.turns) and i not in dropped]
         for i in asked:
             talks[i].append({"role": "user", "content": joined(dialogues[i].long, dialogues[i].turns[turn])})
         for i, answer in zip(asked, answering([talks[i] for i in asked], f"turn {turn}"), strict=True):
-            whole = answer.stopped and bool(answer.text.strip())
-            if whole:
-                talks[i].append({"role": "assistant", "content": answer.text.strip()})
-            else:
-                talks[i] = _CUT
-    return [row(d, talk) for d, talk in zip(dialogues, talks, strict=True) if talk is not _CUT]
-
-
-_CUT: Messages = []  # in place of a talk with an answer that has no end
+            talks[i].append({"role": "assistant", "content": answer.text.strip()})
+            if not (answer.stopped and answer.text.strip()):
+                dropped[i] = "with a cut or empty answer"
+            elif obeyed and obeys(dialogues[i], answer.text.strip()) is False:
+                dropped[i] = "with an answer that does not obey"
+    rows = [row(d, talk) for i, (d, talk) in enumerate(zip(dialogues, talks, strict=True)) if i not in dropped]
+    return rows, Counter(dropped.values())
 
 
 def row(dialogue: Dialogue, sampled: Sequence[dict[str, Any]]) -> dict[str, Any]:

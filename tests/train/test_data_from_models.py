@@ -36,7 +36,7 @@ class Known:
 
 def test_the_instruction_is_joined_to_every_turn_that_is_sampled_and_kept_in_the_first_that_is_learned():
     model = Known()
-    (row,) = build_gatt(draw([(TALK, "row 1")], [LOUD], 1, seed=1), model)
+    ((row,), _) = build_gatt(draw([(TALK, "row 1")], [LOUD], 1, seed=1), model)
     users = [m["content"] for m in model.asked[-1] if m["role"] == "user"]
     assert users == [f"Write in capitals.\n\nuser {i}" for i in range(3)]
     assert [m["content"] for m in model.asked[-1] if m["role"] == "assistant"] == ["turn 0: 1", "turn 1: 3"]
@@ -47,7 +47,7 @@ def test_the_instruction_is_joined_to_every_turn_that_is_sampled_and_kept_in_the
 
 
 def test_no_token_of_an_earlier_turn_is_trained(tmp_path, smollm2_gguf):
-    (row,) = build_gatt(draw([(TALK, "row 1")], [LOUD], 1, seed=1), Known())
+    ((row,), _) = build_gatt(draw([(TALK, "row 1")], [LOUD], 1, seed=1), Known())
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     tokenizer = load_tokenizer(smollm2_gguf)
     (conversation,) = parse_records(read_records(tmp_path / "rows.jsonl"))
@@ -67,9 +67,18 @@ def test_the_short_form_is_learned_half_of_the_time_and_kinds_are_joined_at_rand
 
 
 def test_a_dialogue_with_an_answer_that_was_cut_is_left_out():
-    rows = build_gatt(draw([(TALK, "a"), (TALK[:2], "b"), (TALK, "c")], [LOUD], 1, 0), Known(cut={("turn 1", 0)}))
+    dialogues = draw([(TALK, "a"), (TALK[:2], "b"), (TALK, "c")], [LOUD], 1, 0)
+    rows, left_out = build_gatt(dialogues, Known(cut={("turn 1", 0)}))
+    assert left_out == {"with a cut or empty answer": 1}
     assert [row["meta"]["source"] for row in rows] == ["b", "c"]
     assert [len(row["messages"]) for row in rows] == [2, 6]
+
+
+def test_dialogues_that_do_not_obey_are_left_out_where_that_is_asked_for():
+    dialogues = draw([(TALK[:2], "a")], [LOUD], 1, 0)
+    assert build_gatt(dialogues, Known(), obeyed=True) == ([], {"with an answer that does not obey": 1})
+    quiet = Instruction("case", "Write in small letters.", "Small.", str.islower)
+    assert len(build_gatt(draw([(TALK, "a")], [quiet], 1, 0), Known(), obeyed=True)[0]) == 1
 
 
 def test_a_dialogue_with_a_system_message_is_refused():
@@ -134,4 +143,4 @@ def test_the_commands_write_rows_that_sft_reads(toy_model, tmp_path, own_cache, 
     data.write_text(json.dumps({"messages": TALK[:2]}) + "\n")
     line = ["data", "build", "gatt", str(toy_model), str(data), str(out), "--max-new-tokens", "3"]
     assert cli.main(line) == 2  # the toy never ends an answer
-    assert "every dialogue has an answer of over 3 tokens" in capsys.readouterr().err
+    assert "no dialogue is worth learning (1 with a cut or empty answer)" in capsys.readouterr().err
