@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from arriero.api import ppo as ppo
     from arriero.api import pretrain as pretrain
     from arriero.api import rejection as rejection
+    from arriero.api import reward as reward
     from arriero.api import sft as sft
     from arriero.checkpoint.average import average as average
     from arriero.checkpoint.convert import convert as convert
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from arriero.infer.generate import generate as generate
     from arriero.infer.generate import stream as stream
     from arriero.infer.request import Request as Request
+    from arriero.infer.score import open_reward_model as open_reward_model
     from arriero.model.config import LlamaConfig as LlamaConfig
     from arriero.model.llama import Llama as Llama
     from arriero.model.lora_config import LoraConfig as LoraConfig
@@ -56,6 +58,7 @@ _HOMES = {
     "ppo": "arriero.api",
     "pretrain": "arriero.api",
     "rejection": "arriero.api",
+    "reward": "arriero.api",
     "sft": "arriero.api",
     "average": "arriero.checkpoint.average",
     "convert": "arriero.checkpoint.convert",
@@ -69,6 +72,7 @@ _HOMES = {
     "Request": "arriero.infer.request",
     "generate": "arriero.infer.generate",
     "stream": "arriero.infer.generate",
+    "open_reward_model": "arriero.infer.score",
     "LlamaConfig": "arriero.model.config",
     "LoraConfig": "arriero.model.lora_config",
     "Llama": "arriero.model.llama",

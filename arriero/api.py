@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from arriero.eval.config import EvalConfig
 from arriero.settings import apply_overrides
 from arriero.train.config import DataConfig, PretrainConfig, PretrainDataConfig, SftConfig
-from arriero.train.preference_config import DpoConfig, PreferenceDataConfig
+from arriero.train.preference_config import DpoConfig, PreferenceDataConfig, RewardConfig
 from arriero.train.rejection_config import RejectionConfig, RejectionDataConfig
 from arriero.train.rl_config import GrpoConfig, PpoConfig, PromptConfig
 
@@ -78,6 +78,18 @@ def dpo(model: str | Path, data: str | Path, **settings: Any) -> Outcome:
     from arriero.train.dpo import main
 
     config = DpoConfig(model=str(model), data=PreferenceDataConfig(train=str(data)))
+    return main(apply_overrides(config, settings))
+
+
+def reward(model: str | Path, data: str | Path, **settings: Any) -> Outcome:
+    """Train `model` to score answers, on the preferences in `data`; leaves `model/` in the run directory `out`.
+
+    settings: fields of `RewardConfig` and its sections, such as out, margin, safety, lr. `open_reward_model` opens it.
+    Raises a `UserError` before step 1 for whatever cannot be trained on.
+    """
+    from arriero.train.reward import main
+
+    config = RewardConfig(model=str(model), data=PreferenceDataConfig(train=str(data)))
     return main(apply_overrides(config, settings))
 
 

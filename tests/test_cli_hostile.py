@@ -25,6 +25,7 @@ LINES = {
     "distill": "MODEL --teacher MODEL --data SOURCE --out out --steps 1",
     "dpo": "MODEL --data SOURCE --out out --steps 1",
     "reward audit": "exact --data SOURCE",
+    "reward": "MODEL --data SOURCE --out out --steps 1",
     "run": "SETTINGS",
     "validate": "SETTINGS",
     "plan": "SETTINGS",

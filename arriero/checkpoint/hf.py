@@ -267,9 +267,11 @@ def save_hf(
     )
 
 
-def sidecar_writer(config: LlamaConfig, tokenizer: Tokenizer, beside: Beside = NOTHING) -> Callable[[Path], None]:
+def sidecar_writer(
+    config: LlamaConfig, tokenizer: Tokenizer, beside: Beside = NOTHING, head: HeadKind = "logits"
+) -> Callable[[Path], None]:
     """A function that writes the files beside fp32 weights in Hugging Face's layout: config and tokenizer."""
-    return lambda directory: _write_sidecars(directory, config, torch.float32, tokenizer, beside)
+    return lambda directory: _write_sidecars(directory, config, torch.float32, tokenizer, beside, head)
 
 
 def _write_sidecars(

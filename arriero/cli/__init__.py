@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "grpo": train.grpo,
     "ppo": train.ppo,
     "dpo": train.dpo,
+    "reward": train.reward,
     "run": recipes.run,
     "validate": recipes.validate,
     "plan": train.plan,

@@ -11,7 +11,7 @@ from arriero import presets
 from arriero.errors import TrainingError
 from arriero.show.terminal import output
 from arriero.train.config import DistillConfig, PretrainConfig, SftConfig
-from arriero.train.preference_config import DpoConfig
+from arriero.train.preference_config import DpoConfig, RewardConfig
 from arriero.train.rejection_config import RejectionConfig
 from arriero.train.rl_config import GrpoConfig, PpoConfig
 
@@ -98,6 +98,18 @@ def dpo(config: DpoConfig) -> None:
         arriero dpo smollm2-135m --adapter out/sft/adapter --data pairs.jsonl --nll 0.2 --mask-format
     """
     start("dpo", config)
+
+
+def reward(config: RewardConfig) -> None:
+    """Train MODEL to score answers, from which of two is better.
+
+    A preset, or a file that `arriero cp` wrote, may stand in MODEL's place.
+
+    Example:
+        arriero reward smollm2-135m --data pairs.jsonl --out out/reward
+        arriero reward my-llama-chat --data rated.jsonl --margin small --safety 0.5 --also safety.jsonl
+    """
+    start("reward", config)
 
 
 def plan(config: SftConfig) -> None:

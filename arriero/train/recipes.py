@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from arriero.train.config import DistillConfig, PretrainConfig, SftConfig
-from arriero.train.preference_config import DpoConfig
+from arriero.train.preference_config import DpoConfig, RewardConfig
 from arriero.train.rejection_config import RejectionConfig
 from arriero.train.rl_config import GrpoConfig, PpoConfig
 
@@ -11,6 +11,7 @@ RECIPES: dict[str, type] = {
     "sft": SftConfig,
     "distill": DistillConfig,
     "dpo": DpoConfig,
+    "reward": RewardConfig,
     "pretrain": PretrainConfig,
     "rejection": RejectionConfig,
     "grpo": GrpoConfig,

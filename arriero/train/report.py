@@ -7,6 +7,7 @@ The files of a run directory:
     data.json          files, fingerprints, lengths and mask statistics
     metrics.jsonl      a line per logged step and per event (train/metrics.py)
     checkpoints/       step-00000020/ ...: what a resume needs (checkpoint/native.py)
+    reward.json        of a reward model: what held-out pairs say of it (train/reward_report.py)
     samples.jsonl      {"prompt", "reference", "before", "after"} per line
     adapter/ or model/ the result, in PEFT's or Hugging Face's layout
     loss.png, report.html
@@ -32,6 +33,7 @@ from arriero.errors import CheckpointError
 from arriero.io.files import write_text
 from arriero.io.reading import read_json
 from arriero.show.page import DARK, LIGHT, Theme, dress, png, template
+from arriero.train import reward_report
 from arriero.train.metrics import duration, surviving_records
 
 SMOOTHING = 0.8  # weight of a step in the mean at its neighbour
@@ -53,6 +55,7 @@ def write_report(run_dir: Path) -> Path:
         summary=_summary(steps, validation, run_dir),
         tiles=_tiles(steps, validation),
         curves={name: base64.b64encode(png).decode() for name, png in curves.items()},
+        figures=reward_report.figures(run_dir),
         samples=surviving_records(run_dir / "samples.jsonl"),
         continuations=_continuations(records, config.get("prompts")),
         data=_rows(_json(run_dir / "data.json")),

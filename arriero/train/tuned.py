@@ -155,7 +155,11 @@ class Tuned:
     def sidecars(self) -> Callable[[Path], None] | None:
         """Writes the files beside the weights of a checkpoint; None where those are an adapter's."""
         base = self.base
-        return None if base.config.method == "lora" else sidecar_writer(base.model.config, base.tokenizer, self.beside)
+        return (
+            None
+            if base.config.method == "lora"
+            else sidecar_writer(base.model.config, base.tokenizer, self.beside, base.model.head_kind)
+        )
 
     def export(self) -> Path:
         """Write the trained adapter or model into the run directory; returns where. On every process."""
