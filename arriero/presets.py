@@ -29,7 +29,7 @@ from arriero.train.config import (
     SftConfig,
     TrainingStage,
 )
-from arriero.train.preference_config import DpoConfig, PreferenceDataConfig
+from arriero.train.preference_config import DpoConfig, PreferenceDataConfig, RewardConfig
 from arriero.train.recipes import RECIPES as TRAINING
 from arriero.train.rejection_config import RejectionConfig, RejectionDataConfig
 from arriero.train.rl_config import (
@@ -274,6 +274,35 @@ def dpo_tulu3_8b() -> DpoConfig:
     )
 
 
+def reward_llama2_7b() -> RewardConfig:
+    """Llama 2's helpfulness reward model (arXiv 2307.09288, 3.2.2): one epoch, 1e-5, small margins.
+
+    A step takes rows, which hold several pairs of short answers: 128 rows of 4096 tokens are ours.
+    """
+    return RewardConfig(
+        model="meta-llama/Llama-2-7b-chat-hf",
+        out="out/reward-llama2-7b",
+        method="full",
+        margin="small",
+        data=PreferenceDataConfig(train="preferences.jsonl", seq_len=4096),
+        optim=OptimConfig(lr=1e-5, warmup=0.03, min_lr=0.1),
+        loop=LoopConfig(epochs=1, batch_rows=128, recompute="full"),
+    )
+
+
+def reward_llama3_8b() -> RewardConfig:
+    """Llama 3's reward model (arXiv 2407.21783, 4.1.2): from the base, no margin, the upper two ratings; lr is ours."""
+    return RewardConfig(
+        model="meta-llama/Llama-3.1-8B",
+        out="out/reward-llama3-8b",
+        method="full",
+        chat_template="llama3",
+        data=PreferenceDataConfig(train="preferences.jsonl", seq_len=4096, ratings=("significantly better", "better")),
+        optim=OptimConfig(lr=1e-5),
+        loop=LoopConfig(epochs=1, batch_rows=64, recompute="full"),
+    )
+
+
 def curate_web() -> CurateConfig:
     """Web pages as FineWeb keeps them (arXiv 2406.17557), with Llama 3's line and URL deduplication."""
     from arriero.curate.config import CurateConfig
@@ -467,6 +496,8 @@ PRESETS: dict[str, Callable[[], Any]] = {
         ppo_llama2,
         dpo_llama3_8b,
         dpo_tulu3_8b,
+        reward_llama2_7b,
+        reward_llama3_8b,
         curate_web,
         curate_prose,
         curate_code,

@@ -37,8 +37,8 @@ def padding_apart(tokenizer: Tokenizer) -> Tokenizer:
     free = [text for text, i in tokenizer.special_ids.items() if i not in tokenizer.stop_ids | tokenizer.control_stops]
     if not free:
         raise CheckpointError(
-            "the tokenizer has no special token but those that end texts, so a reward model's batches can be "
-            "padded with nothing else, and transformers would not read its score at the end; take a tokenizer with a padding token"
+            "the tokenizer has no special token but those that end texts; padded with one of them, transformers would "
+            "not read the score at an answer's end: take a tokenizer with a padding token"
         )
     free.sort(key=lambda text: ("pad" not in text.lower(), text == tokenizer.special.bos))
     text = free[0]
