@@ -154,3 +154,21 @@ def test_settings_may_stand_in_a_file_and_the_key_in_the_environment(server, tmp
         assert judge([Answer("Why?", "cut", finished=False)])[0].outcome == "cut"
     assert server.asked[0][1] == "Bearer s3cret"
     assert "s3cret" not in "".join(path.read_text() for path in (tmp_path / "c").rglob("*.json"))
+
+
+@pytest.mark.slow
+def test_our_own_server_judges(smollm2_gguf, tmp_path):
+    """A model of 135M is no judge, but what it says comes back, is read or told apart, and is kept."""
+    pytest.importorskip("fastapi", reason="pip install 'arriero[serve]'")
+    from helpers.serving import Running
+
+    from arriero.serve.config import ServeConfig
+
+    with Running(ServeConfig(model=(f"base={smollm2_gguf}",), port=0, precision="fp32")) as running:
+        config = JudgeConfig(url=f"{running.url}/v1", best=5, max_tokens=24, cache=str(tmp_path / "c"))
+        with Judge(config) as judge:
+            answers = [Answer("What is 2 + 2?", text) for text in ("4", "It is five.")]
+            found = judge(answers)
+            assert judge(answers) == found
+    assert {score.outcome for score in found} <= {"scored", "crash"}
+    assert len(list((tmp_path / "c").rglob("*.json"))) == 2
