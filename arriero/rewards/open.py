@@ -27,6 +27,7 @@ DESCRIPTIONS = {
     "unit-tests[:FIELD]": 'its Python passes the asserts, or {input, output} pairs, in FIELD ("tests"), in a sandbox',
     "reasoning-gym": "reasoning-gym's own scorer, for rows of `arriero data build tasks`",
     "python:PATH:FUNCTION": "what your function returns for an arriero.rewards.base.Answer",
+    "model:DIR": "the score of a reward model (`arriero reward`), at the token that ends the answer",
     "judge:URL or judge:FILE.toml": "a model behind an OpenAI-compatible API, by a rubric",
     "llama2:SAFETY,HELPFULNESS": "Llama 2's combination of two rewards, whitened over a batch; llama2-plain: is not",
 }
@@ -45,6 +46,13 @@ def _combined(argument: str, seconds: float, whiten: bool) -> Scorer:
     return Combined(open_scorer(safety, seconds), open_scorer(helpful, seconds), whiten)
 
 
+def _model(name: str, seconds: float) -> Scorer:
+    from arriero.rewards.model import ModelScorer  # here: the rules need no torch
+
+    check(bool(name), "reward is 'model:'; write model:DIR, a directory that arriero reward wrote")
+    return ModelScorer(name)
+
+
 KINDS: dict[str, Callable[[str, float], Scorer]] = {
     "exact": lambda field, seconds: Exact(field or "answer"),
     "numeric": lambda field, seconds: Numeric(field or "answer"),
@@ -54,6 +62,7 @@ KINDS: dict[str, Callable[[str, float], Scorer]] = {
     "unit-tests": lambda field, seconds: UnitTests(field or "tests", Limits(seconds=seconds or CODE)),
     "reasoning-gym": lambda _, seconds: Isolated("reasoning-gym", seconds=seconds or RULE),
     "python": _function,
+    "model": _model,
     "judge": open_judge,
     "llama2": lambda argument, seconds: _combined(argument, seconds, whiten=True),
     "llama2-plain": lambda argument, seconds: _combined(argument, seconds, whiten=False),
