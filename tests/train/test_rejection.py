@@ -15,6 +15,7 @@ from arriero.model.lora_config import LoraConfig
 from arriero.tokenizer.load import load_tokenizer
 from arriero.train import rejection
 from arriero.train.config import LoopConfig, OptimConfig
+from arriero.train.loop import Outcome, Progress
 from arriero.train.rejection import main
 from arriero.train.rejection_config import RejectionConfig, RejectionDataConfig
 from arriero.train.run_preferences import preferences_of_run
@@ -132,6 +133,26 @@ def test_a_finished_run_goes_on_with_another_round(toy_model, prompts, tmp_path,
     assert (out / "round-2/round.json").exists()
     with pytest.raises(ConfigError, match=r"started with other settings \(answers\)"):
         main(settings(toy_model, prompts, out, rounds=2, answers=6, resume=True))
+
+
+@pytest.mark.parametrize("last_round_only", [False, True])
+def test_the_last_round_alone_forgets_what_an_earlier_one_solved(
+    last_round_only, toy_model, prompts, tmp_path, monkeypatch
+):
+    """Prompt 0 is solved in round 1, prompt 1 in round 2: the rows of round 2 are both, or the second alone."""
+    out = tmp_path / "run"
+
+    def sampled(self, number, directory):
+        answers = [rejection.Sampled(i, f"answer {i}", 3, True, 1.0, number, float(i == number - 1)) for i in range(3)]
+        rejection.write_jsonl(directory / "00000.jsonl", map(vars, answers))
+        return answers
+
+    monkeypatch.setattr(rejection.RejectionRun, "_sampled", sampled)
+    monkeypatch.setattr(rejection.sft, "main", lambda config: Outcome(Progress(), None))
+    data = RejectionDataConfig(train=str(prompts), validation="0")
+    main(settings(toy_model, prompts, out, data=data, last_round_only=last_round_only))
+    learned = {row["completion"] for row in rows(out / "round-2/chosen.jsonl")}
+    assert learned == ({"answer 1"} if last_round_only else {"answer 0", "answer 1"})
 
 
 def test_a_round_on_from_the_last_begins_at_its_adapter(toy_model, prompts, tmp_path, monkeypatch):
