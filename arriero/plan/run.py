@@ -38,6 +38,7 @@ from arriero.plan.cost import MOMENTS, Cost, cost, gradients_at_once, kept, mome
 from arriero.show.terminal import log, notes, warn_once
 from arriero.train.config import PretrainConfig, SftConfig, TuneConfig
 from arriero.train.recipes import RECIPES
+from arriero.train.rejection_config import RejectionConfig
 
 BYTES = {"bf16": 2, "fp32": 4}
 PROBED = 3  # micro-batches timed, after one that compiles
@@ -99,6 +100,11 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
         raise ConfigError(
             f"the plan of {config.model!r} needs data to probe with: add --data PATH; without data, plan one of the "
             f"known shapes by arithmetic: {', '.join(SHAPES)}"
+        )
+    if isinstance(config, RejectionConfig):
+        raise ConfigError(
+            "a dry run measures one training, and rejection trains once a round on rows that it has yet to sample; "
+            "plan without data, or plan the fine-tuning with settings of sft"
         )
     if config.parallel.cpu_offload:
         raise ConfigError("a dry run does not offload; plan cpu_offload by arithmetic: leave --data out")

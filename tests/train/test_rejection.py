@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from arriero import cli
 from arriero.data.preferences import build_preferences
 from arriero.errors import ConfigError, DataError
 from arriero.model.lora_config import LoraConfig
@@ -204,3 +205,11 @@ def test_its_answers_become_preference_rows_best_against_worst(toy_model, prompt
         preferences_of_run(out, tmp_path / "again.jsonl")
     with pytest.raises(DataError, match="no run here"):
         preferences_of_run(tmp_path / "nowhere", tmp_path / "again.jsonl")
+
+
+def test_a_plan_with_data_is_refused_and_one_by_arithmetic_is_made(prompts, tmp_path, capsys):
+    file = tmp_path / "r.toml"
+    file.write_text(f'recipe = "rejection"\nmodel = "smollm2-135m"\n[data]\ntrain = "{prompts}"\n')
+    assert cli.main(["plan", str(file)]) == 2
+    assert "rejection trains once a round on rows that it has yet to sample" in capsys.readouterr().err
+    assert cli.main(["plan", "rejection-demo"]) == 0
