@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -143,7 +144,8 @@ def main() -> None:
 
     def side(python: str, name: str, precision: str, model: str = "") -> dict[str, Any]:
         told = [__file__, "--steps", str(args.steps), "--side", name, "--precision", precision, "--model", model]
-        done = subprocess.run([python, *told], capture_output=True, text=True)
+        offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+        done = subprocess.run([python, *told], capture_output=True, text=True, env=offline)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
 
