@@ -152,14 +152,14 @@ def open_gguf(file: Path) -> Weights:
     def read(name: str) -> Tensor:
         tensor = stored[tensor_names(config)[name]]
         array = _tensor(file, tensor)
-        heads = _paired_heads(name, config)
+        heads = paired_heads(name, config)
         return to_halves(array, heads) if heads else array
 
     def codes(name: str) -> Quantized | None:
         found = tensor_names(config)[name]
         if found not in stored or (tensor := stored[found]).kind in _PLAIN:
             return None
-        matrix, heads = unpacked(_raw(file, tensor), tensor.kind, tensor.shape), _paired_heads(name, config)
+        matrix, heads = unpacked(_raw(file, tensor), tensor.kind, tensor.shape), paired_heads(name, config)
         if matrix is None or not heads:
             return matrix
         return matrix.take(to_halves(torch.arange(matrix.shape[0])[:, None], heads)[:, 0])
@@ -232,7 +232,7 @@ def _write_tensors(
         writer.write_tensor_data(factors)
     for hf in weights.entries:
         progress(hf)
-        heads = _paired_heads(hf, config)
+        heads = paired_heads(hf, config)
         if hf in exact:
             writer.write_tensor_data(_exactly(weights, hf, heads))
             continue
@@ -316,7 +316,7 @@ def tensor_names(config: LlamaConfig) -> dict[str, str]:
     return names
 
 
-def _paired_heads(name: str, config: LlamaConfig) -> int | None:
+def paired_heads(name: str, config: LlamaConfig) -> int | None:
     """Heads of a tensor (q or k) whose rows llama.cpp turns in adjacent pairs, None for every other tensor."""
     return rotary_heads(name, config) if _LAYOUTS[config.model_type].pairs else None
 

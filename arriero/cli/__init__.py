@@ -50,6 +50,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "average": use.average,
     "convert": use.convert,
     "quantize": use.quantize,
+    "export": use.export,
     "data inspect": data.inspect,
     "data verify": data.verify,
     "data why": data.why,

@@ -262,6 +262,50 @@ def convert(
     say(f"{write(src, dst, to=to, dtype=dtype, chat_template=chat_template or '', force=force)} written")
 
 
+def export(
+    model: PathText,
+    out: Path,
+    *,
+    to: Literal["transformers", "vllm", "llamacpp", "ollama"],
+    adapter: PathText | None = None,
+    dtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None,
+    chat_template: PathText | None = None,
+    prove: bool = True,
+) -> None:
+    """Write a model for another program, and let that program prove that it answers there as it does here.
+
+    Example:
+        arriero export smollm2-135m out/for-ollama --to ollama --dtype q8_0
+        arriero export smollm2-135m out/for-vllm --to vllm --adapter out/mine/adapter --dtype bf16
+
+    Args:
+        model: A directory, a .gguf file, a Hub id, or a built-in name.
+        out: A new directory.
+        to: The program.
+        adapter: Directory of a LoRA adapter to go with the model.
+        dtype: Number type of the weights; the stored one when not given (q8_0 and q4_0 are for llamacpp and ollama).
+        chat_template: A template's name (chatml, llama2, llama3, llama3.1, or one of the model's own) or a .jinja file;
+            when not given, the adapter's, else the model's.
+        prove: Load what was written in transformers (also for vllm) or llama.cpp (also for ollama), and compare prompt
+            ids, answers and log-probabilities with the source's.
+    """
+    from arriero.export.deliver import export as deliver
+    from arriero.show.terminal import notes
+
+    made = deliver(
+        model, out, to=to, adapter=adapter, dtype=dtype, chat_template=chat_template or "", proven=prove,
+        on_step=lambda what: notes().print(what, highlight=False),
+    )  # fmt: skip
+    if (proof := made.proof) is not None:
+        say(
+            f"{proof.program} confirms it: the ids of {proof.prompts} prompts and what ends an answer are the "
+            f"source's, ln p of {proof.tokens:,} tokens within {proof.largest:.1e}, mean KL divergence {proof.kld:.1e}"
+        )
+        for tie in proof.ties:
+            say(f"greedy texts part at a tie: {tie}")
+    say(f"{made.out} written; use: {made.use}")
+
+
 def quantize(
     model: PathText,
     out: Path,

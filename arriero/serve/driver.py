@@ -7,7 +7,7 @@ what the thread does for a request that is asked or left is a queue's get.
 A step that raises is tried once more, since the engine loses nothing by it. One that raises again is the fault of some
 request: the youngest is ended, again and again, until steps succeed, so that the older ones go on.
 
-Price: one callback a step, and 5 us for each event (docs/log.md, "The server").
+Price: one callback on the loop a step, and a put into a queue for each event.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ are clients. All share a system prompt, as the requests of one application do; w
 so that no more of it can be cached. Tokens are those of the server's own `usage`; between tokens is the time between
 chunks with text. A request that fails counts as lost, and is told.
 
-Price: the clients take CPU time from the server: about 1 ms of one core for each 20 tokens.
+Price: the clients run on the machine that they measure, and take CPU time from the server.
 """
 
 from __future__ import annotations
