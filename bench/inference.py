@@ -3,10 +3,11 @@
     python bench/inference.py [--rounds 3] [--batches 1 8 32] [--only arriero-bf16 llama.cpp-BF16 ...]
 
 SmolLM2-135M, prompts of 32 tokens (prefill: 512), 48 new ones, temperature 0.6 and top-p 0.9, as many threads each as
-torch takes. llama.cpp is measured where llama-cpp-python can be imported (built natively, with
-CMAKE_ARGS=-DGGML_NATIVE=ON); its files are Arriero's own GGUF in BF16, Q8_0 and Q4_0. transformers' `generate` gives
-tokens/s of whole batches, prompts included. Prints one JSON line: medians in tokens/s, and the bandwidth of a plain
-read in the same run, which bounds decoding one answer (bytes of the weights that a token reads / bandwidth).
+torch takes, or one thread by its processor time (`--cpu-time`). llama.cpp is measured where llama-cpp-python can be
+imported (built natively, with CMAKE_ARGS=-DGGML_NATIVE=ON); its files are Arriero's own GGUF in BF16, Q8_0 and Q4_0.
+transformers' `generate` gives tokens/s of whole batches, prompts included. Prints one JSON line: medians in tokens/s,
+and the bandwidth of a plain read in the same run, which bounds decoding one answer (bytes of the weights that a token
+reads / bandwidth).
 """
 
 from __future__ import annotations
@@ -140,7 +141,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--only", nargs="+", help="ways to measure; all that can be")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, for machines that others work on")
     args = parser.parse_args()
+    if args.cpu_time:
+        torch.set_num_threads(1)
+        time.perf_counter = time.process_time
     result: dict[str, Any] = {"bench": "inference", "rounds": args.rounds, "threads": torch.get_num_threads()}
     result |= {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:

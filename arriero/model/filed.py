@@ -11,13 +11,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arriero.model.linear import Gather, Linear, as_it_is, named_products
 from arriero.model.llama import HEAD, Llama
 from arriero.model.packed import PackedLinear
 from arriero.quant.packed import Quantized
+from arriero.quant.products import linear
 
 
 class FiledLinear(nn.Module):
@@ -42,7 +42,7 @@ class FiledLinear(nn.Module):
         return found.dense(self.dtype) if isinstance(found, Quantized) else found
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense().to(x.dtype))
+        return linear(x, self.dense().to(x.dtype))
 
     def held(self) -> Linear | PackedLinear:
         """The linear that keeps its weight in memory."""

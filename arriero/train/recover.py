@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arriero.checkpoint.beside import read_beside
@@ -30,6 +29,7 @@ from arriero.checkpoint.weights import Weights
 from arriero.errors import CheckpointError, DataError
 from arriero.model.llama import HEAD, Llama, RMSNorm
 from arriero.quant.packed import Quantized
+from arriero.quant.products import linear
 from arriero.quant.rounding import short
 from arriero.show.progress import progress
 
@@ -64,7 +64,7 @@ class ScaledLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scales = (self.scales * (1 + self.change)).to(x.dtype)
         groups = self.codes.view(len(scales), scales.shape[1], -1).to(x.dtype) * scales[:, :, None]
-        return F.linear(x, groups.view(self.out_features, self.in_features))
+        return linear(x, groups.view(self.out_features, self.in_features))
 
     def trained(self, matrix: Quantized) -> Quantized:
         """The matrix with its scales as they are now."""
