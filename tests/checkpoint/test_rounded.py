@@ -32,7 +32,7 @@ LINEAR = "model.layers.1.mlp.down_proj.weight"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("ARRIERO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(rounded, "cache_dir", lambda: tmp_path / "cache")
     return tmp_path / "cache" / "quantized"
 
 
@@ -121,7 +121,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(
     source, tmp_path, monkeypatch, caplog, fresh_warnings, capsys
 ):
     (tmp_path / "file").write_text("no directory")
-    monkeypatch.setenv("ARRIERO_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(rounded, "cache_dir", lambda: tmp_path / "file")
     model = load_model(source, quantize="int8")
     assert "rounded at each start" in capsys.readouterr().err + caplog.text
     expected = nearest(open_weights(source).read(LINEAR), "int8")

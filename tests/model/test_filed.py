@@ -9,6 +9,7 @@ import torch
 from helpers.subjects import byte_level
 from helpers.toys import toy_model
 
+from arriero.checkpoint import rounded
 from arriero.checkpoint.adapter import save_adapter
 from arriero.checkpoint.hf import save_hf
 from arriero.checkpoint.load import load, load_model
@@ -27,7 +28,7 @@ CONFIG = LlamaConfig(64, 2, 4, 2, 192, 271, 64)
 @pytest.fixture(params=["tied", "untied", "int4", "adapter", "on the fly"])
 def opened(request, tmp_path, monkeypatch):
     """Opens one model, from its file or not: (filed) -> Llama."""
-    monkeypatch.setenv("ARRIERO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(rounded, "cache_dir", lambda: tmp_path / "cache")
     tied = LlamaConfig(64, 2, 4, 2, 192, 271, 64, tied_embeddings=True)
     path = tmp_path / "model"
     save_hf(toy_model(tied if request.param == "tied" else CONFIG).to(torch.bfloat16), path, byte_level())
