@@ -121,7 +121,7 @@ def _ask_reference(
     data = loader.dataset
     facts = {"rows": data.answers.directory.name, "format": loader.format_ids.tolist(), "seq_len": loader.seq_len}
     file = reference_file(base, facts)
-    references = References(file, len(data.values) + data.n_cached)
+    references = References(file, len(data.values) + data.n_cached, engine.mesh)
     references.fill(engine, loader, rows, console)
     return references.values
 

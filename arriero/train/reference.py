@@ -27,6 +27,7 @@ from torch import Tensor
 from arriero.data.batch import Batch, Row, collate, row_groups
 from arriero.data.preference_loader import PreferenceLoader
 from arriero.distributed.engine import Engine
+from arriero.distributed.mesh import Mesh
 from arriero.io import paths
 from arriero.io.files import replaced_file
 from arriero.show.progress import progress
@@ -40,22 +41,15 @@ TOLERANCE = 0.05  # nats a token between two computations of the same log-probab
 class References:
     """What is known of a data set's answers, fp32 [size], nan where nothing is; `fill` computes what rows lack."""
 
-    def __init__(self, file: Path, size: int) -> None:
+    def __init__(self, file: Path, size: int, mesh: Mesh) -> None:
+        """Process 0 reads `file`, which another may be writing, and tells the others: all of them know the same."""
         self.file = file
-        self.values = np.full(size, np.nan, dtype=np.float32)
-        try:
-            known = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError):  # there is none, or it is damaged, and so made again
-            known = self.values
-        self.checked = not (known.shape == self.values.shape and known.dtype == self.values.dtype)
-        if not self.checked:
-            self.values = known
+        values = _read(file, size) if mesh.rank == 0 else np.zeros(size, dtype=np.float32)
+        self.values: NDArray[np.float32] = mesh.sum(torch.from_numpy(values).to(mesh.device)).cpu().numpy()
 
     def fill(self, engine: Engine, loader: PreferenceLoader, rows: Sequence[Row], console: Console) -> None:
         """Compute what is lacking of the answers of `rows`, and keep it. Every process has to call it."""
-        if not self.checked and not np.isnan(self.values).all():
-            self._check(engine, loader, rows)
-        self.checked = True
+        self._check(engine, loader, rows)
         lacking = [row for row in rows if np.isnan(self.values[_answers(row)]).any()]
         if not lacking:
             return
@@ -95,6 +89,16 @@ class References:
             mask = row.document_extras["answer"] > 0
             found.append((_answers(row), total[mask].astype(np.float32)))
         return found
+
+
+def _read(file: Path, size: int) -> NDArray[np.float32]:
+    """What a file holds, or nan everywhere where there is none, or it is damaged, and so made again."""
+    nothing = np.full(size, np.nan, dtype=np.float32)
+    try:
+        known = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return nothing
+    return known if known.shape == nothing.shape and known.dtype == nothing.dtype else nothing
 
 
 def _answers(row: Row) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from arriero.checkpoint.hf import save_hf
+from arriero.distributed.mesh import Mesh
 from arriero.errors import ConfigError, DataError
 from arriero.model.build import build_model
 from arriero.model.lora_config import LoraConfig
@@ -163,7 +164,7 @@ def test_the_reference_is_computed_once_and_not_trusted_when_it_is_wrong(
         file.write_bytes(file.read_bytes()[:50])
     whole = build(settings(model, rows, tmp_path / "d"), CONSOLE).loader.reference
     np.testing.assert_allclose(whole[known], first[known], atol=1e-5)
-    assert np.isnan(References(tmp_path / "absent.npy", 3).values).all()
+    assert np.isnan(References(tmp_path / "absent.npy", 3, Mesh.alone("cpu")).values).all()
 
 
 def test_a_run_that_is_stopped_and_resumed_ends_in_the_same_weights(model, rows, tmp_path, own_cache):
