@@ -134,9 +134,8 @@ class Engine:
             self._forward(self._begin([micro], objective, {}))
             for name, value in self.stages[-1].sums.items():
                 sums[name] = sums.get(name, 0) + value
-            if index < n:
-                for name, count in objective.counts(batch).items():
-                    counted[name] = counted.get(name, 0.0) + count
+            for name, count in objective.counts(batch).items():  # the names are the same on every process
+                counted[name] = counted.get(name, 0.0) + (count if index < n else 0.0)
         self.stages[-1].sums = sums
         self._reshard()
         return self._totals(objective, dict(zip(counted, mesh.count(*counted.values()), strict=True)))

@@ -1,5 +1,6 @@
 """Recipes as a user starts them on several processes, from the command line to the files."""
 
+import json
 import subprocess
 import sys
 import time
@@ -89,3 +90,19 @@ def test_a_killed_command_goes_on_by_itself_while_no_other_may_train_there(shard
     killed, undisturbed = (load_file(d / "model" / "model.safetensors") for d in (out, tmp_path / "undisturbed"))
     assert killed.keys() == undisturbed.keys()
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in killed.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe", ["dpo --loss sigmoid --nll 0.2", "dpo --loss kto", "dpo --reference switched", "reward"]
+)
+def test_learning_from_preferences_on_two_processes_gives_the_losses_of_one(recipe, toy_model, tmp_path):
+    made = [{"prompt": f"{i}?", "edited": "ab", "chosen": "a", "rejected": "b " * (i % 3 + 1)} for i in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    settings = "--seq-len 192 --steps 4 --batch-rows 4 --precision fp32 --rank 3 --lr 1e-2 --workers 1"
+    for name, world, more in (("one", 1, []), ("two", 2, ["--dp-shard", "2"])):
+        command = [sys.executable, "-m", "arriero", recipe.split()[0], str(toy_model), "--data"]
+        command += [str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / name), *recipe.split()[1:]]
+        run_processes([*command, *settings.split(), *more], world, 280)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert two == pytest.approx(one, rel=1e-4) and one[4] < one[1]
