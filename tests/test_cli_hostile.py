@@ -39,6 +39,9 @@ LINES = {
     "convert": "MODEL OUT --to gguf",
     "bench infer": "MODEL",
     "quantize": "MODEL OUT",
+    "export": "MODEL OUT --to vllm --no-prove",
+    "serve": "MODEL --port 0",
+    "bench serve": "--url http://127.0.0.1:9",
     "data inspect": "SOURCE --model MODEL",
     "data verify": "SHARDS",
     "data build docstrings": "out --source SOURCE",
@@ -74,6 +77,8 @@ CASES = [
     for wrong in WRONG[slot]
     if (name, wrong) != ("curate", "empty.txt")  # a document without text, which its steps drop
 ]
+
+OTHERWISE = "must be a file|no sources; give|no model is given; name|nothing that speaks OpenAI's API"
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +126,7 @@ def test_a_misspelt_flag_is_refused_by_name(name: str, capsys: pytest.CaptureFix
 def test_a_command_without_arguments_says_what_is_missing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = said(capsys, *name.split())
     assert code == 2
-    assert re.search(f"Missing from arriero {name}|the first argument must be a file|no sources; give", text)
+    assert re.search(f"Missing from arriero {name}|{OTHERWISE}", text)
 
 
 @pytest.mark.parametrize(("name", "slot", "wrong"), CASES)

@@ -49,6 +49,8 @@ def serve(config: ServeConfig) -> None:
         arriero serve smollm2-135m
         arriero serve smollm2-135m --adapter mine=out/mine/adapter --port 8000 --api-key SECRET
     """
+    if not config.model:
+        raise ConfigError("no model is given; name at least one, such as smollm2-135m")
     require("fastapi", "serve")
     require("uvicorn", "serve")
     require("prometheus_client", "serve")

@@ -14,6 +14,8 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from arriero.checkpoint.load import open_weights
+from arriero.checkpoint.source import resolve
 from arriero.errors import ConfigError
 from arriero.serve.app import application
 from arriero.serve.config import ServeConfig
@@ -97,7 +99,9 @@ class Server(uvicorn.Server):
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until a signal ends it."""
+    """Serve until a signal ends it. Raises `CheckpointError` for a model that is not there, before it listens."""
+    for source in config.models.values():
+        open_weights(resolve(source))
     server = Server(config)
     say(f"serving {', '.join(server.models.names)} at {server.address}")
     for number in (signal.SIGTERM, signal.SIGINT):
