@@ -153,7 +153,7 @@ def test_a_preset_or_a_file_may_stand_in_the_models_place(tmp_path: Path, monkey
     [
         ("lss", "unknown command 'lss' (arriero --help lists them); did you mean 'ls'?"),
         ("data bild docstrings", "unknown command 'data bild docstrings' (arriero --help lists them); did you mean 'data build"),
-        ("ls modles", "invalid choice 'modles' for argument 'what'. Expected one of ('models', 'presets', 'steps')"),
+        ("ls modles", "invalid choice 'modles' for argument 'what'. Expected one of ('models', 'presets', 'steps', 'rewards')"),
         ("ls", "Missing from arriero ls: WHAT"),
         ("cp lora-8 a.toml", "no preset 'lora-8'; did you mean 'lora-8b'"),
         ("cp lora-8b a.toml --forc", "Unrecognized options: --forc"),

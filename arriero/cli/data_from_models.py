@@ -90,8 +90,7 @@ def distill(
 
     Example:
         arriero data build distill my-llama prompts.jsonl out/rows.jsonl --preprompt "You are careful and polite."
-        arriero data build distill my-llama adversarial.jsonl out/rows.jsonl --preprompts by-category.json \\
-            --reward python:safety.py:reward
+        arriero data build distill my-llama hard.jsonl rows.jsonl --preprompts risks.json --reward python:safe.py:reward
 
     Args:
         model: The model that answers.
