@@ -63,7 +63,8 @@ def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
     sources = {name for name in sources if "__pycache__" not in name}
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if name.startswith("arriero/")} == sources
-    assert {PurePosixPath(name).suffix for name in sources} == {".py", ".cpp", ".h", ".html", ".jinja", ".typed"}
+    kinds = {".py", ".cpp", ".h", ".html", ".css", ".js", ".jinja", ".typed"}
+    assert {PurePosixPath(name).suffix for name in sources} == kinds
 
 
 def test_the_installed_wheel_helps_lists_models_and_tokenises(wheel: Path, smollm2_gguf: Path, tmp_path: Path) -> None:

@@ -135,8 +135,10 @@ class _Process:
         """The next line it writes; None where it takes longer, dies, or writes without end."""
         assert self._child is not None and self._child.stdout is not None
         until, pipe = time.monotonic() + seconds, self._child.stdout.fileno()
+        waiting = select.poll()  # select.select fails where this process has over 1,024 files open
+        waiting.register(pipe, select.POLLIN)
         while b"\n" not in self._unread:
-            ready, _, _ = select.select([pipe], [], [], max(until - time.monotonic(), 0))
+            ready = waiting.poll(max(until - time.monotonic(), 0) * 1000)
             got = os.read(pipe, LONGEST) if ready else b""
             self._unread += got
             if not got or len(self._unread) > LONGEST:

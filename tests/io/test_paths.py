@@ -104,7 +104,8 @@ def is_read_everywhere(cls: Any, name: str, value: Any, home: Path) -> None:
         assert found == expected, name
 
 
-NO_PATHS = {"text", "text_key", "set", "ray", "device", "steps", "recipe"}  # parameters of commands that are other text
+# Parameters of commands that are other text.
+NO_PATHS = {"text", "text_key", "set", "ray", "device", "steps", "recipe", "reward", "task", "preprompt"}
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -108,3 +111,19 @@ def test_formulas_are_equal_in_mathematics():
     with open_scorer("math", seconds=20) as scorer:
         assert one(scorer, "\\boxed{\\frac{\\sqrt{8}}{2}}", answer="\\sqrt{2}").value == 1
         assert one(scorer, "\\boxed{2\\sqrt{2}}", answer="\\sqrt{2}").value == 0
+
+
+def test_it_scores_beside_more_open_files_than_select_can_watch(tmp_path):
+    (tmp_path / "mine.py").write_text("def reward(answer): return len(answer.text)")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip("this system allows no more than 1,024 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    try:
+        with ExitStack() as stack:
+            for _ in range(1100):
+                stack.enter_context(open(os.devnull))
+            with open_scorer(f"python:{tmp_path / 'mine.py'}:reward") as scorer:
+                assert one(scorer, "abc").value == 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

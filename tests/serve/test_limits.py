@@ -350,7 +350,7 @@ def test_a_request_that_crashes_the_engine_takes_no_other(server, monkeypatch):
     step = type(engine).step
 
     def fragile(self):
-        if any(666 in asked.request.prompt for asked in self._asked.values()):
+        if any(666 in asked.request.prompt for asked in self._answers.asked.values()):
             raise RuntimeError("a planted crash")
         return step(self)
 
