@@ -6,11 +6,11 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 # One thread a process: tests run side by side, and two teams of threads on the same cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: help install demo from-scratch test test-all lint types bench clean
+.PHONY: help install demo from-scratch llama3 test test-all lint types bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 install: $(VENV)/.installed  ## .venv with Arriero, its tools and the built-in model (instant when nothing changed)
 
@@ -30,6 +30,9 @@ demo: install  ## fine-tune a real model on docstrings, show before and after
 
 from-scratch: install  ## raw text -> curated corpus -> vocabulary -> shards -> a small base model, under 15 minutes
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/from-scratch.sh
+
+llama3: install  ## rated samples -> reward model -> rejection sampling -> DPO -> averaged weights, on sums
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/llama3.sh
 
 test: install  ## all tests but the slow ones
 	$(PYTEST)
