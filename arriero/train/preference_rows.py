@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,59 +16,32 @@ from arriero.distributed.mesh import Mesh
 from arriero.errors import DataError
 from arriero.io.records import source_files
 from arriero.tokenizer.base import Tokenizer
-from arriero.train.loop import Trainer
 from arriero.train.preference_config import DpoConfig, PreferenceDataConfig, RewardConfig
-from arriero.train.recipe import warmup_note
-from arriero.train.tuned import Tuned
+from arriero.train.rows_run import RowsRun
 
 Splits = tuple[PreferenceDataset, PreferenceDataset | None]
 
 
 @dataclass(frozen=True)
-class PreferenceRun:
+class PreferenceRun(RowsRun):
     """Everything a run is made of, ready for step 1."""
 
     config: DpoConfig | RewardConfig
-    tuned: Tuned
     training: PreferenceDataset
     validation: PreferenceDataset | None
     loader: PreferenceLoader
-    trainer: Trainer
 
-    @property
-    def total_tokens(self) -> int:
-        """Tokens through the model over the whole run, padding included."""
-        return self.trainer.total_steps * self.config.loop.batch_rows * self.config.data.seq_len
-
-    def summary(self) -> str:
-        """What is about to happen, in a few lines."""
-        config, steps = self.config, self.trainer.total_steps
-        rows, held_out = self.loader.rows_in_epoch(0), 0 if self.validation is None else len(self.validation)
+    def counted(self) -> str:
+        """How much there is to learn from, for the summary."""
+        rows, tokens = self.loader.rows_in_epoch(0), self.config.data.seq_len
         return (
-            f"{self.tuned.summary()}\n"
             f"{len(self.training):,} prompts with {int(self.training.counts.sum()):,} answers, {rows:,} rows of "
-            f"{config.data.seq_len:,} tokens; {held_out:,} prompts held out\n"
-            f"{steps:,} steps of {config.loop.batch_rows} rows -> {config.out}" + warmup_note(config.optim, steps)
+            f"{tokens:,} tokens; {self.n_held_out:,} prompts held out"
         )
 
-    def fingerprints(self) -> dict[str, str]:
-        """Hashes of the rows as tokens, training and validation."""
-        both = {"training data": self.training, "validation data": self.validation}
-        found = {f"the {name}": rows.fingerprint for name, rows in both.items() if rows is not None}
-        return found | self.tuned.fingerprints()
-
-    def data_statistics(self) -> dict[str, Any]:
-        """What is learned from, and how much."""
-        return {
-            "train": self.config.data.train,
-            "tokenizer_fingerprint": self.tuned.base.tokenizer.fingerprint,
-            **preference_stats(self.training).to_dict(),
-            "validation_rows": 0 if self.validation is None else len(self.validation),
-        }
-
-    def export(self) -> Path:
-        """Write what was trained; returns its directory."""
-        return self.tuned.export()
+    def statistics(self) -> dict[str, Any]:
+        """Counts and lengths of the rows."""
+        return {**preference_stats(self.training).to_dict(), "validation_rows": self.n_held_out}
 
 
 def open_preferences(

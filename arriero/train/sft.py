@@ -24,9 +24,10 @@ from arriero.train.batches import Rows, micro_batches
 from arriero.train.config import SftConfig
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.objectives import next_token
-from arriero.train.recipe import alone, execute, warmup_note
+from arriero.train.recipe import alone, execute
+from arriero.train.rows_run import RowsRun
 from arriero.train.samples import answer, write_samples
-from arriero.train.tuned import Tuned, open_base
+from arriero.train.tuned import open_base
 from arriero.train.validation import HeldOut, Validation
 
 
@@ -36,45 +37,22 @@ def main(config: SftConfig) -> Outcome:
 
 
 @dataclass(frozen=True)
-class SftRun:
+class SftRun(RowsRun):
     """Everything a run is made of, ready for step 1."""
 
     config: SftConfig
-    tuned: Tuned
     training: SftDataset
     validation: SftDataset | None
     loader: SftLoader
-    trainer: Trainer
 
-    @property
-    def total_tokens(self) -> int:
-        """Tokens through the model over the whole run, padding included."""
-        return self.trainer.total_steps * self.config.loop.batch_rows * self.config.data.seq_len
+    def counted(self) -> str:
+        """How much there is to learn from, for the summary."""
+        rows, tokens = self.loader.rows_in_epoch(0), self.config.data.seq_len
+        return f"{len(self.training):,} examples, {rows:,} rows of {tokens:,} tokens; {self.n_held_out:,} held out"
 
-    def summary(self) -> str:
-        """What is about to happen, in a few lines."""
-        config, steps = self.config, self.trainer.total_steps
-        rows, held_out = self.loader.rows_in_epoch(0), 0 if self.validation is None else len(self.validation)
-        return (
-            f"{self.tuned.summary()}\n"
-            f"{len(self.training):,} examples, {rows:,} rows of {config.data.seq_len:,} tokens; {held_out:,} held out\n"
-            f"{steps:,} steps of {config.loop.batch_rows} rows -> {config.out}" + warmup_note(config.optim, steps)
-        )
-
-    def fingerprints(self) -> dict[str, str]:
-        """Hashes of the rows as tokens, training and validation."""
-        both = {"training data": self.training, "validation data": self.validation}
-        found = {f"the {name}": rows.fingerprint for name, rows in both.items() if rows is not None}
-        return found | self.tuned.fingerprints()
-
-    def data_statistics(self) -> dict[str, Any]:
-        """What is learned from, and how much."""
-        return {
-            "train": self.config.data.train,
-            "tokenizer_fingerprint": self.tuned.base.tokenizer.fingerprint,
-            **data_stats(self.training, self.loader.seq_len).to_dict(),
-            "validation_examples": 0 if self.validation is None else len(self.validation),
-        }
+    def statistics(self) -> dict[str, Any]:
+        """Counts and lengths of the examples."""
+        return {**data_stats(self.training, self.loader.seq_len).to_dict(), "validation_examples": self.n_held_out}
 
     def sample(self, when: Literal["before", "after"]) -> None:
         """Answer a few held-out prompts."""
@@ -82,10 +60,6 @@ class SftRun:
             return
         answers = answer(model, self.tuned.base.tokenizer, self.validation, self.config.samples)
         write_samples(Path(self.config.out), answers, when)
-
-    def export(self) -> Path:
-        """Write the trained adapter (PEFT's layout) or model (Hugging Face's); returns its directory."""
-        return self.tuned.export()
 
 
 def as_they_are(loader: SftLoader, _: Tokenizer) -> Rows:
