@@ -71,6 +71,7 @@ class Engine:
         cache_tokens: int = 0,
         max_running: int = 64,
         step_tokens: int = 256,
+        mixed_tokens: int = 0,
         context: int = 0,
         speculate: int = 0,
         draft: Llama | None = None,
@@ -79,7 +80,9 @@ class Engine:
 
         cache_bytes: most memory for keys and values; or, where given, cache_tokens: for how many tokens. max_running:
         requests that are computed at a time. step_tokens: most tokens in one step, which bounds how long a request that
-        is being answered waits for its next token.
+        is being answered waits for its next token. mixed_tokens: most tokens in a step in which answers go on,
+        though prompts have at least one for each answer; 0: step_tokens. Small, it keeps answers fluent where requests
+        come at any time; where all come at once it only makes more steps.
         context: most tokens of prompt and answer; 0 means the model's own. speculate: most tokens that are proposed at
         once, by what followed earlier in the text; which are right is decided exactly (speculate.py). draft: a smaller
         model of the same tokenizer, which proposes instead. Raises `ConfigError` for values out of range.
@@ -91,6 +94,7 @@ class Engine:
             f"step_tokens is {step_tokens}; it must be at least max_running ({max_running}): each step has a token of "
             "every request that is being answered",
         )
+        check(mixed_tokens >= 0, f"mixed_tokens is {mixed_tokens}; it must be at least 0 (0: step_tokens)")
         check(draft is None or speculate > 0, "a draft is given, and speculate is 0: say how many tokens it proposes")
         self.context, self._speculate = context or model.config.max_context, speculate
         models = [model] if draft is None else [model, draft]
@@ -106,7 +110,7 @@ class Engine:
                 "same tokenizer",
             )
         self._answers = Answers(tokenizer, self._ended)
-        self._scheduler = Scheduler(self._model_step.n_blocks, self.context, max_running, step_tokens)
+        self._scheduler = Scheduler(self._model_step.n_blocks, self.context, max_running, step_tokens, mixed_tokens)
         self._adapters = Adapters(model, self._model_step)
         self._weights = 0  # how often they were replaced
         self._paused = False

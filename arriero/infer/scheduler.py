@@ -3,7 +3,8 @@
 Each step takes one token of every sequence that is decoding, then pieces of prompts, the oldest first, up to
 `step_tokens` tokens in all. So
 
-- a sequence that decodes gets a token in every step, and waits no longer than one step of `step_tokens` tokens;
+- a sequence that decodes gets a token in every step, and waits no longer than one step of `step_tokens` tokens, or of
+  `mixed_tokens` where that is less: prompts that come are computed in smaller pieces then;
 - sequences are admitted in the order of their arrival, none before an earlier one; a sequence is admitted as soon as
   those before it are, fewer than `max_running` run, and the blocks of its whole prompt can be had;
 - where a sequence that decodes needs a block and there is none, the youngest that runs gives its blocks back and waits
@@ -101,14 +102,16 @@ class Plan:
 class Scheduler:
     """Sequences that run and that wait, and the blocks of the cache."""
 
-    def __init__(self, n_blocks: int, longest: int, max_running: int, step_tokens: int) -> None:
+    def __init__(self, n_blocks: int, longest: int, max_running: int, step_tokens: int, mixed_tokens: int = 0) -> None:
         """longest: tokens that a sequence may have. max_running: sequences that hold blocks at a time.
 
-        step_tokens: most tokens of a step, at least `max_running`.
+        step_tokens: most tokens of a step, at least `max_running`. mixed_tokens: of one in which sequences decode, but
+        prompts have at least a token for each of these; 0: as many as of any.
         """
         assert step_tokens >= max_running, "every sequence that decodes has a token in each step"
         self.pool = BlockPool(n_blocks)
         self.max_running, self.step_tokens = max_running, step_tokens
+        self.mixed_tokens = mixed_tokens or step_tokens
         self.running: list[Sequence] = []  # the oldest first
         self.waiting: list[Sequence] = []  # the oldest first
         self.preemptions = 0
@@ -153,7 +156,10 @@ class Scheduler:
                 sequence.computed -= 1
         preempted = self.preemptions
         chosen = list(self._decoding())
-        budget = self.step_tokens - sum(n for _, n in chosen)
+        used = sum(n for _, n in chosen)
+        budget = self.step_tokens - used
+        if chosen:
+            budget = min(budget, max(self.mixed_tokens - used, len(chosen)))
         for sequence in self.running:
             if budget and sequence.left > 1:
                 budget -= self._take_piece(sequence, budget, chosen)

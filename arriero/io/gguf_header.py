@@ -10,6 +10,7 @@ value), the tensors (name, number of dimensions u32, dimensions u64 from the fas
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import struct
@@ -21,6 +22,7 @@ from arriero.errors import CheckpointError
 from arriero.io.fields import Fields
 
 MAGIC = b"GGUF"
+_LENGTH = struct.Struct("<Q")  # of a text
 ALIGNMENT = 32  # unless general.alignment says otherwise
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -109,6 +111,19 @@ class _Cursor:
         self.position += length
         return text
 
+    def strings(self, count: int) -> list[str]:
+        """So many texts: `string` in a loop of its own, since a vocabulary has hundreds of thousands."""
+        data, size, at, texts = self.data, self.size, self.position, list[str]()
+        with contextlib.suppress(UnicodeDecodeError):
+            while len(texts) < count and at + 8 <= size:
+                (length,) = _LENGTH.unpack_from(data, at)
+                if length > size - at - 8:
+                    break
+                texts.append(data[at + 8 : at + 8 + length].decode("utf-8"))
+                at += 8 + length
+        self.position = at
+        return texts + [self.string() for _ in range(count - len(texts))]  # which says what is wrong
+
     def value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
             return self.string()
@@ -117,7 +132,7 @@ class _Cursor:
         kind, count = self.scalar("I"), self.scalar("Q")
         if kind == _STRING:
             self.room(count, _SMALLEST_STRING, f"{count:,} texts of {key!r}")
-            return [self.string() for _ in range(count)]
+            return self.strings(count)
         code = self._code(kind, key)
         self.room(count, struct.calcsize("<" + code), f"{count:,} values of {key!r}")
         values = list(struct.unpack_from(f"<{count}{code}", self.data, self.position))

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 
 def computed_in(dtype: torch.dtype, device: str | torch.device) -> torch.dtype:
@@ -35,7 +34,7 @@ def widened(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in the type of x; x [..., in] and W [out, in] of one type, differentiable."""
-    if computed_in(x.dtype, x.device) == x.dtype or isinstance(weight, DTensor) or isinstance(x, DTensor):
+    if computed_in(x.dtype, x.device) == x.dtype or not (_plain(x) and _plain(weight)):
         return F.linear(x, weight)
     y: Tensor = _Widened.apply(x, weight)  # type: ignore[no-untyped-call]
     return y
@@ -45,6 +44,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """a b in the type of a; without gradient where it is widened."""
     wide = computed_in(a.dtype, a.device)
     return a @ b if wide == a.dtype else (a.to(wide) @ b.to(wide)).to(a.dtype)
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether it is no subclass that computes in its own way, as a tensor that lies on many processes does."""
+    return type(x) in (Tensor, nn.Parameter)
 
 
 class _Widened(torch.autograd.Function):

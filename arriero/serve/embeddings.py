@@ -99,7 +99,7 @@ def _ids(use: Use, texts: Texts) -> list[list[int]]:
 def _embedding(use: Use, ids: list[int]) -> np.ndarray:
     import torch
 
-    model = use.loaded.model
+    model = use.loaded.whole()
     with torch.inference_mode():
         mean = model.model(torch.tensor([ids], device=model.device))[0].float().mean(0)
         vector: np.ndarray = torch.nn.functional.normalize(mean, dim=0).cpu().numpy()

@@ -16,8 +16,9 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -30,40 +31,12 @@ from arriero.serve.config import KEY, LoadConfig
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WORDS = [
-    "river",
-    "stone",
-    "market",
-    "wool",
-    "winter",
-    "village",
-    "letter",
-    "window",
-    "garden",
-    "table",
-    "music",
-    "harbour",
-    "question",
-    "answer",
-    "morning",
-    "evening",
-    "mountain",
-    "road",
-    "bridge",
-    "bread",
-    "salt",
-    "copper",
-    "silver",
-    "story",
-    "teacher",
-    "number",
-    "colour",
-    "shadow",
-    "summer",
-    "family",
-    "travel",
-    "weather",
-]
+_TEXT = (
+    "river stone market wool winter village letter window garden table music harbour question answer morning "
+    "evening mountain road bridge bread salt copper silver story teacher number colour shadow summer family "
+    "travel weather"
+)
+WORDS = _TEXT.split()
 SECONDS = 600.0  # of a silence after which a request is lost
 
 
@@ -73,6 +46,7 @@ class Told:
 
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
+    at: list[float] = field(default_factory=list)  # the clock at the end of each of `between`
     prompt_tokens: int = 0
     tokens: int = 0
     done: int = 0
@@ -120,8 +94,13 @@ def _milliseconds(times: Sequence[float], percentile: int) -> str:
     return f"{1000 * float(np.percentile(times, percentile)):,.0f}" if times else "-"
 
 
-def run_load(config: LoadConfig, on_change: Callable[[list[Level]], None]) -> list[Level]:
+def run_load(
+    config: LoadConfig,
+    on_change: Callable[[list[Level]], None],
+    settings: Mapping[str, Any] = MappingProxyType({"temperature": 1.0}),
+) -> list[Level]:
     """Measure each load in turn; `on_change` is called with all levels, the one under way last, four times a second.
+    settings: further entries of each request's body.
 
     Raises `UserError` where nothing answers at the address.
     """
@@ -136,7 +115,7 @@ def run_load(config: LoadConfig, on_change: Callable[[list[Level]], None]) -> li
             for _ in level.told
         ]
         threads = [
-            threading.Thread(target=_client, args=(config, model, system, given, told), daemon=True)
+            threading.Thread(target=_client, args=(config, model, system, given, settings, told), daemon=True)
             for given, told in zip(prompts, level.told, strict=True)
         ]
         for thread in threads:
@@ -180,26 +159,29 @@ def _headers(config: LoadConfig) -> dict[str, str]:
     return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
 
 
-def _client(config: LoadConfig, model: str, system: str, prompts: Sequence[str], told: Told) -> None:
+def _client(
+    config: LoadConfig, model: str, system: str, prompts: Sequence[str], settings: Mapping[str, Any], told: Told
+) -> None:
     connection = _connection(config)
     for prompt in prompts:
         body = {
             "model": model,
             "messages": [{"role": "system", "content": system}, {"role": "user", "content": prompt}],
             "max_tokens": config.new_tokens,
-            "temperature": 1.0,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **settings,
         }
         try:
-            _ask(connection, _headers(config), body, told)
+            ask(connection, _headers(config), body, told)
         except (OSError, ValueError, LookupError, http.client.HTTPException) as error:
             told.lost.append(str(error) or type(error).__name__)
             connection.close()
     connection.close()
 
 
-def _ask(connection: http.client.HTTPConnection, headers: dict[str, str], body: dict[str, Any], told: Told) -> None:
+def ask(connection: http.client.HTTPConnection, headers: dict[str, str], body: dict[str, Any], told: Told) -> None:
+    """One streamed chat, counted in `told`. Raises `ValueError` for a status or an event that is an error."""
     began = last = time.perf_counter()
     connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
     response = connection.getresponse()
@@ -217,7 +199,11 @@ def _ask(connection: http.client.HTTPConnection, headers: dict[str, str], body: 
             told.prompt_tokens += usage["prompt_tokens"]
         if any(choice["delta"].get("content") for choice in chunk["choices"]):
             now = time.perf_counter()
-            (told.between if started else told.first).append(now - (last if started else began))
+            if started:
+                told.between.append(now - last)
+                told.at.append(now)
+            else:
+                told.first.append(now - began)
             started, last = True, now
     told.done += 1
 

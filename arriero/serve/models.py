@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from arriero.serve.driver import Driver
 
 T = TypeVar("T")
+Stamp = tuple[tuple[str, int, int], ...]
+MIXED_TOKENS = 32
+"""Of a step in which answers go on: with 16 answers a prompt that comes doubles the time between their tokens at most,
+and prompts of some hundred tokens still keep up with as many answers (docs/log.md, "The server")."""
 LOADING = 3  # seconds after which a client should ask again
 
 
@@ -41,13 +45,15 @@ LOADING = 3  # seconds after which a client should ask again
 class Loaded:
     """A model in memory.
 
-    driver: its engine. own: the sampling settings that its files name. work: threads for rendering and encoding
-    prompts, which takes as long as a prompt is. adapters: the tokenizer of each, by name.
+    model: its matrices still in their files where the engine has its own copy (`whole` reads them). stamp: of those
+    files when they were opened. driver: its engine. own: the sampling settings that its files name. work: threads for
+    rendering and encoding prompts, which takes as long as a prompt is. adapters: the tokenizer of each, by name.
     """
 
     name: str
     source: Path
     model: Llama
+    stamp: Stamp
     tokenizer: Tokenizer
     driver: Driver
     own: dict[str, Any]
@@ -57,6 +63,7 @@ class Loaded:
     users: int = 0
     used: float = field(default_factory=time.monotonic)
     _compiler: Compiler | None = None
+    _whole: bool = False
 
     @property
     def engine(self) -> Engine:
@@ -69,6 +76,22 @@ class Loaded:
     async def embed(self, function: Callable[..., T], *arguments: Any) -> T:
         """A function that runs the torch model, on the one thread for that."""
         return await asyncio.get_running_loop().run_in_executor(self.forward, function, *arguments)
+
+    def whole(self) -> Llama:
+        """The torch model with all its weights in memory; for the thread of `embed`.
+
+        Raises `ApiError` where its files have changed since: they are another model's now than the engine's.
+        """
+        from arriero.model.filed import hold
+
+        if not self._whole:
+            if stamp_of(self.source) != self.stamp:
+                raise ApiError(
+                    503, f"the files of {self.name!r} have changed since it was loaded; start the server again"
+                )
+            hold(self.model)
+            self._whole = True
+        return self.model
 
     async def grammar(self, kind: Kind, text: str | list[str]) -> Grammar:
         """A compiled grammar for this model's tokenizer."""
@@ -259,6 +282,13 @@ class Models:
                     notes().print(f"{name} is unloaded: idle", highlight=False, markup=False)
 
 
+def stamp_of(path: Path) -> Stamp:
+    """What changes when the file, or one in the directory, is written again: names, sizes, times."""
+    files = [path] if path.is_file() else sorted(each for each in path.glob("*") if each.is_file())
+    status = [(file.name, file.stat()) for file in files]
+    return tuple((name, found.st_size, found.st_mtime_ns) for name, found in status)
+
+
 def _open(config: ServeConfig, name: str, source: str, adapters: dict[str, str], loop: Any, watch: Any) -> Loaded:
     """Load a model and its adapters, and start its engine."""
     import torch
@@ -272,9 +302,14 @@ def _open(config: ServeConfig, name: str, source: str, adapters: dict[str, str],
     path = resolve(source)
     own = sampling_of(read_beside(path, warn=False).generation)
     SamplingConfig(**own)  # refuse settings out of range now
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+    dtype, stamp = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision], stamp_of(path)
     model, tokenizer = load(
-        path, dtype=dtype, device=best_device(), chat_template=config.chat_template, quantize=config.quantize
+        path,
+        dtype=dtype,
+        device=best_device(),
+        chat_template=config.chat_template,
+        quantize=config.quantize,
+        filed=best_device() == "cpu",
     )
     engine = Engine(
         model,
@@ -282,11 +317,12 @@ def _open(config: ServeConfig, name: str, source: str, adapters: dict[str, str],
         cache_bytes=int(config.cache_gb * 2**30),
         max_running=config.max_running,
         step_tokens=max(256, config.max_running),
+        mixed_tokens=MIXED_TOKENS,
         context=min(config.context or model.config.max_context, model.config.max_context),
         speculate=config.speculate,
     )
     work = ThreadPoolExecutor(2, f"arriero-prompts-{name}")
-    loaded = Loaded(name, path, model, tokenizer, Driver(engine, name, loop, watch), own, work)
+    loaded = Loaded(name, path, model, stamp, tokenizer, Driver(engine, name, loop, watch), own, work)
     for adapter, directory in adapters.items():
         loaded.adapters[adapter] = _tokenizer_of(loaded, directory, config.chat_template)
         engine.load_adapter(adapter, directory)

@@ -247,8 +247,10 @@ def _byte_of_letter() -> dict[str, int]:
 
 def byte_level_bytes(token: str) -> bytes:
     """Return the bytes of a byte-level token; of a token with other letters, its own UTF-8."""
-    table = _byte_of_letter()
-    return bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()
+    try:
+        return bytes(map(_byte_of_letter().__getitem__, token))
+    except KeyError:
+        return token.encode()
 
 
 def byte_level_text(data: bytes) -> str:

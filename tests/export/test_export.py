@@ -14,19 +14,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from helpers.toys import toy_directory
 from safetensors.numpy import load_file, save_file
 
 import arriero.tokenizer
 from arriero.checkpoint.adapter import save_adapter
-from arriero.checkpoint.export import export_hf
-from arriero.checkpoint.load import load_tokenizer_at
-from arriero.distributed.engine import Engine
+from arriero.checkpoint.load import load_model, load_tokenizer_at
 from arriero.errors import CheckpointError
 from arriero.export.deliver import adapter_file, export
 from arriero.export.modelfile import around, modelfile
 from arriero.export.prove import CONVERSATIONS, missing, ours, prove
-from arriero.model.build import build_model
-from arriero.model.config import LlamaConfig
 from arriero.model.lora import add_lora, lora_state
 from arriero.model.lora_config import LoraConfig
 from arriero.tokenizer.template import ChatTemplate
@@ -47,11 +44,8 @@ JUDGES = [
 def toy(smollm2_gguf, tmp_path_factory):
     """A model and an adapter: their directories, and what Arriero says of both together."""
     folder = tmp_path_factory.mktemp("toy")
-    tokenizer = load_tokenizer_at(smollm2_gguf)
-    shape = LlamaConfig(64, 2, 4, 2, 96, tokenizer.vocab_size, 1024)
-    model = build_model(shape).init_weights(std=0.2, seed=3)
-    export_hf(Engine.alone(model), folder / "model", tokenizer, dtype=torch.float32)
-    add_lora(model, LORA)
+    toy_directory(folder / "model", smollm2_gguf)
+    model = add_lora(load_model(folder / "model"), LORA)
     generator = torch.Generator().manual_seed(5)
     for p in lora_state(model).values():
         p.data.copy_(torch.randn(p.shape, generator=generator) * 0.3)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from arriero.checkpoint.export import export_hf
+from arriero.checkpoint.load import load_tokenizer_at
+from arriero.distributed.engine import Engine
 from arriero.model.build import build_model
 from arriero.model.catalogue import PUBLISHED
 from arriero.model.config import LlamaConfig
@@ -59,3 +63,11 @@ def equal_weights(a: Llama, b: Llama) -> bool:
     left, right = a.state_dict(), b.state_dict()
     assert left.keys() == right.keys()
     return all(t.dtype == right[name].dtype and torch.equal(t, right[name]) for name, t in left.items())
+
+
+def toy_directory(folder: Path, tokenizer_of: Path) -> Path:
+    """A model of 64 wide, far from uniform, with the tokenizer of a real one: a Hugging Face directory in fp32."""
+    tokenizer = load_tokenizer_at(tokenizer_of)
+    model = build_model(LlamaConfig(64, 2, 4, 2, 96, tokenizer.vocab_size, 1024)).init_weights(std=0.2, seed=3)
+    export_hf(Engine.alone(model), folder, tokenizer, dtype=torch.float32)
+    return folder

@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers.engines import SHAPE, adapted, adapter, engine_toy, small_engine
@@ -196,8 +197,9 @@ def test_the_cache_takes_no_more_than_its_budget():
         assert memory["weights"] > 0
 
 
-def test_who_is_answered_gets_a_token_in_every_step_while_long_prompts_are_read(steps):
-    engine = Engine(engine_toy(), max_running=8, step_tokens=40)
+@pytest.mark.parametrize("mixed", [0, 10])
+def test_who_is_answered_gets_a_token_in_every_step_while_long_prompts_are_read(steps, mixed):
+    engine = Engine(engine_toy(), max_running=8, step_tokens=40, mixed_tokens=mixed)
     early = [engine.submit(Request(prompt(5, i), 60, stop_ids=())) for i in range(3)]
     engine.step()
     late = [engine.submit(Request(prompt(200, i), 2, stop_ids=())) for i in range(9)]
@@ -208,6 +210,9 @@ def test_who_is_answered_gets_a_token_in_every_step_while_long_prompts_are_read(
         for number in told:
             first.setdefault(number, step)
     assert max(len(batch.tokens) for batch in steps) <= 40
+    alone = [np.count_nonzero(np.bincount(batch.sequences) == 1) for batch in steps[1:59]]  # in which the first answer
+    small = all(len(batch.tokens) <= max(10, 2 * n) for batch, n in zip(steps[1:59], alone, strict=True))
+    assert small == bool(mixed)
     assert sorted(late, key=first.__getitem__) == late  # first come, first served
     assert len(set(first.values())) > 5
 

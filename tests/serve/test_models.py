@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from helpers.serving import Running
+from helpers.toys import toy_directory
 
 from arriero.checkpoint.adapter import save_adapter
 from arriero.checkpoint.load import load
@@ -155,3 +156,14 @@ def test_settings_that_cannot_be_are_refused(name):
     settings, text = SETTINGS[name]
     with pytest.raises(ConfigError, match=text):
         ServeConfig(**settings)
+
+
+def test_files_that_change_behind_a_server_are_never_mixed_with_what_its_engine_holds(smollm2_gguf, tmp_path):
+    path = toy_directory(tmp_path / "toy", smollm2_gguf)
+    with Running(ServeConfig(model=(f"base={path}",), port=0, cache_gb=0.01)) as server:
+        file = path / "model.safetensors"
+        file.write_bytes(file.read_bytes())
+        status, body, _ = server.call("/v1/embeddings", {"model": "base", "input": "x"})
+        assert status == 503
+        assert "the files of 'base' have changed since it was loaded" in body["error"]["message"]
+        assert server.call("/v1/completions", {"model": "base", "prompt": "x", "max_tokens": 2})[0] == 200
