@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="chats of each client")
     parser.add_argument("--crowd", type=int, default=0, help="clients of a last load, without a peer")
     parser.add_argument("--soak", type=int, default=0, help="requests of a long run, instead of all else")
+    parser.add_argument("--mixed", type=int, default=0, help="MIXED_TOKENS of serve/models.py; 0: as it is")
     parser.add_argument("--files", default="", help="keep the files there")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -223,7 +224,7 @@ def started(name: str, kind: str, files: Path, args: argparse.Namespace) -> Iter
         report = files / f"cpu-{port}.json"
         config = {
             "model": [str(files / "model")], "port": port, "quantize": "" if kind == "bf16" else kind,
-            "max_waiting": 1024,
+            "max_waiting": 1024, "mixed": args.mixed,
         }  # fmt: skip
         command = [sys.executable, __file__, "--child", json.dumps(config), str(report)]
     else:
@@ -252,6 +253,7 @@ def started(name: str, kind: str, files: Path, args: argparse.Namespace) -> Iter
 
 def child(settings: str, report: str) -> None:
     """Serve, and tell on SIGUSR1 what the threads have cost."""
+    from arriero.serve import models
     from arriero.serve.server import serve
 
     def tell(*_: object) -> None:
@@ -267,6 +269,7 @@ def child(settings: str, report: str) -> None:
 
     signal.signal(signal.SIGUSR1, tell)
     given = json.loads(settings)
+    models.MIXED_TOKENS = given.pop("mixed") or models.MIXED_TOKENS
     serve(ServeConfig(**given | {"model": tuple(given["model"])}))
 
 

@@ -50,6 +50,7 @@ _DENSE = (FLOAT, BF16, TWELVE)
 RARE = 8  # bytes of the C++ struct `Rare`
 RARELY = 128
 """bf16 is held in twelve bits where at most one weight in so many is rare: it then reads a quarter less, at no loss."""
+AT_ONCE = 8  # matrices that are packed at a time, each of which is in memory twice
 PLACES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _IN_BLOCK = (*(f"self_attn.{name}" for name in PLACES[:4]), *(f"mlp.{name}" for name in PLACES[4:]))
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -286,6 +287,21 @@ def _packed(library: ctypes.CDLL, module: Any) -> PackedMatrix:
     return _packed_dense(library, module.weight)
 
 
+def _packed_side_by_side(library: ctypes.CDLL, modules: Sequence[Any]) -> list[PackedMatrix]:
+    """Each matrix by one thread, a few at once.
+
+    torch's own threads would share each of a thousand small operations, and wait for each other at its end: where other
+    threads run too, for 4 ms a time.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(threads, AT_ONCE)) as pool:
+            return list(pool.map(functools.partial(_packed, library), modules))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _packed_dense(library: ctypes.CDLL, weight: Tensor) -> PackedMatrix:
     matrix = pack_matrix(library, weight)
     return in_twelve_bits(library, matrix) if matrix.kind == BF16 else matrix
@@ -349,7 +365,7 @@ class NativeStep:
         keys, values = self.cache_shapes(config, n_blocks)
         self.keys, self.values = torch.empty(keys, dtype=dtype), torch.empty(values, dtype=dtype)
         self._linears = [f"model.layers.{i}.{name}" for i in range(config.n_layers) for name in _IN_BLOCK]
-        self.matrices = [_packed(library, module) for module in _products(model)]
+        self.matrices = _packed_side_by_side(library, _products(model))
         self.head = _packed(library, model.head)
         self._places: dict[str, PackedMatrix | Tensor] = {}  # by name, what a refit writes to
         self._layers = (_Layer * config.n_layers)()

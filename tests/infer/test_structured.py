@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import re
@@ -426,3 +427,26 @@ def test_generate_answers_by_a_schema_a_list_of_choices_or_not_at_all(tmp_path, 
 def test_one_constraint_at_a_time():
     with pytest.raises(ConfigError, match="json_schema and choices are given; an answer follows one of them"):
         GenerateConfig(model="m", json_schema="s.json", choices=("a",))
+
+
+def test_a_garbage_collection_is_not_on_a_masks_time(of_bytes, monkeypatch):
+    """One at every allocation, each as slow as in a large process: it is nobody's fault."""
+    monkeypatch.setattr(structured_trial, "SLOWEST", 0.02)
+    constraint, ran = of_bytes.compile("json_schema", json.dumps(PERSON)).begin(), []
+
+    def burn(phase, _):
+        ran.append(phase)
+        until = time.thread_time() + 0.02
+        while phase == "start" and time.thread_time() < until:
+            pass
+
+    before = gc.get_threshold()
+    gc.callbacks.append(burn)
+    gc.set_threshold(1, 1, 1)
+    try:
+        assert constraint.mask().any()
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(burn)
+    assert ran
+    assert gc.isenabled()
