@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--only", nargs="+", help="ways to measure; all that can be")
+    parser.add_argument("--files", type=Path, help="a folder to keep llama.cpp's files in, for the next time")
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, for machines that others work on")
     args = parser.parse_args()
     if args.cpu_time:
@@ -148,7 +149,8 @@ def main() -> None:
         time.perf_counter = time.process_time
     result: dict[str, Any] = {"bench": "inference", "rounds": args.rounds, "threads": torch.get_num_threads()}
     result |= {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.files or scratch
         makers: dict[str, Callable[[], Way]] = {f"arriero-{kind}": lambda kind=kind: arriero(kind) for kind in TYPES}  # type: ignore[misc]
         for kind, name in TYPES.items():
             makers[f"llama.cpp-{name}"] = lambda kind=kind: llama_cpp(gguf(Path(folder), kind))  # type: ignore[misc]
@@ -162,7 +164,7 @@ def main() -> None:
         found: dict[str, dict[int, list[float]]] = {name: {} for name in ways}
         for turn in range(-1, args.rounds):  # the first warms up
             for name, way in ways.items():
-                for batch in (0, *args.batches):
+                for batch in (0, *args.batches) if turn >= 0 else (0, args.batches[0]):
                     speed = way(batch, turn + 1)
                     if turn >= 0:
                         found[name].setdefault(batch, []).append(speed)
@@ -175,6 +177,9 @@ def main() -> None:
 
 def gguf(folder: Path, kind: str) -> Path:
     path = folder / f"{kind}.gguf"
+    folder.mkdir(exist_ok=True)
+    if path.exists():
+        return path
     if kind == "bf16":
         convert("smollm2-135m", path, to="gguf", dtype="bf16")
     else:

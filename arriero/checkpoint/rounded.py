@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arriero.checkpoint.digest import content_digest
 from arriero.checkpoint.hf import LINEAR_ENDS
 from arriero.checkpoint.tensor_file import DTYPES, Entry, safetensors_entries, tensor_reader, write_safetensors
 from arriero.checkpoint.weights import Weights
@@ -35,7 +36,6 @@ from arriero.show.terminal import warn_once
 MOST = 20 * 10**9
 """Bytes of all files together."""
 _RULES = 1  # how weights become codes: another number where that changes
-_DECIDES = (".safetensors", ".gguf", ".pth", ".json")  # files that decide what weights are
 
 
 def untied(weights: Weights) -> Weights:
@@ -95,12 +95,7 @@ def rounded_in(weights: Weights, kind: str, held: str | None = None) -> Weights:
 
 def _digest(source: Path, kind: str, held: str | None) -> str:
     """Of what decides the codes: 24 characters."""
-    files = [source] if source.is_file() else sorted(f for f in source.iterdir() if f.suffix in _DECIDES)
-    whole = hashlib.sha256(f"{_RULES} {kind} {held}".encode())
-    for path in files:
-        with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()[:24]
+    return hashlib.sha256(f"{_RULES} {kind} {held} {content_digest(source)}".encode()).hexdigest()[:24]
 
 
 def _cached(weights: Weights, names: list[str], kind: str, file: Path) -> Callable[[str], Quantized] | None:

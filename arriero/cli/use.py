@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from arriero.errors import ConfigError, require
 from arriero.eval.config import EvalConfig, NeedleConfig, PassConfig
@@ -11,6 +11,9 @@ from arriero.infer.config import BenchConfig, ChatConfig, GenerateConfig
 from arriero.io.paths import PathText
 from arriero.serve.config import LoadConfig, ServeConfig
 from arriero.show.terminal import say
+
+if TYPE_CHECKING:
+    from arriero.checkpoint.quantize import Quantization
 
 NumberType = Literal["f32", "f16", "bf16"]
 StoredType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -353,7 +356,6 @@ def quantize(
         force: Overwrite what is there.
     """
     from arriero.checkpoint.quantize import quantize as write
-    from arriero.checkpoint.quantize_report import errors_table
     from arriero.eval.divergence import compare, divergence_table, read_texts
     from arriero.show.terminal import output
 
@@ -362,16 +364,21 @@ def quantize(
     if validation is not None:
         read_texts(validation)  # a bad file is refused before anything is written
     found = write(
-        model,
-        out,
-        type=type,
-        format=format,
-        calibrate=calibrate,
-        budget_mb=budget_mb,
-        keep_head=keep_head,
-        chat_template=chat_template or "",
-        force=force,
-    )
+        model, out, type=type, format=format, calibrate=calibrate, budget_mb=budget_mb, keep_head=keep_head,
+        chat_template=chat_template or "", force=force,
+    )  # fmt: skip
+    _say_quantized(found)
+    if recover is not None:
+        _recover(model, out, recover)
+    if validation is not None:
+        output().print(divergence_table(compare(model, out, read_texts(validation)), str(validation)))
+
+
+def _say_quantized(found: Quantization) -> None:
+    """Errors, sizes, and where it lies."""
+    from arriero.checkpoint.quantize_report import errors_table
+    from arriero.show.terminal import output
+
     if found.untied:
         say("the head was the embeddings, which stay at 16 bits; it is a matrix of its own now")
     output().print(errors_table(found.matrices))
@@ -380,14 +387,15 @@ def quantize(
         f"weights {before / 1e6:,.1f} MB at 16 bits -> {after / 1e6:,.1f} MB; a token reads "
         f"{read_before / 1e6:,.1f} MB -> {read_after / 1e6:,.1f} MB"
     )
-    say(f"{out} written and read back")
-    if recover is not None:
-        from arriero.train.recover import recover as train
+    say(f"{found.out} written and read back")
 
-        gained = train(model, out, recover)
-        say(
-            f"scales and norms trained on {gained.rows:,} rows of {recover}; KL divergence on {gained.held_out:,} held "
-            f"out: {gained.before:.4f} -> {gained.after:.4f} nats a token"
-        )
-    if validation is not None:
-        output().print(divergence_table(compare(model, out, read_texts(validation)), str(validation)))
+
+def _recover(model: PathText, out: Path, data: PathText) -> None:
+    """Train scales and norms of what was written at `out`, and say what that gained."""
+    from arriero.train.recover import recover
+
+    gained = recover(model, out, data)
+    say(
+        f"scales and norms trained on {gained.rows:,} rows of {data}; KL divergence on {gained.held_out:,} held out: "
+        f"{gained.before:.4f} -> {gained.after:.4f} nats a token"
+    )

@@ -131,8 +131,7 @@ def _prompt(row: RowDict) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | 
     given = [name for name in (*TALKS, "prompt", "question", "instruction") if name in row and not is_empty(row[name])]
     if not given:
         near = f"; did you mean {', '.join(hints)}?" if (hints := _near_prompt(row)) else ""
-        columns = ", ".join(repr(name) for name in list(row)[:SHOWN]) or "none"
-        raise DataError(f"no prompt in its columns ({columns}); name it 'prompt', a text or messages{near}")
+        raise DataError(f"no prompt in its columns ({columns_of(row)}); name it 'prompt', a text or messages{near}")
     name = given[0]
     if (
         len(given) > 1
@@ -153,6 +152,11 @@ def _prompt(row: RowDict) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | 
         )
     messages = with_system(system_of(row), messages)
     return messages, tools_of(row.get("tools")), {key: value for key, value in row.items() if key not in used}
+
+
+def columns_of(row: RowDict) -> str:
+    """The names of a row's columns, for a message."""
+    return ", ".join(repr(name) for name in list(row)[:SHOWN]) or "none"
 
 
 def _near_prompt(row: RowDict) -> list[str]:
@@ -211,11 +215,16 @@ def _layout(row: RowDict, absent: list[str]) -> tuple[list[Any], set[str]]:
 
 def _instruction(row: RowDict, ask: str, answer: str) -> tuple[list[Any], set[str]]:
     """Question and answer of a row in Alpaca's or Dolly's layout, and the columns that they come from."""
-    beside = [name for name in BESIDE_INSTRUCTION if name in row and not is_empty(row[name])][:1]
-    parts = [text_cell(row[name], name) for name in (ask, *beside)]
-    prompt = "\n\n".join(part for part in parts if not is_blank(part))
+    prompt, columns = instruction_of(row, ask)
     talk = [as_message("user", asked(prompt, ask)), as_message("assistant", text_cell(row[answer], answer))]
-    return talk, {ask, answer, *beside}
+    return talk, {answer, *columns}
+
+
+def instruction_of(row: RowDict, ask: str) -> tuple[str, set[str]]:
+    """An instruction with what it is about, as Alpaca and Dolly have them, and the columns that this comes from."""
+    beside = [name for name in BESIDE_INSTRUCTION if not is_empty(row.get(name))][:1]
+    parts = [text_cell(row[name], name) for name in (ask, *beside)]
+    return "\n\n".join(part for part in parts if not is_blank(part)), {ask, *beside}
 
 
 def _pair(row: RowDict, ask: str, answer: str) -> list[Any]:
@@ -230,7 +239,6 @@ def _pair(row: RowDict, ask: str, answer: str) -> list[Any]:
 
 
 def _no_layout(row: RowDict, absent: list[str]) -> DataError:
-    columns = ", ".join(repr(name) for name in list(row)[:SHOWN]) or "none"
     near = [f"{known!r} by {name!r}" for name in list(row)[:SHOWN] if (known := _nearest(name))]
     hint = f"; did you mean {', '.join(near)}?" if near else ""
     if empty := [name for name in absent if name in READ]:
@@ -241,7 +249,7 @@ def _no_layout(row: RowDict, absent: list[str]) -> DataError:
         hint += f"; columns are divided by ',' in a .csv, by a tab in a .tsv, and here by {separator!r}"
     if "text" in row:
         hint += "; a 'text' alone is for pretraining: arriero shard"
-    return DataError(f"no known layout in its columns ({columns}); rename them to one of: {LAYOUTS}{hint}")
+    return DataError(f"no known layout in its columns ({columns_of(row)}); rename them to one of: {LAYOUTS}{hint}")
 
 
 def _nearest(name: str) -> str | None:

@@ -29,7 +29,15 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
 
-from arriero.data.formats import SPOKEN, Conversation, stands_in, unused_columns
+from arriero.data.formats import (
+    BESIDE_INSTRUCTION,
+    SPOKEN,
+    Conversation,
+    columns_of,
+    instruction_of,
+    stands_in,
+    unused_columns,
+)
 from arriero.data.messages import (
     SYSTEM,
     as_message,
@@ -43,7 +51,6 @@ from arriero.data.messages import (
     present,
     side,
     system_of,
-    text_cell,
     text_of,
     tools_of,
     with_system,
@@ -67,7 +74,6 @@ _RATINGS = {name: i for i, name in enumerate(RATINGS)} | {
     **{str(level): 3 - level for level in range(4)},
 }
 ASKED = ("prompt", "question", "instruction", "messages", "conversations")
-BESIDE_INSTRUCTION = ("input", "context")
 SIDES = ("edited", "chosen", "rejected")
 LISTS = ("completions", "responses", "answers")
 SCORES = ("scores", "rewards")
@@ -185,12 +191,11 @@ def _kind_of(row: RowDict) -> Kind | None:
 def _answers(row: RowDict) -> _Answers:
     kind = _kind_of(row)
     if kind is None:
-        columns = ", ".join(repr(name) for name in list(row)[:20]) or "none"
         hint = "; 'label' has to be true or false" if "label" in row else ""
         lacking = [name for name in ("chosen", "rejected") if name not in row]
         if len(lacking) == 1:
             hint += f"; {lacking[0]!r} is missing, or null here: fill it or drop the row"
-        raise DataError(f"no preference in its columns ({columns}); rename them to one of: {LAYOUTS}{hint}")
+        raise DataError(f"no preference in its columns ({columns_of(row)}); rename them to one of: {LAYOUTS}{hint}")
     if kind == "unpaired":
         name = next(name for name in SINGLE if name in row)
         safe = (_safe(row.get("safe"), "safe"),)
@@ -241,7 +246,7 @@ def _prompt_and_answers(row: RowDict, found: _Answers) -> tuple[list[Any], list[
     column, given = _given_prompt(row)
     used = {column} if column else set()
     if column == "instruction":
-        used |= {n for n in BESIDE_INSTRUCTION if not is_empty(row.get(n))}
+        used |= instruction_of(row, column)[1]
     whole = {n for n, talk in sides.items() if not isinstance(talk[0], dict) or talk[0].get("role") != "assistant"}
     if whole and len(whole) < len(sides):
         other = next(n for n in sides if n not in whole)
@@ -278,9 +283,7 @@ def _given_prompt(row: RowDict) -> tuple[str | None, list[Any] | None]:
     if name in ("messages", "conversations"):
         return name, [from_sharegpt(m, i) for i, m in enumerate(list_cell(cell, name))]
     if name == "instruction":
-        beside = [n for n in BESIDE_INSTRUCTION if not is_empty(row.get(n))][:1]
-        parts = [text_cell(row[n], n) for n in (name, *beside)]
-        return name, [as_message("user", "\n\n".join(part for part in parts if not is_blank(part)))]
+        return name, [as_message("user", instruction_of(row, name)[0])]
     if isinstance(cell, str) and (turns := _turns(cell)):
         if turns[-1]["role"] == "assistant" and is_blank(turns[-1]["content"]):  # it ends where the answer begins
             turns.pop()

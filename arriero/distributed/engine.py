@@ -274,7 +274,7 @@ class Engine:
         model = empty_model(self.model.config, self.model.head_kind)
         model.load_state_dict(state, assign=True, strict=False)  # a tied head is missing
         model.tie_weights()
-        model.model.compute_dtype = self.model.model.compute_dtype
+        model.model.compute_like(self.model.model)
         return model.eval()
 
 

@@ -55,7 +55,7 @@ class Pipeline:
         with torch.device("meta"):
             tokens = torch.empty(1, length, dtype=torch.long)
             hidden = torch.empty(
-                1, length // config.tp, stage.model.config.dim, dtype=decoder.compute_dtype, requires_grad=True
+                1, length // config.tp, stage.model.config.dim, dtype=decoder.stream_dtype, requires_grad=True
             )
             loss = torch.empty((), requires_grad=True)
         return PipelineStage(

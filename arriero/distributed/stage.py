@@ -117,7 +117,7 @@ def part_of(model: Llama, layers: range) -> Llama:
     """A Llama that holds `layers` of `model`, the embeddings with the first of them and norm and head with the last."""
     part = empty_model(model.config, model.head_kind)
     part.train(model.training)
-    part.model.compute_dtype = model.model.compute_dtype
+    part.model.compute_like(model.model)
     part.model.embed_tokens = model.model.embed_tokens if layers.start == 0 else PassThrough()  # type: ignore[assignment]
     for index in range(model.config.n_layers):
         part.model.layers[index] = model.model.layers[index] if index in layers else PassThrough()

@@ -38,10 +38,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """y in `dtype`; None: in that of x."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * normed.to(x.dtype)
+        return (self.weight.to(x.dtype) * normed.to(x.dtype)).to(dtype)
 
 
 class Attention(nn.Module):
@@ -94,15 +95,16 @@ class Block(nn.Module):
         """Keep only the input, and run the layer again in the backward pass; how: arguments of torch's `checkpoint`."""
         self._recompute = how
 
-    def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, attend: Attend, dtype: torch.dtype | None = None) -> Tensor:
+        """x: the residual stream. dtype: what the layer computes in; None: the type of x."""
         if self._recompute is None:
-            return self._layer(x, rope, attend)
-        again: Tensor = checkpoint(self._layer, x, rope, attend, use_reentrant=False, **self._recompute)
+            return self._layer(x, rope, attend, dtype)
+        again: Tensor = checkpoint(self._layer, x, rope, attend, dtype, use_reentrant=False, **self._recompute)
         return again
 
-    def _layer(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope=rope, attend=attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def _layer(self, x: Tensor, rope: Rope, attend: Attend, dtype: torch.dtype | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x, dtype=dtype), rope=rope, attend=attend)
+        return x + self.mlp(self.post_attention_layernorm(x, dtype=dtype))
 
 
 class Decoder(nn.Module):
@@ -112,6 +114,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # None: the type that the embeddings are stored in
+        self.residual_dtype: torch.dtype | None = None  # None: the compute type
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -120,10 +123,19 @@ class Decoder(nn.Module):
         """tokens: ids [B, T]. layout: their positions and attention; None: each row is one document."""
         layout = Rows.of(tokens) if layout is None else layout
         rope = rope_tables(self.config, layout.positions)
-        x = self.embed_tokens(tokens).to(self.compute_dtype)
+        x = self.embed_tokens(tokens).to(self.stream_dtype)
         for layer, block in enumerate(self.layers):
-            x = block(x, rope, layout.attention(layer))
+            x = block(x, rope, layout.attention(layer), self.compute_dtype)
         return self.norm(x)
+
+    @property
+    def stream_dtype(self) -> torch.dtype | None:
+        """The type of the hidden states between blocks, and of those returned; None: that of the embeddings."""
+        return self.residual_dtype or self.compute_dtype
+
+    def compute_like(self, other: Decoder) -> None:
+        """Compute in the types that `other` does."""
+        self.compute_dtype, self.residual_dtype = other.compute_dtype, other.residual_dtype
 
 
 class Llama(nn.Module):
@@ -163,9 +175,13 @@ class Llama(nn.Module):
         if self.tied and isinstance(self.model.embed_tokens, nn.Embedding):
             self.head.weight = self.model.embed_tokens.weight
 
-    def set_compute_dtype(self, dtype: torch.dtype) -> Self:
-        """Compute activations and matmuls in `dtype`, whatever type the weights are stored in."""
-        self.model.compute_dtype = dtype
+    def set_compute_dtype(self, dtype: torch.dtype, residual: torch.dtype | None = None) -> Self:
+        """Compute activations and matmuls in `dtype`, whatever type the weights are stored in.
+
+        residual: a wider type for the sum that blocks add to, and for the final hidden states and so the logits: where
+        nothing is rounded between layers, as in the inference engine. None: `dtype`.
+        """
+        self.model.compute_dtype, self.model.residual_dtype = dtype, residual
         return self
 
     def forward(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:

@@ -16,8 +16,8 @@ from arriero.rewards.base import Answer, Score, Verifier, required
 from arriero.rewards.final import final_answers
 
 
-class Exact(Verifier):
-    """1 where the final answer is the reference, white space and Unicode's composition apart, else 0."""
+class ByReference(Verifier):
+    """1 where the one final answer is a reference, else 0; a subclass says when that is so."""
 
     def __init__(self, field: str = "answer") -> None:
         self._field = field
@@ -31,10 +31,20 @@ class Exact(Verifier):
         found = final_answers(answer.text)
         if len(found) > 1:
             return Score(0.0, note="several final answers")
-        wanted = references(answer.row, self._field, answer.where)
-        whole = answer.text.strip()
-        right = any(_same(found[0], text) or _same(whole, text) for text in wanted)
+        right = self.is_right(found[0], answer.text.strip(), references(answer.row, self._field, answer.where))
         return Score(float(right), note="" if right else f"answered {shortened(found[0])}")
+
+    def is_right(self, final: str, whole: str, wanted: Sequence[str]) -> bool:
+        """Whether the final answer, or the whole text, is one of those wanted."""
+        raise NotImplementedError
+
+
+class Exact(ByReference):
+    """1 where the final answer is the reference, white space and Unicode's composition apart, else 0."""
+
+    def is_right(self, final: str, whole: str, wanted: Sequence[str]) -> bool:
+        """Whether either is the same text as one of those wanted."""
+        return any(_same(final, text) or _same(whole, text) for text in wanted)
 
 
 class Numeric(Verifier):

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from arriero.errors import ConfigError, DataError, UserError, did_you_mean, requ
 from arriero.io.reading import read_json
 from arriero.rewards.base import Answer, Score, Verifier, required
 from arriero.rewards.final import final_answers
-from arriero.rewards.verifiers import references, shortened
+from arriero.rewards.verifiers import ByReference
 
 _FENCED = re.compile(r"\A\s*```(?:json)?[ \t]*\n(.*)\n[ \t]*```\s*\Z", re.DOTALL)
 
@@ -113,26 +113,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-class Math(Verifier):
+class Math(ByReference):
     """1 where the final answer is mathematically equal to the reference, by math-verify (package of that name)."""
 
     def __init__(self, field: str = "answer") -> None:
+        super().__init__(field)
         self._library = require("math_verify", "rl")
-        self._field = field
 
-    def check(self, row: Mapping[str, Any], where: str) -> None:
-        """A reference has to be text."""
-        references(row, self._field, where)
-
-    def verify(self, answer: Answer) -> Score:
-        """The final answer against each reference; the limit of time is the process's own."""
-        found = final_answers(answer.text)
-        if len(found) > 1:
-            return Score(0.0, note="several final answers")
-        parsed = self._parsed(found[0])
-        wanted = (self._parsed(final_answers(text)[-1]) for text in references(answer.row, self._field, answer.where))
-        right = any(self._library.verify(text, parsed, timeout_seconds=None) for text in wanted)
-        return Score(float(right), note="" if right else f"answered {shortened(found[0])}")
+    def is_right(self, final: str, whole: str, wanted: Sequence[str]) -> bool:
+        """Whether it equals one of those wanted; the limit of time is the process's own."""
+        parsed = self._parsed(final)
+        references = (self._parsed(final_answers(text)[-1]) for text in wanted)
+        return any(self._library.verify(reference, parsed, timeout_seconds=None) for reference in references)
 
     def _parsed(self, text: str) -> Any:
         boxed = f"\\boxed{{{text}}}" if "$" not in text and "\\boxed" not in text else text

@@ -38,6 +38,8 @@ class CacheControl(Body):
 
 
 class TextBlock(Body):
+    """A piece of text in a message."""
+
     type: Literal["text"]
     text: str
     cache_control: CacheControl | None = None
@@ -45,6 +47,8 @@ class TextBlock(Body):
 
 
 class ToolUse(Body):
+    """A call that the assistant made earlier in the conversation."""
+
     type: Literal["tool_use"]
     id: str
     name: FunctionName
@@ -54,6 +58,8 @@ class ToolUse(Body):
 
 
 class ToolResult(Body):
+    """What a call gave, in the user's next message."""
+
     type: Literal["tool_result"]
     tool_use_id: str
     content: str | list[TextBlock] | None = None
@@ -65,11 +71,15 @@ Block = Annotated[TextBlock | ToolUse | ToolResult, Field(discriminator="type")]
 
 
 class AnthropicMessage(Body):
+    """One turn: a text, or blocks."""
+
     role: Literal["user", "assistant"]
     content: str | list[Block]
 
 
 class AnthropicTool(Body):
+    """A tool that the client runs; those that Anthropic runs are refused by their `type`."""
+
     name: FunctionName
     description: str | None = None
     input_schema: Schema
@@ -79,16 +89,22 @@ class AnthropicTool(Body):
 
 
 class AnthropicChoice(Body):
+    """Whether tools may be called, have to be, or which one; `name` goes with `tool`."""
+
     type: Literal["auto", "any", "tool", "none"]
     name: FunctionName | None = None
     disable_parallel_tool_use: bool | None = None
 
 
 class Thinking(Body):
+    """Extended thinking, which no model here has: off is all that is taken."""
+
     type: Literal["disabled"]
 
 
 class Metadata(Body):
+    """Who asks on the client's side; it has no effect on an answer."""
+
     user_id: str | None = None
 
 

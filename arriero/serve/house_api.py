@@ -70,6 +70,8 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
 
 
 class DetokenizeBody(Body):
+    """/detokenize."""
+
     model: Name
     tokens: list[Id]
     skip_special_tokens: bool = False
@@ -89,6 +91,8 @@ def _check_ids(ids: list[int], size: int) -> None:
 
 
 class RenderBody(Body):
+    """/render."""
+
     model: Name
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[Tool] | None = None
@@ -118,6 +122,8 @@ class AdapterBody(Body):
 
 
 class AdapterName(Body):
+    """/v1/unload_lora_adapter."""
+
     lora_name: FunctionName
 
 

@@ -67,6 +67,7 @@ class Loaded:
 
     @property
     def engine(self) -> Engine:
+        """The engine that the driver runs."""
         return self.driver.engine
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:

@@ -72,7 +72,11 @@ Form = Literal["", "json"] | dict[str, Any] | None
 
 
 class OllamaCall(Body):
+    """A call that the assistant made earlier in the conversation."""
+
     class Function(Body):
+        """The name of the called function, and its arguments."""
+
         name: str
         arguments: dict[str, Any]
         index: int | None = None
@@ -83,6 +87,8 @@ class OllamaCall(Body):
 
 
 class OllamaMessage(Body):
+    """One message of a conversation, without images."""
+
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     images: Annotated[list[str], Field(max_length=0)] | None = None
@@ -93,6 +99,8 @@ class OllamaMessage(Body):
 
 
 class Common(Body):
+    """Members of all requests for answers."""
+
     model: Name
     stream: bool = True
     options: Options | None = None
@@ -134,6 +142,8 @@ class OllamaEmbed(Body):
 
 
 class OllamaShow(Body):
+    """/api/show."""
+
     model: Name
     verbose: bool | None = None
 

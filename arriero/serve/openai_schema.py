@@ -16,6 +16,8 @@ Schema = dict[str, Any]
 
 
 class StreamOptions(Body):
+    """What a stream has beside its text."""
+
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # nothing is padded here
 
@@ -45,6 +47,7 @@ class Common(Body):
 
     @property
     def stops(self) -> tuple[str, ...]:
+        """The texts that end an answer."""
         return tuple([self.stop] if isinstance(self.stop, str) else self.stop or ())
 
 
@@ -61,22 +64,30 @@ class CompletionBody(Common):
 
 
 class TextPart(Body):
+    """A piece of text in a message; images, audio and files are refused by their `type`."""
+
     type: Literal["text"]
     text: str
 
 
 class FunctionCall(Body):
+    """The name of a called function, and its arguments as JSON text."""
+
     name: str
     arguments: str
 
 
 class ToolCall(Body):
+    """A call that the assistant made earlier in the conversation."""
+
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
 class Message(Body):
+    """One message of a conversation; null is all that is taken of what a model here cannot read."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
@@ -90,6 +101,8 @@ class Message(Body):
 
 
 class Function(Body):
+    """A function that may be called; `parameters` is a JSON schema."""
+
     name: FunctionName
     description: str | None = None
     parameters: Schema | None = None
@@ -97,30 +110,42 @@ class Function(Body):
 
 
 class Tool(Body):
+    """A tool that may be called: a function of the client's."""
+
     type: Literal["function"]
     function: Function
 
 
 class Named(Body):
+    """A function, by name."""
+
     name: FunctionName
 
 
 class NamedChoice(Body):
+    """The demand that this function be called."""
+
     type: Literal["function"]
     function: Named
 
 
 class AllowedTools(Body):
+    """Those of the tools that may be called (auto), or of which one has to be (required)."""
+
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedChoice], Field(min_length=1)]
 
 
 class AllowedChoice(Body):
+    """A choice of tools that is `AllowedTools`."""
+
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
 
 
 class JsonSchema(Body):
+    """The schema that an answer has to satisfy, under its name."""
+
     name: FunctionName
     description: str | None = None
     schema_: Annotated[Schema | None, Field(alias="schema")] = None
@@ -128,6 +153,8 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
+    """Whether an answer is free text, some JSON object, or JSON of a schema."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 

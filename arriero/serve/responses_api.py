@@ -30,6 +30,8 @@ router = APIRouter(route_class=JsonRoute)
 
 
 class InputText(Body):
+    """A piece of text, said by the user or earlier by the model."""
+
     type: Literal["input_text", "output_text"]
     text: str
     annotations: list[Any] | None = None
@@ -37,6 +39,8 @@ class InputText(Body):
 
 
 class InputMessage(Body):
+    """One message of the conversation so far."""
+
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[InputText]
@@ -46,6 +50,8 @@ class InputMessage(Body):
 
 
 class CallItem(Body):
+    """A call that the model made earlier in the conversation."""
+
     type: Literal["function_call"]
     call_id: str
     name: FunctionName
@@ -57,6 +63,8 @@ class CallItem(Body):
 
 
 class CallOutput(Body):
+    """What that call gave."""
+
     type: Literal["function_call_output"]
     call_id: str
     output: str | list[InputText]
@@ -65,6 +73,8 @@ class CallOutput(Body):
 
 
 class FunctionTool(Body):
+    """A function of the client's that may be called; tools that OpenAI runs are refused by their `type`."""
+
     type: Literal["function"]
     name: FunctionName
     description: str | None = None
@@ -73,17 +83,23 @@ class FunctionTool(Body):
 
 
 class FunctionChoice(Body):
+    """The demand that this function be called, or one of those allowed."""
+
     type: Literal["function"]
     name: FunctionName
 
 
 class AllowedFunctions(Body):
+    """Those of the functions that may be called (auto), or of which one has to be (required)."""
+
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[list[FunctionChoice], Field(min_length=1)]
 
 
 class TextFormat(Body):
+    """Whether an answer is free text, some JSON object, or JSON of a schema."""
+
     type: Literal["text", "json_object", "json_schema"]
     name: FunctionName | None = None
     description: str | None = None
@@ -92,6 +108,8 @@ class TextFormat(Body):
 
 
 class TextSettings(Body):
+    """How an answer's text has to be."""
+
     format: TextFormat | None = None
     verbosity: None = None
 

@@ -79,8 +79,8 @@ class ScaledNorm(nn.Module):
         self.norm = norm.requires_grad_(False)
         self.change = nn.Parameter(torch.zeros_like(norm.weight))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x) * (1 + self.change).to(x.dtype)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return (self.norm(x) * (1 + self.change).to(x.dtype)).to(dtype)
 
 
 def recover(

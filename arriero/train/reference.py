@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
+from arriero.checkpoint.digest import content_digest
 from arriero.data.batch import Batch, Row, collate, row_groups
 from arriero.data.preference_loader import PreferenceLoader
 from arriero.distributed.engine import Engine
@@ -164,11 +165,9 @@ def _extended(batch: Batch, **extras: Tensor) -> Batch:
 
 def reference_file(base: Base, facts: Mapping[str, Any], directory: Path | None = None) -> Path:
     """The file for what a model, as a run begins from it, says of rows. facts: what else decides the numbers."""
-    source = base.weights.source
-    files = sorted(p for p in source.iterdir() if p.is_file()) if source.is_dir() else [source]
     config = base.config
     identity = {
-        "files": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files],
+        "model": content_digest(base.weights.source),
         "held": [config.method, config.quantize, config.loop.precision],
         "adapter": _digest(base.adapter),
         "scale": repr(base.lora) if base.adapter else "",

@@ -66,7 +66,8 @@ def prepare(config: RlConfig, console: Console, mesh: Mesh, scorer: Scorer) -> P
         scorer.check(prompt.fields, prompt.where)
     held_out = None if held_out is None else held_out[: data.validation_prompts]
     steps = loop.steps or max(1, math.ceil(loop.epochs * len(prompts) / loop.batch_rows))
-    tuned = base.on(mesh, tokens=0)  # compiling pays where shapes repeat, and those of answers do not
+    # compiling pays where shapes repeat, and those of answers do not; between products the sampler rounds nothing
+    tuned = base.on(mesh, tokens=0, residual=torch.float32)
     longest = max(each.longest for each in (prompts, held_out) if each is not None) + rollout.max_new_tokens
     sampler = Sampler(tuned, longest=longest, at_once=rollout.at_once)
     rollouts = Rollouts(

@@ -156,7 +156,7 @@ class RlConfig(TuneConfig):
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(steps=100, batch_rows=16, micro_rows=4, precision="fp32")
     )
-    """fp32 by default: sampler and trainer then agree to 1e-5, in bf16 to a few hundredths of a nat a token."""
+    """fp32 by default: sampler and trainer then agree to 1e-5, in bf16 to two hundredths of a nat a token."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

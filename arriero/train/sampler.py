@@ -48,7 +48,7 @@ class Sampler:
             else:
                 held = None if config.quantize == "none" else config.quantize
                 model = load_model(config.model, dtype=DTYPES[config.loop.precision], quantization=held)
-                model.to(mesh.device)
+                model.to(mesh.device).model.compute_like(engine.model.model)
             self.engine = Inference(
                 model,
                 tuned.base.tokenizer,

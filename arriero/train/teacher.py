@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from arriero.checkpoint.digest import content_digest
 from arriero.checkpoint.files import replaced_directory
 from arriero.checkpoint.load import load_model, load_tokenizer_at
 from arriero.checkpoint.rows import check_rows
@@ -39,7 +40,6 @@ from arriero.tokenizer.base import Tokenizer
 
 IDS, LOGQ = "teacher_ids", "teacher_logq"  # extras of a row
 _TOKENS = 4096  # that the teacher reads at once, but for longer examples
-_SUFFIXES = (".safetensors", ".gguf", ".pth", "config.json", "params.json")
 
 
 class Teacher:
@@ -101,7 +101,7 @@ def teacher_of(
             f"teacher {name}: its tokenizer gives other ids than the model's, and probabilities are compared token by "
             "token; name a teacher of the same tokenizer"
         )
-    key = hashlib.sha256(f"{dataset.fingerprint}\0{_fingerprint(path)}\0{k}\0{dtype}".encode()).hexdigest()[:40]
+    key = hashlib.sha256(f"{dataset.fingerprint}\0{content_digest(path)}\0{k}\0{dtype}".encode()).hexdigest()[:40]
     directory = cache_directory(None) / f"teacher-{key}"
     if not directory.is_dir():
         model = load_model(path, dtype=dtype)
@@ -151,15 +151,6 @@ def _write(directory: Path, said: Iterable[tuple[NDArray[np.int32], NDArray[np.f
         for tokens, logs in said:
             ids.write(tokens.tobytes())
             logq.write(logs.tobytes())
-
-
-def _fingerprint(path: Path) -> str:
-    """SHA-256 of a checkpoint's files."""
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(x for x in path.iterdir() if x.name.endswith(_SUFFIXES)):
-        with open(file, "rb") as opened:
-            digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _open(path: Path, dtype: np.dtype, shape: tuple[int, int]) -> NDArray:

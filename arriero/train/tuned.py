@@ -65,8 +65,11 @@ class Base:
     lora: LoraConfig
     adapter: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def on(self, mesh: Mesh, tokens: int) -> Tuned:
-        """Adapted, split over `mesh` and filled, for a run of so many tokens."""
+    def on(self, mesh: Mesh, tokens: int, residual: torch.dtype | None = None) -> Tuned:
+        """Adapted, split over `mesh` and filled, for a run of so many tokens.
+
+        residual: as in `Llama.set_compute_dtype`.
+        """
         config, loop, model = self.config, self.config.loop, self.model
         if config.quantize != "none":
             quantize_linears(model, config.quantize)
@@ -74,7 +77,7 @@ class Base:
             add_lora(model, self.lora)
             if model.head_kind != "logits":  # it begins at random: it is trained whole, in fp32
                 model.head.float().requires_grad_(True)
-        model.set_compute_dtype(DTYPES[loop.precision]).train()
+        model.set_compute_dtype(DTYPES[loop.precision], residual).train()
         compiled = compiles(loop, tokens)
         values = first_values(self.weights, loop.seed, self.adapter)
         engine = Engine(parallelize(model, mesh, values=values, recompute=loop.recompute, compile=compiled), mesh)

@@ -263,8 +263,10 @@ def test_groups_with_scales_and_minimums_are_their_formula(library):
     bytes_ = torch.randint(-127, 128, (70, 96), generator=generator)
     for kind, indices, least in (("int4", codes, None), ("int4-affine", codes, -minimums), ("int8", bytes_, None)):
         matrix = from_indices(kind, indices, scales, least)
-        x = torch.randn(5, 96, generator=generator)
-        found = native.product(library, native.pack_quantized(library, matrix), x)
+        x, packed = torch.randn(41, 96, generator=generator), native.pack_quantized(library, matrix)
+        found = native.product(library, packed, x)
         exact = x @ matrix.dense().T
         assert (found - exact).abs().max() < 1e-4 * exact.abs().max()
+        for n in (1, 3, 7, 8, 33):  # codes are looked up once for many rows, again and again for few: the same bits
+            assert torch.equal(native.product(library, packed, x[:n]), found[:n]), f"{kind}, {n} rows"
         assert len(UNIFORM) == 16

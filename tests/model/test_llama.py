@@ -213,6 +213,20 @@ def test_wide_weights_compute_in_the_chosen_type_and_get_wide_gradients(model):
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def test_a_wide_residual_stream_is_rounded_only_where_a_product_begins(model):
+    tokens, exact = ids(2, 13), model(ids(2, 13)).detach()
+    seen = []
+    block = model.model.layers[1]
+    for module in (block, block.self_attn.q_proj, block.mlp.down_proj, model.head):
+        module.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    wide = model.set_compute_dtype(torch.bfloat16, torch.float32)(tokens)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert seen == [(bf16, bf16), (bf16, bf16), (fp32, fp32), (fp32, fp32)] and wide.dtype == fp32
+    assert (wide - exact).norm() < 0.1 * exact.norm()
+    wide.square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
 def test_rms_norm_by_hand():
     norm = RMSNorm(2, eps=0.0)
     norm.weight.data = torch.tensor([1.0, 10.0])

@@ -113,11 +113,24 @@ inline Lanes whole(const Sums& sums, const Rows& x, int64_t group) {
     return convert<Lanes>(total_of(sums) + x.offsets[group]);
 }
 
+// total += minimum * sum of the activations, for a group's minimums of B vectors of outputs.
+template <int R, int B>
+inline void add_minimums(const uint16_t* minimums, const Rows& x, int64_t row, int64_t group, Lanes (&total)[R][B]) {
+    UNROLL for (int b = 0; b < B; ++b) {
+        const Lanes minimum = load_half(minimums + b * kLanes);
+        UNROLL for (int r = 0; r < R; ++r) {
+            const int64_t at = (row + r) * (x.width / kGroup) + group;
+            total[r][b] += minimum * (x.scales[at] * float(x.offsets[at] / -128));
+        }
+    }
+}
+
 // The sums of R rows and B vectors of a panel's outputs, y [R][B]: the integer sums of each group times its scales, added
 // up in order.
-// scales: of each output, fp32; or, kGroups, of each output and group of inputs, in half precision.
+// scales: of each output, fp32; or, kGroups, of each output and group of inputs, in half precision, and so are minimums.
 template <bool kGroups, int R, int B>
-inline void run_int8(const uint8_t* w, const void* scales, const Rows& x, int64_t row, Lanes (&y)[R][B]) {
+inline void run_int8(const uint8_t* w, const void* scales, const uint16_t* minimums, const Rows& x, int64_t row,
+                     Lanes (&y)[R][B]) {
     const int64_t groups = x.width / kGroup;
     Lanes total[R][B] = {};
     for (int64_t g = 0; g < groups; ++g) {
@@ -140,6 +153,7 @@ inline void run_int8(const uint8_t* w, const void* scales, const Rows& x, int64_
                 total[r][b] += whole(sums[r][b], x, (row + r) * groups + g) *
                                (scale * x.scales[(row + r) * groups + g]);
         }
+        if (kGroups && minimums) add_minimums(minimums + g * kPanel, x, row, g, total);
     }
     UNROLL for (int b = 0; b < B; ++b) {
         const Lanes scale = kGroups ? all(1) : load_lanes(static_cast<const float*>(scales) + b * kLanes);
@@ -178,19 +192,23 @@ inline void run_int4(const uint8_t* w, const uint16_t* scales, const uint16_t* m
                 total[r][b] += whole(sums[r][b], x, (row + r) * groups + g) *
                                (scale * x.scales[(row + r) * groups + g]);
         }
-        if (minimums) {
-            UNROLL for (int b = 0; b < B; ++b) {
-                const Lanes minimum = load_half(minimums + b * kLanes);
-                UNROLL for (int r = 0; r < R; ++r) {
-                    const int64_t at = (row + r) * groups + g;
-                    total[r][b] += minimum * (x.scales[at] * float(x.offsets[at] / -128));
-                }
-            }
-            minimums += kPanel;
-        }
+        if (minimums) add_minimums(minimums + g * kPanel, x, row, g, total);
     }
     UNROLL for (int r = 0; r < R; ++r)
         UNROLL for (int b = 0; b < B; ++b) y[r][b] = total[r][b];
+}
+
+// A panel's codes of four bits as the bytes that they stand for: what `run_int8` reads, for the same sums.
+inline void expand_int4(const uint8_t* w, Bytes table, int64_t width, uint8_t* to) {
+    const Bytes nibble = Bytes{} + 15;
+    constexpr int64_t kHalf = kGroup / 2 * kPanel;  // bytes of half a group
+    for (int64_t g = 0; g < width / kGroup; ++g, w += kHalf, to += 2 * kHalf)
+        for (int64_t at = 0; at < kHalf; at += 64) {
+            const Bytes both = load<Bytes>(w + at);
+            prefetch(w + at);
+            store(to + at, lookup(table, both & nibble));
+            store(to + kHalf + at, lookup(table, (Bytes)((Words)both >> 4) & nibble));
+        }
 }
 
 // A row of activations as integers, a scale for each group: scale = max |x| / (127 * 128), code = x / scale to the nearest.

@@ -80,12 +80,14 @@ inline void run(const Matrix& m, int64_t panel, const Rows& x, int64_t row, floa
         case kInt8:
             return blocks(Integers{}, [&](int64_t o, auto& found) {
                 run_int8<false>(static_cast<const uint8_t*>(m.data) + panel * x.width * kPanel + 4 * o,
-                                static_cast<const float*>(m.scales) + panel * kPanel + o, x, row, found);
+                                static_cast<const float*>(m.scales) + panel * kPanel + o, nullptr, x, row, found);
             });
         case kInt8Groups:
             return blocks(Integers{}, [&](int64_t o, auto& found) {
+                const int64_t at = panel * groups * kPanel + o;
                 run_int8<true>(static_cast<const uint8_t*>(m.data) + panel * x.width * kPanel + 4 * o,
-                               static_cast<const uint16_t*>(m.scales) + panel * groups * kPanel + o, x, row, found);
+                               static_cast<const uint16_t*>(m.scales) + at,
+                               m.minimums ? static_cast<const uint16_t*>(m.minimums) + at : nullptr, x, row, found);
             });
         case kTwelve: break;  // see `multiply`
         case kInt4: {
@@ -140,6 +142,25 @@ void multiply_stored(const Matrix& m, int64_t first, int64_t last, const Rows& x
 }
 
 thread_local Buffer<bf16> unpacked_panel;
+thread_local Buffer<uint8_t> expanded_panel;
+
+constexpr int64_t kExpandedFor = 2 * kNarrow;  // rows from which codes of four bits are looked up once for all of them
+
+// `multiply_stored` for four bits and many rows, a panel at a time; the same integers, so the same bits.
+template <class Emit>
+void multiply_expanded(const Matrix& m, int64_t first, int64_t last, const Rows& x, int64_t begin, int64_t end, Emit emit) {
+    uint8_t* const whole = expanded_panel.get(x.width * kPanel);
+    const Bytes table = table_of(m.values);
+    for (int64_t panel = first; panel < last; ++panel) {
+        expand_int4(static_cast<const uint8_t*>(m.data) + panel * x.width * kPanel / 2, table, x.width, whole);
+        const int64_t at = panel * x.width / kGroup * kPanel;
+        Matrix plain = m;
+        plain.type = kInt8Groups, plain.data = whole;
+        plain.scales = static_cast<const uint16_t*>(m.scales) + at;
+        if (m.minimums) plain.minimums = static_cast<const uint16_t*>(m.minimums) + at;
+        multiply_stored(plain, 0, 1, x, begin, end, [&](int64_t, int64_t row, float* y) { emit(panel, row, y); });
+    }
+}
 
 // One row, as the weights are unpacked: y [64].
 inline void multiply_one(Unpacked weights, const Rows& x, int64_t row, float* y) {
@@ -155,6 +176,7 @@ inline void multiply_one(Unpacked weights, const Rows& x, int64_t row, float* y)
 // emit(panel, row, y [64]) for the outputs of panels first..last and rows begin..end of x.
 template <class Emit>
 void multiply(const Matrix& m, int64_t first, int64_t last, const Rows& x, int64_t begin, int64_t end, Emit emit) {
+    if (m.type == kInt4 && end - begin >= kExpandedFor) return multiply_expanded(m, first, last, x, begin, end, emit);
     if (m.type != kTwelve) return multiply_stored(m, first, last, x, begin, end, emit);
     for (int64_t panel = first; panel < last; ++panel) {
         if (end - begin == 1) {
