@@ -36,6 +36,7 @@ LINES = {
     "eval": "MODEL --data SOURCE",
     "eval needle": "MODEL",
     "eval pass-at-k": "MODEL --data SOURCE",
+    "eval obedience": "MODEL --data SOURCE",
     "merge": "MODEL SHARDS out",
     "average": "MODEL SHARDS --out out",
     "convert": "MODEL OUT --to gguf",

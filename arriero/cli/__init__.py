@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve": use.serve,
     "eval": use.evaluate,
     "eval pass-at-k": use.pass_at_k,
+    "eval obedience": use.obedience,
     "eval needle": use.needle,
     "bench infer": use.bench_infer,
     "bench serve": use.bench_serve,

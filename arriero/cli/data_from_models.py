@@ -21,6 +21,7 @@ def gatt(
     instructions: PathText | None = None,
     most: int = 2,
     obeyed: bool = False,
+    tries: int = 1,
     temperature: float = 1.0,
     max_new_tokens: int = 256,
     chat_template: PathText | None = None,
@@ -35,34 +36,33 @@ def gatt(
 
     Args:
         model: The model that answers under the instruction, which is joined to every turn.
-        data: Dialogues (messages); the user's turns are kept, the answers sampled anew.
+        data: Dialogues (messages); the user's turns are kept, the answers, if there are any, sampled anew.
         out: File for the rows, which `arriero sft` reads; the last answer alone is trained.
         adapter: Directory of a LoRA adapter laid over the model; none when not given.
         instructions: A file of rows long, short and kind; built-in ones when not given.
         most: Instructions of different kinds that are joined, at most.
-        obeyed: Leave out dialogues with an answer that does not obey, where a rule can tell: of the built-in ones.
+        obeyed: End dialogues before an answer that does not obey, where a rule can tell: of the built-in ones.
+        tries: Answers sampled at each turn, of which the first that has an end (and obeys) is taken.
         temperature: Of sampling; 0 takes the most probable token.
-        max_new_tokens: Longest answer, in tokens; a dialogue with an answer that is cut is left out.
+        max_new_tokens: Longest answer, in tokens; a dialogue ends before one that is cut, and needs two turns.
         chat_template: A template's name or a .jinja file; the model's own when not given.
         precision: Type of weights and cache.
         seed: Decides the instructions and the answers.
     """
-    from arriero.data.formats import parse_records
+    from arriero.data.instructions import BUILT_IN, draw, read_dialogues, read_instructions
     from arriero.io.files import write_jsonl
-    from arriero.io.records import read_records, source_files
     from arriero.train.answering import open_answering
-    from arriero.train.ghost_attention import BUILT_IN, build_gatt, draw, read_instructions
+    from arriero.train.ghost_attention import build_gatt
 
-    if most < 1:
-        raise ConfigError(f"most is {most}; it must be at least 1")
-    records = (record for path in source_files(data) for record in read_records(path))
-    talks = [(conversation.messages, conversation.where) for conversation in parse_records(records)]
-    dialogues = draw(talks, read_instructions(instructions) if instructions else BUILT_IN, most, seed)
+    for name, value in (("most", most), ("tries", tries)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    dialogues = draw(read_dialogues(data), read_instructions(instructions) if instructions else BUILT_IN, most, seed)
     answering = open_answering(
         model, adapter=adapter or "", precision=precision, chat_template=chat_template or "",
         max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
     )  # fmt: skip
-    rows, left_out = build_gatt(dialogues, answering, obeyed)
+    rows, left_out = build_gatt(dialogues, answering, obeyed, tries)
     why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
     if not rows:
         raise DataError(f"no dialogue is worth learning ({why}); raise --max-new-tokens, or take other instructions")

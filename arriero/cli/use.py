@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from arriero.errors import ConfigError, require
-from arriero.eval.config import EvalConfig, NeedleConfig, PassConfig
+from arriero.eval.config import EvalConfig, NeedleConfig, ObedienceConfig, PassConfig
 from arriero.infer.config import BenchConfig, ChatConfig, GenerateConfig
 from arriero.io.paths import PathText
 from arriero.serve.config import LoadConfig, ServeConfig
@@ -97,6 +97,18 @@ def pass_at_k(config: PassConfig) -> None:
     from arriero.eval.verified import run_verified
 
     run_verified(config)
+
+
+def obedience(config: ObedienceConfig) -> None:
+    """Hold MODEL to an instruction given in the first turn of dialogues: the share of answers that obey, by turn.
+
+    Example:
+        arriero eval obedience smollm2-135m --data dialogues.jsonl
+        arriero eval obedience my-llama --data dialogues.jsonl --adapter out/gatt/adapter --compare-with my-llama
+    """
+    from arriero.eval.obedience import run_obedience
+
+    run_obedience(config)
 
 
 def bench_infer(config: BenchConfig) -> None:

@@ -5,7 +5,7 @@ Containers are those of `arriero.io.records`. Layouts are recognised row by row 
     OpenAI       messages: [{role, content, tool_calls?}]
     ShareGPT     conversations: [{from, value}]
     Alpaca       instruction, input?, output; Dolly: instruction, context?, response
-    pair         prompt + completion | prompt + response | question + answer; texts or messages
+    pair         prompt + completion | prompt + response | prompt + answer | question + answer; texts or messages
 
 each with system? and tools?, the last two with history? ([question, answer] pairs) too. Every text of a row is used, or
 the row is refused with the column's name; columns that hold no text of a conversation are reported once a file. None,
@@ -53,11 +53,11 @@ from arriero.tokenizer.contents import MARKS, REASONING, is_blank, mark_of
 
 TALKS = ("messages", "conversations")
 INSTRUCTED = (("instruction", "output"), ("instruction", "response"))
-PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
+PAIRS = (("prompt", "completion"), ("prompt", "response"), ("prompt", "answer"), ("question", "answer"))
 BESIDE_INSTRUCTION = ("input", "context")
 LAYOUTS = (
     "'messages' (OpenAI), 'conversations' (ShareGPT), 'instruction' + 'output' (Alpaca), 'instruction' + 'response', "
-    "'prompt' + 'completion', 'prompt' + 'response', 'question' + 'answer'"
+    "'prompt' + 'completion', 'prompt' + 'response', 'prompt' + 'answer', 'question' + 'answer'"
 )
 READ = frozenset([*TALKS, *SYSTEM, *BESIDE_INSTRUCTION, "tools", "history", *MARKS, *sum((*INSTRUCTED, *PAIRS), ())])
 # Columns that a conversation's text, or what belongs to it, may stand in: never passed over in silence.

@@ -161,3 +161,52 @@ class PassConfig:
         check(self.resamples >= 100, f"resamples is {self.resamples}; an interval needs at least 100")
         for name in ("rows", "examples", "seed"):
             check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")
+
+
+@dataclass(frozen=True)
+class ObedienceConfig:
+    """One model (or two, side by side) held to an instruction of the first turn through a dialogue."""
+
+    model: PathText = ""
+    """What is measured: a directory, a .gguf file, a Hub id, or a built-in name."""
+    data: PathText = ""
+    """Dialogues (`messages`): the user's turns are asked in order, each after the model's own answers."""
+    adapter: PathText = ""
+    """Directory of a LoRA adapter laid over the model; empty for none."""
+    compare_with: PathText = ""
+    """A second model, measured first on the same dialogues without the adapter: the "before" of the table."""
+    chat_template: PathText = ""
+    """A template's name or a .jinja file, of both models; empty takes each one's own."""
+    out: PathText = ""
+    """Directory for results.json and samples.jsonl; empty writes nothing."""
+    rows: int = 0
+    """Dialogues measured, from the top of the file; 0 for all."""
+    most: int = 1
+    """Instructions of different kinds that a dialogue gets, at most; an answer has to obey all of them."""
+    every_turn: bool = False
+    """Join the instruction to every turn, not to the first alone: what could be reached if nothing were forgotten."""
+    temperature: float = 0.0
+    """Of sampling; 0 takes the most probable token."""
+    max_new_tokens: int = 128
+    """Longest answer, in tokens; one that is cut is judged as it stands."""
+    at_once: int = 64
+    """Answers that are decoded at a time."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of activations and matmuls; softmax and sums are fp32 in both."""
+    quantize: Literal["", "int8", "int4"] = ""
+    """Measure `model` with its matrices rounded as `arriero chat --quantize` rounds them; `compare_with` as it is."""
+    resamples: int = 2000
+    """Bootstrap resamples behind each interval."""
+    seed: int = 0
+    """Decides the instructions, the sampled answers and the bootstrap's resamples."""
+    examples: int = 3
+    """Dialogues shown in full on the screen."""
+
+    def __post_init__(self) -> None:
+        settle(self)
+        for name in ("most", "max_new_tokens", "at_once"):
+            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        check(self.temperature >= 0, f"temperature is {self.temperature}; it must be at least 0 (greedy)")
+        check(self.resamples >= 100, f"resamples is {self.resamples}; an interval needs at least 100")
+        for name in ("rows", "examples", "seed"):
+            check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be at least 0")

@@ -56,18 +56,20 @@ MEASURES = {
     "reward": Measure("mean reward", "higher"),
     "found": Measure("finds the key", "higher", ".1%"),
     "chosen": Measure("prefers it to 9 others", "higher", ".1%", chance=0.1),
+    "obeyed": Measure("obeys after turn 1", "higher", ".1%"),
     "key_bits": Measure("bits of the key", "lower", ".2f"),
 }
 
 
 PASS_AT = "pass@"  # followed by k
+OBEYED_AT = "obeyed in turn "  # followed by the turn
 BY_SOURCE = "bits_per_byte_"  # followed by a source's name, as in validations of pretraining
 MOST_SOURCES = 20  # that a table shows
 
 
 def measure_of(key: str) -> Measure:
-    """The measure that a key of `Results.ratios` names: one of `MEASURES`, pass@k, or the bits per byte of a source."""
-    if key.startswith(PASS_AT):
+    """The measure that a key of `Results.ratios` names: one of `MEASURES`, pass@k, of a turn, or of a source."""
+    if key.startswith((PASS_AT, OBEYED_AT)):
         return Measure(key, "higher", ".1%")
     if not key.startswith(BY_SOURCE):
         return MEASURES[key]

@@ -21,7 +21,7 @@ from arriero.checkpoint.source import resolve
 from arriero.data.formats import Conversation, parse_records
 from arriero.data.shards import ONE_SOURCE
 from arriero.errors import ConfigError, DataError
-from arriero.eval.config import EvalConfig, NeedleConfig, PassConfig
+from arriero.eval.config import EvalConfig, NeedleConfig, ObedienceConfig, PassConfig
 from arriero.eval.generative import answers
 from arriero.eval.perplexity import perplexity
 from arriero.eval.results import BY_SOURCE, Results, examples_table, measures_table, refuse_not_finite, save
@@ -66,7 +66,7 @@ def run_eval(config: EvalConfig, console: Console | None = None) -> Results:
 
 
 def before_and_after(
-    measure: Callable[[Llama, Tokenizer, str], R], config: EvalConfig | NeedleConfig | PassConfig
+    measure: Callable[[Llama, Tokenizer, str], R], config: EvalConfig | NeedleConfig | PassConfig | ObedienceConfig
 ) -> tuple[R | None, R]:
     """What `measure` finds of the model to compare with, if there is one, and of the model under its adapter."""
     for name in (config.compare_with, config.model, config.adapter):

@@ -10,8 +10,10 @@ import pytest
 
 from arriero import cli
 from arriero.data import tasks
+from arriero.data.formats import parse_records
 from arriero.data.tasks import Hardness, build_tasks
 from arriero.errors import ConfigError
+from arriero.io.records import read_records
 
 
 def build(name, out, train=300, held_out=100, seed=0, size=2, digits=2, settings=None):
@@ -95,3 +97,10 @@ def test_neighbouring_seeds_of_reasoning_gym_do_not_leak(tmp_path):
         values = [score.value for score in scorer(given)]
     assert values[:-1] == [1] * 30
     assert values[-1] < 1
+
+
+def test_what_is_written_is_read_by_fine_tuning_as_it_is(tmp_path):
+    build("number-sorting", tmp_path)
+    read = list(parse_records(read_records(tmp_path / "train.jsonl")))
+    for conversation, row in zip(read, rows(tmp_path / "train.jsonl"), strict=True):
+        assert [m["content"] for m in conversation.messages] == [row["prompt"], row["answer"]]

@@ -8,6 +8,7 @@ import pytest
 
 from arriero import cli
 from arriero.data.formats import parse_records
+from arriero.data.instructions import BUILT_IN, Instruction, draw, obeys
 from arriero.data.prompts import Prompt, Prompts
 from arriero.data.sft_cache import encode_conversation
 from arriero.errors import DataError
@@ -16,7 +17,7 @@ from arriero.io.records import read_records
 from arriero.rewards.base import Score, Verifier
 from arriero.tokenizer import load_tokenizer
 from arriero.train.context_distillation import build_distill
-from arriero.train.ghost_attention import BUILT_IN, Instruction, build_gatt, draw, obeys
+from arriero.train.ghost_attention import build_gatt
 
 TALK = [{"role": role, "content": f"{role} {i}"} for i in range(3) for role in ("user", "assistant")]
 LOUD = Instruction("case", "Write in capitals.", "Capitals.", str.isupper)
@@ -79,6 +80,26 @@ def test_dialogues_that_do_not_obey_are_left_out_where_that_is_asked_for():
     assert build_gatt(dialogues, Known(), obeyed=True) == ([], {"with an answer that does not obey": 1})
     quiet = Instruction("case", "Write in small letters.", "Small.", str.islower)
     assert len(build_gatt(draw([(TALK, "a")], [quiet], 1, 0), Known(), obeyed=True)[0]) == 1
+
+
+class Stubborn(Known):
+    """Obeys at the second try, and from the third turn on never."""
+
+    def __call__(self, conversations, label=""):
+        loud = "try 1" in label and "turn 2" not in label
+        texts = ["LOUD" if loud else "quiet"] * len(conversations)
+        self.asked.append(label)
+        return [Completion([1], text, "stop") for text in texts]
+
+
+def test_the_first_answer_that_obeys_is_taken_and_a_dialogue_ends_before_one_that_never_does():
+    model = Stubborn()
+    ((row,), left_out) = build_gatt(draw([(TALK, "a")], [LOUD], 1, 0), model, obeyed=True, tries=3)
+    assert [m["content"] for m in row["messages"] if m["role"] == "assistant"] == ["LOUD", "LOUD"]
+    assert [m.get("train") for m in row["messages"] if m["role"] == "assistant"] == [False, True]
+    assert not left_out
+    assert model.asked[-3:] == ["turn 2", "turn 2, try 1", "turn 2, try 2"]
+    assert build_gatt(draw([(TALK, "a")], [LOUD], 1, 0), Stubborn(), obeyed=True, tries=1)[1].total() == 1
 
 
 def test_a_dialogue_with_a_system_message_is_refused():
