@@ -52,6 +52,7 @@ LINES = {
     "data build preferences": "SHARDS out.jsonl",
     "data build gatt": "MODEL SOURCE out.jsonl",
     "data build distill": "MODEL SOURCE out.jsonl --preprompt x",
+    "data build scored": "MODEL SOURCE out.jsonl",
     "data build tasks": "chain-sum OUT --train 3 --held-out 2",
     "tokenizer train": "SOURCE --out OUT --vocab-size 300 --n-special 11",
     "tokenizer encode": "MODEL --file MISSING",

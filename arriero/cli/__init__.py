@@ -60,6 +60,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data build preferences": data.build_preferences,
     "data build gatt": data_from_models.gatt,
     "data build distill": data_from_models.distill,
+    "data build scored": data_from_models.scored,
     "tokenizer train": tokenizer.train,
     "tokenizer encode": tokenizer.encode,
     "tokenizer compare": tokenizer.compare,

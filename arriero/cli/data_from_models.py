@@ -137,3 +137,67 @@ def distill(
         raise DataError(f"no answer is worth learning ({why}); raise --max-new-tokens, or take another preprompt")
     write_jsonl(out, rows)
     say(f"{out} written: {len(rows):,} rows" + (f"; left out: {why}" if why else ""))
+
+
+def scored(
+    model: PathText,
+    data: PathText,
+    out: Path,
+    *,
+    reward: str = "exact",
+    answers: int = 8,
+    adapter: PathText | None = None,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    max_prompt: int = 1024,
+    chat_template: PathText | None = None,
+    precision: Precision = "bf16",
+    seed: int = 0,
+) -> None:
+    """Make preference rows: several answers of MODEL to each prompt, with their rewards.
+
+    Example:
+        arriero data build scored smollm2-135m out/sums/train.jsonl out/scored.jsonl --reward numeric
+        arriero reward smollm2-135m --data out/scored.jsonl
+        arriero dpo smollm2-135m --data out/scored.jsonl
+
+    Args:
+        model: The model that answers.
+        data: Prompts (prompt, or messages), with what the reward needs.
+        out: File for the rows (prompt, completions, scores), which `arriero reward` and `arriero dpo` read.
+        reward: What the answers are scored by (arriero ls rewards).
+        answers: Sampled answers to each prompt; prompts whose answers all have one score are left out.
+        adapter: Directory of a LoRA adapter laid over the model; none when not given.
+        temperature: Of sampling.
+        max_new_tokens: Longest answer, in tokens; one that is cut is left out.
+        max_prompt: Longest prompt, in tokens.
+        chat_template: A template's name or a .jinja file; the model's own when not given.
+        precision: Type of weights and cache.
+        seed: Decides the answers.
+    """
+    from arriero.data.prompts import read_prompts
+    from arriero.io.files import write_jsonl
+    from arriero.rewards.open import open_scorer
+    from arriero.show.progress import progress
+    from arriero.train.answering import open_answering
+    from arriero.train.scored_answers import build_scored
+
+    if answers < 2:
+        raise ConfigError(f"answers is {answers}; it must be at least 2, for one to be better")
+    if temperature <= 0:
+        raise ConfigError(f"temperature is {temperature}; it must be above 0: greedy answers are all the same")
+    with open_scorer(reward) as scorer:
+        answering = open_answering(
+            model, adapter=adapter or "", precision=precision, chat_template=chat_template or "",
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        )  # fmt: skip
+        prompts = read_prompts(data, answering.tokenizer, max_length=max_prompt)
+        for prompt in prompts:
+            scorer.check(prompt.fields, prompt.where)
+        with progress("answering", len(prompts) * answers) as bar:
+            rows, left_out, mean = build_scored(prompts, answering, scorer, answers, bar.advance)
+    why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+    if not rows:
+        raise DataError(f"no prompt has a better and a worse answer ({why}); raise --max-new-tokens or --answers")
+    write_jsonl(out, rows)
+    say(f"{out} written: {len(rows):,} prompts, mean score {mean:.3f}" + (f"; left out: {why}" if why else ""))

@@ -36,15 +36,22 @@ class Answering:
         self, conversations: Sequence[Messages], label: str = "", on_done: Callable[[], None] = lambda: None
     ) -> list[Completion]:
         """The answer to each conversation. label: tells these answers' random numbers from those of another call."""
+        return [answers[0] for answers in self.several(conversations, 1, label, on_done)]
+
+    def several(
+        self, conversations: Sequence[Messages], n: int, label: str = "", on_done: Callable[[], None] = lambda: None
+    ) -> list[list[Completion]]:
+        """n answers to each conversation; `on_done` is called after each answer."""
         requests = [
             Request(
                 encode_chat(self.tokenizer, messages),
                 self.max_new_tokens,
                 SamplingConfig(temperature=self.temperature, seed=drawn(self.seed, label, i)),
+                n,
             )
             for i, messages in enumerate(conversations)
         ]
-        return [answers[0] for answers in self.engine.generate(requests, on_done=on_done)]
+        return self.engine.generate(requests, on_done=on_done)
 
 
 def open_answering(

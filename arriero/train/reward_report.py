@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from arriero.data.preference_formats import RATINGS
 from arriero.data.preferences import PreferenceDataset
 from arriero.errors import CheckpointError
+from arriero.eval.bootstrap import interval, ratio
 from arriero.io.reading import read_json
 from arriero.show.page import DARK, LIGHT, Theme, dress, png
 
@@ -27,7 +28,7 @@ BINS = 5  # of the model's certainty, from 50 to 100%
 
 def held_out_pairs(rows: PreferenceDataset, scores: NDArray[np.float64]) -> dict[str, Any]:
     """The numbers of the report, from the scores of all answers, [S]."""
-    better, worse, longer, rating = [], [], [], []
+    better, worse, longer, rating, row = [], [], [], [], []
     lengths = np.array([int(rows.answers.trained(i).sum()) for i in range(len(rows.values))])
     for i in range(len(rows)):
         of = np.array(rows.of_row(i))
@@ -36,13 +37,15 @@ def held_out_pairs(rows: PreferenceDataset, scores: NDArray[np.float64]) -> dict
         worse.append(scores[of[second]])
         longer.append(np.sign(lengths[of[first]] - lengths[of[second]]))
         rating.append(np.full(len(first), rows.ratings[i]))
-    high, low, length, level = (np.concatenate(parts) for parts in (better, worse, longer, rating))
+        row.append(np.full(len(first), i))
+    high, low, length, level, of_row = (np.concatenate(parts) for parts in (better, worse, longer, rating, row))
     right = high > low
     scored = np.concatenate([np.array(rows.of_row(i)) for i in range(len(rows))])
     differs = length != 0
     return {
         "pairs": len(right),
         "accuracy": _mean(right),
+        "accuracy_interval": _interval(right, of_row),
         "accuracy_by_rating": {
             name: {"pairs": int((level == k).sum()), "accuracy": _mean(right[level == k])}
             for k, name in enumerate(RATINGS)
@@ -58,6 +61,15 @@ def held_out_pairs(rows: PreferenceDataset, scores: NDArray[np.float64]) -> dict
         },
         "scores": {"mean": _mean(scores[scored]), "deviation": float(np.std(scores[scored]))},
     }
+
+
+def _interval(right: NDArray[np.bool_], of_row: NDArray[np.int64]) -> tuple[float | None, float | None]:
+    """95% bounds of the accuracy. Rows are drawn again, not pairs: pairs of one prompt share answers."""
+    _, at = np.unique(of_row, return_inverse=True)
+    if not len(at):
+        return None, None
+    found = interval(ratio(np.bincount(at, weights=right).tolist(), np.bincount(at).tolist()), 2000, 0)
+    return found.low, found.high
 
 
 def _calibration(margins: NDArray[np.float64]) -> list[dict[str, float | None]]:
@@ -98,7 +110,9 @@ def figures(run_dir: Path) -> list[dict[str, str]]:
 
 def _caption(found: dict[str, Any]) -> str:
     length = found["length"]
-    text = f"{found['pairs']:,} pairs, {_share(found['accuracy'])} of them scored as they were judged."
+    low, high = found.get("accuracy_interval", (None, None))
+    between = f" (95% interval {low:.1%} to {high:.1%})" if low is not None else ""
+    text = f"{found['pairs']:,} pairs, {_share(found['accuracy'])} of them scored as they were judged{between}."
     if length["better_is_longer"] is not None:
         text += (
             f" The better answer is the longer one in {_share(length['better_is_longer'])} of the pairs whose lengths "

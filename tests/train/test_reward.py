@@ -65,6 +65,8 @@ def test_a_trained_model_scores_held_out_answers_as_they_were_judged(method, mod
     main(settings(model, triples, tmp_path / "out", method=method))
     found = json.loads((tmp_path / "out" / "reward.json").read_text())
     assert found["accuracy"] > 0.9 and found["pairs"] % 3 == 0
+    low, high = found["accuracy_interval"]
+    assert low <= found["accuracy"] <= high
     records = [r for r in surviving_records(tmp_path / "out" / "metrics.jsonl") if "event" not in r]
     assert records[-1]["margin"] > records[0]["margin"] + 0.3
     page = (tmp_path / "out" / "report.html").read_text()
