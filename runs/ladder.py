@@ -1,0 +1,109 @@
+"""Rows, table and plot of runs/ladder.sh.
+
+python runs/ladder.py row OUT ARM SEED    # adds a row to OUT/rows.jsonl, once
+python runs/ladder.py table OUT           # prints the table, draws OUT/ladder.png
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+def results(out: Path, name: str) -> dict:
+    """Values of an evaluation, empty where it was not made."""
+    file = out / "eval" / name / "results.json"
+    return {key: m["value"] for key, m in json.loads(file.read_text())["measures"].items()} if file.is_file() else {}
+
+
+def scores(out: Path, name: str, measure: str) -> np.ndarray:
+    """A measure of each held-out question, in their order."""
+    lines = (out / "eval" / name / "samples.jsonl").read_text().splitlines()
+    return np.array([json.loads(line)["scores"][measure] for line in lines])
+
+
+def trained(run: Path) -> dict:
+    """Seconds, and the last entropy and divergence, of a run and of the runs within it."""
+    found: dict = {"seconds": 0.0}
+    for file in sorted(run.rglob("metrics.jsonl")):
+        for record in map(json.loads, file.read_text().splitlines()):
+            if record.get("event") == "time":
+                found["seconds"] += record["seconds"]
+            found |= {key: record[key] for key in ("entropy", "kl") if key in record}
+    return found
+
+
+def row(out: Path, arm: str, seed: str) -> None:
+    """One arm of one seed."""
+    name, file = f"{arm}-{seed}", out / "rows.jsonl"
+    there = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    if any((r["arm"], r["seed"]) == (arm, int(seed)) for r in there):
+        return
+    on_task, other, text = (results(out, name + suffix) for suffix in ("", "-other", "-text"))
+    found = {"arm": arm, "seed": int(seed), **on_task, "other_pass@1": other["pass@1"]}
+    found |= {"bits_per_byte": text["bits_per_byte"]} if text else {}
+    with file.open("a") as opened:
+        opened.write(json.dumps(found | trained(out / name)) + "\n")
+
+
+def gain(out: Path, arm: str, seeds: list[int], measure: str) -> tuple[float, float, float]:
+    """The mean gain over the start and its 95% interval: questions and seeds are drawn again, paired by question."""
+    start = scores(out, "start", measure)
+    gains = np.stack([scores(out, f"{arm}-{seed}", measure) - start for seed in seeds])  # [seeds, questions]
+    rng = np.random.default_rng(0)
+    drawn = [
+        gains[rng.integers(0, len(seeds), len(seeds))][:, rng.integers(0, len(start), len(start))].mean()
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return gains.mean(), low, high
+
+
+def table(out: Path) -> None:
+    """All arms: the measures' means over seeds, and the gain in pass@1."""
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    start, other, text = (results(out, f"start{suffix}") for suffix in ("", "-other", "-text"))
+    titles = f"{'gain in pass@1 (95%)':>28}{'another task':>14}{'bits/byte':>11}"
+    print(f"{'':12}{'pass@1':>8}{'pass@8':>8}{'greedy':>8}{titles}")
+    bits = f"{text['bits_per_byte']:11.3f}" if text else ""
+    print(
+        f"{'start':12}{start['pass@1']:8.1%}{start['pass@8']:8.1%}{start['greedy_reward']:8.1%}{'':28}"
+        f"{other['pass@1']:14.1%}{bits}"
+    )
+    gains = {}
+    for arm in dict.fromkeys(r["arm"] for r in rows):
+        of = [r for r in rows if r["arm"] == arm]
+        mean = {key: float(np.mean([r[key] for r in of])) for key in of[0] if isinstance(of[0][key], int | float)}
+        gains[arm] = gain(out, arm, [r["seed"] for r in of], "pass@1")
+        shown = "{:+.1%} ({:+.1%} to {:+.1%})".format(*gains[arm])
+        bits = f"{mean['bits_per_byte']:11.3f}" if "bits_per_byte" in mean else ""
+        print(
+            f"{arm:12}{mean['pass@1']:8.1%}{mean['pass@8']:8.1%}{mean['greedy_reward']:8.1%}{shown:>28}"
+            f"{mean['other_pass@1']:14.1%}{bits}"
+        )
+    plot(out, rows, start, gains)
+
+
+def plot(out: Path, rows: list, start: dict, gains: dict) -> None:
+    """pass@1 and pass@8 of every run, beside the start's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.4), dpi=160, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, measure in zip(axes, ("pass@1", "pass@8"), strict=True):
+        for i, arm in enumerate(gains):
+            values = [r[measure] for r in rows if r["arm"] == arm]
+            ax.plot(values, [i] * len(values), "o", alpha=0.7)
+        ax.axvline(start[measure], color="grey", linewidth=1, linestyle="--")
+        ax.set_xlabel(f"{measure} (dashed: the start)")
+        ax.set_xlim(0, 1)
+    axes[0].set_yticks(range(len(gains)), list(gains))
+    axes[0].invert_yaxis()
+    figure.savefig(out / "ladder.png")
+
+
+if __name__ == "__main__":
+    {"row": row, "table": table}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
