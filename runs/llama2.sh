@@ -23,7 +23,7 @@ step "Numbers to sort, secrets to keep, dialogues"
 if [ ! -f $out/data/mixed.jsonl ]; then
   arriero data build tasks number-sorting $out/data/sort --size 3 --digits 2 --train $((prompts + 200)) --held-out $held_out
   python runs/llama2_data.py secrets $out/data/secrets --train $secrets --held-out 60
-  python runs/llama2_data.py dialogues $out/data/dialogues --train 120 --held-out 40
+  python runs/llama2_data.py dialogues $out/data/dialogues --train ${DIALOGUES:-240} --held-out 40
   head -n 200 $out/data/sort/train.jsonl > $out/data/first.jsonl
   tail -n $prompts $out/data/sort/train.jsonl > $out/data/asked.jsonl
   # Few refusals: a model that knows that it may refuse, and does not always do so, has something to learn.
@@ -66,7 +66,7 @@ step "5. Ghost attention: its rows beside the newest model's own answers, so tha
 if [ ! -f $out/gatt/adapter/adapter_config.json ]; then
   [ -f $out/gatt.jsonl ] ||
     arriero data build gatt $model $out/data/dialogues/train.jsonl $out/gatt.jsonl --adapter $out/ppo/adapter --obeyed \
-      --tries 6 --most 1 --max-new-tokens 48 --precision fp32
+      --tries 8 --most 1 --max-new-tokens 48 --precision fp32
   cat $out/gatt.jsonl $out/rejection/round-$rounds/chosen.jsonl > $out/gatt-mixed.jsonl
   arriero sft $model --adapter $out/ppo/adapter --data $out/gatt-mixed.jsonl --validation 0 --epochs 1 --lr 2e-4 \
     --samples 0 "${training[@]}" --out $out/gatt $(resume $out/gatt)
