@@ -67,6 +67,7 @@ SPOKEN = READ | {
     *["rationale", "cot", "chain_of_thought", "suffix", "instructions", "preamble"],
     *["image", "images", "audio", "audios", "video", "videos"],
 }
+PROVENANCE = "meta"  # an object that says where a row comes from, as our own builders write it: nothing to learn
 SHOWN = 20  # names of unused columns in a warning
 
 
@@ -269,6 +270,8 @@ def unused_columns(
     for name in row.keys() - used:
         value = row[name]
         if is_empty(value) or (name in SPOKEN and isinstance(value, str) and value.strip() in EMPTY_JSON):
+            continue
+        if name == PROVENANCE and isinstance(value, dict):
             continue
         if meant := differs_in_case(name, known):
             raise DataError(f"the column {name!r} is not known; did you mean {meant!r}?")

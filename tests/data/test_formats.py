@@ -282,3 +282,12 @@ def test_reading_needs_no_torch():
     modules = "arriero.data.formats, arriero.data.sft, arriero.data.docstrings, arriero.data.inspect"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_object_meta_is_where_a_row_comes_from_and_any_other_is_named(tmp_path, capsys):
+    row = {"prompt": "p", "completion": "c"}
+    for meta, named in (({"source": "x"}, False), ("text", True), (["x"], True)):
+        path = tmp_path / f"{named}.jsonl"
+        path.write_text(json.dumps(row | {"meta": meta}))
+        (conversation,) = read_conversations(path)
+        assert bool(conversation.unused) is named
