@@ -77,17 +77,13 @@ def verified(
         model.requires_grad_(False), tokenizer, max_running=config.at_once, step_tokens=max(256, config.at_once),
         context=min(longest, model.config.max_context),
     )  # fmt: skip
-    requests = []
-    for prompt in prompts:
-        drawn = SamplingConfig(temperature=config.temperature, seed=_seed(config.seed, prompt))
-        requests += [Request(prompt.ids, config.max_new_tokens, s, k) for s, k in ((GREEDY, 1), (drawn, n))]
-    with progress(f"measuring {name}", len(prompts) * (n + 1)) as bar:
-        found = engine.generate(requests, on_done=bar.advance)
-    groups = [first + others for first, others in zip(found[::2], found[1::2], strict=True)]
-    scores = _scored(scorer, prompts, groups)
+    judged = answered(
+        engine, prompts, scorer, n, temperature=config.temperature, max_new_tokens=config.max_new_tokens,
+        seed=config.seed, title=f"measuring {name}",
+    )  # fmt: skip
     samples = []
-    for prompt, answers, each in zip(prompts, groups, scores, strict=True):
-        values = [score.value for score in each]
+    for prompt, (answers, scores) in zip(prompts, judged, strict=True):
+        values = [score.value for score in scores]
         right = sum(map(is_right, values[1:]))
         passed = {f"{PASS_AT}{k}": pass_at_k(n, right, k) for k in sorted({1, n})}
         stopped = fmean(answer.stopped for answer in answers[1:])
@@ -98,14 +94,28 @@ def verified(
     return Results(name, ratios, samples, len(prompts), time.monotonic() - began)
 
 
-def _scored(scorer: Scorer, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> list[list[Score]]:
+def answered(
+    engine: Engine, prompts: Sequence[Prompt], scorer: Scorer, n: int, *, temperature: float, max_new_tokens: int,
+    seed: int, title: str, console: Console | None = None,
+) -> list[tuple[list[Completion], list[Score]]]:  # fmt: skip
+    """Of each prompt its greedy answer and n sampled ones, with their scores.
+
+    The random numbers are a function of the seed and of what is asked, so every model is measured on the same draws.
+    """
+    requests = []
+    for prompt in prompts:
+        drawn = SamplingConfig(temperature=temperature, seed=_seed(seed, prompt))
+        requests += [Request(prompt.ids, max_new_tokens, s, k) for s, k in ((GREEDY, 1), (drawn, n))]
+    with progress(title, len(prompts) * (n + 1), console) as bar:
+        found = engine.generate(requests, on_done=bar.advance)
+    groups = [first + others for first, others in zip(found[::2], found[1::2], strict=True)]
     asked = [
         Answer(prompt.messages, answer.text, answer.stopped, prompt.fields, prompt.where)
         for prompt, answers in zip(prompts, groups, strict=True)
         for answer in answers
     ]
     scores = iter(scorer(asked))
-    return [[next(scores) for _ in answers] for answers in groups]
+    return [(answers, [next(scores) for _ in answers]) for answers in groups]
 
 
 def _seed(seed: int, prompt: Prompt) -> int:

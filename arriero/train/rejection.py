@@ -25,7 +25,7 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -37,6 +37,7 @@ from arriero.checkpoint.source import resolve
 from arriero.data.prompts import Prompt, Prompts, read_split
 from arriero.distributed.mesh import Mesh
 from arriero.errors import ConfigError, DataError
+from arriero.eval.verified import answered
 from arriero.infer.config import SamplingConfig
 from arriero.infer.engine import Engine
 from arriero.infer.request import Request
@@ -202,10 +203,9 @@ class RejectionRun:
         """Sample and score answers to some prompts."""
         shares = _shares(self.config.answers, self.config.temperatures)
         asked = [(i, t, n) for i in indices for t, n in shares.items()]
+        seed, longest = self.config.loop.seed, self.config.max_new_tokens
         requests = [
-            self._request(
-                self.prompts[i], SamplingConfig(temperature=t, seed=_seed(self.config.loop.seed, number, i, t)), n
-            )
+            Request(self.prompts[i].ids, longest, SamplingConfig(temperature=t, seed=_seed(seed, number, i, t)), n)
             for i, t, n in asked
         ]
         given = [
@@ -218,9 +218,6 @@ class RejectionRun:
             Sampled.of(i, c.text, len(c.ids), c.stopped, t, number, score)
             for (i, t, c), score in zip(given, scores, strict=True)
         ]
-
-    def _request(self, prompt: Prompt, sampling: SamplingConfig, n: int) -> Request:
-        return Request(prompt.ids, self.config.max_new_tokens, sampling, n)
 
     def _engine(self, model: str, adapter: str) -> Engine:
         config = self.config
@@ -239,27 +236,18 @@ class RejectionRun:
     def _measure(self, path: Path, model: str, adapter: str) -> None:
         """Answer the held-out prompts, greedily and by samples at temperature 1; a row for each prompt."""
         assert self.held_out is not None
-        engine, n = self._engine(model, adapter), self.config.validation_answers
         asked = self.held_out[: self.config.data.validation_prompts]
-        greedy, drawn = SamplingConfig(), SamplingConfig(temperature=1.0)
-        requests = [
-            request
-            for i, prompt in enumerate(asked)
-            for request in (
-                self._request(prompt, greedy, 1),
-                self._request(prompt, replace(drawn, seed=_seed(self.config.loop.seed, -1, i, 1.0)), n),
-            )
-        ]
-        with progress("held-out prompts", len(asked) * (n + 1), self.console) as bar:
-            found = engine.generate(requests, on_done=bar.advance)
-        groups = [(prompt, found[2 * i] + found[2 * i + 1]) for i, prompt in enumerate(asked)]
-        scores = iter(self.scorer([_answer(prompt, c.text, c.stopped) for prompt, those in groups for c in those]))
+        judged = answered(
+            self._engine(model, adapter), asked, self.scorer, self.config.validation_answers, temperature=1.0,
+            max_new_tokens=self.config.max_new_tokens, seed=self.config.loop.seed, title="held-out prompts",
+            console=self.console,
+        )  # fmt: skip
         rows = []
-        for prompt, those in groups:
-            values = [next(scores).value for _ in those]
+        for prompt, (answers, scores) in zip(asked, judged, strict=True):
+            values = [score.value for score in scores]
             rows.append(
-                {"prompt": prompt.text, "answer": those[0].text, "greedy": values[0], "sampled": values[1:],
-                 "tokens": fmean(len(c.ids) for c in those), "finished": fmean(c.stopped for c in those)}
+                {"prompt": prompt.text, "answer": answers[0].text, "greedy": values[0], "sampled": values[1:],
+                 "tokens": fmean(len(a.ids) for a in answers), "finished": fmean(a.stopped for a in answers)}
             )  # fmt: skip
         write_jsonl(path, rows)
 
