@@ -1,12 +1,11 @@
 """A GRPO step (sample, score, update): 16 prompts x 8 answers x 24 tokens, LoRA rank 16, SmolLM2-135M, against TRL's.
 
-    python bench/grpo.py [--steps 4] [--peer PYTHON] [--peer-precisions fp32 bf16]
+    python bench/grpo.py [--steps 4] [--peer PYTHON] [--precisions fp32 bf16] [--peer-precisions fp32 bf16]
 
-PYTHON is an interpreter that has trl and peft beside torch and transformers; without it only our side is measured. Each
-side is a process of its own, one after the other, with one batch shape, reward and learning rate; all answers are cut
-at 24 tokens, since what is asked for is long. The faster of TRL's precisions counts: CPUs without AVX-512 multiply bf16
-many times slower than fp32, so bf16 has to be asked for. Prints one JSON line: seconds of a step (median without the
-first), where ours go, tokens sampled a step, and each side's peak memory.
+PYTHON and precisions are those of sides.py. One batch shape, reward and learning rate; all answers are cut at 24
+tokens, since what is asked for is long. CPUs without AVX-512 multiply bf16 many times slower than fp32 in torch, so
+TRL's bf16 has to be asked for. Prints one JSON line: seconds of a step (median without the first), where ours go,
+tokens sampled a step, and each side's peak memory.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import sides
 
 PROMPTS, ANSWERS, TOKENS = 16, 8, 24
 TOPICS = ("rivers", "wool", "mountains", "llamas", "bread", "clouds", "trains", "glass", "maps", "salt", "moss")
@@ -37,17 +35,14 @@ def reward(text: str) -> float:
     return text.count("e") / max(len(text), 1)
 
 
-def peak_bytes() -> int:
-    """Of this process, resident."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-
-
-def ours(steps: int, precision: str) -> dict[str, Any]:
+def ours(args: argparse.Namespace) -> dict[str, Any]:
     from arriero.rewards.base import Score, Scorer
     from arriero.show.terminal import notes
     from arriero.train import grpo
     from arriero.train.config import LoopConfig
     from arriero.train.rl_config import GrpoConfig, PromptConfig, RolloutConfig
+
+    steps = args.steps
 
     class ByLetter(Scorer):
         def __call__(self, answers: Any) -> list[Score]:
@@ -59,7 +54,7 @@ def ours(steps: int, precision: str) -> dict[str, Any]:
         config = GrpoConfig(
             model="smollm2-135m", out=str(Path(folder) / "run"), data=PromptConfig(train=str(path), validation="0"),
             rollout=RolloutConfig(answers=ANSWERS, max_new_tokens=TOKENS, truncated="score"),
-            loop=LoopConfig(steps=steps, batch_rows=PROMPTS, micro_rows=4, precision=precision),  # type: ignore[arg-type]
+            loop=LoopConfig(steps=steps, batch_rows=PROMPTS, micro_rows=args.micro_rows, precision=args.precision),
         )  # fmt: skip
         run = grpo.build(config, notes(quiet=True), None, ByLetter())
         found = []
@@ -72,7 +67,7 @@ def ours(steps: int, precision: str) -> dict[str, Any]:
             tokens = sum(len(a.ids) for g in rollout.groups for a in g.answers)
             found.append(
                 {
-                    "step": ended - began,
+                    "seconds": ended - began,
                     "sample": rollout.metrics["sampling_seconds"],
                     "score": rollout.metrics["scoring_seconds"],
                     "update": ended - sampled,
@@ -80,10 +75,14 @@ def ours(steps: int, precision: str) -> dict[str, Any]:
                 }
             )
         memory = run.prepared.rollouts.sampler.memory
-    return {**_medians(found), "peak_gb": round(peak_bytes() / 1e9, 2), "cache_gb": round(memory["cache"] / 1e9, 2)}
+    return {
+        **_medians(found),
+        "peak_gb": round(sides.peak_bytes() / 1e9, 2),
+        "cache_gb": round(memory["cache"] / 1e9, 2),
+    }
 
 
-def theirs(steps: int, precision: str, model: str) -> dict[str, Any]:
+def theirs(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -91,6 +90,7 @@ def theirs(steps: int, precision: str, model: str) -> dict[str, Any]:
     from trl import GRPOConfig, GRPOTrainer
     from trl import __version__ as version
 
+    steps = args.steps
     marks: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
@@ -106,21 +106,21 @@ def theirs(steps: int, precision: str, model: str) -> dict[str, Any]:
             temperature=1.0, loss_type="dapo", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
             save_strategy="no", logging_strategy="no", lr_scheduler_type="constant", disable_tqdm=True,
         )  # fmt: skip
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
         trainer = GRPOTrainer(
-            AutoModelForCausalLM.from_pretrained(model, dtype=dtype),
+            AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype),
             reward_funcs=lambda completions, **_: [reward(c[0]["content"]) for c in completions],
             args=settings,
             train_dataset=Dataset.from_list(
                 [{"prompt": [{"role": "user", "content": text}]} for text in asked(PROMPTS * steps)]
             ),
-            processing_class=AutoTokenizer.from_pretrained(model),
+            processing_class=AutoTokenizer.from_pretrained(args.model),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
             callbacks=[Clock()],
         )
         trainer.train()
-    found = [{"step": b - a} for a, b in itertools.pairwise(marks)]
-    return {**_medians(found), "peak_gb": round(peak_bytes() / 1e9, 2), "trl": version}
+    found = [{"seconds": b - a} for a, b in itertools.pairwise(marks)]
+    return {**_medians(found), "peak_gb": round(sides.peak_bytes() / 1e9, 2), "trl": version}
 
 
 def _medians(found: list[dict[str, float]]) -> dict[str, float]:
@@ -129,38 +129,11 @@ def _medians(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sides.parser(__doc__)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--peer", default="")
-    parser.add_argument("--peer-precisions", nargs="+", default=["fp32"])
-    parser.add_argument("--side", choices=("arriero", "trl"))
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--model", default="")
+    parser.add_argument("--micro-rows", type=int, default=4, help="groups that ours updates at once")
     args = parser.parse_args()
-    if args.side:
-        told = (args.steps, args.precision)
-        print(json.dumps(ours(*told) if args.side == "arriero" else theirs(*told, args.model)))
-        return
-
-    def side(python: str, name: str, precision: str, model: str = "") -> dict[str, Any]:
-        told = [__file__, "--steps", str(args.steps), "--side", name, "--precision", precision, "--model", model]
-        offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-        done = subprocess.run([python, *told], capture_output=True, text=True, env=offline)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
-
-    report: dict[str, Any] = {"bench": "grpo", "arriero": side(sys.executable, "arriero", "bf16")}
-    if args.peer:
-        from arriero.checkpoint.convert import convert
-
-        with tempfile.TemporaryDirectory() as folder:
-            model = str(Path(folder) / "model")
-            convert("smollm2-135m", model, to="hf")
-            for precision in args.peer_precisions:
-                report[f"trl {precision}"] = side(args.peer, "trl", precision, model)
-        best = min(report[f"trl {precision}"]["step"] for precision in args.peer_precisions)
-        report["times faster"] = round(best / report["arriero"]["step"], 2)
-    print(json.dumps(report))
+    sides.run("grpo", __file__, args, [f"--steps={args.steps}", f"--micro-rows={args.micro_rows}"], ours, theirs)
 
 
 if __name__ == "__main__":

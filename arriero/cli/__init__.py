@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from arriero.cli import data, data_from_models, recipes, reward, scaling, tokenizer, train, use
+from arriero.cli import data, data_from_models, plan, recipes, reward, scaling, tokenizer, train, use
 from arriero.cli.parsing import call, description
 from arriero.errors import UserError, did_you_mean
 from arriero.io.limits import NAMELESS, raise_open_files, remedy
@@ -37,7 +37,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ppo": train.ppo,
     "run": recipes.run,
     "validate": recipes.validate,
-    "plan": train.plan,
+    "plan": plan.plan,
+    "plan reward": plan.reward,
+    "plan dpo": plan.dpo,
+    "plan grpo": plan.grpo,
+    "plan ppo": plan.ppo,
     "chat": use.chat,
     "generate": use.generate,
     "serve": use.serve,

@@ -78,9 +78,10 @@ def _call_with_settings(name: str, command: Callable[..., Any], args: list[str])
 
 def _changed(name: str, command: Callable[..., Any], args: list[str], recipe: str, config: Any) -> Any:
     """The configuration that args[0] holds, changed by the flags after it."""
-    if recipe not in TRAINING or (name in TRAINING and recipe != name):
+    wanted = name.removeprefix("plan ")
+    if recipe not in TRAINING or (wanted in TRAINING and recipe != wanted):
         raise ConfigError(f"{args[0]} configures {recipe}, which is nothing to {name}: arriero run {args[0]}")
-    if name == "plan" and args[0] in presets.PRESETS:
+    if name.split()[0] == "plan" and args[0] in presets.PRESETS:
         config = presets.without_absent_data(config)
     return _tyro(command, type(config), f"{name} {args[0]}", args[1:], default=config)
 

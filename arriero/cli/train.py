@@ -1,4 +1,4 @@
-"""Commands that train, and `arriero plan`."""
+"""Commands that train."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from arriero import presets
 from arriero.errors import TrainingError
-from arriero.show.terminal import output
 from arriero.train.config import DistillConfig, PretrainConfig, SftConfig
 from arriero.train.preference_config import DpoConfig, RewardConfig
 from arriero.train.rejection_config import RejectionConfig
@@ -110,20 +109,6 @@ def reward(config: RewardConfig) -> None:
         arriero reward my-llama-chat --data rated.jsonl --margin small --safety 0.5 --also safety.jsonl
     """
     start("reward", config)
-
-
-def plan(config: SftConfig) -> None:
-    """Say what a run would cost: parameters, memory by part, tokens and time, from a short probe where data is given.
-
-    Example:
-        arriero plan llama3.1-8b --rank 8 --seq-len 4096 --recompute full
-        arriero plan llama3.1-405b --method full --seq-len 8192 --batch-rows 2048 --tp 8 --pp 16 --dp-shard 64
-        arriero plan smollm2-135m --data train.jsonl
-        arriero plan pretrain-30m --data out/shards
-    """
-    from arriero.plan.run import plan as estimate
-
-    output().print(estimate(config).table())
 
 
 def start(recipe: str, config: Any) -> None:

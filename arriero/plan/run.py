@@ -4,6 +4,8 @@ Two ways. By arithmetic, for any known shape, with no weights at hand: exact for
 optimizer, estimated for activations. By a dry run, where model and data are available: the run is built as usual, and
 each of its parts is executed once, in order, in a process of its own: answers, validation, a few micro-batches, an
 optimizer step, a checkpoint. Peak memory is measured; time is that of each part, times how often it will be executed.
+Of a run that learns from its own answers two whole steps are done: the second one's sampling, scoring and updating,
+times the steps, are the forecast (answers that grow longer take longer).
 """
 
 from __future__ import annotations
@@ -28,17 +30,23 @@ from rich.console import Console
 from rich.table import Table
 
 from arriero import settings
+from arriero.checkpoint.load import best_device
 from arriero.distributed.config import ParallelConfig
 from arriero.errors import ConfigError, DataError, UserError
 from arriero.io.files import json_text, split_lines
 from arriero.io.paths import hint
 from arriero.model.catalogue import LADDER, SHAPES, named_shape
 from arriero.model.config import LlamaConfig
+from arriero.plan.answers import group_tokens, held_parts
 from arriero.plan.cost import MOMENTS, Cost, cost, gradients_at_once, kept, moment_bytes
 from arriero.show.terminal import log, notes, warn_once
 from arriero.train.config import PretrainConfig, SftConfig, TuneConfig
+from arriero.train.preference_config import DpoConfig, RewardConfig
 from arriero.train.recipes import RECIPES
 from arriero.train.rejection_config import RejectionConfig
+from arriero.train.rl_config import RlConfig
+
+Planned = SftConfig | PretrainConfig | DpoConfig | RewardConfig | RlConfig
 
 BYTES = {"bf16": 2, "fp32": 4}
 PROBED = 3  # micro-batches timed, after one that compiles
@@ -76,7 +84,7 @@ class Plan:
         return table
 
 
-def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> Plan | Cost:
+def plan(config: Planned, console: Console | None = None) -> Plan | Cost:
     """Plan a run: by a dry run where the model and data are here, else by arithmetic from the known shape.
 
     Where degrees of parallelism are given, the arithmetic is that of each process. Raises what the run itself would
@@ -109,11 +117,12 @@ def plan(config: SftConfig | PretrainConfig, console: Console | None = None) -> 
     if config.parallel.cpu_offload:
         raise ConfigError("a dry run does not offload; plan cpu_offload by arithmetic: leave --data out")
     measured = _dry_run_apart(config, console or notes())
-    shape = LlamaConfig.from_hf(measured.pop("shape"))
-    return dataclasses.replace(by_arithmetic(shape, config), **measured)
+    shape, held = LlamaConfig.from_hf(measured.pop("shape")), measured.pop("held", {})
+    found = by_arithmetic(shape, config, measured.pop("longest", None))
+    return dataclasses.replace(found, memory=found.memory | held, **measured)
 
 
-def _dry_run_apart(config: SftConfig | PretrainConfig, console: Console) -> dict[str, Any]:
+def _dry_run_apart(config: Planned, console: Console) -> dict[str, Any]:
     """What `dry_run` returns, made in a process of its own, whose peak memory is then the run's alone."""
     recipe = next(name for name, cls in RECIPES.items() if type(config) is cls)
     with console.status("dry run: each part of the run, once"), tempfile.TemporaryDirectory() as work:
@@ -130,10 +139,11 @@ def _dry_run_apart(config: SftConfig | PretrainConfig, console: Console) -> dict
     return dict(measured)
 
 
-def by_arithmetic(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Plan:
+def by_arithmetic(shape: LlamaConfig, config: Planned, longest: int | None = None) -> Plan:
     """Memory by part. Gradients are fp32, of all that is trained at once, or of a block with `in_backward`.
 
-    Activations are the values that `arithmetic.kept` counts a token.
+    Activations are the values that `arithmetic.kept` counts a token. longest: tokens of the longest prompt, where
+    answers are sampled; None: as many as are allowed.
     """
     config.optim.check_batch(config.loop.batch_rows, config.loop.micro_rows, 1)
     wide = BYTES[config.loop.precision]
@@ -144,21 +154,28 @@ def by_arithmetic(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Pla
         trained, stored, outside = _adapter_size(shape, config), wide, 0
         at_once = trained // shape.n_layers
     optimizer = config.optim.optimizer
-    tokens = config.loop.micro_rows * config.data.seq_len
+    prompt = longest or (config.data.max_prompt if isinstance(config, RlConfig) else 0)
+    row = group_tokens(config, prompt) if isinstance(config, RlConfig) else config.data.seq_len
+    tokens = config.loop.micro_rows * row
+    moments = moment_bytes(optimizer, trained - outside, outside)
     memory = {
         **_weight_bytes(shape, config, stored),
         "trained weights, fp32": trained * 4 if lora else 0,
         "gradients, fp32": 4 * (at_once if config.optim.in_backward else trained),
-        MOMENTS[optimizer]: moment_bytes(optimizer, trained - outside, outside),
+        MOMENTS[optimizer]: moments,
         "activations (estimate)": tokens
         * kept(shape, ParallelConfig(), shape.n_layers, 1, config.loop.recompute)
         * wide,
-        "a chunk of logits, fp32": 2 * 256 * shape.vocab_size * 4,
+        "a chunk of logits, fp32": 0 if isinstance(config, RewardConfig) else 2 * 256 * shape.vocab_size * 4,
     }
-    return Plan(shape.n_params, trained, {part: size for part, size in memory.items() if size})
+    memory = {part: size for part, size in memory.items() if size}
+    if isinstance(config, RlConfig):
+        native = best_device() == "cpu" and config.quantize == "none"
+        memory |= held_parts(shape, config, trained=trained, moments=moments, prompt=prompt, native=native)
+    return Plan(shape.n_params, trained, memory)
 
 
-def _weight_bytes(shape: LlamaConfig, config: SftConfig | PretrainConfig, stored: float) -> dict[str, int]:
+def _weight_bytes(shape: LlamaConfig, config: Planned, stored: float) -> dict[str, int]:
     """Bytes of the weights by how they are held: those of the blocks' matrices, and the rest."""
     if not isinstance(config, TuneConfig) or config.quantize == "none":
         return {"weights": int(shape.n_params * stored)}
@@ -172,8 +189,13 @@ def _weight_bytes(shape: LlamaConfig, config: SftConfig | PretrainConfig, stored
     }
 
 
-def split(shape: LlamaConfig, config: SftConfig | PretrainConfig) -> Cost:
+def split(shape: LlamaConfig, config: Planned) -> Cost:
     """What each process holds and sends when all weights are trained, split by `config.parallel`."""
+    if isinstance(config, RlConfig):
+        raise ConfigError(
+            "the plan of a split counts one training of rows; answers that are sampled, and a value model, are planned "
+            "for one process: leave the degrees of parallelism out"
+        )
     if isinstance(config, TuneConfig) and config.method == "lora":
         raise ConfigError("the plan of a split counts the training of all weights; add --method full")
     p, loop = config.parallel, config.loop
@@ -216,33 +238,57 @@ def dry_run(recipe: str, config: Any) -> dict[str, Any]:
 
     build = importlib.import_module(f"arriero.train.{recipe}").build
     run, loading = _timed(lambda: build(config, Console(quiet=True)))
-    trainer, learner, loop = run.trainer, run.trainer.learner, config.loop
+    trainer, loop = run.trainer, config.loop
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    seconds = {
-        "loading and tokenising": loading,
-        "answers before and after": 2 * _timed(lambda: run.sample("before"))[1],
-    }
+    own = isinstance(config, RlConfig)
+    asked = "the reference's log-probabilities too" if isinstance(config, DpoConfig) else ""
+    seconds = {"loading" if own else "loading and tokenising" + (f", {asked}" if asked else ""): loading}
     tenth = math.ceil(trainer.total_steps / 10)
     if trainer.validate is not None:
         validations = 1 + math.ceil(trainer.total_steps / (trainer.loop.validate_every or tenth))
         seconds["validation"] = validations * _timed(trainer.measure)[1]
-    batches = [trainer.batches(step)[0] for step in range(PROBED + 1)]
-    times = [_timed(lambda batch=batch: _micro_batch(learner, batch))[1] for batch in batches]  # type: ignore[misc]
-    steady = median(times[1:]) / (loop.micro_rows * config.data.seq_len)  # seconds a token
-    optimizer = min(_timed(learner.optimizer.step)[1] for _ in range(2))
-    learner.optimizer.zero_grad()
-    seconds["steps"] = steady * run.total_tokens + optimizer * trainer.total_steps
-    seconds["compiling"] = max(0.0, times[0] - median(times[1:]))
+    seconds["answers before and after"] = 2 * _timed(lambda: run.sample("before"))[1]
+    seconds |= _own_answers(trainer) if own else _steps(run, config)
     saves = math.ceil(trainer.total_steps / (loop.save_every or tenth))
     seconds["checkpoints"] = (saves + 1) * _timed(trainer.save)[1]  # and the result, which is no larger
     run.sample("after")
+    held = {}
+    if own:
+        prepared = run.prepared
+        held = {"held": {"KV cache": prepared.rollouts.sampler.memory["cache"]}, "longest": prepared.prompts.longest}
     return {
-        "shape": learner.engine.model.config.to_hf(),
+        **held,
+        "shape": trainer.learner.engine.model.config.to_hf(),
         "steps": trainer.total_steps,
         "tokens": run.total_tokens,
         "peak": memory_bytes(),
         "seconds": seconds,
     }
+
+
+def _steps(run: Any, config: Any) -> dict[str, float]:
+    """Seconds of all steps of a run that learns from rows: what makes its batches, and its micro-batches."""
+    trainer, learner = run.trainer, run.trainer.learner
+    made = [_timed(lambda step=step: trainer.batches(step)[0]) for step in range(PROBED + 1)]  # type: ignore[misc]
+    times = [_timed(lambda batch=batch: _micro_batch(learner, batch))[1] for batch, _ in made]  # type: ignore[misc]
+    steady = median(times[1:]) / (config.loop.micro_rows * config.data.seq_len)  # seconds a token
+    optimizer = min(_timed(learner.optimizer.step)[1] for _ in range(2)) + median(waited for _, waited in made[1:])
+    learner.optimizer.zero_grad()
+    return {
+        "steps": steady * run.total_tokens + optimizer * trainer.total_steps,
+        "compiling": max(0.0, times[0] - median(times[1:])),
+    }
+
+
+def _own_answers(trainer: Any) -> dict[str, float]:
+    """Seconds of all steps of a run that learns from its own answers, by part, from two of them."""
+    found = []
+    for _ in range(2):
+        metrics, whole = _timed(trainer.step)
+        sampled, scored = metrics["sampling_seconds"], metrics["scoring_seconds"]
+        found.append({"sampling": sampled, "scoring": scored, "updates": whole - sampled - scored})
+    first, second = found
+    return {part: first[part] + (trainer.total_steps - 1) * second[part] for part in first}
 
 
 def _micro_batch(learner: Any, batch: Any) -> None:

@@ -1,5 +1,6 @@
 """Plans: arithmetic that paper can check, and a probe beside the run it foretells."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,9 @@ from arriero.model.catalogue import LADDER, PUBLISHED
 from arriero.model.lora_config import LoraConfig
 from arriero.plan.run import plan
 from arriero.train.config import DataConfig, LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig, SftConfig
+from arriero.train.preference_config import DpoConfig, PreferenceDataConfig, RewardConfig
+from arriero.train.recipes import RECIPES
+from arriero.train.rl_config import GrpoConfig, PpoConfig, PromptConfig, RolloutConfig
 
 
 def test_full_fine_tuning_of_8b_needs_sixteen_bytes_a_parameter():
@@ -100,3 +104,60 @@ def test_a_pretraining_run_is_dry_run_likewise(shards, tmp_path):
     assert found.steps == 10 and found.tokens == 10 * 2 * 64
     assert found.peak > sum(found.memory.values()) and found.seconds["steps"] > 0
     assert not (tmp_path / "run").exists()
+
+
+# -- preferences, and own answers --------------------------------------------------------------------------------------
+
+
+def test_a_plan_of_own_answers_counts_engine_cache_reference_and_value_model():
+    shape, rollout = PUBLISHED["llama3.2-1b"], RolloutConfig(answers=4, max_new_tokens=100, at_once=13)
+    of_prompts = dict(model="llama3.2-1b", rollout=rollout, data=PromptConfig(max_prompt=61))
+    rank = 16 * 16 * (2048 + 2048 + 2 * (2048 + 512) + 2048 + 2048 + 3 * (2048 + 8192))  # layers, rank, in + out
+    grpo = plan(GrpoConfig(**of_prompts))
+    assert grpo.trained == rank and grpo.memory["reference, the policy without its adapter"] == 0
+    # an answer has 161 tokens at most, in six blocks of 32; keys and values of 8 heads of 64 in 16 layers, fp32
+    assert grpo.memory["KV cache"] == 13 * 6 * 32 * 2 * 16 * 8 * 64 * 4
+    assert grpo.memory["engine's weights, as its kernels have them"] == 4 * shape.n_params
+    ppo = plan(PpoConfig(**of_prompts)).memory
+    head = 2048  # its values' weights; with fp32 weights, gradients and two moments of everything that is trained
+    assert ppo["value model, an adapter and a head on the same base"] == 16 * rank + 8 * head
+    assert plan(GrpoConfig(**of_prompts, method="full")).memory["reference"] == 4 * shape.n_params
+
+
+@pytest.mark.parametrize(
+    "recipe", ["dpo", "grpo", *(pytest.param(x, marks=pytest.mark.slow) for x in ("reward", "ppo"))]
+)
+def test_the_probe_of_each_recipe_foretells_its_runs_peak_memory(recipe, toy_model, prompts, tmp_path):
+    file = tmp_path / ("rows.jsonl" if recipe in ("dpo", "reward") else "prompts.jsonl")
+    file.write_text("".join(json.dumps(_row(i)) + "\n" for i in range(23)))
+    (tmp_path / "mine.py").write_text("def reward(answer):\n    return answer.text.count('e')\n")
+    loop = LoopConfig(steps=5, batch_rows=4, micro_rows=2, precision="fp32")
+    if recipe in ("dpo", "reward"):
+        data = PreferenceDataConfig(train=str(file), seq_len=128)
+        cls, own = {"dpo": DpoConfig, "reward": RewardConfig}[recipe], {"data": data}
+    else:
+        rollout = RolloutConfig(answers=3, max_new_tokens=7, truncated="score", validation_answers=2, at_once=8)
+        cls, own = {"grpo": GrpoConfig, "ppo": PpoConfig}[recipe], {"rollout": rollout, "data": PromptConfig(str(file))}
+        own["reward"] = f"python:{tmp_path / 'mine.py'}:reward"
+    if recipe == "ppo":
+        loop = replace(loop, batch_rows=8)  # of four updates
+    config = cls(model=str(toy_model), out=str(tmp_path / "run"), loop=loop, **own)
+    found = plan(config)
+    assert found.steps == 5
+    sampled = {"sampling", "scoring", "updates"} & found.seconds.keys()
+    assert sampled == (set() if recipe in ("dpo", "reward") else {"sampling", "scoring", "updates"})
+    toml = tmp_path / "config.toml"
+    toml.write_text(settings.to_toml(config, recipe))
+    run = (
+        "import sys, importlib; from arriero import settings as c; from arriero.train.recipes import RECIPES;"
+        f"importlib.import_module('arriero.train.{recipe}').main(c.load_recipe(RECIPES, sys.argv[1])[1]);"
+        "from arriero.train.metrics import memory_bytes; print(memory_bytes())"
+    )
+    assert RECIPES[recipe] is cls
+    done = subprocess.run([sys.executable, "-c", run, str(toml)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert found.peak == pytest.approx(int(done.stdout.splitlines()[-1]), rel=0.15)
+
+
+def _row(i: int) -> dict[str, str]:
+    return {"prompt": f"{i} + 2?", "chosen": f"{i + 2}", "rejected": f"it is {i + 3}", "answer": f"{i + 2}"}
