@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from arriero.api import dpo as dpo
     from arriero.api import evaluate as evaluate
     from arriero.api import grpo as grpo
+    from arriero.api import online_dpo as online_dpo
     from arriero.api import ppo as ppo
     from arriero.api import pretrain as pretrain
     from arriero.api import rejection as rejection
@@ -55,6 +56,7 @@ _HOMES = {
     "dpo": "arriero.api",
     "evaluate": "arriero.api",
     "grpo": "arriero.api",
+    "online_dpo": "arriero.api",
     "ppo": "arriero.api",
     "pretrain": "arriero.api",
     "rejection": "arriero.api",

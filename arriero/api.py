@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from arriero.eval.config import EvalConfig
 from arriero.settings import apply_overrides
 from arriero.train.config import DataConfig, PretrainConfig, PretrainDataConfig, SftConfig
-from arriero.train.preference_config import DpoConfig, PreferenceDataConfig, RewardConfig
+from arriero.train.preference_config import DpoConfig, OnlineDpoConfig, PreferenceDataConfig, RewardConfig
 from arriero.train.rejection_config import RejectionConfig, RejectionDataConfig
 from arriero.train.rl_config import GrpoConfig, PpoConfig, PromptConfig
 
@@ -78,6 +78,18 @@ def dpo(model: str | Path, data: str | Path, **settings: Any) -> Outcome:
     from arriero.train.dpo import main
 
     config = DpoConfig(model=str(model), data=PreferenceDataConfig(train=str(data)))
+    return main(apply_overrides(config, settings))
+
+
+def online_dpo(model: str | Path, data: str | Path, reward: str = "exact", **settings: Any) -> Outcome:
+    """Train `model` on its own answers to the prompts in `data`, of which `reward` finds the best and the worst.
+
+    settings: fields of `OnlineDpoConfig` and its sections, such as out, answers, max_new_tokens, loss, beta, nll, lr.
+    Raises a `UserError` before step 1 for whatever cannot be trained on.
+    """
+    from arriero.train.online_dpo import main
+
+    config = OnlineDpoConfig(model=str(model), reward=reward, data=PromptConfig(train=str(data)))
     return main(apply_overrides(config, settings))
 
 

@@ -78,8 +78,8 @@ def _call_with_settings(name: str, command: Callable[..., Any], args: list[str])
 
 def _changed(name: str, command: Callable[..., Any], args: list[str], recipe: str, config: Any) -> Any:
     """The configuration that args[0] holds, changed by the flags after it."""
-    wanted = name.removeprefix("plan ")
-    if recipe not in TRAINING or (wanted in TRAINING and recipe != wanted):
+    wanted = get_type_hints(command)["config"] if name != "plan" else None
+    if recipe not in TRAINING or (wanted in TRAINING.values() and type(config) is not wanted):
         raise ConfigError(f"{args[0]} configures {recipe}, which is nothing to {name}: arriero run {args[0]}")
     if name.split()[0] == "plan" and args[0] in presets.PRESETS:
         config = presets.without_absent_data(config)

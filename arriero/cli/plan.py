@@ -6,7 +6,7 @@ from typing import Any
 
 from arriero.show.terminal import output
 from arriero.train.config import SftConfig
-from arriero.train.preference_config import DpoConfig, RewardConfig
+from arriero.train.preference_config import DpoConfig, OnlineDpoConfig, RewardConfig
 from arriero.train.rl_config import GrpoConfig, PpoConfig
 
 
@@ -27,6 +27,15 @@ def dpo(config: DpoConfig) -> None:
 
     Example:
         arriero plan dpo smollm2-135m --data pairs.jsonl --nll 0.2
+    """
+    _show(config)
+
+
+def online_dpo(config: OnlineDpoConfig) -> None:
+    """Say what `arriero dpo online` would cost with the same arguments: engine and cache too; sampling, updates.
+
+    Example:
+        arriero plan dpo online smollm2-135m --data prompts.jsonl --reward numeric
     """
     _show(config)
 

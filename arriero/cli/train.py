@@ -10,9 +10,9 @@ from typing import Any
 from arriero import presets
 from arriero.errors import TrainingError
 from arriero.train.config import DistillConfig, PretrainConfig, SftConfig
-from arriero.train.preference_config import DpoConfig, RewardConfig
+from arriero.train.preference_config import DpoConfig, OnlineDpoConfig, RewardConfig
 from arriero.train.rejection_config import RejectionConfig
-from arriero.train.rl_config import GrpoConfig, PpoConfig
+from arriero.train.rl_config import GrpoConfig, OnPolicyDistillConfig, PpoConfig
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -63,6 +63,16 @@ def distill(config: DistillConfig) -> None:
     start("distill", config)
 
 
+def on_policy_distill(config: OnPolicyDistillConfig) -> None:
+    """Let MODEL answer prompts, and draw it to a larger TEACHER's probabilities at every token of its own answers.
+
+    Example:
+        arriero distill on-policy smollm2-135m --teacher out/larger/model --data prompts.jsonl --out out/student
+        arriero distill on-policy small --teacher large --data prompts.jsonl --divergence symmetric --top-k 64
+    """
+    start("on_policy_distill", config)
+
+
 def grpo(config: GrpoConfig) -> None:
     """Train MODEL on its own answers to prompts, scored by a reward, each against the others of its group.
 
@@ -97,6 +107,18 @@ def dpo(config: DpoConfig) -> None:
         arriero dpo smollm2-135m --adapter out/sft/adapter --data pairs.jsonl --nll 0.2 --mask-format
     """
     start("dpo", config)
+
+
+def online_dpo(config: OnlineDpoConfig) -> None:
+    """Train MODEL on pairs of its own answers to prompts: those that a reward finds best against those it finds worst.
+
+    A preset, or a file that `arriero cp` wrote, may stand in MODEL's place.
+
+    Example:
+        arriero dpo online smollm2-135m --data prompts.jsonl --reward exact --max-new-tokens 24 --out out/mine
+        arriero dpo online my-llama --data prompts.jsonl --reward model:out/reward/model --answers 8 --nll 0.2
+    """
+    start("online_dpo", config)
 
 
 def reward(config: RewardConfig) -> None:

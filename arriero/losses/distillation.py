@@ -73,6 +73,89 @@ def chunked_distillation(
     return total, parts[0], parts[1]
 
 
+def whole_divergence(logits: Tensor, logq: Tensor, kind: Kind = "forward") -> Tensor:
+    """The divergence in nats of each position over the whole vocabulary, [n].
+
+    logits: the student's [n, V]. logq: the teacher's log-probabilities, [n, V].
+    """
+    logp, logq = logits.log_softmax(1), logq.clamp(min=-100)
+    forward = (logq.exp() * (logq - logp)).sum(1)
+    if kind == "forward":
+        return forward
+    reverse = (logp.exp() * (logp - logq)).sum(1)
+    return reverse if kind == "reverse" else (forward + reverse) / 2
+
+
+def chunked_divergence(
+    hidden: Tensor,
+    theirs: Tensor,
+    weight: Tensor,
+    their_weight: Tensor,
+    targets: Tensor,
+    kind: Kind = "forward",
+    k: int = 0,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """The divergence from a teacher that reads the same tokens: its sum, and each position's [N] (no gradient).
+
+    hidden, theirs: final states of student [N, D] and teacher [N, D']. weight, their_weight: the whole heads, [V, D]
+    and [V, D']. targets: ids [N], -100 where nothing is compared. k: the teacher's most probable tokens that are
+    compared one by one, the rest as one outcome; 0 compares all V. chunk: positions whose logits exist at a time.
+    """
+    assert not isinstance(weight, DTensor), "OnPolicyDistillConfig refuses a head that is split by vocabulary"
+    hidden, theirs = widened(hidden), widened(theirs)
+    kept = (targets != -100).nonzero().squeeze(1)
+    ours, others = hidden.index_select(0, kept), theirs.index_select(0, kept)
+    total, each = _Divergence.apply(ours, others, weight, their_weight, kind, k, chunk)
+    return total, each.new_zeros(targets.shape).index_put((kept,), each)
+
+
+class _Divergence(torch.autograd.Function):
+    """The gradient of hidden states and head in the forward pass, as in `_Distillation`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, theirs: Tensor, weight: Tensor, their_weight: Tensor, kind: Kind, k: int, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        computed, wide = weight.to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
+        their_head, each = their_weight.to(theirs.dtype), hidden.new_zeros(len(hidden), dtype=wide)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[2] else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            logq = (theirs[rows] @ their_head.T).to(wide).log_softmax(1)
+            logits = (hidden[rows] @ computed.T).to(wide).requires_grad_()
+            with torch.enable_grad():
+                found = _to_teacher(logits, logq, kind, k)
+                summed = found.sum()
+            each[rows] = found.detach()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            (grad,) = torch.autograd.grad(summed, logits)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, computed, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(each)
+        return each.sum(), each
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = (None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors)
+        return hidden, None, weight, None, None, None, None
+
+
+def _to_teacher(logits: Tensor, logq: Tensor, kind: Kind, k: int) -> Tensor:
+    """The divergence of each position, from the teacher's whole distribution or its k most probable tokens."""
+    if not k:
+        return whole_divergence(logits, logq, kind)
+    top = logq.topk(min(k, logq.shape[1]), dim=1)
+    rest = logq.scatter(1, top.indices, -torch.inf).logsumexp(1, keepdim=True)
+    return divergence(logits, top.indices, torch.cat((top.values, rest), 1), kind)
+
+
 class _Distillation(torch.autograd.Function):
     """The gradient of hidden states and head in the forward pass, as in `lm.chunked_cross_entropy`."""
 

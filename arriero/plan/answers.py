@@ -17,8 +17,8 @@ TWELVE_BITS = 1.5
 
 
 def group_tokens(config: RlConfig, prompt: int) -> int:
-    """Tokens of a row: the answers to a prompt of so many tokens, behind it."""
-    return prompt + config.rollout.answers * config.rollout.max_new_tokens
+    """Tokens of a row: the answers that are learned from, behind their prompt of so many tokens."""
+    return prompt + config.learned * config.rollout.max_new_tokens
 
 
 def held_parts(

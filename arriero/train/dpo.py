@@ -36,7 +36,7 @@ from arriero.train.preference_objective import preference_objective
 from arriero.train.preference_rows import PreferenceRun, open_preferences
 from arriero.train.recipe import alone, execute
 from arriero.train.reference import ReferencePoint, References, reference_file, with_reference
-from arriero.train.samples import answer, write_samples
+from arriero.train.samples import answer, said, write_samples
 from arriero.train.tuned import Base, open_base
 from arriero.train.validation import HeldOut, Validation
 
@@ -102,7 +102,13 @@ def build(config: DpoConfig, console: Console, mesh: Mesh | None = None) -> DpoR
     validate = None
     if held_out is not None:
         measured = {"held out": HeldOut(held_out_batch, held_out.rows_in_epoch(0))}
-        validate = Validation(engine, measured, objective)
+        tokenizer, asked = tuned.base.tokenizer, validation if config.samples else None
+        validate = Validation(
+            engine,
+            measured,
+            objective,
+            None if asked is None else lambda: said(engine, tokenizer, asked, config.samples),
+        )
     learner = tuned.learner(objective, steps)
     trainer = Trainer(learner, batches, steps, loop, Path(config.out), validate, tuned.sidecars)
     return DpoRun(config, tuned, training, validation, loader, trainer)

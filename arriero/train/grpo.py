@@ -25,7 +25,7 @@ from arriero.train.learner import Learner
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.policy import PolicyObjective, dealt, evaluated, group_row, logprobs_of, with_extra
 from arriero.train.recipe import alone, execute
-from arriero.train.rl import HeldOutAnswers, Prepared, RlRun, check_mismatch, prepare, warn_of
+from arriero.train.rl import HeldOutAnswers, Prepared, RlRun, check_mismatch, prepare, unchanged, warn_of
 from arriero.train.rl_config import GrpoConfig
 from arriero.train.rollouts import Rollout
 
@@ -137,8 +137,6 @@ class GroupUpdate:
     def _summary(self, found: list[dict[str, Any]]) -> dict[str, Any]:
         """The mean over the optimizer steps, but for counters; without a step the weights are as they were."""
         if not found:
-            c = self.learner.counters
-            none = {"loss": 0.0, "lr": 0.0, "grad_norm": 0.0, "tokens": c.tokens, "trained_tokens": c.trained_tokens}
-            return {**none, "skipped": c.skipped + c.spikes}
+            return unchanged(self.learner)
         mean = {name: sum(x[name] for x in found) / len(found) for name in found[-1]}
         return mean | {name: found[-1][name] for name in ("tokens", "trained_tokens", "skipped", "lr")}

@@ -9,6 +9,7 @@ from typing import Literal
 from arriero.errors import check
 from arriero.io.paths import PathText
 from arriero.train.config import DataConfig, OptimConfig, TuneConfig
+from arriero.train.rl_config import RlConfig
 
 Rating = Literal["significantly better", "better", "slightly better", "negligibly better"]
 REFERENCE_FREE = ("simpo", "orpo")
@@ -65,22 +66,13 @@ class DpoConfig(TuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(0 < self.beta < math.inf, f"beta is {self.beta}; it must be a number above 0 (usual: 0.1)")
-        check(0 <= self.smoothing < 0.5, f"smoothing is {self.smoothing}; it is a share of the rows, in [0, 0.5)")
-        for name in ("gamma", "nll", "good_weight", "bad_weight"):
+        check_loss(self)
+        for name in ("good_weight", "bad_weight"):
             check(0 <= getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}; it must be at least 0")
         check(self.samples >= 0, f"samples is {self.samples}; it must be at least 0")
         check(
-            self.loss != "orpo" or self.nll > 0,
-            "loss is orpo and nll 0; its preference alone has no anchor: set nll to 1, as its paper has it",
-        )
-        check(
             self.loss != "kto" or self.nll == 0,
             f"loss is kto and nll {self.nll}; its answers are not compared, so there is no better one: set nll to 0",
-        )
-        check(
-            self.smoothing == 0 or self.loss.startswith("sigmoid"),
-            f"smoothing is {self.smoothing} and loss {self.loss}; it belongs to the sigmoid losses: set it to 0",
         )
         check(
             self.reference == "cached" or (self.method == "lora" and not self.adapter),
@@ -88,6 +80,60 @@ class DpoConfig(TuneConfig):
             + (f" and adapter {self.adapter}" if self.adapter else "")
             + "; only a new adapter can be switched off to see the model as it began: take reference cached",
         )
+
+
+@dataclass(frozen=True)
+class OnlineDpoConfig(RlConfig):
+    """Direct preference optimisation on the model's own answers: the best of a prompt's against the worst."""
+
+    out: PathText = "out/online-dpo"
+    """Run directory: config, metrics, rollouts, checkpoints, report, and the trained adapter or model."""
+    loss: Literal["sigmoid", "sigmoid-norm", "ipo", "simpo", "orpo"] = "sigmoid"
+    """DPO (arXiv 2305.18290), plain or of log-probabilities per token (2411.15124); IPO (2310.12036); SimPO
+    (2405.14734) and ORPO (2403.07691), which need no reference."""
+    beta: float = 0.1
+    """How strongly the model is held to its reference; of simpo the scale, of orpo the weight beside the NLL."""
+    gamma: float = 1.0
+    """Margin of simpo, in units of beta times a log-probability per token."""
+    smoothing: float = 0.0
+    """Share of the preferences that are taken to be wrong, by the sigmoid losses (conservative DPO)."""
+    nll: float = 0.0
+    """Weight of the better answers' negative log-likelihood per token (2404.19733); Llama 3 has 0.2, orpo needs 1."""
+    mask_format: bool = False
+    """Leave the tokens of the chat format out of the preference, not out of the NLL (Llama 3, 2407.21783, 4.1.4)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_loss(self)
+        check(
+            self.rollout.answers >= 2,
+            f"answers is {self.rollout.answers}; a pair is made of the best and the worst of at least 2",
+        )
+        check(
+            not self.rollout.dynamic,
+            f"dynamic is {self.rollout.dynamic}; prompts whose answers have one reward are left out here: set it to 0",
+        )
+
+    @property
+    def learned(self) -> int:
+        """Two answers to a prompt: the best and the worst."""
+        return 2
+
+
+def check_loss(config: DpoConfig | OnlineDpoConfig) -> None:
+    """Raise `ConfigError` for settings that the loss does not have, or cannot do without."""
+    check(0 < config.beta < math.inf, f"beta is {config.beta}; it must be a number above 0 (usual: 0.1)")
+    check(0 <= config.smoothing < 0.5, f"smoothing is {config.smoothing}; it is a share of the rows, in [0, 0.5)")
+    for name in ("gamma", "nll"):
+        check(0 <= getattr(config, name) < math.inf, f"{name} is {getattr(config, name)}; it must be at least 0")
+    check(
+        config.loss != "orpo" or config.nll > 0,
+        "loss is orpo and nll 0; its preference alone has no anchor: set nll to 1, as its paper has it",
+    )
+    check(
+        config.smoothing == 0 or config.loss.startswith("sigmoid"),
+        f"smoothing is {config.smoothing} and loss {config.loss}; it belongs to the sigmoid losses: set it to 0",
+    )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from arriero.distributed.objective import Objective
 from arriero.losses import preference as losses
 from arriero.losses.lm import token_logprobs
 from arriero.model.llama import Llama
-from arriero.train.preference_config import REFERENCE_FREE, DpoConfig
+from arriero.train.preference_config import REFERENCE_FREE, DpoConfig, OnlineDpoConfig
+
+AnyDpo = DpoConfig | OnlineDpoConfig
 
 
 def scored_logprobs(model: Llama, batch: Batch) -> Tensor:
@@ -32,16 +34,17 @@ def _logprobs(model: Llama, batch: Batch) -> Tensor:
     return token_logprobs(hidden.flatten(0, 1), model.head.weight, batch.targets.flatten()).chosen[None]
 
 
-def preference_objective(config: DpoConfig) -> Objective:
+def preference_objective(config: AnyDpo) -> Objective:
     """The objective of `config`: a loss of pairs, or kto's of answers."""
     weights = {"preference": config.beta if config.loss == "orpo" else 1.0}
     if config.nll:
         weights["nll"] = config.nll
-    sums, count = (_of_answers(config), n_answers) if config.loss == "kto" else (_of_pairs(config), n_pairs)
+    kto = isinstance(config, DpoConfig) and config.loss == "kto"
+    sums, count = (_of_answers(config), n_answers) if kto else (_of_pairs(config), n_pairs)
     return Objective(sums, lambda batch: _counts(batch, count, config), weights)
 
 
-def _counts(batch: Batch, count: Callable[[Batch], int], config: DpoConfig) -> dict[str, float]:
+def _counts(batch: Batch, count: Callable[[Batch], int], config: AnyDpo) -> dict[str, float]:
     n = float(count(batch))
     if config.loss == "kto":
         good = float((batch.document_extras["value"] > 0).sum())
@@ -53,7 +56,7 @@ def _counts(batch: Batch, count: Callable[[Batch], int], config: DpoConfig) -> d
     return {**dict.fromkeys((*names, *rewards), n), **nll}
 
 
-def _of_pairs(config: DpoConfig) -> Callable[[Llama, Batch], dict[str, Tensor]]:
+def _of_pairs(config: AnyDpo) -> Callable[[Llama, Batch], dict[str, Tensor]]:
     free = config.loss in REFERENCE_FREE
     averaged = free or config.loss in ("sigmoid-norm", "ipo")
 
@@ -76,7 +79,7 @@ def _of_pairs(config: DpoConfig) -> Callable[[Llama, Batch], dict[str, Tensor]]:
     return sums
 
 
-def _loss(config: DpoConfig, better: Tensor, worse: Tensor) -> Tensor:
+def _loss(config: AnyDpo, better: Tensor, worse: Tensor) -> Tensor:
     """The loss of each pair, [m]."""
     if config.loss == "ipo":
         return losses.ipo(better, worse, config.beta)
@@ -94,7 +97,7 @@ def _nll(logprobs: Tensor, batch: Batch, counted: Tensor) -> Tensor:
     return -(losses.per_token(total, lengths) * batch.document_extras["best"] * counted).sum()
 
 
-def _recorded(config: DpoConfig, scored: Tensor, values: Tensor, pairs: Pairs, once: Tensor) -> dict[str, Tensor]:
+def _recorded(config: AnyDpo, scored: Tensor, values: Tensor, pairs: Pairs, once: Tensor) -> dict[str, Tensor]:
     rewards = config.beta * values
     better, worse = rewards[pairs.better], rewards[pairs.worse]
     found = {
@@ -108,7 +111,9 @@ def _recorded(config: DpoConfig, scored: Tensor, values: Tensor, pairs: Pairs, o
     return {name: (of_pair * once).sum() for name, of_pair in found.items()}
 
 
-def _of_answers(config: DpoConfig) -> Callable[[Llama, Batch], dict[str, Tensor]]:
+def _of_answers(config: AnyDpo) -> Callable[[Llama, Batch], dict[str, Tensor]]:
+    assert isinstance(config, DpoConfig), "answers to one prompt that are sampled together are compared"
+
     def sums(model: Llama, batch: Batch) -> dict[str, Tensor]:
         extras = batch.document_extras
         scored, counted = batch.document_sums(scored_logprobs(model, batch))

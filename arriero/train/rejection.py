@@ -13,6 +13,7 @@ Choosing among the last round alone forgot abilities at Meta; `last_round_only` 
     out/round-1/chosen.jsonl                rows that are learned
     out/round-1/sft/                        the fine-tuning run, with its adapter or model
     out/round-1/held_out.jsonl, round.json  how well that does, and what the round came to
+    out/metrics.jsonl, report.html          rewards and samples by round, where prompts are held out
     out/adapter (or out/model)              a link to the last round's
 
 Each file appears whole or not at all, and what it says is a function of the settings and of what stood before; so a run
@@ -54,7 +55,7 @@ from arriero.train.config import DataConfig, SftConfig
 from arriero.train.loop import Outcome
 from arriero.train.recipe import DTYPES, alone, record
 from arriero.train.rejection_config import RejectionConfig
-from arriero.train.rejection_report import read_rows, table
+from arriero.train.rejection_report import read_rows, table, write_rounds
 
 IN_A_FILE = 512  # answers, about: what a kill while sampling costs
 
@@ -123,10 +124,13 @@ class RejectionRun:
                 continue
             if (interrupted := self._round(number)) is not None:
                 return interrupted
+            if self.held_out is not None:
+                write_rounds(self.config, number)
         kind = "adapter" if self.config.method == "lora" else "model"
         _link(out / kind, Path(f"round-{self.config.rounds}") / "sft" / kind)
         output().print(table(self.config, self.held_out is not None))
-        self.console.print(f"saved {out / kind}", markup=False, soft_wrap=True)
+        report = f"\nreport {out / 'report.html'}" if self.held_out is not None else ""
+        self.console.print(f"saved {out / kind}{report}", markup=False, soft_wrap=True)
         return None
 
     def _round(self, number: int) -> Outcome | None:

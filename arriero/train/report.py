@@ -7,6 +7,7 @@ The files of a run directory:
     data.json          files, fingerprints, lengths and mask statistics
     metrics.jsonl      a line per logged step and per event (train/metrics.py)
     checkpoints/       step-00000020/ ...: what a resume needs (checkpoint/native.py)
+    round-1/ ...       of rejection sampling: answers, rows that were chosen, the fine-tuning run (train/rejection.py)
     reward.json        of a reward model: what held-out pairs say of it (train/reward_report.py)
     samples.jsonl      {"prompt", "reference", "before", "after"} per line
     adapter/ or model/ the result, in PEFT's or Hugging Face's layout
@@ -44,12 +45,14 @@ def write_report(run_dir: Path) -> Path:
     records = surviving_records(run_dir / "metrics.jsonl")
     steps = [record for record in records if "event" not in record]
     validation = [record for record in records if record.get("event") == "validation" and record["loss"] is not None]
-    curves = {}
-    if steps or validation:
-        curves = {name: curves_png(steps, validation, theme) for name, theme in (("light", LIGHT), ("dark", DARK))}
-        (run_dir / "loss.png").write_bytes(curves["light"])
     config_text = _text(run_dir / "config.toml")
     config = tomllib.loads(config_text)
+    curves = {}
+    if steps or validation:
+        across = "round" if config.get("recipe") == "rejection" else "optimizer step"
+        themes = (("light", LIGHT), ("dark", DARK))
+        curves = {name: curves_png(steps, validation, theme, across) for name, theme in themes}
+        (run_dir / "loss.png").write_bytes(curves["light"])
     page = template("arriero.train", "report.html").render(
         title=_title(config, run_dir),
         summary=_summary(steps, validation, run_dir),
@@ -71,10 +74,18 @@ def write_report(run_dir: Path) -> Path:
 # -- curves ------------------------------------------------------------------------------------------------------
 
 
-def curves_png(steps: list[dict[str, Any]], validation: list[dict[str, Any]], theme: Theme = LIGHT) -> bytes:
-    """Draw training loss (each step, and smoothed), validation loss, and the learning rate below them."""
+def curves_png(
+    steps: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    theme: Theme = LIGHT,
+    across: str = "optimizer step",
+) -> bytes:
+    """Draw training loss (each step, and smoothed), validation loss, and below them the learning rate of the steps."""
     figure = Figure(figsize=(9, 5.4), dpi=160, facecolor=theme.background, layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
+    if steps:
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
+    else:
+        top = bottom = figure.subplots()
     x, shown = [record["step"] for record in steps], _shown_of(steps, validation)
     losses = [math.nan if record[shown] is None else record[shown] for record in steps]
     if steps:
@@ -96,13 +107,14 @@ def curves_png(steps: list[dict[str, Any]], validation: list[dict[str, Any]], th
         )
         top.margins(y=0.12)
     top.set_ylabel("mean reward" if shown == "reward" else "loss (nats per token)", color=theme.text)
-    bottom.set_ylabel("learning rate", color=theme.text)
-    bottom.set_xlabel("optimizer step", color=theme.text)
-    bottom.set_ylim(bottom=0)
-    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    bottom.yaxis.get_offset_text().set_color(theme.text)
+    if steps:
+        bottom.set_ylabel("learning rate", color=theme.text)
+        bottom.set_ylim(bottom=0)
+        bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        bottom.yaxis.get_offset_text().set_color(theme.text)
+    bottom.set_xlabel(across, color=theme.text)
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    dress((top, bottom), theme)
+    dress(tuple(dict.fromkeys((top, bottom))), theme)
     top.legend(frameon=False, labelcolor=theme.text, loc="upper right")
     return png(figure)
 
@@ -150,6 +162,9 @@ def _title(config: dict[str, Any], run_dir: Path) -> str:
 
 
 def _summary(steps: list[dict[str, Any]], validation: list[dict[str, Any]], run_dir: Path) -> str:
+    if not steps and validation and _shown_of([], validation) == "reward":  # rounds, each of which is a run of its own
+        best = max(validation, key=lambda record: record["reward"])
+        return f"Held-out reward from {validation[0]['reward']:.3f} to {best['reward']:.3f} after round {best['step']}."
     if not steps:
         return "No step has been logged."
     last, total, shown = steps[-1], _total_steps(run_dir), _shown_of(steps, validation)

@@ -21,7 +21,7 @@ from arriero.errors import TrainingError
 from arriero.losses.policy import kl_estimate
 from arriero.rewards.base import Scorer
 from arriero.show.terminal import warn_once
-from arriero.train.learner import mixed
+from arriero.train.learner import Learner, mixed
 from arriero.train.loop import Trainer
 from arriero.train.policy import PADDED_TO, Reference, Worst, evaluated, group_row, logprobs_of
 from arriero.train.recipe import warmup_note
@@ -160,8 +160,8 @@ class RlRun:
     def total_tokens(self) -> int:
         """Tokens through the model over the whole run, at most."""
         of, config = self.prepared, self.prepared.config
-        group = of.prompts.longest + config.rollout.answers * config.rollout.max_new_tokens
-        return of.steps * config.loop.batch_rows * group * config.policy.passes
+        group = of.prompts.longest + config.learned * config.rollout.max_new_tokens
+        return of.steps * config.loop.batch_rows * group * config.reads
 
     def summary(self) -> str:
         """What is about to happen, in a few lines."""
@@ -202,6 +202,13 @@ class RlRun:
     def export(self) -> Path:
         """Write the trained adapter (PEFT's layout) or model (Hugging Face's); returns its directory."""
         return self.prepared.tuned.export()
+
+
+def unchanged(learner: Learner) -> dict[str, Any]:
+    """Metrics of a step in which nothing was learned: the weights are as they were."""
+    c = learner.counters
+    none = {"loss": 0.0, "lr": 0.0, "grad_norm": 0.0, "tokens": c.tokens, "trained_tokens": c.trained_tokens}
+    return {**none, "skipped": c.skipped + c.spikes}
 
 
 # -- what is watched ---------------------------------------------------------------------------------------------------

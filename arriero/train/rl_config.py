@@ -151,7 +151,6 @@ class RlConfig(TuneConfig):
     """Held-out prompts whose answers are shown in the report, over time; 0 for none."""
     data: PromptConfig = field(default_factory=PromptConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, schedule="constant"))
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(steps=100, batch_rows=16, micro_rows=4, precision="fp32")
@@ -160,13 +159,7 @@ class RlConfig(TuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        loop, policy = self.loop, self.policy
         check(self.samples >= 0, f"samples is {self.samples}; it must be at least 0")
-        check(
-            loop.batch_rows % policy.updates == 0,
-            f"batch_rows {loop.batch_rows} (prompts in a step) is not a multiple of updates {policy.updates}; "
-            "change one of them",
-        )
         check(
             self.parallel.pp == 1 and self.parallel.cp == 1,
             f"pp is {self.parallel.pp} and cp {self.parallel.cp}; answers are short rows: take dp_shard, dp_replicate "
@@ -176,6 +169,75 @@ class RlConfig(TuneConfig):
             self.lora.dropout == 0,
             f"dropout is {self.lora.dropout}; with it the trainer's log-probabilities are not the sampler's: set 0",
         )
+
+    @property
+    def learned(self) -> int:
+        """Answers to a prompt that a step learns from, at most."""
+        return self.rollout.answers
+
+    @property
+    def reads(self) -> int:
+        """How often a step reads each of them with gradient."""
+        return 1
+
+
+NO_REWARD = "none"
+
+
+@dataclass(frozen=True)
+class OnPolicyDistillConfig(RlConfig):
+    """On-policy distillation: the model answers, and is drawn to a larger model's distribution of each token there."""
+
+    out: PathText = "out/on-policy"
+    """Run directory: config, metrics, rollouts, checkpoints, report, and the trained adapter or model."""
+    teacher: PathText = ""
+    """The model to learn from, of the same tokenizer: a directory, a .gguf file, a Hub id, or a built-in name."""
+    divergence: Literal["forward", "reverse", "symmetric"] = "reverse"
+    """reverse, KL(model || teacher), keeps to what the teacher finds likely; forward covers all that it would say;
+    symmetric is their mean (arXiv 2306.13649)."""
+    top_k: int = 0
+    """Most probable tokens of the teacher that are compared one by one, all others as one; 0 compares all."""
+    reward: str = NO_REWARD
+    """What the answers are worth, where that is to be watched, as in arriero grpo; nothing is learned from it."""
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(answers=1, truncated="score"))
+    """An answer that is cut is learned from as far as it goes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.top_k >= 0, f"top_k is {self.top_k}; it must be at least 0 (0: the whole vocabulary)")
+        check(
+            self.parallel.tp == 1,
+            f"tp is {self.parallel.tp}; distillation reads whole rows of logits: take dp_shard instead of tp",
+        )
+        check(
+            not self.rollout.dynamic,
+            f"dynamic is {self.rollout.dynamic}; every answer is learned from here, whatever its reward: set it to 0",
+        )
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether answers are scored."""
+        return self.reward != NO_REWARD
+
+
+@dataclass(frozen=True)
+class PolicyRlConfig(RlConfig):
+    """What recipes are told besides that learn by the gradient of a policy."""
+
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows, updates = self.loop.batch_rows, self.policy.updates
+        check(
+            rows % updates == 0,
+            f"batch_rows {rows} (prompts in a step) is not a multiple of updates {updates}; change one of them",
+        )
+
+    @property
+    def reads(self) -> int:
+        """How often a step reads each answer with gradient."""
+        return self.policy.passes
 
 
 @dataclass(frozen=True)
@@ -206,7 +268,7 @@ class ValueConfig:
 
 
 @dataclass(frozen=True)
-class PpoConfig(RlConfig):
+class PpoConfig(PolicyRlConfig):
     """Proximal policy optimisation: answers are judged token by token by a value model that learns alongside."""
 
     out: PathText = "out/ppo"
@@ -229,7 +291,7 @@ class PpoConfig(RlConfig):
 
 
 @dataclass(frozen=True)
-class GrpoConfig(RlConfig):
+class GrpoConfig(PolicyRlConfig):
     """Reinforcement learning from groups of answers, which judge each other: GRPO and its relatives."""
 
     out: PathText = "out/grpo"

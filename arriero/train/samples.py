@@ -59,6 +59,13 @@ def answer(model: Llama, tokenizer: Tokenizer, held_out: Asked | None, n: int) -
     ]
 
 
+def said(engine: Engine, tokenizer: Tokenizer, held_out: Asked, n: int) -> list[str]:
+    """Prompt and greedy answer of the first `n` held-out examples, on process 0; every process has to call it."""
+    if (model := engine.whole_model()) is None:
+        return []
+    return [f"{sample.prompt}\n→ {sample.answer}" for sample in answer(model, tokenizer, held_out, n)]
+
+
 def _asked(conversation: Conversation) -> str:
     """The message before the last answer, if there is one."""
     return text_of(conversation.messages[-2]) if conversation.messages[1:] else ""

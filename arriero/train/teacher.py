@@ -92,15 +92,8 @@ def teacher_of(
 
     Raises `ConfigError` where the teacher's ids are not the student's, or it has fewer than k tokens.
     """
-    if not name:
-        raise ConfigError("teacher is missing; name one: --teacher MODEL")
-    path = resolve(name)
-    own = load_tokenizer_at(path)
-    if not (own.holds(student) and student.holds(own)):
-        raise ConfigError(
-            f"teacher {name}: its tokenizer gives other ids than the model's, and probabilities are compared token by "
-            "token; name a teacher of the same tokenizer"
-        )
+    path = resolve_teacher(name)
+    own = check_same_ids(name, path, student)
     key = hashlib.sha256(f"{dataset.fingerprint}\0{content_digest(path)}\0{k}\0{dtype}".encode()).hexdigest()[:40]
     directory = cache_directory(None) / f"teacher-{key}"
     if not directory.is_dir():
@@ -112,6 +105,24 @@ def teacher_of(
         with progress(f"{name} reads {len(dataset):,} examples", len(dataset), console) as bar:
             _write(directory, _said(model, dataset, k, bar.reach))
     return Teacher(directory, dataset, k)
+
+
+def resolve_teacher(name: str) -> Path:
+    """The files of the teacher of that name. Raises `ConfigError` where there is no name."""
+    if not name:
+        raise ConfigError("teacher is missing; name one: --teacher MODEL")
+    return resolve(name)
+
+
+def check_same_ids(name: str, path: Path, student: Tokenizer) -> Tokenizer:
+    """The teacher's tokenizer. Raises `ConfigError` where its ids are not the student's."""
+    own = load_tokenizer_at(path)
+    if not (own.holds(student) and student.holds(own)):
+        raise ConfigError(
+            f"teacher {name}: its tokenizer gives other ids than the model's, and probabilities are compared token by "
+            "token; name a teacher of the same tokenizer"
+        )
+    return own
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from arriero.losses.distillation import chunked_distillation, divergence
+from arriero.losses.distillation import chunked_distillation, chunked_divergence, divergence
 
 KINDS = ("forward", "reverse", "symmetric")
 
@@ -90,3 +90,29 @@ def test_a_frozen_head_gets_no_gradient_and_nothing_trained_costs_nothing():
     assert torch.autograd.grad(loss, hidden)[0].abs().sum() > 0
     loss, nats, apart = chunked_distillation(hidden, weight, torch.full_like(targets, -100), ids, logq)
     assert (loss.item(), nats.item(), apart.item()) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "symmetric"])
+@pytest.mark.parametrize("k", [0, 5, 23])
+def test_a_teacher_that_reads_along_gives_the_divergence_and_gradient_of_whole_logits(kind, k):
+    generator = torch.Generator().manual_seed(7)
+    n, v, widths = 19, 23, (11, 13)
+    hidden, theirs = (torch.randn(n, d, generator=generator, dtype=torch.float64) for d in widths)
+    ours, other = (torch.randn(v, d, generator=generator, dtype=torch.float64) for d in widths)
+    targets = torch.arange(n).where(torch.arange(n) % 3 > 0, -100)
+    for x in (hidden, ours):
+        x.requires_grad_()
+    total, each = chunked_divergence(hidden, theirs, ours, other, targets, kind, k, chunk=5)
+    logits, teacher = hidden @ ours.T, (theirs @ other.T).log_softmax(1)
+    if k == 5:
+        ids, logq = kept(teacher, k)
+        apart = divergence(logits, ids, logq, kind)
+    else:
+        apart = whole(logits, teacher, kind)
+    wanted = apart.masked_fill(targets < 0, 0)
+    torch.testing.assert_close(each, wanted.detach())
+    torch.testing.assert_close(total, wanted.sum())
+    for mine, reference in zip(
+        *(torch.autograd.grad(x, (hidden, ours)) for x in (total * 3, wanted.sum() * 3)), strict=True
+    ):
+        torch.testing.assert_close(mine, reference)

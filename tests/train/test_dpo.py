@@ -98,7 +98,8 @@ def test_accumulation_of_1_2_and_4_gives_one_gradient(loss, model, rows, tmp_pat
 @pytest.mark.parametrize("loss", ALL)
 def test_better_answers_become_more_probable_than_worse_ones(loss, model, rows, tmp_path, own_cache):
     loop = LoopConfig(steps=12, batch_rows=4, micro_rows=4, precision="fp32", compile="off", validate_every=12)
-    main(settings(model, rows, tmp_path / "out", loss=loss, loop=loop, **nll_for(loss)))
+    shown = 2 if loss == "sigmoid" else 0
+    main(settings(model, rows, tmp_path / "out", loss=loss, loop=loop, samples=shown, **nll_for(loss)))
     records = steps_of(tmp_path / "out")
     if loss == "kto":
         assert records[-1]["good_reward"] > records[-1]["bad_reward"] + 0.05
@@ -106,6 +107,9 @@ def test_better_answers_become_more_probable_than_worse_ones(loss, model, rows, 
         assert records[-1]["margin"] > records[0]["margin"] + 0.05 and records[-1]["accuracy"] > 0.9
     validated = [r for r in surviving_records(tmp_path / "out" / "metrics.jsonl") if r.get("event") == "validation"]
     assert validated[-1]["loss"] < validated[0]["loss"]
+    assert all(len(record.get("samples", [])) == shown for record in validated)
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert ("What the model says, from step to step" in report) == (shown > 0)
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
 

@@ -84,6 +84,11 @@ def test_rounds_leave_answers_choices_an_adapter_and_how_well_it_does(toy_model,
     assert before[0].keys() == {"prompt", "answer", "greedy", "sampled", "tokens", "finished"}
     trained = {row["prompt"][0]["content"] for row in rows(out / "round-2/chosen.jsonl")}
     assert not {row["prompt"] for row in before} & trained
+    report = (out / "report.html").read_text()
+    assert "Held-out reward from" in report and "What the model says, from step to step" in report
+    measured = [row for row in rows(out / "metrics.jsonl") if row["event"] == "validation"]
+    assert [row["step"] for row in measured] == [0, 1, 2] and measured[1]["reward"] == -measured[1]["loss"]
+    assert before[0]["answer"] in measured[0]["samples"][0]
 
 
 SLOW = [pytest.param(where, marks=pytest.mark.slow) for where in ("choosing", "training", "measuring")]
