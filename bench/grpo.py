@@ -5,7 +5,8 @@
 PYTHON and precisions are those of sides.py. One batch shape, reward and learning rate; all answers are cut at 24
 tokens, since what is asked for is long. CPUs without AVX-512 multiply bf16 many times slower than fp32 in torch, so
 TRL's bf16 has to be asked for. Prints one JSON line: seconds of a step (median without the first), where ours go,
-tokens sampled a step, and each side's peak memory.
+tokens sampled a step, and each side's peak memory. `processor` is what all threads worked: on a machine that others use
+too, compare that, with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         run = grpo.build(config, notes(quiet=True), None, ByLetter())
         found = []
         for step in range(steps):
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             rollout = run.prepared.rollouts(step)
             sampled = time.perf_counter()
             run.trainer.update(rollout)
@@ -68,6 +69,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
             found.append(
                 {
                     "seconds": ended - began,
+                    "processor": time.process_time() - worked,
                     "sample": rollout.metrics["sampling_seconds"],
                     "score": rollout.metrics["scoring_seconds"],
                     "update": ended - sampled,
@@ -91,11 +93,11 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
     from trl import __version__ as version
 
     steps = args.steps
-    marks: list[float] = []
+    marks: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            marks.append(time.perf_counter())
+            marks.append((time.perf_counter(), time.process_time()))
 
         on_train_end = on_step_begin
 
@@ -119,7 +121,7 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
             callbacks=[Clock()],
         )
         trainer.train()
-    found = [{"seconds": b - a} for a, b in itertools.pairwise(marks)]
+    found = [{"seconds": b[0] - a[0], "processor": b[1] - a[1]} for a, b in itertools.pairwise(marks)]
     return {**_medians(found), "peak_gb": round(sides.peak_bytes() / 1e9, 2), "trl": version}
 
 

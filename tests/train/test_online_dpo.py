@@ -102,13 +102,15 @@ def test_loss_and_gradient_are_those_of_the_best_and_the_worst_alone(
     loss = engine.forward_backward(batches, preference_objective(config)).loss
     found = {name: p.grad for name, p in engine.parameters.items()}
     total = torch.zeros(())
+    pairs = []
     for g, rewards in zip(rollout.groups, rollout.rewards.tolist(), strict=True):
-        pair = [g.answers[rewards.index(pick(rewards))].ids for pick in (max, min)]
-        prompt = run.prepared.prompts[g.prompt].ids
-        with run.prepared.reference.acting(), torch.no_grad():
-            before = [logprob(run, prompt, ids) for ids in pair]
+        ids = [g.answers[rewards.index(pick(rewards))].ids for pick in (max, min)]
+        pairs.append((run.prepared.prompts[g.prompt].ids, ids))
+    with run.prepared.reference.acting(), torch.no_grad():
+        before = [[logprob(run, prompt, ids) for ids in pair] for prompt, pair in pairs]
+    for (prompt, pair), was in zip(pairs, before, strict=True):
         now = [logprob(run, prompt, ids) for ids in pair]
-        margin = (now[0] - before[0]) - (now[1] - before[1])
+        margin = (now[0] - was[0]) - (now[1] - was[1])
         total = total - F.logsigmoid(0.7 * margin) / len(rows) - 0.3 * now[0] / len(pair[0]) / len(rows)
     assert loss == pytest.approx(total.item(), rel=1e-4)
     gradient = torch.autograd.grad(total, list(engine.parameters.values()))
