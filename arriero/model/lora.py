@@ -23,13 +23,12 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from arriero.errors import ConfigError
 from arriero.model.initial import initial_adapter, whole
 from arriero.model.linear import Gather, Linear, Product, as_it_is, named_products, plain, replace_linears
 from arriero.model.lora_config import LINEARS, LoraConfig
-from arriero.quant.products import computed_in
+from arriero.quant.products import computed_in, is_plain
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -82,7 +81,7 @@ class LoraLinear(nn.Module):
         if type(self.base) is not Linear or self.base.weight.requires_grad:
             return None
         found = self.base.weight, self.lora_A[name].weight, self.lora_B[name].weight
-        return None if any(isinstance(w, DTensor) for w in found) else found  # type: ignore[return-value]
+        return found if all(map(is_plain, found)) else None  # type: ignore[arg-type,return-value]
 
     def _each_with_its_own(self, x: Tensor, active: tuple[str | None, ...]) -> Tensor:
         """x is [B, T, in]: the sequences of each adapter together."""

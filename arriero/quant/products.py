@@ -34,7 +34,7 @@ def widened(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in the type of x; x [..., in] and W [out, in] of one type, differentiable."""
-    if computed_in(x.dtype, x.device) == x.dtype or not (_plain(x) and _plain(weight)):
+    if computed_in(x.dtype, x.device) == x.dtype or not (is_plain(x) and is_plain(weight)):
         return F.linear(x, weight)
     y: Tensor = _Widened.apply(x, weight)  # type: ignore[no-untyped-call]
     return y
@@ -46,7 +46,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b if wide == a.dtype else (a.to(wide) @ b.to(wide)).to(a.dtype)
 
 
-def _plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Whether it is no subclass that computes in its own way, as a tensor that lies on many processes does."""
     return type(x) in (Tensor, nn.Parameter)
 
