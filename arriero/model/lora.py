@@ -70,7 +70,8 @@ class LoraLinear(nn.Module):
         if self.active is None or self.active not in self.scales:
             return self.base(x)  # type: ignore[no-any-return]
         dropped = self.dropouts[self.active] > 0 and self.training
-        if not dropped and (whole := self._plain(self.active)) is not None:
+        fused = not dropped and not torch.compiler.is_compiling()  # which fuses the passes itself
+        if fused and (whole := self._plain(self.active)) is not None:
             y: Tensor = _Adapted.apply(x, *whole, self.scales[self.active])  # type: ignore[no-untyped-call]
             return y
         low = self._down(self.active, x)  # before the base: gradients are then added up in the same order as ever
