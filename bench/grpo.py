@@ -4,8 +4,9 @@
 
 PYTHON and precisions are those of sides.py. One batch shape, reward and learning rate; all answers are cut at 24
 tokens, since what is asked for is long. CPUs without AVX-512 multiply bf16 many times slower than fp32 in torch, so
-TRL's bf16 has to be asked for. Prints one JSON line: seconds of a step (median without the first), where ours go,
-tokens sampled a step, and each side's peak memory. `processor` is what all threads worked: on a machine that others use
+TRL's bf16 has to be asked for. TRL updates on 16 answers at a time (all 128 at once take it over 14 GB). Prints one
+JSON line: seconds of a step (median without the first), where ours go, tokens sampled a step, and each side's peak
+memory. `processor` is what all threads worked: on a machine that others use
 too, compare that, with OMP_NUM_THREADS=1.
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 
 import sides
 
-PROMPTS, ANSWERS, TOKENS = 16, 8, 24
+ANSWERS, TOKENS, PEER_ROWS = 8, 24, 16  # of a prompt, of an answer; answers that TRL updates on at once
 TOPICS = ("rivers", "wool", "mountains", "llamas", "bread", "clouds", "trains", "glass", "maps", "salt", "moss")
 
 
@@ -51,11 +52,11 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompts.jsonl"
-        path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked(PROMPTS * steps)))
+        path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked(args.prompts * steps)))
         config = GrpoConfig(
             model="smollm2-135m", out=str(Path(folder) / "run"), data=PromptConfig(train=str(path), validation="0"),
             rollout=RolloutConfig(answers=ANSWERS, max_new_tokens=TOKENS, truncated="score"),
-            loop=LoopConfig(steps=steps, batch_rows=PROMPTS, micro_rows=args.micro_rows, precision=args.precision),
+            loop=LoopConfig(steps=steps, batch_rows=args.prompts, micro_rows=args.micro_rows, precision=args.precision),
         )  # fmt: skip
         run = grpo.build(config, notes(quiet=True), None, ByLetter())
         found = []
@@ -103,7 +104,8 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=PROMPTS * ANSWERS, gradient_accumulation_steps=1,
+            output_dir=folder, per_device_train_batch_size=PEER_ROWS,
+            gradient_accumulation_steps=args.prompts * ANSWERS // PEER_ROWS,
             num_generations=ANSWERS, max_completion_length=TOKENS, max_steps=steps, learning_rate=1e-4, beta=0.0,
             temperature=1.0, loss_type="dapo", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
             save_strategy="no", logging_strategy="no", lr_scheduler_type="constant", disable_tqdm=True,
@@ -114,7 +116,7 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
             reward_funcs=lambda completions, **_: [reward(c[0]["content"]) for c in completions],
             args=settings,
             train_dataset=Dataset.from_list(
-                [{"prompt": [{"role": "user", "content": text}]} for text in asked(PROMPTS * steps)]
+                [{"prompt": [{"role": "user", "content": text}]} for text in asked(args.prompts * steps)]
             ),
             processing_class=AutoTokenizer.from_pretrained(args.model),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
@@ -134,8 +136,10 @@ def main() -> None:
     parser = sides.parser(__doc__)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--micro-rows", type=int, default=4, help="groups that ours updates at once")
+    parser.add_argument("--prompts", type=int, default=16, help="of a step, a multiple of 4")
     args = parser.parse_args()
-    sides.run("grpo", __file__, args, [f"--steps={args.steps}", f"--micro-rows={args.micro_rows}"], ours, theirs)
+    own = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("steps", "micro-rows", "prompts")]
+    sides.run("grpo", __file__, args, own, ours, theirs)
 
 
 if __name__ == "__main__":

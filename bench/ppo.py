@@ -1,6 +1,6 @@
 """Memory of a PPO step against that of supervised fine-tuning on the same rows; LoRA rank 16, SmolLM2-135M.
 
-    python bench/ppo.py [--prompts 16] [--answers 4] [--tokens 64] [--micro-rows 4] [--precision fp32]
+    python bench/ppo.py [--prompts 4] [--answers 4] [--tokens 64] [--micro-rows 4] [--precision fp32]
 
 Each side is a process of its own: two steps, peak resident memory. Taken off are the program (what is resident when
 all is imported) and, of PPO's, the engine's weights and cache, as the sampler states them. Fine-tuning learns from rows
@@ -37,7 +37,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     from arriero.train.objectives import next_token
     from arriero.train.policy import dealt, group_row
     from arriero.train.recipe import alone
-    from arriero.train.rl_config import PpoConfig, PromptConfig, RolloutConfig
+    from arriero.train.rl_config import PolicyConfig, PpoConfig, PromptConfig, RolloutConfig
     from arriero.train.rollouts import Sampled
     from arriero.train.tuned import open_base
 
@@ -53,6 +53,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         config = PpoConfig(
             model="smollm2-135m", out=f"{folder}/run", data=PromptConfig(train=str(path), validation="0"),
             rollout=RolloutConfig(answers=args.answers, max_new_tokens=args.tokens, truncated="score"),
+            policy=PolicyConfig(clip_high=0.2, kl=0.01, kl_in="reward", kl_kind="k1", updates=1),
             loop=LoopConfig(steps=2, batch_rows=args.prompts, micro_rows=args.micro_rows, precision=args.precision),
         )  # fmt: skip
         if args.side == "ppo":
@@ -77,7 +78,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("prompts", 16), ("answers", 4), ("tokens", 64), ("micro-rows", 4), ("prompt-tokens", 48)):
+    for name, value in (("prompts", 4), ("answers", 4), ("tokens", 64), ("micro-rows", 4), ("prompt-tokens", 48)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--side", choices=("ppo", "sft"), help=argparse.SUPPRESS)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from arriero.data.batch import IGNORED, Batch, Row
+from arriero.data.batch import IGNORED, Batch, Extras, Row
 from arriero.distributed.mesh import Mesh
 from arriero.rewards.base import Scorer
 from arriero.rewards.open import open_scorer
@@ -82,7 +82,8 @@ class PairUpdate:
     def rows(self, rollout: Rollout) -> tuple[list[Row], float]:
         """A row for each prompt with a best and a worst answer, and how far apart these are in the mean."""
         format_ids = self.of.tuned.base.tokenizer.special_ids.values() if self.config.mask_format else ()
-        rows, gaps = [], []
+        rows: list[Row] = []
+        gaps: list[float] = []
         for rewards, mask, group in zip(rollout.rewards, rollout.mask, rollout.groups, strict=True):
             counted = mask.nonzero().flatten().tolist()
             best, worst = (pick(counted, key=lambda k: float(rewards[k]), default=-1) for pick in (max, min))
@@ -118,7 +119,7 @@ def pair_row(
     at = np.asarray(targets, np.int64)
     scored = (at != IGNORED) & ~np.isin(at, list(format_ids))
     pad = [0] if lead else []
-    of_documents = {
+    of_documents: Extras = {
         "group": np.array([*pad, number, number], np.int64),
         "value": np.array([*pad, 1, 0], np.float32),
         "margin": np.zeros(len(lengths), np.float32),
