@@ -45,9 +45,10 @@ def rejection(model: str | Path, data: str | Path, reward: str, **settings: Any)
     return main(apply_overrides(config, settings))
 
 
-def grpo(model: str | Path, data: str | Path, reward: str = "exact", **settings: Any) -> Outcome:
+def grpo(model: str | Path, data: str | Path, reward: str = "", **settings: Any) -> Outcome:
     """Train `model` on its own answers to the prompts in `data`, scored by `reward`, each against its group's.
 
+    reward: "" is exact, or what `environment` gives, where one is among the settings.
     settings: fields of `GrpoConfig` and its sections, such as out, answers, max_new_tokens, advantage, loss, kl, lr.
     Raises a `UserError` before step 1 for whatever cannot be trained on.
     """
@@ -57,7 +58,7 @@ def grpo(model: str | Path, data: str | Path, reward: str = "exact", **settings:
     return main(apply_overrides(config, settings))
 
 
-def ppo(model: str | Path, data: str | Path, reward: str = "exact", **settings: Any) -> Outcome:
+def ppo(model: str | Path, data: str | Path, reward: str = "", **settings: Any) -> Outcome:
     """Train `model` on its own answers to the prompts in `data`, scored by `reward`, with a value model.
 
     settings: fields of `PpoConfig` and its sections, such as out, answers, updates, kl, value_lr, gae_lambda, lr.

@@ -272,7 +272,8 @@ def build_tasks(
 ) -> None:
     """Make prompts with answers that can be checked exactly, and held-out ones that differ by text.
 
-    Tasks: chain-sum, number-sorting, letter-counting, leg-counting, and reasoning-gym's as reasoning-gym:NAME.
+    Tasks: chain-sum, number-sorting, letter-counting, leg-counting, the game guess-number (for --environment), and
+    reasoning-gym's as reasoning-gym:NAME.
 
     Example:
         arriero data build tasks chain-sum out/sums --size 2 --digits 2
@@ -281,7 +282,7 @@ def build_tasks(
     Args:
         task: Name of the task.
         out: Directory for train.jsonl, test.jsonl and stats.json.
-        size: Terms of a sum, numbers to sort, words to count in, or kinds of animals.
+        size: Terms of a sum, numbers to sort, words to count in, kinds of animals, or guesses.
         digits: Digits of each number.
         train: Questions to train on.
         held_out: Questions to test on.

@@ -42,6 +42,7 @@ class Prompt:
     fields: dict[str, Any] = field(default_factory=dict)
     file: str = ""
     row: int = 0  # from 1; for JSONL the line
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def where(self) -> str:
@@ -128,7 +129,7 @@ def read_prompts(
                 ids = _continued(tokenizer, messages) if raw else encode_chat(tokenizer, messages, tools)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
-            prompt = Prompt(tuple(ids), messages, fields, record.file, record.row)
+            prompt = Prompt(tuple(ids), messages, fields, record.file, record.row, tools)
             (found if len(ids) <= max_length else long).append(prompt)
     if long and (len(long) > max_truncated * (len(long) + len(found)) or not found):
         share = len(long) / (len(long) + len(found))

@@ -1,8 +1,9 @@
 """Tasks whose answers can be checked exactly, as prompts with the right answer beside each: for reinforcement learning.
 
-Four generators of our own (`TASKS`), as hard as `size` and `digits` make them, and all of reasoning-gym's (extra "rl"),
-as `reasoning-gym:NAME`. A row has `prompt`, `answer` and `task`; one of reasoning-gym's also `entry`, which its own
-scorer reads (reward "reasoning-gym").
+Four generators of our own (`TASKS`) and a game of several turns (`GAMES`), as hard as `size` and `digits` make them,
+and all of reasoning-gym's (extra "rl"), as `reasoning-gym:NAME`. A row has `prompt`, `answer` and `task`; one of
+reasoning-gym's also `entry`, which its own scorer reads (reward "reasoning-gym"), and one of a game has what its
+environment begins with in the answer's place.
 
 Held-out questions differ by text, white space and case apart, from all training questions, and no question stands
 twice. Seeds alone do not give that: reasoning-gym's instance i is drawn with seed + i, so neighbouring seeds share
@@ -93,12 +94,32 @@ def leg_counting(rng: random.Random, hard: Hardness) -> tuple[str, str]:
     return f"How many legs do these animals have in total: {listed}? Answer with the number only.", str(total)
 
 
+def guess_number(rng: random.Random, hard: Hardness) -> dict[str, Any]:
+    """A range of 2^`size` - 1 numbers of `digits` digits, one of which `size` guesses always find: halve what is left.
+
+    Which one is not in the row: the environment draws it.
+    """
+    numbers, lowest = 2**hard.size - 1, 1 if hard.digits == 1 else 10 ** (hard.digits - 1)
+    most = 10**hard.digits - numbers
+    check(lowest <= most, f"size is {hard.size}; {numbers:,} numbers of {hard.digits} digits are not there")
+    low = rng.randint(lowest, most)
+    high = low + numbers - 1
+    text = (
+        f"I am thinking of a number from {low} to {high}. Guess it in at most {hard.size} "
+        f"{'try' if hard.size == 1 else 'tries'}. Answer with the number only."
+    )
+    return {"prompt": text, "low": low, "high": high, "tries": hard.size}
+
+
 TASKS: dict[str, Generator] = {
     "chain-sum": chain_sum,
     "number-sorting": number_sorting,
     "letter-counting": letter_counting,
     "leg-counting": leg_counting,
 }
+
+GAMES: dict[str, Callable[[random.Random, Hardness], dict[str, Any]]] = {"guess-number": guess_number}
+"""Tasks of several turns, for the environment of the same name, which gives the rewards: no row has an answer."""
 
 
 def build_tasks(
@@ -119,9 +140,9 @@ def build_tasks(
     if name.startswith(GYM):
         drawn = _gym_rows(name.removeprefix(GYM), seed, settings)
     else:
-        if name not in TASKS:
-            known = ", ".join(TASKS)
-            raise ConfigError(f"{name!r} is no task; there are {known}, and {GYM}NAME{did_you_mean(name, TASKS)}")
+        if name not in (names := [*TASKS, *GAMES]):
+            known = ", ".join(names)
+            raise ConfigError(f"{name!r} is no task; there are {known}, and {GYM}NAME{did_you_mean(name, names)}")
         check(not settings, f"settings {', '.join(settings)} are reasoning-gym's; {name} takes size and digits")
         drawn = _own_rows(name, seed, hard)
     rows, repeated = _different(drawn, train + held_out, name)
@@ -132,7 +153,7 @@ def build_tasks(
     shared = overlap(out / "train.jsonl", out / "test.jsonl")
     stats = {
         "task": name, "seed": seed, "train": train, "held_out": held_out, "overlap": shared, "repeated": repeated,
-        "longest_answer": max(len(row["answer"]) for row in rows),
+        "longest_answer": max(len(row.get("answer", "")) for row in rows),
     }  # fmt: skip
     write_json(out / "stats.json", stats)
     return stats
@@ -177,6 +198,9 @@ def _different(drawn: Iterator[dict[str, Any]], wanted: int, name: str) -> tuple
 def _own_rows(name: str, seed: int, hard: Hardness) -> Iterator[dict[str, Any]]:
     rng = random.Random(f"{name} {seed}")
     while True:
+        if name in GAMES:
+            yield {**GAMES[name](rng, hard), "task": name}
+            continue
         question, answer = TASKS[name](rng, hard)
         yield {"prompt": question, "answer": answer, "task": name}
 

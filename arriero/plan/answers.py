@@ -18,7 +18,7 @@ TWELVE_BITS = 1.5
 
 def group_tokens(config: RlConfig, prompt: int) -> int:
     """Tokens of a row: the answers that are learned from, behind their prompt of so many tokens."""
-    return prompt + config.learned * config.rollout.max_new_tokens
+    return prompt + config.learned * config.rollout.longest
 
 
 def held_parts(
@@ -32,7 +32,7 @@ def held_parts(
     new = lora and not config.adapter
     table = shape.vocab_size * shape.dim
     own = (WIDE if wide == WIDE else TWELVE_BITS) if native else wide
-    tokens = config.rollout.at_once * blocks_for(prompt + config.rollout.max_new_tokens) * BLOCK
+    tokens = config.rollout.at_once * blocks_for(prompt + config.rollout.longest) * BLOCK
     parts = {"reference, the policy without its adapter" if new else "reference": 0 if new else WIDE * trained}
     if isinstance(config, PpoConfig):
         parts["value model" + (", an adapter and a head on the same base" if lora else "")] = (

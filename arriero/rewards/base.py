@@ -1,5 +1,8 @@
 """What every source of rewards takes and gives: answers in, as many scores out, in their order.
 
+A score may come with a reply, to which another answer is due: who gives those is an environment, and an answer without
+one is an episode of one turn.
+
 A scorer never stalls and never forges. One that runs foreign code does so in processes of its own, within limits of
 time; what could not be scored says so in its outcome, which is recorded beside the value: a timeout, a crash and a
 wrong answer are three things, though all of them are worth 0. An answer that was cut off at the token limit is worth 0
@@ -35,19 +38,33 @@ class Answer:
     """The other fields of the data's row: the reference `answer`, `tests`, `schema` ..."""
     where: str = "the row"
     """Place of the row, for messages: "row 17 of train.jsonl"."""
+    earlier: Sequence[str] = ()
+    """The answers before it in its episode, to which an environment has replied."""
+    seed: int = 0
+    """What an environment draws chance from: one for all answers that are compared."""
+    number: int = 0
+    """Which of those answers it is."""
 
     def given(self, name: str) -> Any:
         """A field of the row; raises `DataError` where it is missing or null."""
         return required(self.row, name, self.where)
 
 
+Reply = str | Sequence[Mapping[str, Any]]
+"""What an environment says to an answer: the user's next message as text, or messages ({role, content})."""
+
+
 @dataclass(frozen=True)
 class Score:
-    """What an answer is worth. value: finite, usually in [0, 1]. note: a few words on why, for reports."""
+    """What an answer is worth. value: finite, usually in [0, 1]. note: a few words on why, for reports.
+
+    reply: an environment's, which waits for another answer (environment.py); None: the answer was the last.
+    """
 
     value: float
     outcome: Outcome = "scored"
     note: str = ""
+    reply: Reply | None = None
 
 
 CUT = Score(0.0, "cut", "cut off before its end")

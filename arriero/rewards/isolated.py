@@ -25,10 +25,10 @@ from typing import Any
 
 from arriero.errors import ConfigError, UserError
 from arriero.rewards.base import CUT, Answer, Score, Scorer
+from arriero.rewards.lines import LONGEST
 from arriero.show.terminal import warn_once
 
 START = 120.0  # seconds to start a process and import what the function needs
-LONGEST = 1 << 16  # bytes of what a process says of one answer
 
 
 class Isolated(Scorer):
@@ -39,9 +39,9 @@ class Isolated(Scorer):
         self._command = [sys.executable, "-m", "arriero.rewards.worker", judge, *arguments]
         self._seconds, self._takes_cut = seconds, takes_cut
         count = workers or min(os.cpu_count() or 1, 4)
-        self._free: SimpleQueue[_Process] = SimpleQueue()
+        self._free: SimpleQueue[Process] = SimpleQueue()
         self._threads = ThreadPoolExecutor(count, "scoring")
-        self._all = [_Process(self._command) for _ in range(count)]
+        self._all = [Process(self._command) for _ in range(count)]
         for process in self._all:
             self._free.put(process)
         self._all[0].begin()
@@ -78,20 +78,21 @@ class Isolated(Scorer):
         return Score(reply["value"], reply["outcome"], reply["note"])
 
 
-class _Process:
-    """One process that scores, started when it is first needed and after each that was killed."""
+class Process:
+    """One process that judges (lines.py), started when it is first needed and after each that was killed."""
 
     def __init__(self, command: list[str]) -> None:
         self._command = command
         self._child: subprocess.Popen[bytes] | None = None
         self._unread = b""
+        self.begun = 0  # how often it was started
 
     def begin(self) -> None:
         """Start it, and wait until it is ready. Raises `UserError` with what it says otherwise."""
         self._child = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
-        self._unread = b""
+        self._unread, self.begun = b"", self.begun + 1
         line = self._line(START)
         if line is None:
             self.kill()
@@ -150,10 +151,10 @@ class _Process:
 class _taken:
     """A free process, given back at the end."""
 
-    def __init__(self, free: SimpleQueue[_Process]) -> None:
+    def __init__(self, free: SimpleQueue[Process]) -> None:
         self._free = free
 
-    def __enter__(self) -> _Process:
+    def __enter__(self) -> Process:
         self._process = self._free.get()
         return self._process
 

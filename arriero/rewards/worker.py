@@ -1,7 +1,7 @@
 """The process that scores answers one at a time: `python -m arriero.rewards.worker JUDGE ARGUMENTS` (see isolated.py).
 
-Reads lines of JSON, writes one for each: value, outcome and note, or what a refused row lacks. JUDGES lists what it can
-do. What the user's function prints goes to the standard error stream.
+Reads lines of JSON, writes one for each (lines.py): value, outcome and note, or what a refused row lacks. JUDGES lists
+what it can do.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from arriero.errors import ConfigError, DataError, UserError, did_you_mean, require
+from arriero.errors import ConfigError, DataError, did_you_mean, require
 from arriero.io.reading import read_json
 from arriero.rewards.base import Answer, Score, Verifier, required
 from arriero.rewards.final import final_answers
+from arriero.rewards.lines import serve
 from arriero.rewards.verifiers import ByReference
 
 _FENCED = re.compile(r"\A\s*```(?:json)?[ \t]*\n(.*)\n[ \t]*```\s*\Z", re.DOTALL)
@@ -172,25 +171,29 @@ class Function(Verifier):
         return score
 
 
-def load_function(path: Path, name: str) -> Callable[[Answer], Any]:
-    """The function `name` of a Python file, which is run. Raises `ConfigError` where there is none."""
+def load_function(path: Path, name: str, what: str = "reward: ", as_: str = "python:PATH:FUNCTION") -> Any:
+    """The function or class `name` of a Python file, which is run. Raises `ConfigError` where there is none.
+
+    what, as_: how messages begin, and how the user names one.
+    """
     if not path.is_file():
-        raise ConfigError(f"reward: {path}: no such file; write python:PATH:FUNCTION")
+        raise ConfigError(f"{what}{path}: no such file; write {as_}")
     sys.path.insert(0, str(path.parent.resolve()))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"reward: {path} is no Python file; its name ends in .py")
+        raise ConfigError(f"{what}{path} is no Python file; its name ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"reward: {path} cannot be imported ({type(error).__name__}: {error}); mend it") from error
+        raise ConfigError(f"{what}{path} cannot be imported ({type(error).__name__}: {error}); mend it") from error
     function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"reward: {path} has no function {name!r}{did_you_mean(name, names)}")
-    return cast("Callable[[Answer], Any]", function)
+        kind = "function" if as_.endswith("FUNCTION") else "class"
+        raise ConfigError(f"{what}{path} has no {kind} {name!r}{did_you_mean(name, names)}")
+    return function
 
 
 JUDGES: dict[str, Callable[..., Verifier]] = {
@@ -203,36 +206,16 @@ JUDGES: dict[str, Callable[..., Verifier]] = {
 
 
 def main() -> None:
-    """Open the judge, say so, then answer line by line until the input ends."""
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    def say(reply: Mapping[str, Any]) -> None:
-        out.write(json.dumps(reply) + "\n")
-
-    try:
-        judge = JUDGES[sys.argv[1]](*sys.argv[2:])
-    except UserError as error:
-        say({"refused": str(error)})
-        return
-    say({})
-    for line in sys.stdin:
-        say(_answer(judge, json.loads(line)))
+    """Answer for the judge that the arguments name."""
+    serve(lambda: JUDGES[sys.argv[1]](*sys.argv[2:]), _answer)
 
 
 def _answer(judge: Verifier, message: dict[str, Any]) -> dict[str, Any]:
-    try:
-        if "check" in message:
-            judge.check(message["check"], message["where"])
-            return {}
-        score = judge.verify(Answer(**message))
-        return {"value": score.value, "outcome": score.outcome, "note": score.note[:1000]}
-    except UserError as error:
-        return {"refused": str(error)}
-    except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        note = f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
-        return {"value": 0.0, "outcome": "crash", "note": note[:1000]}
+    if "check" in message:
+        judge.check(message["check"], message["where"])
+        return {}
+    score = judge.verify(Answer(**message))
+    return {"value": score.value, "outcome": score.outcome, "note": score.note[:1000]}
 
 
 if __name__ == "__main__":

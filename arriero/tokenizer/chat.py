@@ -65,6 +65,36 @@ def encode_chat(
     return ids
 
 
+def encode_reply(
+    tokenizer: Tokenizer,
+    before: Sequence[Message],
+    reply: Sequence[Message],
+    tools: Sequence[Tool] | None = None,
+) -> list[int]:
+    """The ids between the end of an answer and the next: what is said to it, and the generation prompt.
+
+    before: the messages that the answer was to. The answer's own ids, terminator included, stay as they were sampled:
+    prompt, answer, and these are `encode_chat` of the whole, wherever the answer's ids are those of its text and the
+    template leaves earlier turns alone. Raises DataError where the template refuses the messages, or drops a text.
+    """
+    template = _template_of(tokenizer)
+    answer, said = _PROBE, list(_strings([plain(m) for m in (*before, *reply)]))
+    while any(answer in text for text in said):
+        answer += _PROBE
+    guard = _Guard.over(tokenizer, [*before, {"role": "assistant", "content": answer}, *reply], tools, {})
+    text = template.render_plain(guard.messages, guard.tools, True, {})
+    end = _end_of_answer(tokenizer, text, max(text.rfind(answer), 0), len(before))
+    for k, message in enumerate(guard.messages[len(before) + 1 :], len(before) + 1):
+        marked = [*guard.messages[:k], {**message, "content": answer}, *guard.messages[k + 1 :]]
+        if template.render_plain(marked, guard.tools, True, {}).count(answer) < 2:
+            raise DataError(
+                f"message {k} ({message.get('role')}): the chat template does not write what an environment says in "
+                f"this role; let it speak as 'user', or give another template: {REMEDY}"
+            )
+    [ids] = tokenizer.encode_pieces([text[end.start() :]], sentinel=guard.sentinel)  # what ends it may take up a space
+    return ids[1:]
+
+
 def encode_training(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
@@ -94,7 +124,7 @@ def encode_training(
         before = render(guard.messages[:i], True)
         _check_history(whole, before, cuts[-1], i)
         after = whole if i + 1 == len(messages) else render(guard.messages[: i + 1], False)
-        end = _end_of_answer(tokenizer, after, len(before), i)
+        end = _end_of_answer(tokenizer, after, len(before), i).end()
         _check_history(whole, after[:end], len(before), i)
         cuts += [len(before), end]
     cuts.append(len(whole))
@@ -150,11 +180,11 @@ def _check_spelled(tokenizer: Tokenizer, whole: str, messages: Sequence[Message]
                 )
 
 
-def _end_of_answer(tokenizer: Tokenizer, text: str, start: int, i: int) -> int:
-    """Return the offset just after the token that ends answer i, the last in `text`, where it begins at `start`."""
+def _end_of_answer(tokenizer: Tokenizer, text: str, start: int, i: int) -> re.Match[str]:
+    """Return the token that ends answer i, the first that does after `start`, where the answer begins."""
     for match in tokenizer.control_pattern.finditer(text, start):
         if tokenizer.control_ids[match[0]] in tokenizer.control_stops:
-            return match.end()
+            return match
     raise _never_stops(tokenizer, text[start:], i)
 
 

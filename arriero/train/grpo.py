@@ -20,25 +20,33 @@ from arriero.distributed.mesh import Mesh
 from arriero.losses.advantages import batch_normalised, group_normalised, leave_one_out, varied
 from arriero.losses.policy import kl_estimate
 from arriero.rewards.base import Scorer
-from arriero.rewards.open import open_scorer
 from arriero.train.learner import Learner
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.policy import PolicyObjective, dealt, evaluated, group_row, logprobs_of, with_extra
 from arriero.train.recipe import alone, execute
-from arriero.train.rl import HeldOutAnswers, Prepared, RlRun, check_mismatch, prepare, unchanged, warn_of
+from arriero.train.rl import (
+    HeldOutAnswers,
+    Prepared,
+    RlRun,
+    check_mismatch,
+    open_rewards,
+    prepare,
+    unchanged,
+    warn_of,
+)
 from arriero.train.rl_config import GrpoConfig
 from arriero.train.rollouts import Rollout
 
 
 def main(config: GrpoConfig) -> Outcome:
     """Train as `config` says. Raises a `UserError` before step 1 for whatever cannot be trained on."""
-    with open_scorer(config.reward) as scorer:
+    with open_rewards(config) as scorer:
         return execute(config, "grpo", lambda c, console, mesh: build(c, console, mesh, scorer))
 
 
 def build(config: GrpoConfig, console: Console, mesh: Mesh | None = None, scorer: Scorer | None = None) -> RlRun:
     """Everything up to step 1."""
-    scorer = scorer or open_scorer(config.reward)
+    scorer = scorer or open_rewards(config)
     prepared = prepare(config, console, mesh or alone(), scorer)
     objective = PolicyObjective(config.policy, config.rollout.temperature)
     updates = prepared.steps * config.policy.updates * config.policy.passes
@@ -101,7 +109,7 @@ class GroupUpdate:
             kept = [k for k in range(len(group.answers)) if rollout.mask[g, k]]
             prompt, answers = self.of.prompts[group.prompt].ids, [group.answers[k] for k in kept]
             each = advantages[g, kept].tolist()
-            rows.append(group_row(prompt, answers, each, policy.normalise, self.config.rollout.max_new_tokens))
+            rows.append(group_row(prompt, answers, each, policy.normalise, self.config.rollout.own_tokens))
         return rows
 
     def _completed(self, share: list[Row], several: bool) -> list[Row]:

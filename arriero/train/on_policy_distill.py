@@ -31,13 +31,12 @@ from arriero.errors import ConfigError
 from arriero.losses.distillation import chunked_divergence
 from arriero.model.llama import Llama
 from arriero.rewards.base import Answer, Score, Scorer
-from arriero.rewards.open import open_scorer
 from arriero.train.learner import Learner
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.policy import dealt, evaluated, group_row
 from arriero.train.recipe import DTYPES, alone, execute
-from arriero.train.rl import HeldOutAnswers, Prepared, RlRun, prepare, unchanged, warn_of
-from arriero.train.rl_config import NO_REWARD, OnPolicyDistillConfig
+from arriero.train.rl import HeldOutAnswers, Prepared, RlRun, open_rewards, prepare, unchanged, warn_of
+from arriero.train.rl_config import OnPolicyDistillConfig
 from arriero.train.rollouts import Group, Rollout
 from arriero.train.teacher import check_same_ids, resolve_teacher
 
@@ -53,7 +52,7 @@ class Unscored(Scorer):
 
 def scorer_of(config: OnPolicyDistillConfig) -> Scorer:
     """What the answers are worth, where that is to be watched."""
-    return Unscored() if config.reward == NO_REWARD else open_scorer(config.reward)
+    return open_rewards(config) if config.rewarded else Unscored()
 
 
 def main(config: OnPolicyDistillConfig) -> Outcome:
@@ -92,7 +91,7 @@ def open_teacher(config: OnPolicyDistillConfig, of: Prepared) -> Llama:
             f"teacher {config.teacher}: it has {theirs:,} tokens and the model {ours:,}; whole distributions are "
             "compared: bring one to the other's size (arriero tokenizer extend), or take arriero distill"
         )
-    model.config.check_length(of.prompts.longest + config.rollout.max_new_tokens)
+    model.config.check_length(of.prompts.longest + config.rollout.longest)
     return model.to(of.tuned.engine.mesh.device).eval().requires_grad_(False)
 
 

@@ -25,7 +25,6 @@ from rich.console import Console
 from arriero.data.batch import IGNORED, Batch, Extras, Row
 from arriero.distributed.mesh import Mesh
 from arriero.rewards.base import Scorer
-from arriero.rewards.open import open_scorer
 from arriero.train.learner import Learner
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.policy import dealt
@@ -33,19 +32,19 @@ from arriero.train.preference_config import REFERENCE_FREE, OnlineDpoConfig
 from arriero.train.preference_objective import preference_objective
 from arriero.train.recipe import alone, execute
 from arriero.train.reference import document_logprobs
-from arriero.train.rl import HeldOutAnswers, Prepared, RlRun, prepare, unchanged, warn_of
+from arriero.train.rl import HeldOutAnswers, Prepared, RlRun, open_rewards, prepare, unchanged, warn_of
 from arriero.train.rollouts import Rollout, Sampled
 
 
 def main(config: OnlineDpoConfig) -> Outcome:
     """Train as `config` says. Raises a `UserError` before step 1 for whatever cannot be trained on."""
-    with open_scorer(config.reward) as scorer:
+    with open_rewards(config) as scorer:
         return execute(config, "online_dpo", lambda c, console, mesh: build(c, console, mesh, scorer))
 
 
 def build(config: OnlineDpoConfig, console: Console, mesh: Mesh | None = None, scorer: Scorer | None = None) -> RlRun:
     """Everything up to step 1."""
-    scorer = scorer or open_scorer(config.reward)
+    scorer = scorer or open_rewards(config)
     prepared = prepare(config, console, mesh or alone(), scorer)
     learner = prepared.tuned.learner(preference_objective(config), prepared.steps)
     held_out = HeldOutAnswers(prepared)
@@ -114,7 +113,7 @@ def pair_row(
     tokens, targets, lengths = list(lead), [IGNORED] * len(lead), [len(lead)] if lead else []
     for answer in (better, worse):
         tokens += [last, *answer.ids[:-1]]
-        targets += answer.ids
+        targets += answer.targets
         lengths.append(len(answer.ids))
     at = np.asarray(targets, np.int64)
     scored = (at != IGNORED) & ~np.isin(at, list(format_ids))

@@ -2,7 +2,8 @@
 
 A row is one group: the prompt but for its last token is a document that all answers continue, so it is computed once.
 An answer's document is the prompt's last token and the answer but for its last one: each position predicts the token
-that was sampled there. What is known of each of those tokens goes along as extras of the row:
+that was sampled there; an episode's replies are in it too, and are not predicted. What is known of each of those tokens
+goes along as extras of the row:
 
     sampled     log-probability with which the sampler drew it
     mask        1 where the policy chose it, 0 where an environment wrote it
@@ -43,8 +44,8 @@ from arriero.losses.policy import (
     token_weights,
 )
 from arriero.model.llama import Llama
+from arriero.train.episodes import Sampled
 from arriero.train.rl_config import PolicyConfig
-from arriero.train.rollouts import Sampled
 
 PADDED_TO = 128  # tokens: batches are as long as a multiple of this, so that few shapes occur
 
@@ -71,12 +72,13 @@ def group_row(
     values: dict[str, list[float]] = {name: [0.0] * len(lead) for name in ("sampled", "mask", "advantages", *extras)}
     for k, answer in enumerate(answers):
         tokens += [last, *answer.ids[:-1]]
-        targets += answer.ids
+        own = answer.own
+        targets += answer.targets
         lengths.append(len(answer.ids))
         leads.append(0 if lead else -1)
         values["sampled"] += answer.logprobs
-        values["mask"] += [1.0] * len(answer.ids)
-        values["advantages"] += np.broadcast_to(advantages[k], len(answer.ids)).tolist()
+        values["mask"] += own
+        values["advantages"] += (np.broadcast_to(advantages[k], len(own)) * own).tolist()
         for name, each in extras.items():
             values[name] += list(each[k])
     documents = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))

@@ -1,10 +1,10 @@
 """Proximal policy optimisation with a value model: the recipe behind `arriero ppo`.
 
 As InstructGPT and Llama 2 had it (arXiv 2203.02155, section 3.5; 2307.09288, section 3.2.3): the reward of an answer
-stands at its last token, the divergence from the reference is taken off at each, a value model says what is to come,
-and generalised advantage estimation (1506.02438) makes advantages of these. Policy and value are two learners of one
-run. In a run of one process both, and the reference, are one frozen base in memory, with an adapter each and a value
-head; what LoRA leaves out, or several processes shard, each has for itself.
+stands at its last token (of an episode, each answer's at its own), the divergence from the reference is taken off at
+each, a value model says what is to come, and generalised advantage estimation (1506.02438) makes advantages of these.
+Policy and value are two learners of one run. In a run of one process both, and the reference, are one frozen base in
+memory, with an adapter each and a value head; what LoRA leaves out, or several processes shard, each has for itself.
 
 Price, beside GRPO's: the value model's forward and backward, and a forward of the reference.
 """
@@ -30,12 +30,11 @@ from arriero.losses.policy import kl_estimate, value_loss
 from arriero.model.llama import Llama
 from arriero.model.lora import plain_name
 from arriero.rewards.base import Scorer
-from arriero.rewards.open import open_scorer
 from arriero.train.learner import Learner
 from arriero.train.loop import Outcome, Trainer
 from arriero.train.policy import PolicyObjective, dealt, evaluated, group_row, logprobs_of, with_extra
 from arriero.train.recipe import alone, execute
-from arriero.train.rl import HeldOutAnswers, Prepared, RlRun, check_mismatch, prepare, warn_of
+from arriero.train.rl import HeldOutAnswers, Prepared, RlRun, check_mismatch, open_rewards, prepare, warn_of
 from arriero.train.rl_config import PpoConfig
 from arriero.train.rollouts import Rollout
 from arriero.train.tuned import open_base
@@ -43,16 +42,16 @@ from arriero.train.tuned import open_base
 
 def main(config: PpoConfig) -> Outcome:
     """Train as `config` says. Raises a `UserError` before step 1 for whatever cannot be trained on."""
-    with open_scorer(config.reward) as scorer:
+    with open_rewards(config) as scorer:
         return execute(config, "ppo", lambda c, console, mesh: build(c, console, mesh, scorer))
 
 
 def build(config: PpoConfig, console: Console, mesh: Mesh | None = None, scorer: Scorer | None = None) -> RlRun:
     """Everything up to step 1."""
-    scorer, mesh, of_value = scorer or open_scorer(config.reward), mesh or alone(), config.value
+    scorer, mesh, of_value = scorer or open_rewards(config), mesh or alone(), config.value
     prepared = prepare(config, console, mesh, scorer)
     optim = dataclasses.replace(config.optim, lr=of_value.value_lr or config.optim.lr)
-    longest = config.data.max_prompt + config.rollout.max_new_tokens
+    longest = config.data.max_prompt + config.rollout.longest
     base = open_base(dataclasses.replace(config, optim=optim, adapter=""), longest=longest, head="value")
     value_model = base.on(mesh, tokens=0)
     if not mesh.distributed:
@@ -133,22 +132,22 @@ class PpoUpdate:
         """A row for each prompt, of its answers that count, with advantages, returns, and what was before updates."""
         config, of, n = self.config, self.of, rollout.rewards.shape[1]
         scores = whitened(rollout.rewards, rollout.mask) if config.value.whiten_scores else rollout.rewards
-        rows, each_score = [], []
+        rows = []
         for g, group in enumerate(rollout.groups):
             kept = [k for k in range(n) if rollout.mask[g, k]]
             if kept:
                 answers = [group.answers[k] for k in kept]
                 prompt = of.prompts[group.prompt].ids
-                longest = config.rollout.max_new_tokens
-                rows.append(group_row(prompt, answers, [0.0] * len(kept), config.policy.normalise, longest))
-                each_score.append(scores[g, kept])
+                each = [a.rewards_with(float(scores[g, k])) for a, k in zip(answers, kept, strict=True)]
+                normalise, longest = config.policy.normalise, config.rollout.own_tokens
+                rows.append(group_row(prompt, answers, [0.0] * len(kept), normalise, longest, rewards=each))
         if not rows:
             return [], {}
         rows = self._before(rows)
         kl = 0.0
         advantages, returns = [], []
-        for row, score in zip(rows, each_score, strict=True):
-            rewards, penalty = self._token_rewards(row, score)
+        for row in rows:
+            rewards, penalty = self._token_rewards(row)
             kl += float(penalty.sum())
             values, mask = (torch.from_numpy(row.token_extras[name]) for name in ("values", "mask"))
             documents = torch.repeat_interleave(torch.arange(len(row.lengths)), torch.from_numpy(row.lengths))
@@ -185,18 +184,14 @@ class PpoUpdate:
                 found.append(row)
         return found
 
-    def _token_rewards(self, row: Row, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each token [N]: the answer's score at its last one, less the weighted divergence; and the divergence.
-
-        scores: of the row's answers, which are its last documents.
-        """
+    def _token_rewards(self, row: Row) -> tuple[Tensor, Tensor]:
+        """Of each token [N]: an answer's score at its last one, less the weighted divergence; and the divergence."""
         policy, extras = self.config.policy, {n: torch.from_numpy(x) for n, x in row.token_extras.items()}
         penalty = torch.zeros(len(row.tokens))
         if policy.kl:
             penalty = extras["mask"] * kl_estimate(extras["old"], extras["reference"], policy.kl_kind)
-        rewards = -policy.kl * penalty if policy.kl_in == "reward" else torch.zeros(len(row.tokens))
-        ends = torch.from_numpy(row.lengths).cumsum(0)[-len(scores) :] - 1
-        return rewards.index_add(0, ends, scores.float()), penalty
+        rewards = extras["rewards"]
+        return (rewards - policy.kl * penalty if policy.kl_in == "reward" else rewards), penalty
 
     def _told(self, rows: list[Row], returns: Tensor, masks: Tensor, kl: float) -> dict[str, float]:
         """Metrics of the batch: divergence a token, and the share of the returns' variance that the values explain."""

@@ -20,13 +20,17 @@ from arriero.distributed.mesh import Mesh
 from arriero.errors import TrainingError
 from arriero.losses.policy import kl_estimate
 from arriero.rewards.base import Scorer
+from arriero.rewards.environment import open_environment
+from arriero.rewards.open import open_scorer
 from arriero.show.terminal import warn_once
+from arriero.tokenizer.chat import encode_reply
+from arriero.train.episodes import Group
 from arriero.train.learner import Learner, mixed
 from arriero.train.loop import Trainer
 from arriero.train.policy import PADDED_TO, Reference, Worst, evaluated, group_row, logprobs_of
 from arriero.train.recipe import warmup_note
 from arriero.train.rl_config import RlConfig
-from arriero.train.rollouts import VALIDATION, Group, Rollouts
+from arriero.train.rollouts import VALIDATION, Rollouts, begun
 from arriero.train.sampler import Sampler
 from arriero.train.samples import Sample, write_samples
 from arriero.train.tuned import Tuned, open_base
@@ -52,11 +56,18 @@ class Prepared:
         return self.tuned.padded_to(PADDED_TO) is not None
 
 
+def open_rewards(config: RlConfig) -> Scorer:
+    """What scores the answers, or plays with them."""
+    if config.rollout.environment:
+        return open_environment(config.rollout.environment, config.rollout.turn_seconds)
+    return open_scorer(config.scored_by)
+
+
 def prepare(config: RlConfig, console: Console, mesh: Mesh, scorer: Scorer) -> Prepared:
     """Open model, prompts, sampler: all that can be refused is refused here."""
     loop, data, rollout = config.loop, config.data, config.rollout
     mesh.config.check_batch(loop.batch_rows, loop.micro_rows, PADDED_TO)
-    longest = data.max_prompt + rollout.max_new_tokens
+    longest = data.max_prompt + rollout.longest
     base = open_base(config, longest=longest)
     prompts, held_out = read_split(
         data.train, data.validation, base.tokenizer,
@@ -64,15 +75,17 @@ def prepare(config: RlConfig, console: Console, mesh: Mesh, scorer: Scorer) -> P
     )  # fmt: skip
     for prompt in (*prompts, *(held_out or ())):
         scorer.check(prompt.fields, prompt.where)
+    if rollout.environment:
+        encode_reply(base.tokenizer, prompts[0].messages, [{"role": "user", "content": "x"}], prompts[0].tools)
     held_out = None if held_out is None else held_out[: data.validation_prompts]
     steps = loop.steps or max(1, math.ceil(loop.epochs * len(prompts) / loop.batch_rows))
     # compiling pays where shapes repeat, and those of answers do not; between products the sampler rounds nothing
     tuned = base.on(mesh, tokens=0, residual=torch.float32)
-    longest = max(each.longest for each in (prompts, held_out) if each is not None) + rollout.max_new_tokens
+    longest = max(each.longest for each in (prompts, held_out) if each is not None) + rollout.longest
     sampler = Sampler(tuned, longest=longest, at_once=rollout.at_once)
     rollouts = Rollouts(
         prompts, sampler, scorer, rollout,
-        n_prompts=loop.batch_rows, seed=loop.seed, run_dir=Path(config.out), reward=config.reward,
+        n_prompts=loop.batch_rows, seed=loop.seed, run_dir=Path(config.out), reward=config.scored_by,
     )  # fmt: skip
     reference = Reference(tuned.engine, switched=config.method == "lora" and not config.adapter)
     return Prepared(config, tuned, prompts, held_out, rollouts, reference, steps)
@@ -99,8 +112,7 @@ class HeldOutAnswers:
         of.rollouts.sampler.refit()
         if self.found and self.weights == of.rollouts.sampler.weights:
             return self.found
-        groups = of.rollouts.sampled(of.held_out, chosen, seeds, config.validation_answers)
-        self.groups = groups = of.rollouts.scored(of.held_out, groups)
+        self.groups = groups = of.rollouts.played(of.held_out, begun(chosen, seeds, config.validation_answers))
         values = [[a.value or 0.0 for a in group.answers] for group in groups]
         reward = sum(map(sum, values)) / sum(map(len, values))
         self.weights = of.rollouts.sampler.weights
@@ -133,7 +145,7 @@ class HeldOutAnswers:
     def _shown(self, group: Group) -> str:
         assert self.of.held_out is not None
         answer = group.answers[0]
-        return f"{self.of.held_out[group.prompt].text}\n→ {answer.text}  [reward {answer.value:g}]"
+        return f"{self.of.held_out[group.prompt].text}\n→ {answer.shown}  [reward {answer.value:g}]"
 
     def samples(self) -> list[Sample]:
         """The last answers, for samples.jsonl."""
@@ -143,7 +155,7 @@ class HeldOutAnswers:
         self()
         shown = self.groups[: self.of.config.samples]
         return [
-            Sample(held_out[g.prompt].text, str(held_out[g.prompt].fields.get("answer", "")), g.answers[0].text)
+            Sample(held_out[g.prompt].text, str(held_out[g.prompt].fields.get("answer", "")), g.answers[0].shown)
             for g in shown
         ]
 
@@ -160,20 +172,21 @@ class RlRun:
     def total_tokens(self) -> int:
         """Tokens through the model over the whole run, at most."""
         of, config = self.prepared, self.prepared.config
-        group = of.prompts.longest + config.learned * config.rollout.max_new_tokens
+        group = of.prompts.longest + config.learned * config.rollout.longest
         return of.steps * config.loop.batch_rows * group * config.reads
 
     def summary(self) -> str:
         """What is about to happen, in a few lines."""
         of, config = self.prepared, self.prepared.config
         held_out, memory = 0 if of.held_out is None else len(of.held_out), of.rollouts.sampler.memory
+        turns = f", {config.rollout.turns} turns" if config.rollout.environment else ""
         return (
             f"{of.tuned.summary()}\n"
             f"{len(of.prompts):,} prompts of at most {of.prompts.longest:,} tokens; {held_out:,} held out; "
-            f"reward: {config.reward}\n"
+            f"reward: {config.scored_by}\n"
             f"the sampler: {memory['weights'] / 1e6:,.0f} MB of weights and {memory['cache'] / 1e6:,.0f} MB of cache\n"
             f"{of.steps:,} steps of {config.loop.batch_rows} prompts x {config.rollout.answers} answers of at most "
-            f"{config.rollout.max_new_tokens:,} tokens -> {config.out}" + warmup_note(config.optim, of.steps)
+            f"{config.rollout.max_new_tokens:,} tokens{turns} -> {config.out}" + warmup_note(config.optim, of.steps)
         )
 
     def fingerprints(self) -> dict[str, str]:

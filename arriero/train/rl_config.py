@@ -46,6 +46,15 @@ class RolloutConfig:
     """Answers to each prompt: a group."""
     max_new_tokens: int = 256
     """Longest answer, in tokens; longer ones are cut."""
+    environment: str = ""
+    """What replies to answers, over several turns, and gives the rewards: FILE.py:CLASS, or one that
+    rewards/environment.py knows, as guess-number. Empty: an answer is all, and `reward` scores it."""
+    turns: int = 8
+    """Answers in an episode of an environment, at most."""
+    max_reply: int = 128
+    """Longest reply of an environment, in tokens, the template's included; a longer one counts as a crash."""
+    turn_seconds: float = 10.0
+    """What an environment may take for a turn; one that takes longer ends its episode with the outcome timeout."""
     temperature: float = 1.0
     """Of sampling, over the whole vocabulary. The trainer computes its log-probabilities at the same one; top-k and
     top-p would need them renormalised, so there are none."""
@@ -69,7 +78,7 @@ class RolloutConfig:
     """Answers to each held-out prompt, sampled as in training: their mean reward is pass@1."""
 
     def __post_init__(self) -> None:
-        for name in ("answers", "max_new_tokens", "at_once", "validation_answers"):
+        for name in ("answers", "max_new_tokens", "at_once", "validation_answers", "turns", "max_reply"):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         check(
             0 < self.temperature < math.inf,
@@ -86,6 +95,17 @@ class RolloutConfig:
             f"overlong_margin is {self.overlong_margin} and truncated is mask: an answer that is left out is not "
             "penalised; set truncated to score",
         )
+        check(0 < self.turn_seconds < math.inf, f"turn_seconds is {self.turn_seconds}; it must be above 0")
+
+    @property
+    def own_tokens(self) -> int:
+        """Most tokens of an episode that the policy chooses."""
+        return self.max_new_tokens * (self.turns if self.environment else 1)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens behind a prompt: answers, and replies between them."""
+        return self.own_tokens + (self.max_reply * (self.turns - 1) if self.environment else 0)
 
 
 @dataclass(frozen=True)
@@ -144,9 +164,9 @@ class PolicyConfig:
 class RlConfig(TuneConfig):
     """What every recipe is told that learns from a model's own answers."""
 
-    reward: str = "exact"
+    reward: str = ""
     """What scores the answers: exact or numeric, against the row's `answer`, or another that rewards/open.py knows, as
-    python:mine.py:reward."""
+    python:mine.py:reward. Empty: exact, or the environment."""
     samples: int = 8
     """Held-out prompts whose answers are shown in the report, over time; 0 for none."""
     data: PromptConfig = field(default_factory=PromptConfig)
@@ -161,6 +181,15 @@ class RlConfig(TuneConfig):
         super().__post_init__()
         check(self.samples >= 0, f"samples is {self.samples}; it must be at least 0")
         check(
+            not (self.reward not in ("", NO_REWARD) and self.rollout.environment),
+            f"reward is {self.reward} and environment {self.rollout.environment}, which gives the rewards itself; "
+            "leave one of them out",
+        )
+        check(
+            not (self.data.raw and self.rollout.environment),
+            "raw is on, and an environment speaks through the chat template; leave one of them out",
+        )
+        check(
             self.parallel.pp == 1 and self.parallel.cp == 1,
             f"pp is {self.parallel.pp} and cp {self.parallel.cp}; answers are short rows: take dp_shard, dp_replicate "
             "or tp",
@@ -169,6 +198,11 @@ class RlConfig(TuneConfig):
             self.lora.dropout == 0,
             f"dropout is {self.lora.dropout}; with it the trainer's log-probabilities are not the sampler's: set 0",
         )
+
+    @property
+    def scored_by(self) -> str:
+        """What gives the rewards, for people and the journal."""
+        return self.rollout.environment or self.reward or "exact"
 
     @property
     def learned(self) -> int:
@@ -217,7 +251,7 @@ class OnPolicyDistillConfig(RlConfig):
     @property
     def rewarded(self) -> bool:
         """Whether answers are scored."""
-        return self.reward != NO_REWARD
+        return bool(self.rollout.environment) or self.reward != NO_REWARD
 
 
 @dataclass(frozen=True)
@@ -287,6 +321,10 @@ class PpoConfig(PolicyRlConfig):
         check(
             not self.rollout.dynamic,
             f"dynamic is {self.rollout.dynamic}; ppo learns from every answer, whatever the others of its prompt: 0",
+        )
+        check(
+            not (self.value.whiten_scores and self.rollout.environment),
+            "whiten_scores is on, and an environment's rewards stand at turns, not at answers; set it off",
         )
 
 

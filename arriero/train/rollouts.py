@@ -1,13 +1,14 @@
 """Answers of the policy to the prompts of a step, with their rewards: the source of a run that learns from them.
 
 In a step the sampler takes up the current weights, each prompt is answered `answers` times, and a scorer says what the
-answers are worth. What is trained on are the sampled ids themselves, terminator included, never a text encoded anew.
+answers are worth; an environment replies, and is answered again, until all episodes are over (episodes.py has what
+becomes of one). What is trained on are the sampled ids, terminators included, never a text encoded anew.
 
 Everything is journaled. RUN/rollouts/ has a file for each round of each step, written when it is sampled and again
-when it is scored: ids, log-probabilities, seeds, rewards and outcomes, the prompt's place, the step and a checksum of
-the weights. A run that goes on from a checkpoint takes what the steps after it had sampled and scored from there, if
-that was by its weights. So neither a scorer that draws lots nor another sampler changes the weights of a run that was
-killed. The checkpoint's own journal has the place in the order of prompts, and how often each was solved.
+when it is scored, in each turn: ids, log-probabilities, seeds, rewards and outcomes, the prompt's place, the step and a
+checksum of the weights. A run that goes on from a checkpoint takes what the steps after it had sampled and scored from
+there, if that was by its weights. So neither a scorer that draws lots nor another sampler changes the weights of a run
+that was killed. The checkpoint's own journal has the place in the order of prompts, and how often each was solved.
 
 Price: a few kilobytes an answer on disk. All processes exchange all answers, so that what follows (advantages over the
 batch, which groups are left out) is computed alike on each of them.
@@ -15,10 +16,9 @@ batch, which groups are left out) is computed alike on each of them.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from arriero.data.prompts import Prompt, Prompts
+from arriero.data.prompts import Prompts
 from arriero.distributed.mesh import Mesh
-from arriero.errors import TrainingError
-from arriero.infer.config import SamplingConfig
-from arriero.infer.request import Completion, Request
 from arriero.io.files import write_jsonl
 from arriero.losses.advantages import overlong_penalty, varied
-from arriero.rewards.base import Answer, Scorer
+from arriero.rewards.base import Scorer
+from arriero.train.episodes import Group, Sampled, judged
 from arriero.train.learner import mixed
 from arriero.train.metrics import surviving_records
 from arriero.train.rl_config import RolloutConfig
@@ -41,28 +39,6 @@ from arriero.train.sampler import Sampler
 
 VALIDATION = 2**62  # where the seeds of held-out answers begin: the same at each validation
 MIDDLE = (0.2, 0.8)  # shares of right answers between which a prompt teaches most
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """One answer: its ids, terminator included, and the log-probability with which each was drawn."""
-
-    ids: list[int]
-    logprobs: list[float]
-    finished: bool
-    text: str
-    value: float | None = None  # None: not scored yet
-    outcome: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Group:
-    """The answers to one prompt. prompt: its index."""
-
-    prompt: int
-    seed: int
-    answers: list[Sampled]
 
 
 @dataclass(frozen=True)
@@ -98,12 +74,13 @@ class Rollouts:
         self.taken = 0  # place in the order of prompts
         self.solved: dict[int, float] = {}  # prompt -> mean reward when last seen
         self.seconds = {"sampling": 0.0, "scoring": 0.0}
+        self.reused: list[float] = []  # of each later turn of a step: the share of its tokens that the cache had
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def __call__(self, step: int) -> Rollout:
         """The answers of a step; further rounds make up for groups that teach nothing, where the settings allow."""
-        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        self.seconds, self.reused = dict.fromkeys(self.seconds, 0.0), []
         self.sampler.refit()
         useful: list[Group] = []
         others: list[Group] = []
@@ -122,7 +99,7 @@ class Rollouts:
         """Rewards [G, K], penalties for length taken off, and 1 for each answer that counts."""
         value = torch.tensor([[float(a.value or 0.0) for a in group.answers] for group in groups])
         finished = torch.tensor([[float(a.finished) for a in group.answers] for group in groups])
-        lengths = torch.tensor([[float(len(a.ids)) for a in group.answers] for group in groups])
+        lengths = torch.tensor([[float(max(a.answers)) for a in group.answers] for group in groups])
         config = self.config
         value = value + overlong_penalty(lengths, config.max_new_tokens, config.overlong_margin)
         return value, finished if config.truncated == "mask" else torch.ones_like(finished)
@@ -134,12 +111,8 @@ class Rollouts:
         groups = self._recorded(path, chosen)
         if not groups:
             seeds = [mixed(self.seed, step, (round_ << 32) + i) for i in range(len(chosen))]
-            groups = self.sampled(self.prompts, chosen, seeds, self.config.answers)
-            self._write(path, groups, step)
-        if any(answer.value is None for group in groups for answer in group.answers):
-            groups = self.scored(self.prompts, groups)
-            self._write(path, groups, step)
-        return groups
+            groups = begun(chosen, seeds, self.config.answers)
+        return self.played(self.prompts, groups, lambda so_far: self._write(path, so_far, step))
 
     def _next(self) -> list[int]:
         """The prompts of a round: the next ones, or of twice as many those that were neither easy nor hard."""
@@ -157,41 +130,46 @@ class Rollouts:
 
     # -- sampling and scoring --------------------------------------------------------------------------------------
 
-    def sampled(self, prompts: Prompts, chosen: Sequence[int], seeds: Sequence[int], n: int) -> list[Group]:
-        """n answers to each of the chosen prompts, on all processes; each group answers its share."""
-        began = time.perf_counter()
-        mine = self._mine(len(chosen))
-        requests = [
-            Request(
-                prompts[chosen[i]].ids, self.config.max_new_tokens,
-                SamplingConfig(temperature=self.config.temperature, seed=seeds[i]), n=n, logprobs=0,
-            )
-            for i in mine
-        ]  # fmt: skip
-        answers = self.sampler.answer(requests) if requests else []
-        groups = [Group(chosen[i], seeds[i], [_sampled(a) for a in of]) for i, of in zip(mine, answers, strict=True)]
-        groups = self._shared(groups)
-        self.seconds["sampling"] += time.perf_counter() - began
+    def played(
+        self, prompts: Prompts, groups: list[Group], record: Callable[[list[Group]], None] = lambda groups: None
+    ) -> list[Group]:
+        """The groups with all answers sampled and scored, turn by turn; `record` is given them after each half of one.
+
+        On all processes.
+        """
+        while any(answer.value is None for group in groups for answer in group.answers):
+            asked = any(answer.asked for group in groups for answer in group.answers)
+            groups = (self.sampled if asked else self.scored)(prompts, groups)
+            record(groups)
         return groups
 
-    def scored(self, prompts: Prompts, groups: Sequence[Group]) -> list[Group]:
-        """The groups with what their answers are worth; each process group scores its share."""
+    def sampled(self, prompts: Prompts, groups: Sequence[Group]) -> list[Group]:
+        """The groups with an answer wherever one is due; each process group answers its share."""
         began = time.perf_counter()
         mine = [groups[i] for i in self._mine(len(groups))]
-        asked = [_answer(prompts[group.prompt], a) for group in mine for a in group.answers]
-        scores = iter(self.scorer(asked) if asked else [])
-        found = []
-        for group in mine:
-            each = [(a, next(scores)) for a in group.answers]
-            for _, s in each:
-                if not math.isfinite(s.value):
-                    raise TrainingError(
-                        f"{prompts[group.prompt].where}: the reward of an answer is {s.value}; it must be a finite "
-                        f"number: mend the reward {self.reward}"
-                    )
-            rated = [replace(a, value=float(s.value), outcome=s.outcome, note=s.note) for a, s in each]
-            found.append(replace(group, answers=rated))
-        shared = self._shared(found)
+        asked = [(g, ks, r) for g, of in enumerate(mine) for ks, r in of.requests(prompts[of.prompt], self.config)]
+        found = self.sampler.answer([request for _, _, request in asked]) if asked else []
+        answers: list[dict[int, Sampled]] = [{} for _ in mine]
+        for (g, ks, request), completions in zip(asked, found, strict=True):
+            for k, completion in zip(ks, completions, strict=True):
+                answers[g][k] = mine[g].answers[k].going_on(completion)
+                if answers[g][k].earlier:
+                    self.reused += [completion.cached / len(request.prompt)]
+        shared = self._shared([group.changed(of) for group, of in zip(mine, answers, strict=True)])
+        self.seconds["sampling"] += time.perf_counter() - began
+        return shared
+
+    def scored(self, prompts: Prompts, groups: Sequence[Group]) -> list[Group]:
+        """The groups with what their answers are worth, and replies; each process group scores its share."""
+        began = time.perf_counter()
+        mine = [groups[i] for i in self._mine(len(groups))]
+        asked = [(g, k, answer) for g, of in enumerate(mine) for k, answer in of.to_score(prompts[of.prompt])]
+        scores = self.scorer([answer for _, _, answer in asked]) if asked else []
+        tokenizer = self.sampler.tuned.base.tokenizer
+        answers: list[dict[int, Sampled]] = [{} for _ in mine]
+        for (g, k, _), score in zip(asked, scores, strict=True):
+            answers[g][k] = judged(mine[g].answers[k], score, prompts[mine[g].prompt], self.config, tokenizer)
+        shared = self._shared([group.changed(of) for group, of in zip(mine, answers, strict=True)])
         self.seconds["scoring"] += time.perf_counter() - began
         return shared
 
@@ -231,9 +209,7 @@ class Rollouts:
             rows = surviving_records(path)
             same = [row["prompt"] for row in rows] == list(chosen)
             if same and all(row["weights"]["checksum"] == self.sampler.weights for row in rows):
-                found = [
-                    Group(row["prompt"], row["seed"], [Sampled(**answer) for answer in row["answers"]]) for row in rows
-                ]
+                found = [Group.of(row) for row in rows]
         if self.mesh.distributed:
             parts = [found]
             dist.broadcast_object_list(parts, 0, device=self.mesh.device)
@@ -257,7 +233,7 @@ class Rollouts:
     def _metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         rewards, mask = self.rewards(groups)
         answers = [a for group in groups for a in group.answers]
-        n_tokens = sum(len(a.ids) for a in answers)
+        n_tokens = sum(sum(a.answers) for a in answers)
         n = len(answers)
         found = {
             "reward": float((rewards * mask).sum() / mask.sum().clamp(min=1)),
@@ -267,22 +243,16 @@ class Rollouts:
             "sampling_seconds": self.seconds["sampling"],
             "scoring_seconds": self.seconds["scoring"],
         }
+        if self.config.environment:
+            found["turns"] = sum(len(a.answers) for a in answers) / n
+        if self.reused:
+            found["reused"] = sum(self.reused) / len(self.reused)
         for outcome in ("timeout", "crash"):
             if share := sum(a.outcome == outcome for a in answers) / n:
                 found[outcome] = share
         return found
 
 
-def _sampled(answer: Completion) -> Sampled:
-    """The ids that were drawn, with the terminator where one was."""
-    ids = list(answer.ids)
-    if isinstance(answer.stopped_by, int):
-        ids.append(answer.stopped_by)
-    logprobs = [float(p.sampled) for p in answer.logprobs or () if p.sampled is not None]
-    assert len(logprobs) == len(ids), "a log-probability of every token"
-    return Sampled(ids, logprobs, answer.stopped, answer.text)
-
-
-def _answer(prompt: Prompt, sampled: Sampled) -> Answer:
-    asked: Any = prompt.messages
-    return Answer(asked, sampled.text, sampled.finished, prompt.fields, prompt.where)
+def begun(chosen: Sequence[int], seeds: Sequence[int], n: int) -> list[Group]:
+    """n answers to each of the chosen prompts, none of which is sampled yet."""
+    return [Group(prompt, seed, [Sampled()] * n) for prompt, seed in zip(chosen, seeds, strict=True)]

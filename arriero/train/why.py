@@ -14,6 +14,7 @@ from typing import Any
 from arriero.checkpoint import native
 from arriero.errors import DataError
 from arriero.io.records import parse_row, read_records
+from arriero.train.episodes import Sampled
 
 
 def why(file: Path, number: int) -> list[tuple[str, str]]:
@@ -27,7 +28,7 @@ def why(file: Path, number: int) -> list[tuple[str, str]]:
     run = next((p for p in file.resolve().parents if (p / "config.toml").exists() and _is_run(p)), None)
     config = tomllib.loads((run / "config.toml").read_text("utf-8")) if run else {}
     if "asked" in row and "weights" in row:
-        return [*_rollout(row, run), *_settings(config)]
+        return [*_rollout(row, run), *_settings({**config, "reward": row.get("reward")})]
     if isinstance(row.get("meta"), dict) and "reward" in row["meta"]:
         return [*_chosen(row), *_settings(config)]
     raise DataError(
@@ -52,9 +53,9 @@ def _rollout(row: dict[str, Any], run: Path | None) -> Iterator[tuple[str, str]]
         yield "checkpoint", f"{native.path_of(run, saved[-1])}{exact}"
     yield "checksum", str(weights["checksum"])
     for k, answer in enumerate(row["answers"]):
-        value = "not scored" if answer["value"] is None else f"{answer['value']:g} ({answer['outcome']})"
-        note = f", {answer['note']}" if answer.get("note") else ""
-        yield f"answer {k}", f"{value}{note}: {answer['text']}"
+        sampled = Sampled.of(answer)
+        value = "not scored" if sampled.value is None else f"{sampled.value:g} ({sampled.outcome})"
+        yield f"answer {k}", f"{value}{f', {sampled.note}' if sampled.note else ''}: {sampled.shown}"
 
 
 def _chosen(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
