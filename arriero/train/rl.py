@@ -104,7 +104,7 @@ class HeldOutAnswers:
     weights: int = 0  # the checksum of those that answered
 
     def __call__(self) -> dict[str, Any]:
-        """The loss (minus the mean reward), reward, best of k, truncation, KL from the reference a token, samples."""
+        """The loss (minus the mean reward), reward and its standard error, best of k, cut answers, KL, samples."""
         of, config = self.of, self.of.config.rollout
         assert of.held_out is not None
         chosen = list(range(len(of.held_out)))
@@ -119,6 +119,7 @@ class HeldOutAnswers:
         self.found = {
             "loss": -reward,
             "reward": reward,
+            "reward_error": _error([sum(each) / len(each) for each in values]),
             f"best_of_{config.validation_answers}": sum(map(max, values)) / len(values),
             "truncated": sum(not a.finished for g in groups for a in g.answers) / sum(map(len, values)),
             "kl": self._kl(groups[:KL_GROUPS]),
@@ -222,6 +223,12 @@ def unchanged(learner: Learner) -> dict[str, Any]:
     c = learner.counters
     none = {"loss": 0.0, "lr": 0.0, "grad_norm": 0.0, "tokens": c.tokens, "trained_tokens": c.trained_tokens}
     return {**none, "skipped": c.skipped + c.spikes}
+
+
+def _error(means: list[float]) -> float:
+    """Standard error of the mean over prompts, whose answers are alike: 1.96 of it is the 95% interval's half."""
+    n, mean = len(means), sum(means) / len(means)
+    return math.sqrt(sum((x - mean) ** 2 for x in means) / max(n - 1, 1) / n)
 
 
 # -- what is watched ---------------------------------------------------------------------------------------------------
