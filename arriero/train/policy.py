@@ -47,7 +47,7 @@ from arriero.model.llama import Llama
 from arriero.train.episodes import Sampled
 from arriero.train.rl_config import PolicyConfig
 
-PADDED_TO = 128  # tokens: batches are as long as a multiple of this, so that few shapes occur
+PADDED_TO = 64  # tokens: batches are as long as a multiple of this, so that few shapes occur
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

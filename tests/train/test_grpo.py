@@ -392,12 +392,13 @@ def test_what_cannot_be_trained_so_is_refused(toy_model: Path, prompts: Path, tm
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_run_of_one(toy_model: Path, prompts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["grpo", "dpo online"])
+def test_two_processes_give_the_run_of_one(toy_model: Path, prompts: Path, tmp_path: Path, recipe: str) -> None:
     rule = 'def reward(answer):\n    return answer.text.count("e") / (len(answer.text) or 1)\n'
     (tmp_path / "letters.py").write_text(rule)
     told = f"--answers 4 --max-new-tokens 5 --truncated score --validation {prompts.parent / 'held-out.jsonl'}"
     told += " --batch-rows 4 --micro-rows 2 --steps 3 --lr 1e-2 --warmup 0"
-    command = [sys.executable, "-m", "arriero", "grpo", str(toy_model), "--data", str(prompts), *told.split()]
+    command = [sys.executable, "-m", "arriero", *recipe.split(), str(toy_model), "--data", str(prompts), *told.split()]
     command += ["--reward", f"python:{tmp_path / 'letters.py'}:reward"]
     run_processes([*command, "--out", str(tmp_path / "one")], 1, 280)
     run_processes([*command, "--out", str(tmp_path / "two"), "--dp-shard", "2"], 2, 280)
