@@ -51,20 +51,23 @@ inline void convert(const float* query, int64_t width, To* to, const bf16*) {
     }
 }
 
-// q . k for G queries [G, width] and 16 B of the keys of a block.
+// q . k for G queries [G, width] and 16 B of the keys of a block. ahead: of the block behind it, which is fetched meanwhile:
+// blocks lie anywhere, so the hardware cannot guess where the next one begins.
 template <int G, int B>
-inline void score(const float* queries, int64_t width, const float* keys, Lanes (&sums)[G][B]) {
-    for (int64_t d = 0; d < width; ++d, keys += kBlock)
+inline void score(const float* queries, int64_t width, const float* keys, const float* ahead, Lanes (&sums)[G][B]) {
+    for (int64_t d = 0; d < width; ++d, keys += kBlock, ahead += kBlock)
         UNROLL for (int b = 0; b < B; ++b) {
+            __builtin_prefetch(ahead + b * kLanes);
             const Lanes found = load_lanes(keys + b * kLanes);
             UNROLL for (int g = 0; g < G; ++g) sums[g][b] += found * queries[g * width + d];
         }
 }
 
 template <int G, int B>
-inline void score(const Half* queries, int64_t width, const bf16* keys, Lanes (&sums)[G][B]) {
-    for (int64_t d = 0; d < width; d += 2, keys += 2 * kBlock)
+inline void score(const Half* queries, int64_t width, const bf16* keys, const bf16* ahead, Lanes (&sums)[G][B]) {
+    for (int64_t d = 0; d < width; d += 2, keys += 2 * kBlock, ahead += 2 * kBlock)
         UNROLL for (int b = 0; b < B; ++b) {
+            __builtin_prefetch(ahead + b * 2 * kLanes);
             const Pairs found = pairs_of(keys + b * 2 * kLanes);
             UNROLL for (int g = 0; g < G; ++g) sums[g][b] = add_pairs(sums[g][b], found, queries + g * width + d);
         }
@@ -79,10 +82,12 @@ constexpr int score_blocks(int heads) { return heads < 3 ? 2 : 1; }
 constexpr int column_blocks(int heads) { return heads == 1 ? 4 : heads == 2 ? 2 : 1; }
 #endif
 
-// out[g] += sum over the keys of weights[g][key] * values[key], for 16 B of the head's columns.
+// out[g] += sum over the keys of weights[g][key] * values[key], for 16 B of the head's columns; ahead as above.
 template <int G, int B, class C>
-inline void weigh(const float* weights, const C* values, int64_t stride, int64_t keys, Lanes (&sums)[G][B]) {
-    for (int64_t s = 0; s < keys; ++s, values += stride) {
+inline void weigh(const float* weights, const C* values, const C* ahead, int64_t stride, int64_t keys,
+                  Lanes (&sums)[G][B]) {
+    for (int64_t s = 0; s < keys; ++s, values += stride, ahead += stride) {
+        __builtin_prefetch(ahead);
         Lanes v[B];
         UNROLL for (int b = 0; b < B; ++b) v[b] = load_lanes(values + b * kLanes);
         UNROLL for (int g = 0; g < G; ++g)
@@ -108,8 +113,11 @@ void attend_chunk(const Paged<C>& cache, const int32_t* table, int64_t kv, int64
     constexpr int64_t kPerKey = std::is_same_v<C, float> ? 1 : 2;  // numbers of a key that lie together
     for (int64_t s = 0; s < keys; s += kAtOnce * kLanes) {
         const C* block = cache.keys_of(table[(start + s) / kBlock], kv) + s % kBlock * kPerKey;
+        const bool more = s + kBlock < keys;  // else the values come next
+        const C* ahead = more ? cache.keys_of(table[(start + s) / kBlock + 1], kv) + s % kBlock * kPerKey
+                              : cache.values_of(table[start / kBlock], kv) + s % kBlock * kPerKey;
         Lanes found[G][kAtOnce] = {};
-        score<G, kAtOnce>(queries, width, block, found);
+        score<G, kAtOnce>(queries, width, block, ahead, found);
         UNROLL for (int g = 0; g < G; ++g)
             UNROLL for (int b = 0; b < kAtOnce; ++b) {
                 const int32_t left = int32_t(keys - s - b * kLanes);  // what lies behind may be anything
@@ -133,9 +141,11 @@ void attend_chunk(const Paged<C>& cache, const int32_t* table, int64_t kv, int64
     const auto values = [&](auto count, int64_t column) {
         constexpr int B = decltype(count)::value;
         Lanes sums[G][B] = {};
-        for (int64_t s = 0; s < keys; s += kBlock)
-            weigh<G, B>(scores + s, cache.values_of(table[(start + s) / kBlock], kv) + column, columns,
-                        std::min(kBlock, keys - s), sums);
+        for (int64_t s = 0; s < keys; s += kBlock) {
+            const C* block = cache.values_of(table[(start + s) / kBlock], kv) + column;
+            const C* ahead = cache.values_of(table[(start + std::min(s + kBlock, keys - 1)) / kBlock], kv) + column;
+            weigh<G, B>(scores + s, block, ahead, columns, std::min(kBlock, keys - s), sums);
+        }
         UNROLL for (int g = 0; g < G; ++g) 
             UNROLL for (int b = 0; b < B; ++b) store(out + g * columns + column + b * kLanes, sums[g][b]);
     };

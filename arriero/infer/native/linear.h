@@ -42,13 +42,14 @@ class Arithmetic {
 
 constexpr int64_t kRowPadding = 32;  // rows of activations are allocated in whole tiles
 
-// Rows of a tile, of floats and of integers, and vectors of outputs of R rows: as many sums as there are registers.
+// Rows of a tile, of fp32, of bf16 and of integers, and vectors of outputs of R rows: as many sums as there are registers
+// beside the weights, of which bf16 has twice as many once it is widened.
 #if defined(__AVX512BW__)
-constexpr int kWide = 6, kNarrow = 4;
+constexpr int kWide = 6, kHalved = 6, kNarrow = 4;
 constexpr int float_blocks(int) { return 4; }
 constexpr int int_blocks(int rows) { return rows == 1 ? 4 : 2; }
 #else
-constexpr int kWide = 6, kNarrow = 4;
+constexpr int kWide = 6, kHalved = 4, kNarrow = 4;
 constexpr int float_blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 constexpr int int_blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
@@ -121,7 +122,7 @@ void multiply_stored(const Matrix& m, int64_t first, int64_t last, const Rows& x
         return;
     }
 #endif
-    const int64_t most = m.type == kFloat || m.type == kBf16 ? kWide : kNarrow;
+    const int64_t most = m.type == kFloat ? kWide : m.type == kBf16 ? kHalved : kNarrow;
     const int64_t tiles = (end - begin + most - 1) / most;
     for (int64_t panel = first; panel < last; ++panel) {
         int64_t row = begin;
