@@ -6,7 +6,7 @@ Pairs are passages of Python's own reference: a prompt to go on from, the words 
 prompt and answers have `prompt` and `answer` words in the mean, each from a half of that to one and a half. Both sides
 have their reference's log-probabilities from before step 1. TRL is at its best here: no checkpointing, 4 pairs of like
 length at a time, so that little is padded. Ours is what `arriero dpo` does: answers behind their prompt, packed rows.
-Prints one JSON line: seconds a step of 16 pairs (without the first step), tokens computed a pair, each side's peak.
+Prints one JSON line: seconds a step (without the first), tokens computed a pair, each side's peak.
 See sides.py for PYTHON and precisions; TRL 1.16's own packing (`padding_free`) is switched off by itself.
 """
 
@@ -24,11 +24,11 @@ from typing import Any
 
 import sides
 
-BATCH, MICRO, SEQ_LEN = 16, 4, 1024  # pairs of a step, and of TRL's that go through at once; tokens of our rows
+MICRO = 4  # pairs that go through TRL's model at once
 
 
-def pairs(n: int, prompt: int, answer: int) -> list[dict[str, Any]]:
-    """n rows of messages, of like length one after the other in each `BATCH`."""
+def pairs(n: int, prompt: int, answer: int, batch: int) -> list[dict[str, Any]]:
+    """n rows of messages, of like length one after the other in each batch of a step."""
     words = " ".join(topics[name] for name in sorted(topics)).split()
     random_ = random.Random(0)
     found = []
@@ -37,7 +37,7 @@ def pairs(n: int, prompt: int, answer: int) -> list[dict[str, Any]]:
         at, other = random_.randrange(len(words) - p - a), random_.randrange(len(words) - b)
         asked, chosen = words[at : at + p], words[at + p : at + p + a]
         found.append((asked, chosen, words[other : other + b]))
-    batches = [sorted(found[i : i + BATCH], key=lambda x: len(x[0]) + max(map(len, x[1:]))) for i in range(0, n, BATCH)]
+    batches = [sorted(found[i : i + batch], key=lambda x: len(x[0]) + max(map(len, x[1:]))) for i in range(0, n, batch)]
     message = lambda role, text: [{"role": role, "content": " ".join(text)}]  # noqa: E731 - a formula
     return [
         {"prompt": message("user", x), "chosen": message("assistant", y), "rejected": message("assistant", z)}
@@ -53,8 +53,10 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in pairs(args.pairs, args.prompt, args.answer)))
-        data = PreferenceDataConfig(train=str(path), validation="0", seq_len=SEQ_LEN)
+        path.write_text(
+            "".join(json.dumps(row) + "\n" for row in pairs(args.pairs, args.prompt, args.answer, args.batch))
+        )
+        data = PreferenceDataConfig(train=str(path), validation="0", seq_len=args.seq_len)
         loop = LoopConfig(batch_rows=1, precision=args.precision, compile=args.compile)
         run = dpo.build(DpoConfig(model="smollm2-135m", out=f"{folder}/run", data=data, loop=loop), notes(quiet=True))
         batches = [run.trainer.batches(i) for i in range(run.loader.rows_in_epoch(0))]
@@ -63,7 +65,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         began = time.perf_counter(), time.process_time()
         for i in range(0, len(batches), args.rows):
             learner.step([batch for each in batches[i : i + args.rows] for batch in each])
-        steps = args.pairs / BATCH
+        steps = args.pairs / args.batch
         tokens = sum(batch.n_tokens for each in batches for batch in each)
         return {
             "seconds": round((time.perf_counter() - began[0]) / steps, 2),
@@ -101,11 +103,11 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
             computed.append(inputs["input_ids"].numel())
             return super().compute_loss(model, inputs, *rest, **named)
 
-    rows = pairs(args.pairs, args.prompt, args.answer)
+    rows = pairs(args.pairs, args.prompt, args.answer, args.batch)
     with tempfile.TemporaryDirectory() as folder:
         settings = DPOConfig(
-            output_dir=folder, per_device_train_batch_size=MICRO, gradient_accumulation_steps=BATCH // MICRO,
-            num_train_epochs=1, learning_rate=5e-5, beta=0.1, precompute_ref_log_probs=True, max_length=SEQ_LEN,
+            output_dir=folder, per_device_train_batch_size=MICRO, gradient_accumulation_steps=args.batch // MICRO,
+            num_train_epochs=1, learning_rate=5e-5, beta=0.1, precompute_ref_log_probs=True, max_length=args.seq_len,
             use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no",
             logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
@@ -113,17 +115,17 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
         trainer = InOrder(
             AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype),
             args=settings,
-            train_dataset=Dataset.from_list(rows[:BATCH] + rows),  # the first step warms up
+            train_dataset=Dataset.from_list(rows[: args.batch] + rows),  # the first step warms up
             processing_class=AutoTokenizer.from_pretrained(args.model),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
             callbacks=[Clock()],
         )
         trainer.train()
-    steps = args.pairs / BATCH
+    steps = args.pairs / args.batch
     return {
         "seconds": round((marks[-1][0] - marks[1][0]) / steps, 2),
         "processor": round((marks[-1][1] - marks[1][1]) / steps, 2),
-        "tokens a pair": round(sum(computed[BATCH // MICRO :]) / args.pairs),
+        "tokens a pair": round(sum(computed[args.batch // MICRO :]) / args.pairs),
         "peak_gb": round(sides.peak_bytes() / 1e9, 2),
         "trl": version,
     }
@@ -133,11 +135,14 @@ def main() -> None:
     parser = sides.parser(__doc__)
     parser.add_argument("--prompt", type=int, default=128, help="words of a prompt, in the mean")
     parser.add_argument("--answer", type=int, default=64, help="words of an answer, in the mean")
-    parser.add_argument("--pairs", type=int, default=2 * BATCH)
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16, help="pairs of a step, a multiple of 4")
+    parser.add_argument("--seq-len", type=int, default=1024, help="tokens of our rows")
     parser.add_argument("--rows", type=int, default=5, help="our rows in a step")
     parser.add_argument("--compile", default="off")
     args = parser.parse_args()
-    own = [f"--{name}={getattr(args, name)}" for name in ("prompt", "answer", "pairs", "rows", "compile")]
+    names = ("prompt", "answer", "pairs", "batch", "seq_len", "rows", "compile")
+    own = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     sides.run("dpo", __file__, args, own, ours, theirs)
 
 
