@@ -288,6 +288,7 @@ def export(
     dtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None,
     chat_template: PathText | None = None,
     prove: bool = True,
+    force: bool = False,
 ) -> None:
     """Write a model for another program, and let that program prove that it answers there as it does here.
 
@@ -297,7 +298,7 @@ def export(
 
     Args:
         model: A directory, a .gguf file, a Hub id, or a built-in name.
-        out: A new directory.
+        out: A directory.
         to: The program.
         adapter: Directory of a LoRA adapter to go with the model.
         dtype: Number type of the weights; the stored one when not given (q8_0 and q4_0 are for llamacpp and ollama).
@@ -305,12 +306,13 @@ def export(
             when not given, the adapter's, else the model's.
         prove: Load what was written in transformers (also for vllm) or llama.cpp (also for ollama), and compare prompt
             ids, answers and log-probabilities with the source's.
+        force: Overwrite what is there.
     """
     from arriero.export.deliver import export as deliver
     from arriero.show.terminal import notes
 
     made = deliver(
-        model, out, to=to, adapter=adapter, dtype=dtype, chat_template=chat_template or "", proven=prove,
+        model, out, to=to, adapter=adapter, dtype=dtype, chat_template=chat_template or "", proven=prove, force=force,
         on_step=lambda what: notes().print(what, highlight=False),
     )  # fmt: skip
     if (proof := made.proof) is not None:

@@ -19,7 +19,7 @@ from typing import Literal
 
 from arriero.checkpoint.adapter import linears_of, read_adapter
 from arriero.checkpoint.beside import read_beside, sampling_of
-from arriero.checkpoint.convert import convert
+from arriero.checkpoint.convert import check_destination, convert
 from arriero.checkpoint.load import load_tokenizer_at, open_weights
 from arriero.checkpoint.source import resolve
 from arriero.errors import CheckpointError
@@ -58,13 +58,15 @@ def export(
     dtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None,
     chat_template: str = "",
     proven: bool = True,
+    force: bool = False,
     on_step: Callable[[str], None] = lambda what: None,
 ) -> Delivered:
-    """Write `model` (and an adapter) for a program into the new directory `out`, and prove it.
+    """Write `model` (and an adapter) for a program into the directory `out`, and prove it.
 
-    dtype: as in `convert`. proven: whether the other program has to load and confirm it.
-    Raises `CheckpointError` where `out` exists, or for the first thing in which the other program differs; what was
-    written is left then.
+    dtype: as in `convert`. proven: whether the other program has to load and confirm it. force: write over what `out`
+    holds, files of other names excepted.
+    Raises `CheckpointError` where `out` holds anything (unless `force`), or for the first thing in which the other
+    program differs; what was written is left then.
     """
     source, out = resolve(model), as_path(out)
     program = JUDGE[to]
@@ -73,14 +75,17 @@ def export(
             f"the proof needs the package {lacking!r}, which is not installed: pip install "
             f"{PACKAGE[program]}; or write without a proof: --no-prove"
         )
-    if out.exists():
-        raise CheckpointError(f"{out} exists; name a new directory")
+    check_destination(source, out, force)
+    if out.is_file():
+        raise CheckpointError(f"{out}: is a file, and what is written is a directory; name another")
     if dtype in ("q8_0", "q4_0") and program == "transformers":
         raise CheckpointError(f"dtype {dtype} is GGUF's; for {to} write bf16, or use arriero quantize")
     directory = None if adapter is None else resolve(adapter)
+    if directory is not None and (there := adapter_file(out, to)).exists() and there.samefile(directory):
+        raise CheckpointError(f"{there}: the adapter lies where it would be written; name another directory")
     template = chat_template or (_template_beside(directory) if directory else "")
     on_step("writing")
-    path = _write(source, out, to, directory, dtype, template)
+    path = _write(source, out, to, directory, dtype, template, force)
     proof = None
     if proven:
         on_step("asking Arriero")
@@ -102,17 +107,22 @@ def adapter_file(out: Path, to: Target) -> Path:
     return out / ("adapter" if JUDGE[to] == "transformers" else "adapter.gguf")
 
 
-def _write(source: Path, out: Path, to: Target, adapter: Path | None, dtype: str | None, chat_template: str) -> Path:
+def _write(
+    source: Path, out: Path, to: Target, adapter: Path | None, dtype: str | None, chat_template: str, force: bool
+) -> Path:
     """Write all files; returns what the program opens."""
+    if (stale := adapter_file(out, to)).exists():  # of what was exported before; it must not go with another model
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     if JUDGE[to] == "transformers":
-        convert(source, out, to="hf", dtype=dtype, chat_template=chat_template)  # type: ignore[arg-type]
+        convert(source, out, to="hf", dtype=dtype, chat_template=chat_template, force=force)  # type: ignore[arg-type]
         if adapter is not None:
             shutil.copytree(adapter, out / "adapter")
         return out
     tokenizer = load_tokenizer_at(source, adapter=adapter, chat_template=chat_template)
     found = around(tokenizer, CONVERSATIONS) if to == "ollama" else None
-    out.mkdir(parents=True)
-    path = convert(source, out / "model.gguf", to="gguf", dtype=dtype, chat_template=chat_template)  # type: ignore[arg-type]
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "model.gguf"
+    path = convert(source, file, to="gguf", dtype=dtype, chat_template=chat_template, force=force)  # type: ignore[arg-type]
     if adapter is not None:
         config = open_weights(source).config
         lora, tensors = read_adapter(linears_of(empty_model(config)), adapter)

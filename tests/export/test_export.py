@@ -225,7 +225,25 @@ def test_a_template_that_does_more_is_refused(smollm2_gguf):
 def test_what_cannot_be_written_is_refused(toy, tmp_path):
     model, _, _ = toy
     (tmp_path / "there").mkdir()
-    with pytest.raises(CheckpointError, match="exists; name a new directory"):
+    (tmp_path / "there/notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists already; choose another name, or give --force"):
         export(model, tmp_path / "there", to="ollama", proven=False)
+    with pytest.raises(CheckpointError, match="source and destination are the same"):
+        export(model, model, to="vllm", proven=False, force=True)
+    with pytest.raises(CheckpointError, match="is a file, and what is written is a directory"):
+        export(model, tmp_path / "there/notes.txt", to="vllm", proven=False, force=True)
     with pytest.raises(CheckpointError, match="dtype q8_0 is GGUF's"):
         export(model, tmp_path / "new", to="vllm", dtype="q8_0", proven=False)
+
+
+@pytest.mark.parametrize("to", ["ollama", "vllm"])
+def test_an_export_is_written_over_without_what_belonged_to_the_one_before(toy, tmp_path, to):
+    model, adapter, _ = toy
+    out = tmp_path / "out"
+    (out / "mine").mkdir(parents=True)
+    export(model, out, to=to, adapter=adapter, proven=False, force=True)
+    assert adapter_file(out, to).exists()
+    export(model, out, to=to, proven=False, force=True)
+    assert not adapter_file(out, to).exists()
+    assert (out / "mine").exists()
+    assert to == "vllm" or "ADAPTER" not in (out / "Modelfile").read_text()

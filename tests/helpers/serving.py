@@ -19,7 +19,7 @@ class Running:
     def __init__(self, config: ServeConfig, wait: bool = True) -> None:
         self.server, self._wait = Server(config), wait
         self.url = self.server.address
-        self._thread = threading.Thread(target=self.server.run)
+        self._thread = threading.Thread(target=self.server.run, daemon=True)
 
     def __enter__(self) -> Running:
         self._thread.start()

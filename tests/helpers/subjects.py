@@ -61,6 +61,7 @@ from arriero.train.scaling.budget import open_law
 from arriero.train.scaling.config import SweepConfig
 from helpers import gptq
 from helpers.hostile import Subject
+from helpers.requests import read_requests, write_requests
 from helpers.shards import write_shards
 from helpers.tokenizers import small_sentencepiece
 
@@ -589,6 +590,10 @@ def read_metrics(folder: Path) -> object:
     return surviving_records(folder / "metrics.jsonl")
 
 
+def write_bodies(folder: Path) -> None:
+    write_requests(byte_level(), folder)
+
+
 # -- all of them -------------------------------------------------------------------------------------------------
 
 TOKENIZERS = [
@@ -651,7 +656,9 @@ RECORDS = [
     Subject("fitted law", write_law, read_law),
     Subject("metrics", write_metrics, read_metrics),
 ]
+REQUESTS = [Subject("requests", write_bodies, read_requests, ("*.json",))]
 GROUPS = {
     "tokenizers": TOKENIZERS, "models": MODELS, "rows": ROWS, "documents": DOCUMENT_FILES, "records": RECORDS,
+    "requests": REQUESTS,
 }  # fmt: skip
 SUBJECTS = [subject for group in GROUPS.values() for subject in group]
