@@ -1,6 +1,7 @@
 """The server under the load of chats, against llama.cpp's own server, each started, asked and stopped in turn.
 
     python bench/serve.py --llama PATH/llama-server [--kinds bf16 int8] [--only arriero llama.cpp] [--rounds 2]
+    python bench/serve.py --in-process      llama.cpp's batches without any server: what its server cannot exceed
     python bench/serve.py --soak 5000 [--kinds int8]
 
 16 clients, each with prompts of 200 to 400 tokens behind a shared system prompt of 150, 128 new tokens, by either
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--llama", default="", help="a llama-server, built natively")
     parser.add_argument("--kinds", nargs="+", default=["bf16", "int8"], choices=list(GGUF))
     parser.add_argument("--only", nargs="+", default=["arriero", "llama.cpp"], choices=["arriero", "llama.cpp"])
+    parser.add_argument("--in-process", action="store_true", help="llama.cpp's own batches, where no llama-server is")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2, help="chats of each client")
     parser.add_argument("--crowd", type=int, default=0, help="clients of a last load, without a peer")
@@ -66,7 +68,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = Path(args.files or folder)
         for kind in args.kinds:
-            for name in args.only if args.llama or args.soak else ["arriero"]:
+            for name in args.only if args.llama or args.in_process else ["arriero"]:
+                if name == "llama.cpp" and args.in_process:
+                    result[f"{name} {kind}"] = in_process(gguf(files, kind), args.clients, args.rounds)
+                    continue
                 with started(name, kind, files, args) as server:
                     found = server.soak(args.soak) if args.soak else server.measured(args)
                 result[f"{name} {kind}"] = found
@@ -110,12 +115,14 @@ class Server:
 
     def measured(self, args: argparse.Namespace) -> dict[str, Any]:
         """Everything but the long run."""
-        self.load(args.clients, 1, seed=1)  # warms up
+        model = json.loads(self.call("/v1/models")[1])["data"][0]["id"]
+        self.call("/v1/completions", {"model": model, "prompt": "Hello", "max_tokens": 8})  # warms up
         before = self.cpu()
         found = self.load(args.clients, args.rounds, seed=2)
         if before:
             own, engine = (self.cpu()[who] - before[who] for who in ("own", "engine"))
             found |= {"own_cpu_s": round(own, 2), "engine_cpu_s": round(engine, 2), "own_share": round(own / engine, 4)}
+        print(json.dumps(found), file=sys.stderr, flush=True)
         found |= self.interrupted(args.clients)
         if args.crowd and self.report is not None:
             found[f"crowd of {args.crowd}"] = self.load(args.crowd, 1, seed=3)
@@ -150,7 +157,7 @@ class Server:
             ask(connection, {"Content-Type": "application/json"}, body, of)
             connection.close()
 
-        threads = [threading.Thread(target=chat, args=(20, 2 * NEW, each)) for each in told]
+        threads = [threading.Thread(target=chat, args=(20, NEW, each)) for each in told]
         for thread in threads:
             thread.start()
         while not all(len(each.between) >= 20 for each in told):
@@ -228,8 +235,7 @@ def started(name: str, kind: str, files: Path, args: argparse.Namespace) -> Iter
         }  # fmt: skip
         command = [sys.executable, __file__, "--child", json.dumps(config), str(report)]
     else:
-        if not (path := files / f"{kind}.gguf").exists():
-            convert("smollm2-135m", path, to="gguf", dtype=GGUF[kind])  # type: ignore[arg-type]
+        path = gguf(files, kind)
         n = args.clients + 1  # and the long prompt
         command = [args.llama, "-m", str(path), "--port", str(port), "--parallel", str(n), "--threads", "2"]
         command += ["--ctx-size", str(1024 * n + 2048), "--kv-unified"]
@@ -249,6 +255,61 @@ def started(name: str, kind: str, files: Path, args: argparse.Namespace) -> Iter
     finally:
         process.terminate()
         process.wait(60)
+
+
+def gguf(files: Path, kind: str) -> Path:
+    if not (path := files / f"{kind}.gguf").exists():
+        convert("smollm2-135m", path, to="gguf", dtype=GGUF[kind])  # type: ignore[arg-type]
+    return path
+
+
+def in_process(path: Path, clients: int, rounds: int) -> dict[str, Any]:
+    """The same chats in batches of llama.cpp's library, without a server's work; the shared prompt is computed once."""
+    import llama_cpp as c
+
+    llama = c.Llama(
+        str(path), n_ctx=1024 * clients, n_batch=2048, n_ubatch=512, n_threads=os.cpu_count(), verbose=False,
+        n_threads_batch=os.cpu_count(), n_seq_max=clients, kv_unified=True,
+    )  # fmt: skip
+    context, vocabulary = llama.ctx, llama.n_vocab()
+    chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
+    for part in (c.llama_sampler_init_top_k(40), c.llama_sampler_init_top_p(0.95, 1), c.llama_sampler_init_temp(0.8)):
+        c.llama_sampler_chain_add(chain, part)
+    c.llama_sampler_chain_add(chain, c.llama_sampler_init_dist(1))
+    batch, rng = c.llama_batch_init(4096, 0, 1), random.Random(2)
+
+    def decode(tokens: list[tuple[int, int, int, bool]]) -> None:
+        batch.n_tokens = len(tokens)
+        for i, (token, position, sequence, wanted) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0], batch.logits[i] = sequence, wanted
+        if c.llama_decode(context, batch):
+            raise SystemExit("llama.cpp: llama_decode failed")
+
+    first, between, began = [], [], time.perf_counter()
+    for _ in range(rounds):
+        c.llama_memory_clear(c.llama_get_memory(context), True)
+        asked = time.perf_counter()
+        decode([(rng.randrange(vocabulary), p, 0, False) for p in range(150)])
+        for s in range(1, clients):
+            c.llama_memory_seq_cp(c.llama_get_memory(context), 0, s, -1, -1)
+        last, ends = [], []
+        for s in range(clients):
+            end = 150 + rng.randint(50, 250)
+            decode([(rng.randrange(vocabulary), p, s, p == end - 1) for p in range(150, end)])
+            last.append(c.llama_sampler_sample(chain, context, -1))
+            ends.append(end)
+            first.append(time.perf_counter() - asked)
+        for step in range(NEW - 1):
+            before = time.perf_counter()
+            decode([(token, ends[s] + step, s, True) for s, token in enumerate(last)])
+            last = [c.llama_sampler_sample(chain, context, s) for s in range(clients)]
+            between.append(time.perf_counter() - before)
+    seconds = time.perf_counter() - began
+    return {
+        "tokens_per_s": round(rounds * clients * NEW / seconds, 1), "first_ms": percentiles(first),
+        "between_ms": percentiles(between),
+    }  # fmt: skip
 
 
 def child(settings: str, report: str) -> None:

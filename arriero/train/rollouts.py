@@ -32,8 +32,8 @@ from arriero.io.files import write_jsonl
 from arriero.losses.advantages import overlong_penalty, varied
 from arriero.rewards.base import Scorer
 from arriero.train.episodes import Group, Sampled, judged
+from arriero.train.journal import read_round
 from arriero.train.learner import mixed
-from arriero.train.metrics import surviving_records
 from arriero.train.rl_config import RolloutConfig
 from arriero.train.sampler import Sampler
 
@@ -206,10 +206,9 @@ class Rollouts:
         """What the journal has of a round, if these weights sampled it; [] where it has nothing. On all processes."""
         found: list[Group] = []
         if self.mesh.rank == 0 and path.exists():
-            rows = surviving_records(path)
-            same = [row["prompt"] for row in rows] == list(chosen)
-            if same and all(row["weights"]["checksum"] == self.sampler.weights for row in rows):
-                found = [Group.of(row) for row in rows]
+            checksums, groups = read_round(path)
+            if [group.prompt for group in groups] == list(chosen) and checksums <= {self.sampler.weights}:
+                found = groups
         if self.mesh.distributed:
             parts = [found]
             dist.broadcast_object_list(parts, 0, device=self.mesh.device)

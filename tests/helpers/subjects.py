@@ -13,6 +13,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,10 @@ from arriero.curate.sources import read_documents
 from arriero.data.formats import parse_record
 from arriero.data.preferences import encode_preferences
 from arriero.data.shards import Shards, find_sets, open_sources, verify_tokenizer
-from arriero.errors import DataError
+from arriero.errors import CheckpointError, DataError
+from arriero.export.lora_gguf import write_lora
+from arriero.infer.engine import Engine
+from arriero.infer.request import Request
 from arriero.io.records import read_records, source_files
 from arriero.model.build import build_model
 from arriero.model.config import LlamaConfig, Qwen3Config
@@ -56,6 +60,8 @@ from arriero.tokenizer.chat import encode_chat, encode_training
 from arriero.tokenizer.gguf import tokenizer_to_gguf
 from arriero.tokenizer.hf import HfTokenizer, byte_level_alphabet
 from arriero.tokenizer.template import ChatTemplate
+from arriero.train.episodes import Group, Past, Sampled
+from arriero.train.journal import read_round
 from arriero.train.metrics import surviving_records
 from arriero.train.scaling.budget import open_law
 from arriero.train.scaling.config import SweepConfig
@@ -235,6 +241,11 @@ def write_metas(folder: Path) -> None:
 def write_gguf_bytes(folder: Path) -> None:
     tokenizer = byte_level()
     write_gguf(from_model(model()), folder / "m.gguf", kind=Kind.Q8_0, tokenizer=tokenizer_to_gguf(tokenizer))
+
+
+def write_gguf_four_bits(folder: Path) -> None:
+    tokenizer = byte_level()
+    write_gguf(from_model(model()), folder / "m.gguf", kind=Kind.Q4_0, tokenizer=tokenizer_to_gguf(tokenizer))
 
 
 def write_gguf_pieces(folder: Path) -> None:
@@ -594,6 +605,51 @@ def write_bodies(folder: Path) -> None:
     write_requests(byte_level(), folder)
 
 
+def write_journal(folder: Path) -> None:
+    """Two rounds of a run that learns from its own answers: one scored, one not yet."""
+    for round_, value in enumerate((1.0, None)):
+        past = [Past(1, 1, "a", "b", 0.5)]
+        answers = [Sampled([5, 7, k], [-0.5, -1.25, -2.0], True, f"é {k}", value, "ok", "", past) for k in range(3)]
+        rows = [
+            {"step": 3, "weights": {"step": 2, "checksum": "ab12"}, "reward": "exact",
+             "asked": {"file": "p.jsonl", "row": 1, "text": "Hi"}, **asdict(Group(prompt, 2**61, answers))}
+            for prompt in (4, 2)
+        ]  # fmt: skip
+        (folder / f"step-00000003-{round_}.jsonl").write_bytes(json_lines(rows))
+
+
+def read_journal(folder: Path) -> object:
+    found = [read_round(path) for path in sorted(folder.iterdir())]
+    for _, groups in found:
+        for group in groups:
+            torch.tensor([float(answer.value or 0.0) for answer in group.answers])
+            [(torch.tensor(a.ids), torch.tensor(a.logprobs), a.targets, a.rewards_with(1.0)) for a in group.answers]
+    return found
+
+
+def write_adapter_gguf(folder: Path) -> None:
+    lora = LoraConfig(rank=2, alpha=4.0)
+    adapted = add_lora(build_model(SHAPE).init_weights(std=0.15, seed=5), lora)
+    tensors = {name: tensor.detach() for name, tensor in lora_state(adapted).items()}
+    write_lora(folder / "adapter.gguf", SHAPE, lora, tensors)
+
+
+def read_adapter_gguf(folder: Path) -> object:
+    """It is no model, whatever becomes of it."""
+    try:
+        return use_model(folder / "adapter.gguf")
+    except CheckpointError as error:
+        return str(error)
+
+
+def read_served(folder: Path) -> object:
+    """As the engine opens it: matrices stay in the file, and in few bits."""
+    path = folder / "m.gguf" if (folder / "m.gguf").exists() else folder
+    held = load_model(path, dtype=torch.bfloat16, packed=True, filed=True)
+    engine = Engine(held, cache_tokens=32, max_running=1)
+    return engine.generate([Request([1, 5, 7], 2, stop_ids=(), text=False)])[0][0].ids
+
+
 # -- all of them -------------------------------------------------------------------------------------------------
 
 TOKENIZERS = [
@@ -619,6 +675,10 @@ MODELS = [
     Subject("gguf, pieces, F16", write_gguf_pieces, read_gguf),
     Subject("gguf, qwen3, BF16", write_gguf_qwen, read_gguf),
     Subject("adapter", write_adapter, read_adapter),
+    Subject("adapter in gguf", write_adapter_gguf, read_adapter_gguf),
+    Subject("served, compressed-tensors, int4", partial(write_quantized, "int4"), read_served, WEIGHTS_AND_CONFIG),
+    Subject("served, gptq", write_gptq, read_served, WEIGHTS_AND_CONFIG),
+    Subject("served, gguf, Q4_0", write_gguf_four_bits, read_served),
     Subject("checkpoint of a run", write_native, read_native, sealed=True),
     Subject("checkpoint of a run in parts", write_native_parts, read_native, sealed=True),
     Subject("checkpoint sealed anew", write_native, read_native_sealed_anew),
@@ -655,6 +715,7 @@ RECORDS = [
     Subject("quality classifier", write_classifier, read_classifier),
     Subject("fitted law", write_law, read_law),
     Subject("metrics", write_metrics, read_metrics),
+    Subject("journal of rollouts", write_journal, read_journal),
 ]
 REQUESTS = [Subject("requests", write_bodies, read_requests, ("*.json",))]
 GROUPS = {

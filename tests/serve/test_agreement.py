@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +12,14 @@ import torch
 from helpers.serving import Running
 from helpers.toys import toy_directory
 from helpers.training import sft_settings
-from rich.console import Console
 
 from arriero.checkpoint.merge import merge
 from arriero.export.deliver import adapter_file, export
 from arriero.export.prove import missing
 from arriero.serve.config import ServeConfig
 from arriero.tokenizer.chat import encode_chat
-from arriero.train.sft import build
+from arriero.train.recipe import execute
+from arriero.train.sft import SftRun, build
 
 MESSAGES = [{"role": "user", "content": "17 + 2?"}, {"role": "assistant", "content": "17 + 2 = 19, 日本"}]
 NEAR = 1e-4
@@ -36,10 +37,15 @@ def tuned(smollm2_gguf, tmp_path_factory) -> tuple[Path, Path, list[int], np.nda
         for asked, said in sums
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = build(sft_settings(base, folder / "rows.jsonl", folder / "run", samples=0), Console(quiet=True))
-    run.run()
-    model = run.tuned.engine.whole_model()
-    ids = encode_chat(run.tuned.base.tokenizer, MESSAGES)
+    runs: list[SftRun] = []
+
+    def kept(*given: Any) -> SftRun:
+        runs.append(build(*given))
+        return runs[0]
+
+    execute(sft_settings(base, folder / "rows.jsonl", folder / "run", samples=0), "sft", kept)
+    tuned = runs[0].tuned
+    model, ids = tuned.engine.whole_model(), encode_chat(tuned.base.tokenizer, MESSAGES)
     return base, folder / "run" / "adapter", ids, scored(lambda batch: model.eval()(batch), ids)
 
 
