@@ -52,7 +52,8 @@ def _wrong(answer: Sampled) -> str | None:
         return "finished is neither true nor false, or text is no text"
     if answer.value is not None and not _is_number(answer.value):
         return "value is no number"
-    if not all(type(n) is int and n > 0 for one in past for n in (one.n_answer, one.n_reply)):
+    lengths = [(one.n_answer, one.n_reply) for one in past]
+    if not all(type(n) is int and type(m) is int and n > 0 and m >= 0 for n, m in lengths):
         return "an earlier answer or reply has no length"
     if sum(one.n_answer + one.n_reply for one in past) > len(ids):
         return "earlier answers have more tokens than all"
