@@ -160,8 +160,8 @@ class BenchConfig:
     """Types of the matrices to measure; int8 and int4 are rounded on the fly, for their speed alone."""
     batches: tuple[int, ...] = (1, 8, 32)
     """Answers that are decoded at a time."""
-    prompt: int = 512
-    """Tokens of the prompt that prefill is timed on."""
+    prefill: int = 512
+    """Tokens of the prompt that reading is timed on."""
     new_tokens: int = 48
     """Tokens of each answer that decoding is timed on."""
     rounds: int = 3
@@ -173,7 +173,7 @@ class BenchConfig:
         settle(self)
         check(bool(self.types), "types is empty; name bf16, int8 or int4")
         check(bool(self.batches) and min(self.batches) >= 1, f"batches is {self.batches}; give numbers of at least 1")
-        for name in ("prompt", "new_tokens", "rounds"):
+        for name in ("prefill", "new_tokens", "rounds"):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         check(
             not self.plot or self.plot.endswith((".png", ".svg", ".pdf")),

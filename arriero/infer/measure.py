@@ -46,7 +46,7 @@ class Speeds:
 def measure(model: Llama, config: BenchConfig, on_turn: Callable[[], object] = lambda: None) -> list[Speeds]:
     """The speeds of each type of `config`. model: in bf16. on_turn: called after each of `turns(config)`."""
     room = model.config.max_context
-    check(config.prompt < room, f"prompt is {config.prompt}; the model's context is {room} tokens: ask for fewer")
+    check(config.prefill < room, f"prefill is {config.prefill}; the model's context is {room} tokens: ask for fewer")
     check(
         PROMPT + config.new_tokens < room,
         f"new_tokens is {config.new_tokens}; {PROMPT} more of a prompt do not fit the context of {room} tokens",
@@ -54,7 +54,7 @@ def measure(model: Llama, config: BenchConfig, on_turn: Callable[[], object] = l
     models = {kind: of_type(model, kind) for kind in config.types}
     speeds = {kind: Speeds(kind, _bytes(held)) for kind, held in models.items()}
     most = max(config.batches)
-    longest = max(config.prompt, PROMPT + config.new_tokens) + 2
+    longest = max(config.prefill, PROMPT + config.new_tokens) + 2
     engines = {
         kind: Engine(held, max_running=most, step_tokens=max(512, most), context=min(room, longest))
         for kind, held in models.items()
@@ -64,7 +64,7 @@ def measure(model: Llama, config: BenchConfig, on_turn: Callable[[], object] = l
     found: dict[tuple[str, int], list[float]] = {}
     for turn in range(config.rounds):
         for kind, engine in engines.items():
-            found.setdefault((kind, 0), []).append(prefill_speed(engine, config.prompt, turn))
+            found.setdefault((kind, 0), []).append(prefill_speed(engine, config.prefill, turn))
             on_turn()
             for batch in config.batches:
                 speed = decode_speed(engine, batch, config.new_tokens, turn)
@@ -155,7 +155,7 @@ def table(speeds: list[Speeds], config: BenchConfig) -> Table:
     made = Table(title=f"tokens/s, sampled (threads: {torch.get_num_threads()})")
     made.add_column("type")
     made.add_column("weights", justify="right")
-    made.add_column(f"prefill of {config.prompt}", justify="right")
+    made.add_column(f"prefill of {config.prefill}", justify="right")
     for batch in config.batches:
         made.add_column(f"decode, {batch} at a time", justify="right")
     for s in speeds:
@@ -169,7 +169,7 @@ def figure(speeds: list[Speeds], config: BenchConfig) -> Figure:
     made = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = made.subplots(1, 2, width_ratios=[1, len(config.batches)])
     axes[0].bar([s.kind for s in speeds], [s.prefill for s in speeds], color="#8a5a2b")
-    axes[0].set_title(f"prefill of {config.prompt}")
+    axes[0].set_title(f"prefill of {config.prefill}")
     axes[0].set_ylabel("tokens/s")
     width = 0.8 / len(speeds)
     for i, s in enumerate(speeds):

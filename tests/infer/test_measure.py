@@ -22,7 +22,7 @@ def model():
 
 
 def test_every_type_is_measured_at_every_number_of_answers(model, tmp_path):
-    config, seen = BenchConfig("x", prompt=40, new_tokens=5, rounds=2, batches=(1, 3)), []
+    config, seen = BenchConfig("x", prefill=40, new_tokens=5, rounds=2, batches=(1, 3)), []
     speeds = measure(model, config, lambda: seen.append(1))
     assert [s.kind for s in speeds] == ["bf16", "int8", "int4"] and len(seen) == turns(config) == 18
     assert all(s.prefill > 0 and list(s.decode) == [1, 3] and min(s.decode.values()) > 0 for s in speeds)
@@ -51,13 +51,13 @@ def test_a_type_is_advised_where_it_is_fast_enough_for_what_it_loses():
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"prompt": 256}, "prompt is 256; the model's context is 256"),
+        ({"prefill": 256}, "prefill is 256; the model's context is 256"),
         ({"new_tokens": 250}, "new_tokens is 250; 32 more"),
     ],
 )
 def test_what_does_not_fit_the_context_is_refused(model, wrong, says):
     with pytest.raises(ConfigError, match=says):
-        measure(model, BenchConfig("x", **{"prompt": 9, **wrong}))
+        measure(model, BenchConfig("x", **{"prefill": 9, **wrong}))
 
 
 @pytest.mark.parametrize(
