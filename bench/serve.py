@@ -18,6 +18,7 @@ the engine's. Clients are threads of this process, and take their share of the s
 from __future__ import annotations
 
 import argparse
+import ctypes
 import http.client
 import json
 import os
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--in-process", action="store_true", help="llama.cpp's own batches, where no llama-server is")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2, help="chats of each client")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--crowd", type=int, default=0, help="clients of a last load, without a peer")
     parser.add_argument("--soak", type=int, default=0, help="requests of a long run, instead of all else")
     parser.add_argument("--mixed", type=int, default=0, help="MIXED_TOKENS of serve/models.py; 0: as it is")
@@ -64,13 +66,13 @@ def main() -> None:
     if args.child:
         child(*args.child)
         return
-    result: dict[str, Any] = {"bench": "serve", "clients": args.clients, "threads": os.cpu_count()}
+    result: dict[str, Any] = {"bench": "serve", "clients": args.clients, "threads": args.threads}
     with tempfile.TemporaryDirectory() as folder:
         files = Path(args.files or folder)
         for kind in args.kinds:
             for name in args.only if args.llama or args.in_process else ["arriero"]:
                 if name == "llama.cpp" and args.in_process:
-                    result[f"{name} {kind}"] = in_process(gguf(files, kind), args.clients, args.rounds)
+                    result[f"{name} {kind}"] = in_process(gguf(files, kind), args)
                     continue
                 with started(name, kind, files, args) as server:
                     found = server.soak(args.soak) if args.soak else server.measured(args)
@@ -122,6 +124,7 @@ class Server:
         if before:
             own, engine = (self.cpu()[who] - before[who] for who in ("own", "engine"))
             found |= {"own_cpu_s": round(own, 2), "engine_cpu_s": round(engine, 2), "own_share": round(own / engine, 4)}
+            found["tokens_per_cpu_s"] = round(found["tokens"] / (own + engine), 1)
         print(json.dumps(found), file=sys.stderr, flush=True)
         found |= self.interrupted(args.clients)
         if args.crowd and self.report is not None:
@@ -237,9 +240,20 @@ def started(name: str, kind: str, files: Path, args: argparse.Namespace) -> Iter
     else:
         path = gguf(files, kind)
         n = args.clients + 1  # and the long prompt
-        command = [args.llama, "-m", str(path), "--port", str(port), "--parallel", str(n), "--threads", "2"]
+        command = [
+            args.llama,
+            "-m",
+            str(path),
+            "--port",
+            str(port),
+            "--parallel",
+            str(n),
+            "--threads",
+            str(args.threads),
+        ]
         command += ["--ctx-size", str(1024 * n + 2048), "--kv-unified"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     server = Server(process, port, report)
     try:
         while True:
@@ -263,15 +277,19 @@ def gguf(files: Path, kind: str) -> Path:
     return path
 
 
-def in_process(path: Path, clients: int, rounds: int) -> dict[str, Any]:
+def in_process(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The same chats in batches of llama.cpp's library, without a server's work; the shared prompt is computed once."""
     import llama_cpp as c
 
-    llama = c.Llama(
-        str(path), n_ctx=1024 * clients, n_batch=2048, n_ubatch=512, n_threads=os.cpu_count(), verbose=False,
-        n_threads_batch=os.cpu_count(), n_seq_max=clients, kv_unified=True,
-    )  # fmt: skip
-    context, vocabulary = llama.ctx, llama.n_vocab()
+    quiet, clients = c.llama_log_callback(lambda *_: None), args.clients
+    c.llama_log_set(quiet, ctypes.c_void_p(0))
+    model = c.llama_model_load_from_file(str(path).encode(), c.llama_model_default_params())
+    settings = c.llama_context_default_params()
+    settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = 1024 * clients, 2048, 512, clients
+    settings.n_threads = settings.n_threads_batch = args.threads
+    settings.kv_unified = True
+    context = c.llama_init_from_model(model, settings)
+    vocabulary = c.llama_vocab_n_tokens(c.llama_model_get_vocab(model))
     chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
     for part in (c.llama_sampler_init_top_k(40), c.llama_sampler_init_top_p(0.95, 1), c.llama_sampler_init_temp(0.8)):
         c.llama_sampler_chain_add(chain, part)
@@ -286,8 +304,8 @@ def in_process(path: Path, clients: int, rounds: int) -> dict[str, Any]:
         if c.llama_decode(context, batch):
             raise SystemExit("llama.cpp: llama_decode failed")
 
-    first, between, began = [], [], time.perf_counter()
-    for _ in range(rounds):
+    first, between, began, cpu = [], [], time.perf_counter(), time.process_time()
+    for _ in range(args.rounds):
         c.llama_memory_clear(c.llama_get_memory(context), True)
         asked = time.perf_counter()
         decode([(rng.randrange(vocabulary), p, 0, False) for p in range(150)])
@@ -305,10 +323,10 @@ def in_process(path: Path, clients: int, rounds: int) -> dict[str, Any]:
             decode([(token, ends[s] + step, s, True) for s, token in enumerate(last)])
             last = [c.llama_sampler_sample(chain, context, s) for s in range(clients)]
             between.append(time.perf_counter() - before)
-    seconds = time.perf_counter() - began
+    seconds, cpu, tokens = time.perf_counter() - began, time.process_time() - cpu, args.rounds * clients * NEW
     return {
-        "tokens_per_s": round(rounds * clients * NEW / seconds, 1), "first_ms": percentiles(first),
-        "between_ms": percentiles(between),
+        "tokens_per_s": round(tokens / seconds, 1), "tokens_per_cpu_s": round(tokens / cpu, 1),
+        "first_ms": percentiles(first), "between_ms": percentiles(between),
     }  # fmt: skip
 
 
