@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 # One thread a process: tests run side by side, and two teams of threads on the same cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: help install demo from-scratch llama3 test test-all lint types bench clean
+.PHONY: help install demo from-scratch llama2 llama3 ladder test test-all lint types bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -30,6 +30,12 @@ demo: install  ## fine-tune a real model on docstrings, show before and after
 
 from-scratch: install  ## raw text -> curated corpus -> vocabulary -> shards -> a small base model, under 15 minutes
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/from-scratch.sh
+
+llama2: install  ## fine-tuning -> two reward models -> rejection sampling -> PPO -> ghost attention, to sort and keep secrets
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/llama2.sh
+
+ladder: install  ## five ways to learn from a model's own answers, side by side (SEEDS=0 for one seed)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/ladder.sh
 
 llama3: install  ## rated samples -> reward model -> rejection sampling -> DPO -> averaged weights, on sums
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/llama3.sh
