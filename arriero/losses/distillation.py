@@ -66,7 +66,6 @@ def chunked_distillation(
     computed with them, so the head runs forward once.
     """
     assert not isinstance(weight, DTensor), "DistillConfig refuses a head that is split by vocabulary"
-    hidden = widened(hidden)
     kept = (targets != -100).nonzero().squeeze(1)
     given = (x.index_select(0, kept) for x in (targets, ids, logq))
     total, parts = _Distillation.apply(hidden.index_select(0, kept), weight, *given, kind, share, chunk)
@@ -103,7 +102,6 @@ def chunked_divergence(
     compared one by one, the rest as one outcome; 0 compares all V. chunk: positions whose logits exist at a time.
     """
     assert not isinstance(weight, DTensor), "OnPolicyDistillConfig refuses a head that is split by vocabulary"
-    hidden, theirs = widened(hidden), widened(theirs)
     kept = (targets != -100).nonzero().squeeze(1)
     ours, others = hidden.index_select(0, kept), theirs.index_select(0, kept)
     total, each = _Divergence.apply(ours, others, weight, their_weight, kind, k, chunk)
@@ -117,8 +115,9 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, theirs: Tensor, weight: Tensor, their_weight: Tensor, kind: Kind, k: int, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        computed, wide = weight.to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
-        their_head, each = their_weight.to(theirs.dtype), hidden.new_zeros(len(hidden), dtype=wide)
+        computed, wide = widened(weight.to(hidden.dtype)), torch.promote_types(hidden.dtype, torch.float32)
+        their_head, each = widened(their_weight.to(theirs.dtype)), hidden.new_zeros(len(hidden), dtype=wide)
+        hidden, theirs = widened(hidden), widened(theirs)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[2] else None
         for start in range(0, len(hidden), chunk):
@@ -164,9 +163,10 @@ class _Distillation(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ids: Tensor, logq: Tensor, kind: Kind,
         share: float, chunk: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        computed, wide = weight.to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
+        computed, wide = widened(weight.to(hidden.dtype)), torch.promote_types(hidden.dtype, torch.float32)
         total, parts = hidden.new_zeros((), dtype=wide), hidden.new_zeros(2, dtype=wide)
-        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        learns, hidden = hidden.requires_grad, widened(hidden)
+        grad_hidden = torch.empty_like(hidden) if learns else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if weight.requires_grad else None
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)

@@ -56,7 +56,6 @@ def chunked_cross_entropy(
     compile: make one pass over each chunk's logits and one over their gradient, in compiled code. chunk: positions.
     Divide by the trained tokens of the whole global batch: the sum makes accumulation exact.
     """
-    hidden = widened(hidden)
     head = _Head.of(weight, compile)
     kept = (targets != IGNORED).nonzero().squeeze(1)
     if chunk is None:
@@ -89,7 +88,6 @@ def token_logprobs(
     Arguments as in `chunked_cross_entropy`, which is their negative sum. entropy: "measured" is without its gradient,
     for less work. temperature: what the tokens were sampled at.
     """
-    hidden = widened(hidden)
     head = _Head.of(weight)
     kept = (targets != IGNORED).nonzero().squeeze(1)
     parts = _TokenLogprobs.apply(
@@ -232,9 +230,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         z_loss: float,
         passes: _Passes,
     ) -> Tensor:
-        computed = weight.to(hidden.dtype)
+        learns, computed, hidden = hidden.requires_grad, widened(weight.to(hidden.dtype)), widened(hidden)
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        grad_hidden = torch.empty_like(hidden) if learns else None
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight)) if weight.requires_grad else None
         # Both large results of the products have one place for all chunks: fresh memory is faulted in page by page.
         logits = hidden.new_empty(min(chunk, len(targets)), len(weight))
@@ -270,8 +268,9 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         passes: _Passes,
     ) -> tuple[Tensor, Tensor]:
-        computed, vocabulary = weight.to(hidden.dtype), passes.vocabulary
         frozen = hidden.requires_grad and not weight.requires_grad
+        narrow, computed, vocabulary = hidden, widened(weight.to(hidden.dtype)), passes.vocabulary
+        hidden = widened(hidden)
         out = hidden.new_zeros(2, len(targets), dtype=_wide(hidden))
         logsumexps = torch.empty_like(out[0])
         pulled = entropy is True  # whether the entropy has a gradient
@@ -290,7 +289,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 ones = [torch.ones_like(logsumexp) if of == i else None for i in range(2)]
                 grad = _slope(logp, picked, here, out[1, rows, None], *ones)
                 torch.mm(grad.div_(temperature).to(hidden.dtype), computed, out=slope[rows])
-        ctx.save_for_backward(hidden, weight, targets, logsumexps, out[1], *slopes)
+        ctx.save_for_backward(narrow, weight, targets, logsumexps, out[1], *slopes)
         ctx.chunk, ctx.vocabulary, ctx.entropy, ctx.temperature = chunk, vocabulary, pulled, temperature
         return out[0].clone(), out[1].clone()
 
@@ -303,7 +302,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 slope * grad.to(slope.dtype) for slope, grad in zip(slopes, grads, strict=False) if grad is not None
             ]
             return (functools.reduce(torch.add, parts), None, None, None, None, None, None)
-        computed = weight.to(hidden.dtype)
+        computed, hidden = widened(weight.to(hidden.dtype)), widened(hidden)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight)) if ctx.needs_input_grad[1] else None
         for start in range(0, len(targets), ctx.chunk):
