@@ -183,6 +183,10 @@ REFUSED = {
     "nan": ({"prompt": Q, "completions": ["a", "b"], "scores": [1, "x"]}, "'scores' holds 'x', which is no finite"),
     "twice": ({"prompt": Q, "completions": ["a", "a"], "scores": [1, 2]}, "are one answer, so neither is better"),
     "lost": ({**PAIRS[0], "context": "A llama lost a leg."}, "'context' stands beside 'chosen', and would be lost"),
+    "lost beside an instruction": (
+        {"instruction": Q, "input": "A llama.", "context": "It lost a leg.", "chosen": GOOD, "rejected": BAD},
+        "'context' stands beside 'chosen', and would be lost",
+    ),
     "case": ({**PAIRS[0], "Rating": "better"}, "the column 'Rating' is not known; did you mean 'rating'?"),
     "label": ({"prompt": Q, "completion": GOOD, "label": "good"}, "'label' has to be true or false"),
     "unknown": ({"prompt": Q, "good": GOOD}, "no preference in its columns"),
