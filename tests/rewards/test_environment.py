@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Iterator
@@ -126,6 +127,31 @@ def test_the_example_of_the_documentation_is_an_environment(tmp_path: Path) -> N
         assert first == Score(0.0, note="calc: 12 * 34 = 408", reply=[{"role": "tool", "content": "408"}])
         assert environment([answer("calc: 12 * 34", "answer: 408")]) == [Score(1.0)]
         assert environment([answer("408")])[0].value == -0.1
+
+
+def test_a_question_of_reasoning_gym_may_be_tried_again_and_pays_its_best_try_once(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: arriero[rl]")
+    from arriero.data.tasks import Hardness, build_tasks
+
+    stats = build_tasks(
+        "reasoning-gym:leg_counting", tmp_path, train=1, held_out=0, seed=0, hard=Hardness(), settings={}
+    )
+    row = json.loads((tmp_path / "train.jsonl").read_text())
+    assert stats["train"] == 1
+
+    def answer(*texts: str) -> Answer:
+        return Answer(row["prompt"], texts[-1], True, row, "row 1", texts[:-1])
+
+    with open_environment("reasoning-gym:leg_counting", 60.0) as environment:
+        environment.check(row, "row 1")
+        [first] = environment([answer("-1")])
+        assert first.value < 1 and first.reply == "That is not right. Try again, and give the answer only."
+        [second] = environment([answer("-1", row["answer"])])
+        assert second.value == pytest.approx(1 - first.value) and second.reply is None
+    with open_environment("reasoning-gym:chain_sum", 60.0) as environment:
+        told = "the row is of reasoning-gym's leg_counting, and the environment is reasoning-gym:chain_sum"
+        with pytest.raises(DataError, match=told):
+            environment.check(row, "row 1")
 
 
 # -- guess the number --------------------------------------------------------------------------------------------------
