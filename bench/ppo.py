@@ -52,7 +52,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
         config = PpoConfig(
             model="smollm2-135m", out=f"{folder}/run", data=PromptConfig(train=str(path), validation="0"),
-            rollout=RolloutConfig(answers=args.answers, max_new_tokens=args.tokens, truncated="score"),
+            rollout=RolloutConfig(answers=args.answers, max_new_tokens=args.tokens, truncated="score",
+                at_once=args.prompts * args.answers),  # so that the cache is written as far as it goes
             policy=PolicyConfig(clip_high=0.2, kl=0.01, kl_in="reward", kl_kind="k1", updates=1),
             loop=LoopConfig(steps=2, batch_rows=args.prompts, micro_rows=args.micro_rows, precision=args.precision),
         )  # fmt: skip
