@@ -123,7 +123,7 @@ class Decoder(nn.Module):
         """tokens: ids [B, T]. layout: their positions and attention; None: each row is one document."""
         layout = Rows.of(tokens) if layout is None else layout
         rope = rope_tables(self.config, layout.positions)
-        x = self.embed_tokens(tokens).to(self.stream_dtype)
+        x = self.embed_tokens(tokens).to(self.compute_dtype).to(self.stream_dtype)
         for layer, block in enumerate(self.layers):
             x = block(x, rope, layout.attention(layer), self.compute_dtype)
         return self.norm(x)
@@ -160,6 +160,11 @@ class Llama(nn.Module):
         """What turns hidden states into outputs; its weight's name is that of its kind (`lm_head.weight`)."""
         head: Linear = getattr(self, _HEAD_NAMES[self.head_kind])
         return head
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's weight in the compute type, as the inference engine holds it, whatever type it is stored in."""
+        return self.head.weight.to(self.model.compute_dtype)
 
     def set_head(self, module: nn.Module) -> None:
         """Put another module in the head's place."""

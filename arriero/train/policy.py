@@ -153,7 +153,7 @@ def logprobs_of(temperature: float) -> Callable[[Llama, Batch], Tensor]:
     def function(model: Llama, batch: Batch) -> Tensor:
         hidden = model.model(batch.tokens, batch.layout)
         targets = batch.targets.flatten()
-        return token_logprobs(hidden.flatten(0, 1), model.head.weight, targets, temperature=temperature).chosen[None]
+        return token_logprobs(hidden.flatten(0, 1), model.head_weight, targets, temperature=temperature).chosen[None]
 
     return function
 
@@ -235,7 +235,7 @@ class PolicyObjective:
         c, targets = self.config, batch.targets.flatten()
         hidden = model.model(batch.tokens, batch.layout)
         found = token_logprobs(
-            hidden.flatten(0, 1), model.head.weight, targets, entropy="measured", temperature=self.temperature
+            hidden.flatten(0, 1), model.head_weight, targets, entropy="measured", temperature=self.temperature
         )
         logp, e = found.chosen, {name: x[0] for name, x in batch.token_extras.items()}
         mask, advantages, now = e["mask"], e["advantages"], logp.detach()

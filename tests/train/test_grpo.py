@@ -246,11 +246,12 @@ def test_sampler_and_trainer_agree_in_fp32_after_updates(
     assert difference.max() < 1e-4 and difference.mean() < 1e-5 and np.abs(sampled).max() > 1
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_bf16_trainer_leaves_the_residual_stream_in_fp32_as_the_sampler_does(
-    toy_model: Path, prompts: Path, tmp_path: Path
+    toy_model: Path, prompts: Path, tmp_path: Path, method: Any
 ) -> None:
     loop = LoopConfig(steps=4, batch_rows=4, micro_rows=2, precision="bf16")
-    run = built(settings(toy_model, prompts, tmp_path / "run", loop=loop))
+    run = built(settings(toy_model, prompts, tmp_path / "run", loop=loop, method=method))
     groups, engine = run.prepared.rollouts(0).groups, run.prepared.tuned.engine
     rows = [group_row(run.prepared.prompts[g.prompt].ids, g.answers, [0.0] * 5) for g in groups]
     sampled = np.concatenate([row.token_extras["sampled"] for row in rows])
