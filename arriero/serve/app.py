@@ -40,7 +40,10 @@ def application(config: ServeConfig) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        responses={400: {"description": "The request cannot be answered; the body says why."}},
+        responses={
+            "4XX": {"description": "The request cannot be answered; the body says why."},
+            503: {"description": "The model is being loaded, or the server stops; Retry-After says when to ask again."},
+        },
     )
     app.state.serve = state
     for module in (openai_api, responses_api, embeddings, anthropic_api, ollama_api, house_api, page_api):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from arriero.serve.body import Body, JsonRoute
 from arriero.serve.chat import with_mask
@@ -33,7 +33,7 @@ async def ready(request: Request) -> Response:
     return Json({"ready": models.ready, "models": models.states}, 200 if models.ready else 503)
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Counters and latencies, for Prometheus."""
     return Response(state_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
