@@ -108,7 +108,7 @@ def do_alone(run: Run) -> Trainer:
     return do(run, Mesh.alone("cpu"))
 
 
-def do_together(runs: list[Run], world: int, plan: Path, timeout: float = 280) -> str:
+def do_together(runs: list[Run], world: int, plan: Path, timeout: float = 900) -> str:
     """One after the other, on a group of `world` processes; returns what the first one printed."""
     plan.write_text(json.dumps([asdict(run) for run in runs]))
     return run_processes([sys.executable, "-m", "helpers.runs", str(plan)], world, timeout)
