@@ -91,7 +91,7 @@ def plot(out: Path, rows: list, start: dict, gains: dict) -> None:
     """pass@1 and pass@8 of every run, beside the start's."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.4), dpi=160, layout="constrained")
+    figure = Figure(figsize=(7, 1 + 0.4 * len(gains)), dpi=160, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for ax, measure in zip(axes, ("pass@1", "pass@8"), strict=True):
         for i, arm in enumerate(gains):
@@ -101,7 +101,7 @@ def plot(out: Path, rows: list, start: dict, gains: dict) -> None:
         ax.set_xlabel(f"{measure} (dashed: the start)")
         ax.set_xlim(0, 1)
     axes[0].set_yticks(range(len(gains)), list(gains))
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(gains) - 0.5, -0.5)
     figure.savefig(out / "ladder.png")
 
 

@@ -64,8 +64,8 @@ arm() { # arm NAME SEED DIR: trains one arm into DIR/adapter
       arriero dpo $model --data $3.jsonl --nll 0.2 --lr 1e-4 --epochs 2 --samples 0 "${packed[@]}" "${from[@]}" ;;
     ppo)
       arriero ppo $model --data $out/task/prompts.jsonl --reward exact --answers 8 --batch-rows $((prompts / steps)) \
-        --micro-rows $((prompts / steps)) --steps $steps --lr 2e-4 --value-lr 1e-3 --warmup-steps 2 --truncated score --samples 0 \
-        --validation 0 "${sampled[@]}" "${training[@]}" "${from[@]}" ;;
+        --micro-rows $((prompts / steps)) --steps $steps --lr 2e-4 --value-lr 1e-3 --warmup-steps 2 --truncated score \
+        --samples 0 --validation 0 "${sampled[@]}" "${training[@]}" "${from[@]}" ;;
     grpo)
       arriero grpo $model --data $out/task/prompts.jsonl --reward exact --answers 8 --batch-rows $((prompts / steps)) \
         --steps $steps --lr 2e-4 --truncated score --samples 0 --validation 0 "${sampled[@]}" "${training[@]}" \
