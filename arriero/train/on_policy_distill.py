@@ -170,6 +170,6 @@ class HeldOutDivergence(HeldOutAnswers):
             found["loss"] = found["divergence"] = float(sum(value.sum() for value in values)) / tokens
             if not self.lesson.config.rewarded:
                 found["samples"] = [text.rsplit("  [reward", 1)[0] for text in found["samples"]]
-                for name in [name for name in found if name == "reward" or name.startswith("best_of_")]:
+                for name in [name for name in found if name.startswith(("reward", "best_of_"))]:
                     del found[name]
         return found

@@ -67,6 +67,7 @@ def test_only_norms_and_embeddings_are_in_memory_until_held(opened):
     assert dense == {"model.embed_tokens.weight"}
     ids = torch.tensor([[5, 6, 7]])
     expected = opened(False)(ids)
-    assert torch.equal(model(ids), expected)
+    # An adapted linear over a matrix in the file rounds its two products apart, to bf16; over one in memory, once.
+    torch.testing.assert_close(model(ids), expected, rtol=0.05, atol=0.1)
     assert torch.equal(hold(model)(ids), expected)
     assert not any(isinstance(module, FiledLinear) for module in model.modules())
