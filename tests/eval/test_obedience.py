@@ -48,7 +48,7 @@ def by_hand(path, config):
     return found
 
 
-@pytest.mark.parametrize("every_turn", [False, True])
+@pytest.mark.parametrize("every_turn", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_each_turn_follows_the_models_own_answers_and_is_judged(dialogues, tmp_path, every_turn):
     config = ObedienceConfig(
         model="smollm2-135m", data=str(dialogues), max_new_tokens=12, precision="fp32", every_turn=every_turn, seed=3,
