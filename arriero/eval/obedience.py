@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -20,8 +19,8 @@ from arriero.data.instructions import BUILT_IN, Dialogue, Messages, draw, joined
 from arriero.errors import ConfigError, DataError
 from arriero.eval.bootstrap import Ratio, ratio
 from arriero.eval.config import ObedienceConfig
-from arriero.eval.results import OBEYED_AT, Results, Sample, examples_table, measures_table, save
-from arriero.eval.run import before_and_after
+from arriero.eval.results import OBEYED_AT, Results, Sample
+from arriero.eval.run import before_and_after, tell
 from arriero.infer.config import SamplingConfig
 from arriero.infer.engine import Engine
 from arriero.infer.request import Request
@@ -52,12 +51,7 @@ def run_obedience(config: ObedienceConfig, console: Console | None = None) -> Re
         return obedience(model, tokenizer, dialogues, config, name)
 
     before, after = before_and_after(measure, config)
-    console.print(measures_table(before, after, config.resamples, config.seed))
-    if config.examples:
-        console.print(examples_table(before or after, after if before else None, config.examples))
-    if config.out:
-        save(Path(config.out), asdict(config), before, after)
-        console.print(f"written: {config.out}/results.json, samples.jsonl", markup=False)
+    tell(config, before, after, console)
     return after
 
 

@@ -87,6 +87,16 @@ def before_and_after(
     return before, measured(config.model, config.adapter, config.quantize)
 
 
+def tell(config: PassConfig | ObedienceConfig, before: Results | None, after: Results, console: Console) -> None:
+    """Print the table and the examples, and write the files where the settings want them."""
+    console.print(measures_table(before, after, config.resamples, config.seed))
+    if config.examples:
+        console.print(examples_table(before or after, after if before else None, config.examples))
+    if config.out:
+        save(Path(config.out), asdict(config), before, after)
+        console.print(f"written: {config.out}/results.json, samples.jsonl", markup=False)
+
+
 def _measurement(config: EvalConfig) -> Measurement:
     """The function that measures a model by the task that the data calls for."""
     path = Path(config.data)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
@@ -24,8 +23,8 @@ from arriero.errors import ConfigError
 from arriero.eval.bootstrap import mean
 from arriero.eval.config import PassConfig
 from arriero.eval.pass_at_k import is_right, pass_at_k
-from arriero.eval.results import PASS_AT, Results, Sample, examples_table, measures_table, save
-from arriero.eval.run import before_and_after
+from arriero.eval.results import PASS_AT, Results, Sample
+from arriero.eval.run import before_and_after, tell
 from arriero.infer.config import SamplingConfig
 from arriero.infer.engine import Engine
 from arriero.infer.request import Completion, Request
@@ -58,12 +57,7 @@ def run_verified(config: PassConfig, console: Console | None = None) -> Results:
             return verified(model, tokenizer, _prompts(config, tokenizer), scorer, config, name)
 
         before, after = before_and_after(measure, config)
-    console.print(measures_table(before, after, config.resamples, config.seed))
-    if config.examples:
-        console.print(examples_table(before or after, after if before else None, config.examples))
-    if config.out:
-        save(Path(config.out), asdict(config), before, after)
-        console.print(f"written: {config.out}/results.json, samples.jsonl", markup=False)
+    tell(config, before, after, console)
     return after
 
 
