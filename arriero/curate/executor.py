@@ -6,13 +6,11 @@ A worker that dies is replaced and its task repeated, at most three times (syste
 from __future__ import annotations
 
 import os
-import re
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from arriero.errors import UserError, require
+from arriero.system.cluster import connected
 from arriero.system.pool import DEATHS, Pool
 
 
@@ -62,30 +60,11 @@ def one_thread() -> None:
     pyarrow.set_io_thread_count(1)
 
 
-def reach(address: str, seconds: float = 5.0) -> None:
-    """Raise OSError where nothing answers at host:port: Ray itself would try again and again, for minutes."""
-    if found := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address):
-        socket.create_connection((found[1], int(found[2])), seconds).close()
-
-
 class RayCluster:
     """Tasks on a Ray cluster, or on a local one that is started for this run ("local")."""
 
     def __init__(self, address: str, workers: int) -> None:
-        self.ray = require("ray", "ray")
-        try:
-            reach(address)
-            if address == "local":
-                self.ray.init(
-                    num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False,
-                    _metrics_export_port=None,
-                )  # fmt: skip
-            else:
-                self.ray.init(address=address, log_to_driver=False, configure_logging=False)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"no Ray cluster at {address!r} ({error}); start one with `ray start --head`, or give --ray local"
-            ) from error
+        self.ray = connected(address, workers)
         self.capacity = max(1, int(self.ray.cluster_resources().get("CPU", 1)))
 
     def run(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:

@@ -81,7 +81,13 @@ class GroupUpdate:
             for share in shares:
                 batches = [batch for _, batch in dealt(share, loop.micro_rows, engine, self.of.pad)]
                 found.append(self.learner.step(batches))
-                check_mismatch(found[-1]["mismatch"], self.config.rollout.mismatch_stop, self.objective.worst, self.of)
+                check_mismatch(
+                    found[-1]["mismatch"],
+                    self.config.rollout.mismatch_stop,
+                    self.objective.worst,
+                    self.of,
+                    rollout.behind,
+                )
         metrics = {**self._summary(found), **rollout.metrics}
         warn_of(metrics)
         return metrics

@@ -123,7 +123,9 @@ class PpoUpdate:
                     found.append({"loss": 0.0, "lr": 0.0, "grad_norm": 0.0, **self._counters, **of_value})
                     continue
                 found.append({**self.policy.step(batches), **of_value})
-                check_mismatch(found[-1]["mismatch"], config.rollout.mismatch_stop, self.objective.worst, self.of)
+                check_mismatch(
+                    found[-1]["mismatch"], config.rollout.mismatch_stop, self.objective.worst, self.of, rollout.behind
+                )
         metrics = {**self._summary(found), **told, **rollout.metrics}
         warn_of(metrics)
         return metrics

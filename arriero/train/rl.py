@@ -17,7 +17,7 @@ from rich.console import Console
 
 from arriero.data.prompts import Prompts, read_split
 from arriero.distributed.mesh import Mesh
-from arriero.errors import TrainingError
+from arriero.errors import TrainingError, check
 from arriero.losses.policy import kl_estimate
 from arriero.rewards.base import Scorer
 from arriero.rewards.environment import open_environment
@@ -82,13 +82,28 @@ def prepare(config: RlConfig, console: Console, mesh: Mesh, scorer: Scorer) -> P
     # compiling pays where shapes repeat, and those of answers do not; between products the sampler rounds nothing
     tuned = base.on(mesh, tokens=0, residual=torch.float32)
     longest = max(each.longest for each in (prompts, held_out) if each is not None) + rollout.longest
-    sampler = Sampler(tuned, longest=longest, at_once=rollout.at_once)
+    sampler = open_sampler(config, tuned, longest)
     rollouts = Rollouts(
         prompts, sampler, scorer, rollout,
         n_prompts=loop.batch_rows, seed=loop.seed, run_dir=Path(config.out), reward=config.scored_by,
+        steps=steps,
     )  # fmt: skip
     reference = Reference(tuned.engine, switched=config.method == "lora" and not config.adapter)
     return Prepared(config, tuned, prompts, held_out, rollouts, reference, steps)
+
+
+def open_sampler(config: RlConfig, tuned: Tuned, longest: int) -> Sampler:
+    """The engine that answers, where the settings have it. longest: tokens of a prompt and its episode."""
+    rollout = config.rollout
+    if rollout.rollout == "here":
+        return Sampler(tuned, longest=longest, at_once=rollout.at_once)
+    from arriero.train.ray_sampler import RaySampler  # here: ray is an extra
+
+    world = tuned.engine.mesh.world
+    check(
+        world == 1, f"rollout is {rollout.rollout}, and {world} processes train; with several, answers are sampled here"
+    )
+    return RaySampler(tuned, longest=longest, at_once=rollout.at_once)
 
 
 # -- held-out answers --------------------------------------------------------------------------------------------------
@@ -109,13 +124,15 @@ class HeldOutAnswers:
         assert of.held_out is not None
         chosen = list(range(len(of.held_out)))
         seeds = [mixed(of.config.loop.seed, VALIDATION, i) for i in chosen]
-        of.rollouts.sampler.refit()
-        if self.found and self.weights == of.rollouts.sampler.weights:
+        weights = of.rollouts.sampler.current()
+        if self.found and self.weights == weights.checksum:
             return self.found
-        self.groups = groups = of.rollouts.played(of.held_out, begun(chosen, seeds, config.validation_answers))
+        self.groups = groups = of.rollouts.answered(
+            of.held_out, begun(chosen, seeds, config.validation_answers), weights
+        )
         values = [[a.value or 0.0 for a in group.answers] for group in groups]
         reward = sum(map(sum, values)) / sum(map(len, values))
-        self.weights = of.rollouts.sampler.weights
+        self.weights = weights.checksum
         self.found = {
             "loss": -reward,
             "reward": reward,
@@ -234,9 +251,12 @@ def _error(means: list[float]) -> float:
 # -- what is watched ---------------------------------------------------------------------------------------------------
 
 
-def check_mismatch(mean: float, most: float, worst: Worst, of: Prepared) -> None:
-    """Raise `TrainingError` where sampler and trainer differ by more than rounding, naming the worst token."""
-    if mean > most:
+def check_mismatch(mean: float, most: float, worst: Worst, of: Prepared, behind: int) -> None:
+    """Raise `TrainingError` where sampler and trainer differ by more than rounding, naming the worst token.
+
+    behind: steps between their weights; where there are any, they differ by what was learned in them.
+    """
+    if mean > most and not behind:
         token = of.tuned.base.tokenizer.decode([worst.token]) if worst.token >= 0 else ""
         raise TrainingError(
             f"sampler and trainer differ: the mean of exp|difference| of their log-probabilities is {mean:.4f}, above "
@@ -263,7 +283,7 @@ HEALTHY = {
 def warn_of(metrics: dict[str, Any]) -> None:
     """Say once for each metric that it left its healthy range, and the remedy."""
     for name, (low, high, remedy) in HEALTHY.items():
-        value = metrics.get(name)
+        value = None if name == "mismatch" and metrics.get("behind") else metrics.get(name)
         if value is not None and not low <= value <= high:
             wanted = f"at most {high:g}" if value > high else f"at least {low:g}"
             warn_once(f"{name} left its healthy range ({wanted}): {remedy}")

@@ -71,6 +71,12 @@ class RolloutConfig:
     """Prefer prompts that were solved 20 to 80% of the time when last seen, and new ones."""
     at_once: int = 128
     """Answers that are decoded at a time."""
+    rollout: str = "here"
+    """Where answers are sampled: here, in this process; ray, in a process of its own on this machine; or ray:HOST:PORT,
+    in one of a Ray cluster, where `model` has to name the same files."""
+    rollout_lag: int = 0
+    """Steps by which the weights that sample lie behind those that learn; with ray both go on at the same time. The
+    importance weights (`correction`) make up for it. The first steps have answers of the first weights."""
     mismatch_stop: float = 1.05
     """Mean of exp|difference| of the sampler's and the trainer's log-probabilities above which the run stops: the same
     weights should give 1.00 to 1.02 in bf16."""
@@ -94,6 +100,16 @@ class RolloutConfig:
             not self.overlong_margin or self.truncated == "score",
             f"overlong_margin is {self.overlong_margin} and truncated is mask: an answer that is left out is not "
             "penalised; set truncated to score",
+        )
+        check(
+            self.rollout in ("here", "ray") or self.rollout.startswith("ray:"),
+            f"rollout is {self.rollout!r}; it is here, ray, or ray:HOST:PORT",
+        )
+        check(self.rollout_lag >= 0, f"rollout_lag is {self.rollout_lag}; it must be at least 0 (0: none)")
+        check(
+            not (self.rollout_lag and self.dynamic),
+            f"rollout_lag is {self.rollout_lag} and dynamic {self.dynamic}: further rounds would wait for the rewards "
+            "of steps to come; set one of them to 0",
         )
         check(0 < self.turn_seconds < math.inf, f"turn_seconds is {self.turn_seconds}; it must be above 0")
 

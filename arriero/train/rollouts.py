@@ -10,6 +10,10 @@ checksum of the weights. A run that goes on from a checkpoint takes what the ste
 there, if that was by its weights. So neither a scorer that draws lots nor another sampler changes the weights of a run
 that was killed. The checkpoint's own journal has the place in the order of prompts, and how often each was solved.
 
+With `rollout_lag` N the answers of step s are begun when step s - N is, by the weights of then, and a worker elsewhere
+(ray_sampler.py) samples them while this process learns. A checkpoint waits for what is under way, so it needs none of
+those weights: a run that goes on finds the answers in the journal, and is the run that was not killed.
+
 Price: a few kilobytes an answer on disk. All processes exchange all answers, so that what follows (advantages over the
 batch, which groups are left out) is computed alike on each of them.
 """
@@ -18,7 +22,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ from torch import Tensor
 
 from arriero.data.prompts import Prompts
 from arriero.distributed.mesh import Mesh
+from arriero.errors import CheckpointError
 from arriero.io.files import write_jsonl
 from arriero.losses.advantages import overlong_penalty, varied
 from arriero.rewards.base import Scorer
@@ -35,7 +41,8 @@ from arriero.train.episodes import Group, Sampled, judged
 from arriero.train.journal import read_round
 from arriero.train.learner import mixed
 from arriero.train.rl_config import RolloutConfig
-from arriero.train.sampler import Sampler
+from arriero.train.sampler import Sampler, Weights
+from arriero.train.turns import Turns
 
 VALIDATION = 2**62  # where the seeds of held-out answers begin: the same at each validation
 MIDDLE = (0.2, 0.8)  # shares of right answers between which a prompt teaches most
@@ -50,6 +57,18 @@ class Rollout:
     rewards: Tensor
     mask: Tensor
     metrics: Mapping[str, float]
+    behind: int = 0
+    solved: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A step whose prompts are chosen, and the weights that answer them: those after step `weights_step`."""
+
+    step: int
+    chosen: list[int]
+    weights: Weights
+    weights_step: int
 
 
 class Rollouts:
@@ -66,11 +85,15 @@ class Rollouts:
         seed: int,
         run_dir: Path,
         reward: str,
+        steps: int,
     ) -> None:
-        """n_prompts: of a step. reward: what the scorer is called, for the journal."""
+        """n_prompts: of a step. reward: what the scorer is called, for the journal. steps: of the run."""
         self.prompts, self.sampler, self.scorer, self.config = prompts, sampler, scorer, config
         self.n_prompts, self.seed, self.directory, self.reward = n_prompts, seed, run_dir / "rollouts", reward
         self.mesh: Mesh = sampler.tuned.engine.mesh
+        self.steps = steps
+        self.turns = Turns(config.rollout_lag > 0 and config.rollout != "here")
+        self.under_way: dict[int, tuple[Begun, Future[Rollout]]] = {}  # by step
         self.taken = 0  # place in the order of prompts
         self.solved: dict[int, float] = {}  # prompt -> mean reward when last seen
         self.seconds = {"sampling": 0.0, "scoring": 0.0}
@@ -79,21 +102,41 @@ class Rollouts:
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def __call__(self, step: int) -> Rollout:
-        """The answers of a step; further rounds make up for groups that teach nothing, where the settings allow."""
+        """The answers of a step; those of the steps that run ahead are begun, with the weights as they are now."""
+        for ahead in range(step, max(step + 1, min(step + self.config.rollout_lag + 1, self.steps))):
+            if ahead not in self.under_way:
+                begun_now = Begun(ahead, self._next(), self.sampler.current(), step)
+                self.under_way[ahead] = begun_now, self.turns.run(self._rollout, begun_now)
+        rollout = self.under_way.pop(step)[1].result()
+        self.solved.update(rollout.solved)
+        return rollout
+
+    def _rollout(self, of: Begun) -> Rollout:
+        """Further rounds make up for groups that teach nothing, where the settings allow."""
         self.seconds, self.reused = dict.fromkeys(self.seconds, 0.0), []
-        self.sampler.refit()
         useful: list[Group] = []
         others: list[Group] = []
+        solved: dict[int, float] = {}
         for round_ in range(1 + self.config.dynamic):
-            for group in self._round(step, round_):
+            for group in self._round(of, round_, self._next(solved) if round_ else of.chosen):
                 rewards, mask = self.rewards([group])
                 (useful if varied(rewards, mask)[0] else others).append(group)
-                self.solved[group.prompt] = float((rewards * mask).sum() / mask.sum().clamp(min=1))
+                solved[group.prompt] = float((rewards * mask).sum() / mask.sum().clamp(min=1))
             if len(useful) >= self.n_prompts or not self.config.dynamic:
                 break
         groups = (useful + others)[: self.n_prompts]
         rewards, mask = self.rewards(groups)
-        return Rollout(step, groups, rewards, mask, self._metrics(useful + others))
+        behind = of.step - of.weights_step
+        return Rollout(of.step, groups, rewards, mask, self._metrics(useful + others, behind), behind, solved)
+
+    def answered(self, prompts: Prompts, groups: list[Group], weights: Weights) -> list[Group]:
+        """The groups played with these weights, in turn with what runs ahead."""
+
+        def play() -> list[Group]:
+            self.sampler.take(weights)
+            return self.played(prompts, groups)
+
+        return self.turns.run(play).result()
 
     def rewards(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
         """Rewards [G, K], penalties for length taken off, and 1 for each answer that counts."""
@@ -104,27 +147,35 @@ class Rollouts:
         value = value + overlong_penalty(lengths, config.max_new_tokens, config.overlong_margin)
         return value, finished if config.truncated == "mask" else torch.ones_like(finished)
 
-    def _round(self, step: int, round_: int) -> list[Group]:
+    def _round(self, of: Begun, round_: int, chosen: list[int]) -> list[Group]:
         """One round of prompts, answered and scored; from the journal where that has them."""
-        chosen = self._next()
-        path = self.directory / f"step-{step + 1:08d}-{round_}.jsonl"
-        groups = self._recorded(path, chosen)
+        path = self.directory / f"step-{of.step + 1:08d}-{round_}.jsonl"
+        groups = self._recorded(path, chosen, of.weights.checksum)
         if not groups:
-            seeds = [mixed(self.seed, step, (round_ << 32) + i) for i in range(len(chosen))]
+            seeds = [mixed(self.seed, of.step, (round_ << 32) + i) for i in range(len(chosen))]
             groups = begun(chosen, seeds, self.config.answers)
-        return self.played(self.prompts, groups, lambda so_far: self._write(path, so_far, step))
+        if any(answer.value is None for group in groups for answer in group.answers):
+            if not of.weights.tensors:
+                raise CheckpointError(
+                    f"{path} is not what the run left there: its answers are by weights that are gone; begin a new run"
+                )
+            self.sampler.take(of.weights)
+        return self.played(self.prompts, groups, lambda so_far: self._write(path, so_far, of))
 
-    def _next(self) -> list[int]:
-        """The prompts of a round: the next ones, or of twice as many those that were neither easy nor hard."""
-        n = self.n_prompts
+    def _next(self, seen: Mapping[int, float] | None = None) -> list[int]:
+        """The prompts of a round: the next ones, or of twice as many those that were neither easy nor hard.
+
+        seen: how often prompts were solved in earlier rounds of the step.
+        """
+        n, solved = self.n_prompts, {**self.solved, **(seen or {})}
         if not self.config.prefer_middle:
             chosen = self.prompts.taken(self.seed, self.taken, n)
             self.taken += n
             return chosen
         candidates = self.prompts.taken(self.seed, self.taken, 2 * n)
         low, high = MIDDLE
-        apart = [i for i in candidates if not low <= self.solved.get(i, 0.5) <= high]
-        middle = [i for i in candidates if low <= self.solved.get(i, 0.5) <= high]
+        apart = [i for i in candidates if not low <= solved.get(i, 0.5) <= high]
+        middle = [i for i in candidates if low <= solved.get(i, 0.5) <= high]
         self.taken += 2 * n
         return (middle + apart)[:n]
 
@@ -190,10 +241,11 @@ class Rollouts:
 
     # -- the journal -----------------------------------------------------------------------------------------------
 
-    def _write(self, path: Path, groups: Sequence[Group], step: int) -> None:
+    def _write(self, path: Path, groups: Sequence[Group], of: Begun) -> None:
         if self.mesh.rank > 0:
             return
-        of_step = {"step": step + 1, "weights": {"step": step, "checksum": self.sampler.weights}, "reward": self.reward}
+        weights = {"step": of.weights_step, "checksum": of.weights.checksum}
+        of_step = {"step": of.step + 1, "weights": weights, "reward": self.reward}
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = []
         for group in groups:
@@ -202,12 +254,12 @@ class Rollouts:
             rows.append({**of_step, "asked": asked, **asdict(group)})
         write_jsonl(path, rows)
 
-    def _recorded(self, path: Path, chosen: Sequence[int]) -> list[Group]:
-        """What the journal has of a round, if these weights sampled it; [] where it has nothing. On all processes."""
+    def _recorded(self, path: Path, chosen: Sequence[int], checksum: int) -> list[Group]:
+        """What the journal has of a round, if the weights of that checksum sampled it; else []. On all processes."""
         found: list[Group] = []
         if self.mesh.rank == 0 and path.exists():
             checksums, groups = read_round(path)
-            if [group.prompt for group in groups] == list(chosen) and checksums <= {self.sampler.weights}:
+            if [group.prompt for group in groups] == list(chosen) and checksums <= {checksum}:
                 found = groups
         if self.mesh.distributed:
             parts = [found]
@@ -220,16 +272,27 @@ class Rollouts:
         return {}
 
     def state(self) -> Mapping[str, Any]:
-        """The place in the order of prompts, and how often each was solved."""
-        return {"taken": self.taken, "solved": [[i, share] for i, share in sorted(self.solved.items())]}
+        """The place in the order of prompts, how often each was solved, and which steps run ahead.
+
+        Waits until these are answered: their answers are in the journal then, and their weights need not be kept.
+        """
+        ahead = []
+        for of, future in self.under_way.values():
+            future.result()
+            ahead.append([of.step, of.chosen, of.weights.checksum, of.weights_step])
+        solved = [[i, share] for i, share in sorted(self.solved.items())]
+        return {"taken": self.taken, "solved": solved, **({"ahead": ahead} if ahead else {})}
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         self.taken, self.solved = state["taken"], {int(i): share for i, share in state["solved"]}
+        for step, chosen, checksum, weights_step in state.get("ahead", ()):
+            of = Begun(step, chosen, Weights({}, checksum), weights_step)
+            self.under_way[step] = of, self.turns.run(self._rollout, of)
 
     # -- metrics ---------------------------------------------------------------------------------------------------
 
-    def _metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+    def _metrics(self, groups: Sequence[Group], behind: int) -> dict[str, float]:
         rewards, mask = self.rewards(groups)
         answers = [a for group in groups for a in group.answers]
         n_tokens = sum(sum(a.answers) for a in answers)
@@ -242,6 +305,8 @@ class Rollouts:
             "sampling_seconds": self.seconds["sampling"],
             "scoring_seconds": self.seconds["scoring"],
         }
+        if self.config.rollout_lag:
+            found["behind"] = float(behind)
         if self.config.environment:
             found["turns"] = sum(len(a.answers) for a in answers) / n
         if self.reused:

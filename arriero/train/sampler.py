@@ -7,6 +7,7 @@ in every step (policy.py).
 
 Every data-parallel process has an engine of its own and answers its share of the prompts; the weights are gathered on
 process 0 and broadcast. Price: the engine's copy of the weights and its cache on each of them (`memory`).
+`ray_sampler.py` has the engine in another process.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,9 @@ from arriero.infer.blocks import blocks_for
 from arriero.infer.engine import Engine as Inference
 from arriero.infer.request import Completion, Request
 from arriero.infer.step import BLOCK
+from arriero.model.llama import Llama
+from arriero.model.lora_config import LoraConfig
+from arriero.tokenizer.base import Tokenizer
 from arriero.train.recipe import DTYPES
 from arriero.train.tuned import Tuned
 
@@ -33,13 +37,58 @@ STEP_TOKENS = 512  # of prompts in a step: nobody waits for a first token
 POLICY = "policy"  # the adapter's name in the engine
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What of a policy is trained, and a checksum of it."""
+
+    tensors: Mapping[str, Tensor]
+    checksum: int
+
+
+class Answering:
+    """An engine that takes up weights, and answers with them. lora: of an adapter; None: all weights are taken up."""
+
+    def __init__(
+        self, model: Llama, tokenizer: Tokenizer, lora: LoraConfig | None, *, longest: int, at_once: int
+    ) -> None:
+        self._lora = lora
+        self.engine = Inference(
+            model,
+            tokenizer,
+            cache_tokens=at_once * blocks_for(longest) * BLOCK,
+            max_running=at_once,
+            step_tokens=max(STEP_TOKENS, at_once),
+            context=longest,
+        )
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Answer with these from now on."""
+        if self._lora is not None:
+            self.engine.load_adapter(POLICY, (self._lora, tensors))
+            return
+        self.engine.pause()
+        for name, tensor in tensors.items():
+            self.engine.refit(name, tensor)
+        self.engine.resume()
+
+    def answer(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """All answers, in the order of the requests, which name no adapter."""
+        adapter = None if self._lora is None else POLICY
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # type: ignore[no-untyped-call]
+            return self.engine.generate([replace(request, adapter=adapter) for request in requests])
+
+
 class Sampler:
-    """Answers prompts with the current weights of `tuned`; `refit` takes them up."""
+    """Answers prompts with the weights of `tuned` that were last taken up."""
 
     def __init__(self, tuned: Tuned, *, longest: int, at_once: int) -> None:
         """longest: tokens of a prompt and its answer. at_once: answers that are decoded at a time."""
-        self.tuned, config = tuned, tuned.base.config
-        self._lora = config.method == "lora"
+        self.tuned = tuned
+        self.weights = 0  # the checksum of those that it answers with
+        self._open(longest, at_once)
+
+    def _open(self, longest: int, at_once: int) -> None:
+        tuned, config = self.tuned, self.tuned.base.config
         engine, mesh = tuned.engine, tuned.engine.mesh
         with ExitStack() as stack:
             if self._lora and not mesh.distributed:
@@ -49,39 +98,33 @@ class Sampler:
                 held = None if config.quantize == "none" else config.quantize
                 model = load_model(config.model, dtype=DTYPES[config.loop.precision], quantization=held)
                 model.to(mesh.device).model.compute_like(engine.model.model)
-            self.engine = Inference(
-                model,
-                tuned.base.tokenizer,
-                cache_tokens=at_once * blocks_for(longest) * BLOCK,
-                max_running=at_once,
-                step_tokens=max(STEP_TOKENS, at_once),
-                context=longest,
+            self._answering = Answering(
+                model, tuned.base.tokenizer, tuned.base.lora if self._lora else None, longest=longest, at_once=at_once
             )
-        self.weights = 0  # a checksum of those that it answers with
 
-    def refit(self) -> None:
-        """Take up the current weights. Every process has to call it."""
+    @property
+    def _lora(self) -> bool:
+        return self.tuned.base.config.method == "lora"
+
+    def current(self) -> Weights:
+        """The weights as they are now, good until the next step. Every process has to call it."""
         engine = self.tuned.engine
         tensors = self._everywhere(dict(engine.trained_tensors() if self._lora else engine.dense_tensors()))
         checksum = 0
         for name in sorted(tensors):
             view = tensors[name].detach().contiguous().view(torch.uint8).numpy()
             checksum = zlib.crc32(view, checksum)  # type: ignore[arg-type]  # a buffer of bytes
-        if checksum == self.weights:
-            return
-        if self._lora:
-            self.engine.load_adapter(POLICY, (self.tuned.base.lora, tensors))
-        else:
-            self.engine.pause()
-            for name, tensor in tensors.items():
-                self.engine.refit(name, tensor)
-            self.engine.resume()
-        self.weights = checksum
+        return Weights(tensors, checksum)
+
+    def take(self, weights: Weights) -> None:
+        """Answer with these from now on."""
+        if weights.checksum != self.weights:
+            self._put(weights.tensors)
+            self.weights = weights.checksum
 
     def answer(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """All answers, in the order of the requests, which name no adapter."""
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # type: ignore[no-untyped-call]
-            found = self.engine.generate([replace(r, adapter=POLICY) if self._lora else r for r in requests])
+        found = self._ask(requests)
         for answers in found:
             for answer in answers:
                 if answer.error is not None:
@@ -90,8 +133,14 @@ class Sampler:
 
     @property
     def memory(self) -> Mapping[str, int]:
-        """Bytes of the engine's copy of the weights, and of its cache."""
-        return self.engine.memory
+        """Bytes of the engine's copy of the weights, and of its cache, in this process."""
+        return self._answering.engine.memory
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        self._answering.take(tensors)
+
+    def _ask(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        return self._answering.answer(requests)
 
     def _everywhere(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What process 0 has gathered, on all processes."""

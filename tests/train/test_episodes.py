@@ -122,7 +122,6 @@ def test_later_turns_draw_other_random_numbers(run: RlRun) -> None:
 
 def test_a_turn_reads_all_that_came_before_it_from_the_cache_but_its_last_token(run: RlRun) -> None:
     rollouts = run.prepared.rollouts
-    rollouts.sampler.refit()
     groups = run.prepared.rollouts
     cached: list[tuple[int, int]] = []
     inner = rollouts.sampler.answer
