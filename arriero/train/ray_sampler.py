@@ -90,6 +90,7 @@ class RaySampler(Sampler):
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except self._ray.exceptions.RayActorError as error:
+            why = str(error).partition("\n")[0]
             raise TrainingError(
-                f"the rollout worker has died ({error}); resume the run: what it had answered is in its journal"
+                f"the rollout worker has died ({why}); resume the run: what it had answered is in its journal"
             ) from error
