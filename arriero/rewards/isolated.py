@@ -55,6 +55,8 @@ class Isolated(Scorer):
             reply = process.ask({"check": dict(row), "where": where}, START)
         if "refused" in reply:
             raise UserError(reply["refused"])
+        if "outcome" in reply:  # no answer to this row could be scored
+            raise UserError(f"{where}: the reward cannot check this row ({reply['outcome']}: {reply['note']}); mend it")
 
     def close(self) -> None:
         """End the processes."""

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import gc
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -247,6 +248,9 @@ class Models:
         except UserError as error:
             self._failed[name] = str(error)
             complain(f"arriero: {name}: {error}")
+        except Exception as error:  # a fault of ours, or no memory left: this model fails, the others go on
+            self._failed[name] = f"{type(error).__name__}: {error}"
+            complain(f"arriero: {name}: {''.join(traceback.format_exception(error))}")
         finally:
             del self._loading[name]
 

@@ -68,6 +68,14 @@ def test_a_pattern_has_to_match_all_of_the_answer():
             scorer.check({"pattern": "("}, "row 2")
 
 
+def test_a_row_whose_check_crashes_is_refused_as_one_that_fails_it():
+    with open_scorer("reasoning-gym", seconds=1) as scorer:
+        with pytest.raises(UserError, match=r"row 3: .*cannot check this row \(crash: AttributeError"):
+            scorer.check({"entry": {"metadata": ["chain_sum"]}}, "row 3")
+        with pytest.raises(UserError, match="row 4: 'entry' is none of reasoning-gym's"):
+            scorer.check({"entry": {"metadata": {}}}, "row 4")
+
+
 def test_json_has_to_satisfy_the_schema():
     schema = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer", "minimum": 0}}}
     with open_scorer("json-schema", seconds=1) as scorer:

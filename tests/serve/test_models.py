@@ -15,6 +15,7 @@ from arriero.checkpoint.load import load
 from arriero.infer.generate import stream
 from arriero.model.lora import add_lora, lora_state
 from arriero.model.lora_config import LoraConfig
+from arriero.serve import models
 from arriero.serve.config import ServeConfig
 
 KEY = {"x-api-key": "k"}
@@ -136,6 +137,27 @@ def test_a_model_that_cannot_be_loaded_is_told_and_takes_no_other(tmp_path, smol
         assert "no checkpoint known here" in told["error"]["message"]
         assert server.call("/v1/completions", {"model": "good", **asked})[0] == 200
     assert "no checkpoint known here" in capfd.readouterr().err
+
+
+def test_a_fault_of_ours_while_loading_keeps_its_traceback_and_takes_no_other(smollm2_gguf, capfd, monkeypatch):
+    opened = models._open
+
+    def failing(config, name, *rest):
+        if name == "bad":
+            raise MemoryError("none left")
+        return opened(config, name, *rest)
+
+    monkeypatch.setattr(models, "_open", failing)
+    config = ServeConfig(model=(f"good={smollm2_gguf}", f"bad={smollm2_gguf}"), port=0, load="start", cache_gb=0.1)
+    with Running(config, wait=False) as server:
+        while "loading" in (states := server.call("/ready")[1]["models"]).values():
+            time.sleep(0.1)
+        assert states == {"good": "ready", "bad": "failed: MemoryError: none left"}
+        status, told, _ = server.call("/v1/completions", {"model": "bad", "prompt": "x", "max_tokens": 1})
+        assert status == 500
+        assert "MemoryError" in told["error"]["message"]
+        assert server.call("/v1/completions", {"model": "good", "prompt": "x", "max_tokens": 1})[0] == 200
+    assert "in failing" in capfd.readouterr().err
 
 
 SETTINGS = {
