@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 # One thread a process: tests run side by side, and two teams of threads on the same cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: help install demo from-scratch llama2 llama3 ladder test test-all lint types bench clean
+.PHONY: help install demo from-scratch llama2 llama3 ladder proxy test test-all lint types bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -36,6 +36,9 @@ llama2: install  ## fine-tuning -> two reward models -> rejection sampling -> PP
 
 ladder: install  ## five ways to learn from a model's own answers, side by side (SEEDS=0 for one seed)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/ladder.sh
+
+proxy: install  ## what becomes of the true reward while a reward model's score is driven up, by best-of-n and by GRPO
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/proxy.sh
 
 llama3: install  ## rated samples -> reward model -> rejection sampling -> DPO -> averaged weights, on sums
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/llama3.sh

@@ -111,6 +111,6 @@ for stage in stages:
     print(f"{stage:10}" + "".join(f"{cell:>26}" for cell in cells))
 for kind in ("help", "safety"):
     found = json.loads((out / kind / "reward.json").read_text())
-    low, high = found["accuracy_interval"]
-    print(f"reward model of {kind}: {found['accuracy']:.1%} of {found['pairs']} held-out pairs ({low:.1%} to {high:.1%})")
+    low, high = [share or 0.0 for share in found["accuracy_interval"]]  # null where there are too few pairs
+    print(f"reward model of {kind}: {found['accuracy'] or 0:.1%} of {found['pairs']} held-out pairs ({low:.1%} to {high:.1%})")
 END

@@ -80,12 +80,19 @@ def curves_png(
     theme: Theme = LIGHT,
     across: str = "optimizer step",
 ) -> bytes:
-    """Draw training loss (each step, and smoothed), validation loss, and below them the learning rate of the steps."""
-    figure = Figure(figsize=(9, 5.4), dpi=160, facecolor=theme.background, layout="constrained")
-    if steps:
+    """Draw training loss (each step, and smoothed), validation loss, and below them the learning rate of the steps.
+
+    Where held-out answers are scored by another reward than those of the steps (`proxy`), that has axes of its own.
+    """
+    by_proxy = bool(steps and validation) and all("proxy" in record for record in validation)
+    figure = Figure(figsize=(9, 5.4 + 2.4 * by_proxy), dpi=160, facecolor=theme.background, layout="constrained")
+    if by_proxy:
+        top, judged, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[3.4, 2.4, 1])
+    elif steps:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
+        judged = top
     else:
-        top = bottom = figure.subplots()
+        top = bottom = judged = figure.subplots()
     x, shown = [record["step"] for record in steps], _shown_of(steps, validation)
     losses = [math.nan if record[shown] is None else record[shown] for record in steps]
     if steps:
@@ -93,10 +100,15 @@ def curves_png(
         top.plot(x, smoothed(losses), color=theme.first, linewidth=2, label="training, smoothed")
         bottom.plot(x, [record["lr"] for record in steps], color=theme.text, linewidth=1.5)
     if validation:
-        points = [record["step"] for record in validation], [record[shown] for record in validation]
-        top.plot(*points, color=theme.second, linewidth=2, marker="o", markersize=4.5, label="validation")
+        of_steps = [record["step"] for record in validation]
+        marked: Any = {"color": theme.second, "linewidth": 2, "marker": "o", "markersize": 4.5}
+        if by_proxy:
+            proxy = [record["proxy"] for record in validation]
+            top.plot(of_steps, proxy, **marked, linestyle="--", label="validation, by the same reward")
+            judged.set_ylabel("validation reward", color=theme.text)
+        judged.plot(of_steps, [record[shown] for record in validation], **marked, label="validation")
         best = min(validation, key=lambda record: record["loss"])
-        top.annotate(
+        judged.annotate(
             f"{best[shown]:.3f}",
             (best["step"], best[shown]),
             xytext=(0, -15),
@@ -105,7 +117,7 @@ def curves_png(
             color=theme.second,
             fontweight="bold",
         )
-        top.margins(y=0.12)
+        judged.margins(y=0.12)
     top.set_ylabel("mean reward" if shown == "reward" else "loss (nats per token)", color=theme.text)
     if steps:
         bottom.set_ylabel("learning rate", color=theme.text)
@@ -114,7 +126,7 @@ def curves_png(
         bottom.yaxis.get_offset_text().set_color(theme.text)
     bottom.set_xlabel(across, color=theme.text)
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    dress(tuple(dict.fromkeys((top, bottom))), theme)
+    dress(tuple(dict.fromkeys((top, judged, bottom))), theme)
     top.legend(frameon=False, labelcolor=theme.text, loc="upper right")
     return png(figure)
 

@@ -2,13 +2,15 @@
 
 `prepare` opens all of it; a recipe adds its learners and an `update` that takes a `Rollout` (rollouts.py) and has them
 step (policy.py). The validation's loss is minus the mean reward of answers to held-out prompts, sampled as in training
-with the same random numbers each time; the weights with the highest reward are the result.
+with the same random numbers each time; the weights with the highest reward are the result. Where the reward is a proxy,
+`validation_reward` names what it stands for, and the best weights are those of that.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ from arriero.data.prompts import Prompts, read_split
 from arriero.distributed.mesh import Mesh
 from arriero.errors import TrainingError, check
 from arriero.losses.policy import kl_estimate
-from arriero.rewards.base import Scorer
+from arriero.rewards.base import Answer, Score, Scorer
 from arriero.rewards.environment import open_environment
 from arriero.rewards.open import open_scorer
 from arriero.show.terminal import warn_once
@@ -56,11 +58,31 @@ class Prepared:
         return self.tuned.padded_to(PADDED_TO) is not None
 
 
+class Rewards(Scorer):
+    """A scorer of the steps' answers, and another of held-out ones."""
+
+    def __init__(self, of_steps: Scorer, of_held_out: Scorer) -> None:
+        self.of_steps, self.of_held_out = of_steps, of_held_out
+
+    def __call__(self, answers: Sequence[Answer]) -> list[Score]:
+        return self.of_steps(answers)
+
+    def check(self, row: Mapping[str, Any], where: str) -> None:
+        """What the steps' scorer says of a row."""
+        self.of_steps.check(row, where)
+
+    def close(self) -> None:
+        """Close both."""
+        self.of_steps.close()
+        self.of_held_out.close()
+
+
 def open_rewards(config: RlConfig) -> Scorer:
     """What scores the answers, or plays with them."""
     if config.rollout.environment:
         return open_environment(config.rollout.environment, config.rollout.turn_seconds)
-    return open_scorer(config.scored_by)
+    of_steps = open_scorer(config.scored_by)
+    return Rewards(of_steps, open_scorer(config.validation_reward)) if config.validation_reward else of_steps
 
 
 def prepare(config: RlConfig, console: Console, mesh: Mesh, scorer: Scorer) -> Prepared:
@@ -75,6 +97,9 @@ def prepare(config: RlConfig, console: Console, mesh: Mesh, scorer: Scorer) -> P
     )  # fmt: skip
     for prompt in (*prompts, *(held_out or ())):
         scorer.check(prompt.fields, prompt.where)
+    if isinstance(scorer, Rewards):
+        for prompt in held_out or ():
+            scorer.of_held_out.check(prompt.fields, prompt.where)
     if rollout.environment:
         encode_reply(base.tokenizer, prompts[0].messages, [{"role": "user", "content": "x"}], prompts[0].tools)
     held_out = None if held_out is None else held_out[: data.validation_prompts]
@@ -130,15 +155,23 @@ class HeldOutAnswers:
         self.groups = groups = of.rollouts.answered(
             of.held_out, begun(chosen, seeds, config.validation_answers), weights
         )
-        values = [[a.value or 0.0 for a in group.answers] for group in groups]
-        reward = sum(map(sum, values)) / sum(map(len, values))
+        values = _values(groups)
+        proxy = {}
+        if isinstance(scorer := of.rollouts.scorer, Rewards):
+            proxy = {"proxy": _mean(values)}
+            unscored = [replace(g, answers=[replace(a, value=None) for a in g.answers]) for g in groups]
+            self.groups = groups = of.rollouts.scored(of.held_out, unscored, scorer.of_held_out)
+            values = _values(groups)
+        reward = _mean(values)
         self.weights = weights.checksum
         self.found = {
             "loss": -reward,
             "reward": reward,
             "reward_error": _error([sum(each) / len(each) for each in values]),
             f"best_of_{config.validation_answers}": sum(map(max, values)) / len(values),
-            "truncated": sum(not a.finished for g in groups for a in g.answers) / sum(map(len, values)),
+            **proxy,
+            "truncated": _mean([[not a.finished for a in group.answers] for group in groups]),
+            "answer_tokens": _mean([[sum(a.answers) for a in group.answers] for group in groups]),
             "kl": self._kl(groups[:KL_GROUPS]),
             "samples": [self._shown(group) for group in groups[: of.config.samples]],
         }
@@ -240,6 +273,14 @@ def unchanged(learner: Learner) -> dict[str, Any]:
     c = learner.counters
     none = {"loss": 0.0, "lr": 0.0, "grad_norm": 0.0, "tokens": c.tokens, "trained_tokens": c.trained_tokens}
     return {**none, "skipped": c.skipped + c.spikes}
+
+
+def _values(groups: Sequence[Group]) -> list[list[float]]:
+    return [[a.value or 0.0 for a in group.answers] for group in groups]
+
+
+def _mean(values: Sequence[Sequence[float]]) -> float:
+    return sum(map(sum, values)) / sum(map(len, values))
 
 
 def _error(means: list[float]) -> float:

@@ -183,6 +183,9 @@ class RlConfig(TuneConfig):
     reward: str = ""
     """What scores the answers: exact or numeric, against the row's `answer`, or another that rewards/open.py knows, as
     python:mine.py:reward. Empty: exact, or the environment."""
+    validation_reward: str = ""
+    """What scores held-out answers, where that is another: a verifier beside a reward model, whose score is only a
+    proxy. The weights that are kept are the best by it; `proxy` logs what `reward` gives the same answers."""
     samples: int = 8
     """Held-out prompts whose answers are shown in the report, over time; 0 for none."""
     data: PromptConfig = field(default_factory=PromptConfig)
@@ -200,6 +203,16 @@ class RlConfig(TuneConfig):
             not (self.reward not in ("", NO_REWARD) and self.rollout.environment),
             f"reward is {self.reward} and environment {self.rollout.environment}, which gives the rewards itself; "
             "leave one of them out",
+        )
+        check(
+            not (self.validation_reward and self.rollout.environment),
+            f"validation_reward is {self.validation_reward} and environment {self.rollout.environment}, which gives "
+            "the rewards itself; leave one of them out",
+        )
+        check(
+            not (self.validation_reward and self.data.validation == "0"),
+            f"validation_reward is {self.validation_reward}, and validation is 0: nothing is held out that it could "
+            "score; set validation to a file or a share",
         )
         check(
             not (self.data.raw and self.rollout.environment),
@@ -258,6 +271,10 @@ class OnPolicyDistillConfig(RlConfig):
         check(
             self.parallel.tp == 1,
             f"tp is {self.parallel.tp}; distillation reads whole rows of logits: take dp_shard instead of tp",
+        )
+        check(
+            not self.validation_reward,
+            f"validation_reward is {self.validation_reward}; no reward is learned from here: give it as reward",
         )
         check(
             not self.rollout.dynamic,

@@ -210,12 +210,15 @@ class Rollouts:
         self.seconds["sampling"] += time.perf_counter() - began
         return shared
 
-    def scored(self, prompts: Prompts, groups: Sequence[Group]) -> list[Group]:
-        """The groups with what their answers are worth, and replies; each process group scores its share."""
+    def scored(self, prompts: Prompts, groups: Sequence[Group], scorer: Scorer | None = None) -> list[Group]:
+        """The groups with what their answers are worth, and replies; each process group scores its share.
+
+        scorer: another than that of the steps.
+        """
         began = time.perf_counter()
         mine = [groups[i] for i in self._mine(len(groups))]
         asked = [(g, k, answer) for g, of in enumerate(mine) for k, answer in of.to_score(prompts[of.prompt])]
-        scores = self.scorer([answer for _, _, answer in asked]) if asked else []
+        scores = (scorer or self.scorer)([answer for _, _, answer in asked]) if asked else []
         tokenizer = self.sampler.tuned.base.tokenizer
         answers: list[dict[int, Sampled]] = [{} for _ in mine]
         for (g, k, _), score in zip(asked, scores, strict=True):

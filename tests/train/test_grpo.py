@@ -26,8 +26,8 @@ from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.metrics import surviving_records
 from arriero.train.policy import PolicyObjective, dealt, evaluated, group_row, logprobs_of
 from arriero.train.recipe import execute
-from arriero.train.rl import RlRun
-from arriero.train.rl_config import GrpoConfig, PolicyConfig, PromptConfig, RolloutConfig
+from arriero.train.rl import Rewards, RlRun
+from arriero.train.rl_config import GrpoConfig, OnPolicyDistillConfig, PolicyConfig, PromptConfig, RolloutConfig
 from arriero.train.rollouts import Sampled
 from arriero.train.why import why
 
@@ -366,6 +366,28 @@ def test_a_bandit_converges_to_its_best_arm() -> None:
     assert logits.softmax(0)[2] > 0.9
 
 
+def test_held_out_answers_may_be_scored_by_what_the_reward_is_a_proxy_of(
+    toy_model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    plain = settings(toy_model, prompts, tmp_path / "plain")
+    train(plain, ByRule())
+    config = settings(toy_model, prompts, tmp_path / "run", validation_reward="python:true.py:reward")
+    train(config, Rewards(ByRule(), ByRule(lambda text: float(-len(text)))))
+    assert result(tmp_path / "run").keys() == result(tmp_path / "plain").keys()
+    for name, tensor in result(tmp_path / "run").items():  # what is learned from is the reward
+        assert torch.equal(tensor, result(tmp_path / "plain")[name])
+    by_proxy = validations(tmp_path / "run")
+    assert [v["proxy"] for v in by_proxy] == [v["reward"] for v in validations(tmp_path / "plain")]
+    for v in by_proxy:
+        assert v["reward"] < 0
+        assert v["loss"] == -v["reward"]
+    assert (tmp_path / "run/report.html").stat().st_size > 0
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    return [r for r in surviving_records(run / "metrics.jsonl") if r.get("event") == "validation"]
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -381,6 +403,12 @@ def test_what_cannot_be_trained_so_is_refused(toy_model: Path, prompts: Path, tm
         PolicyConfig(kl=0.1, kl_kind="k1")
     with pytest.raises(ConfigError, match="set truncated to score"):
         RolloutConfig(overlong_margin=5)
+    with pytest.raises(ConfigError, match="nothing is held out that it could score"):
+        config(validation_reward="exact", data=PromptConfig(train=str(prompts), validation="0"))
+    with pytest.raises(ConfigError, match="guess-number, which gives the rewards itself"):
+        config(validation_reward="exact", rollout=RolloutConfig(environment="guess-number"))
+    with pytest.raises(ConfigError, match="give it as reward"):
+        OnPolicyDistillConfig(validation_reward="exact")
     with pytest.raises(ConfigError, match="not a multiple of updates 3"):
         config(policy=PolicyConfig(updates=3))
     other = tmp_path / "other.jsonl"
