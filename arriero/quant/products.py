@@ -12,7 +12,6 @@ Twin: torch's own products (tests/quant/test_products.py).
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -69,10 +68,11 @@ class _Widened(torch.autograd.Function):
         return of_x, (wide.flatten(0, -2).T @ x.float().flatten(0, -2)).to(weight.dtype)
 
 
-@functools.cache
 def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch's library for CPUs (oneDNN) has products of this type here."""
-    supported = torch.ops.mkldnn
-    return bool(
-        supported._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else supported._is_mkldnn_fp16_supported()
-    )
+    return _NATIVE[dtype]
+
+
+_NATIVE = {  # whether torch's library for CPUs (oneDNN) has products of a type here; found once, outside compiled code
+    torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    torch.float16: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+}

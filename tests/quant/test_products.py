@@ -1,5 +1,7 @@
 """Products of bf16 by fp32, against torch's own, and against the exact ones."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,3 +81,11 @@ def test_a_model_trains_alike_both_ways(monkeypatch):
         found.append((loss.detach() / 47, chosen.detach(), *(p.grad for p in model.parameters())))
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() < 0.02 * other.norm()
+
+
+def test_compiled_code_asks_nothing_that_dynamo_warns_of():
+    x, w = (torch.randn(8, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lru_cache.*")
+        torch.compile(lambda x, w: products.linear(x, w).relu(), backend="eager")(x, w).sum().backward()
+    assert x.grad is not None
