@@ -174,8 +174,8 @@ class _Choices:
         entry: list[tuple[int, TokenLogprob | None]] = []
         if event.prompt_logprobs is not None and request.echo:
             entry += zip(request.prompt, [None, *event.prompt_logprobs], strict=True)
-        if event.token is not None and event.logprob is not None and event.token != event.stopped_by:
-            entry.append((event.token, event.logprob))
+        if event.token is not None and event.logprob is not None:  # the terminator too: it was drawn, and clients that
+            entry.append((event.token, event.logprob))  # take off the last of max_tokens 1 (lm-eval) count on it
         choice = {
             "index": which * request.n + event.index,
             "text": event.text,

@@ -129,6 +129,19 @@ def test_echoed_log_probabilities_are_those_of_arriero_eval(client, model):
     assert told.logprobs.text_offset[3] == len("".join(told.logprobs.tokens[:3]))
 
 
+def test_the_terminator_is_among_the_log_probabilities_so_that_the_last_is_always_the_answers(client, model):
+    """lm-eval takes off the last of the probabilities, that of the one token it let be drawn: here an end."""
+    context = "Two plus two equals four."
+    ids = model.tokenizer.encode(context)
+    told = client.completions.create(model="base", prompt=context, max_tokens=1, logprobs=1, echo=True, temperature=0)
+    assert (told.choices[0].text, told.choices[0].finish_reason) == (context, "stop")
+    logprobs = told.choices[0].logprobs
+    assert logprobs.tokens[-1] in ("<|im_end|>", "<|endoftext|>")
+    assert len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == len(logprobs.text_offset) == len(ids) + 1
+    alone = client.completions.create(model="base", prompt=context, max_tokens=0, logprobs=1, echo=True)
+    assert alone.choices[0].logprobs.token_logprobs == logprobs.token_logprobs[:-1]
+
+
 def test_max_tokens_0_scores_a_prompt_and_answers_nothing(client):
     told = client.completions.create(model="base", prompt="Hot and cold", max_tokens=0, logprobs=1, echo=True)
     assert told.choices[0].text == "Hot and cold"
