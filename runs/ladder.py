@@ -26,14 +26,45 @@ def scores(out: Path, name: str, measure: str) -> np.ndarray:
 
 
 def trained(run: Path) -> dict:
-    """Seconds, and the last entropy and divergence, of a run and of the runs within it."""
+    """Seconds, and the last entropy, of a run and of the runs within it."""
     found: dict = {"seconds": 0.0}
     for file in sorted(run.rglob("metrics.jsonl")):
         for record in map(json.loads, file.read_text().splitlines()):
             if record.get("event") == "time":
                 found["seconds"] += record["seconds"]
-            found |= {key: record[key] for key in ("entropy", "kl") if key in record}
+            found |= {key: record[key] for key in ("entropy",) if key in record}
     return found
+
+
+def divergence(out: Path, name: str) -> float:
+    """KL divergence from the start, nats an answer: log p(answer) less that under the start, one answer a question."""
+    import torch
+
+    from arriero.checkpoint.load import load
+    from arriero.checkpoint.source import resolve
+    from arriero.data.prompts import read_prompts
+    from arriero.infer.config import SamplingConfig
+    from arriero.infer.engine import Engine
+    from arriero.infer.request import Request
+
+    model, tokenizer = load(resolve("smollm2-135m"), dtype=torch.float32)
+    prompts = read_prompts(out / "task/test.jsonl", tokenizer, max_length=1024)
+    engine = Engine(
+        model.requires_grad_(False), tokenizer, max_running=64, context=max(len(p.ids) for p in prompts) + 25
+    )
+    for adapter in ("start", name):
+        engine.load_adapter(adapter, out / adapter / "adapter")
+    drawn = SamplingConfig(temperature=1.0, seed=0)
+    answers = engine.generate([Request(p.ids, 24, drawn, logprobs=0, adapter=name) for p in prompts])
+    asked, ours = [], []
+    for prompt, group in zip(prompts, answers, strict=True):
+        for answer in group:
+            end = [answer.stopped_by] if isinstance(answer.stopped_by, int) else []
+            ids, at = [*prompt.ids, *answer.ids, *end], len(prompt.ids)
+            asked.append(Request(ids, 0, prompt_logprobs=0, prompt_logprobs_from=at, adapter="start"))
+            ours.append(sum(p.raw for p in answer.logprobs))
+    theirs = [sum(p.raw for p in found.prompt_logprobs) for (found,) in engine.generate(asked)]
+    return float(np.mean(ours) - np.mean(theirs))
 
 
 def row(out: Path, arm: str, seed: str) -> None:
@@ -44,7 +75,7 @@ def row(out: Path, arm: str, seed: str) -> None:
         return
     on_task, other, text = (results(out, name + suffix) for suffix in ("", "-other", "-text"))
     found = {"arm": arm, "seed": int(seed), **on_task, "other_pass@1": other["pass@1"]}
-    found |= {"bits_per_byte": text["bits_per_byte"]} if text else {}
+    found |= {"kl": divergence(out, name)} | ({"bits_per_byte": text["bits_per_byte"]} if text else {})
     with file.open("a") as opened:
         opened.write(json.dumps(found | trained(out / name)) + "\n")
 
@@ -66,11 +97,11 @@ def table(out: Path) -> None:
     """All arms: the measures' means over seeds, and the gain in pass@1."""
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     start, other, text = (results(out, f"start{suffix}") for suffix in ("", "-other", "-text"))
-    titles = f"{'gain in pass@1 (95%)':>28}{'another task':>14}{'bits/byte':>11}"
+    titles = f"{'gain in pass@1 (95%)':>28}{'KL':>6}{'another task':>14}{'bits/byte':>11}"
     print(f"{'':12}{'pass@1':>8}{'pass@8':>8}{'greedy':>8}{titles}")
     bits = f"{text['bits_per_byte']:11.3f}" if text else ""
     print(
-        f"{'start':12}{start['pass@1']:8.1%}{start['pass@8']:8.1%}{start['greedy_reward']:8.1%}{'':28}"
+        f"{'start':12}{start['pass@1']:8.1%}{start['pass@8']:8.1%}{start['greedy_reward']:8.1%}{'':34}"
         f"{other['pass@1']:14.1%}{bits}"
     )
     gains = {}
@@ -81,7 +112,7 @@ def table(out: Path) -> None:
         shown = "{:+.1%} ({:+.1%} to {:+.1%})".format(*gains[arm])
         bits = f"{mean['bits_per_byte']:11.3f}" if "bits_per_byte" in mean else ""
         print(
-            f"{arm:12}{mean['pass@1']:8.1%}{mean['pass@8']:8.1%}{mean['greedy_reward']:8.1%}{shown:>28}"
+            f"{arm:12}{mean['pass@1']:8.1%}{mean['pass@8']:8.1%}{mean['greedy_reward']:8.1%}{shown:>28}{mean['kl']:6.2f}"
             f"{mean['other_pass@1']:14.1%}{bits}"
         )
     plot(out, rows, start, gains)
