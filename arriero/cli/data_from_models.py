@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from arriero.errors import ConfigError, DataError
 from arriero.io.paths import PathText
@@ -50,7 +51,6 @@ def gatt(
         seed: Decides the instructions and the answers.
     """
     from arriero.data.instructions import BUILT_IN, draw, read_dialogues, read_instructions
-    from arriero.io.files import write_jsonl
     from arriero.train.answering import open_answering
     from arriero.train.ghost_attention import build_gatt
 
@@ -63,11 +63,8 @@ def gatt(
         max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
     )  # fmt: skip
     rows, left_out = build_gatt(dialogues, answering, obeyed, tries)
-    why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-    if not rows:
-        raise DataError(f"no dialogue is worth learning ({why}); raise --max-new-tokens, or take other instructions")
-    write_jsonl(out, rows)
-    say(f"{out} written: {len(rows):,} rows" + (f"; left out: {why}" if why else ""))
+    nothing = "no dialogue is worth learning ({}); raise --max-new-tokens, or take other instructions"
+    _write(out, rows, left_out, nothing, f"{len(rows):,} rows")
 
 
 def distill(
@@ -110,7 +107,6 @@ def distill(
     from contextlib import nullcontext
 
     from arriero.data.prompts import read_prompts
-    from arriero.io.files import write_jsonl
     from arriero.io.reading import read_json
     from arriero.rewards.open import open_scorer
     from arriero.train.answering import open_answering
@@ -132,11 +128,8 @@ def distill(
             if scorer is not None:
                 scorer.check(prompt.fields, prompt.where)
         rows, left_out = build_distill(prompts, told, answering, scorer)
-    why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-    if not rows:
-        raise DataError(f"no answer is worth learning ({why}); raise --max-new-tokens, or take another preprompt")
-    write_jsonl(out, rows)
-    say(f"{out} written: {len(rows):,} rows" + (f"; left out: {why}" if why else ""))
+    nothing = "no answer is worth learning ({}); raise --max-new-tokens, or take another preprompt"
+    _write(out, rows, left_out, nothing, f"{len(rows):,} rows")
 
 
 def scored(
@@ -176,9 +169,7 @@ def scored(
         seed: Decides the answers.
     """
     from arriero.data.prompts import read_prompts
-    from arriero.io.files import write_jsonl
     from arriero.rewards.open import open_scorer
-    from arriero.show.progress import progress
     from arriero.train.answering import open_answering
     from arriero.train.scored_answers import build_scored
 
@@ -194,10 +185,17 @@ def scored(
         prompts = read_prompts(data, answering.tokenizer, max_length=max_prompt)
         for prompt in prompts:
             scorer.check(prompt.fields, prompt.where)
-        with progress("answering", len(prompts) * answers) as bar:
-            rows, left_out, mean = build_scored(prompts, answering, scorer, answers, bar.advance)
+        rows, left_out, mean = build_scored(prompts, answering, scorer, answers)
+    nothing = "no prompt has a better and a worse answer ({}); raise --max-new-tokens or --answers"
+    _write(out, rows, left_out, nothing, f"{len(rows):,} prompts, mean score {mean:.3f}")
+
+
+def _write(out: Path, rows: list[dict[str, Any]], left_out: Counter[str], nothing: str, told: str) -> None:
+    """Write the rows and say so; `nothing`, with why, is the error where there are none."""
+    from arriero.io.files import write_jsonl
+
     why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
     if not rows:
-        raise DataError(f"no prompt has a better and a worse answer ({why}); raise --max-new-tokens or --answers")
+        raise DataError(nothing.format(why))
     write_jsonl(out, rows)
-    say(f"{out} written: {len(rows):,} prompts, mean score {mean:.3f}" + (f"; left out: {why}" if why else ""))
+    say(f"{out} written: {told}" + (f"; left out: {why}" if why else ""))

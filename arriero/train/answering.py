@@ -6,7 +6,7 @@ An adapter is folded, as in `arriero eval`. Answers that were cut say so, since 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from arriero.infer.config import SamplingConfig
 from arriero.infer.engine import Engine
 from arriero.infer.request import Completion, Request
 from arriero.model.linear import densify
+from arriero.show.progress import progress
 from arriero.tokenizer.base import Tokenizer
 from arriero.tokenizer.chat import encode_chat
 from arriero.train.recipe import DTYPES
@@ -32,16 +33,15 @@ class Answering:
     temperature: float
     seed: int
 
-    def __call__(
-        self, conversations: Sequence[Messages], label: str = "", on_done: Callable[[], None] = lambda: None
-    ) -> list[Completion]:
-        """The answer to each conversation. label: tells these answers' random numbers from those of another call."""
-        return [answers[0] for answers in self.several(conversations, 1, label, on_done)]
+    def __call__(self, conversations: Sequence[Messages], label: str = "") -> list[Completion]:
+        """The answer to each conversation, with a progress bar.
 
-    def several(
-        self, conversations: Sequence[Messages], n: int, label: str = "", on_done: Callable[[], None] = lambda: None
-    ) -> list[list[Completion]]:
-        """n answers to each conversation; `on_done` is called after each answer."""
+        label: tells these answers' random numbers from those of another call, and the reader what is answered.
+        """
+        return [answers[0] for answers in self.several(conversations, 1, label)]
+
+    def several(self, conversations: Sequence[Messages], n: int, label: str = "") -> list[list[Completion]]:
+        """n answers to each conversation, with a progress bar."""
         requests = [
             Request(
                 encode_chat(self.tokenizer, messages),
@@ -51,7 +51,8 @@ class Answering:
             )
             for i, messages in enumerate(conversations)
         ]
-        return self.engine.generate(requests, on_done=on_done)
+        with progress(f"answering ({label})" if label else "answering", len(requests) * n) as bar:
+            return self.engine.generate(requests, on_done=bar.advance)
 
 
 def open_answering(

@@ -12,12 +12,13 @@ Price: one generation a prompt, two with a reward.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import repeat
 from typing import Any
 
 from arriero.data.prompts import Prompt, Prompts
 from arriero.errors import DataError, did_you_mean
-from arriero.rewards.base import Answer, Scorer
+from arriero.rewards.base import Answer, Score, Scorer
 from arriero.train.answering import Answering, Messages
 
 
@@ -31,15 +32,22 @@ def build_distill(
     under = [with_preprompt(prompt.messages, preprompt_of(prompt, preprompts)) for prompt in prompts]
     told = answering(under, "under")
     plain = answering([prompt.messages for prompt in prompts], "plain") if scorer else [None] * len(prompts)
+    asked = [
+        _answer(prompt, answer.text, answer.stopped)
+        for prompt, *pair in zip(prompts, told, plain, strict=True)
+        for answer in pair
+        if answer is not None
+    ]
+    scores: Iterator[Score | None] = iter(scorer(asked)) if scorer else repeat(None)
     left_out: Counter[str] = Counter()
     rows = []
-    for prompt, answer, other in zip(prompts, told, plain, strict=True):
+    for prompt, answer in zip(prompts, told, strict=True):
+        better, worse = next(scores), next(scores)
         if not (answer.stopped and answer.text.strip()):
             left_out["cut or empty"] += 1
             continue
         meta: dict[str, Any] = {"source": prompt.where}
-        if scorer is not None and other is not None:
-            better, worse = scorer([_answer(prompt, c.text, c.stopped) for c in (answer, other)])
+        if better is not None and worse is not None:
             if better.value <= worse.value or better.outcome != "scored":
                 left_out["not preferred"] += 1
                 continue

@@ -9,7 +9,6 @@ Price: K answers a prompt; the prompt is computed once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from arriero.data.prompts import Prompts
@@ -18,10 +17,10 @@ from arriero.train.answering import Answering
 
 
 def build_scored(
-    prompts: Prompts, answering: Answering, scorer: Scorer, n: int, on_done: Callable[[], None] = lambda: None
+    prompts: Prompts, answering: Answering, scorer: Scorer, n: int
 ) -> tuple[list[dict[str, Any]], Counter[str], float]:
     """Rows, how many prompts were left out and why, and the mean score of all answers, cut ones included."""
-    found = answering.several([prompt.messages for prompt in prompts], n, on_done=on_done)
+    found = answering.several([prompt.messages for prompt in prompts], n)
     asked = [
         Answer(prompt.messages, answer.text, answer.stopped, prompt.fields, prompt.where)
         for prompt, answers in zip(prompts, found, strict=True)
