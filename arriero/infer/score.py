@@ -8,7 +8,7 @@ A score does not depend on padding, on the batch, or on its companions: sequence
 only. Those that follow each other and begin alike share the beginning, which is computed once. Whoever asks decides
 what an answer that was cut off is worth: it has no terminator, so what is read is no score of an answer.
 
-Price: one forward pass of each token, prompts counted once for the answers that follow them.
+Price: one forward pass of each token, prompts counted once for the answers that follow them, equal sequences once.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class RewardModel:
                     f"sequence {i} has {len(ids):,} tokens; a reward model of context "
                     f"{self.model.config.max_context:,} scores 1 to as many"
                 )
-        scores = [self._batch(group) for group in _batches(sequences)]
-        return torch.cat(scores) if scores else torch.zeros(0)
+        place = {ids: i for i, ids in enumerate(dict.fromkeys(map(tuple, sequences)))}  # equal ones are read once
+        scores = [self._batch(group) for group in _batches(list(place))]
+        return torch.cat(scores)[[place[tuple(ids)] for ids in sequences]] if scores else torch.zeros(0)
 
     def _batch(self, groups: Sequence[tuple[int, Sequence[Sequence[int]]]]) -> Tensor:
         tokens, lengths, leads, ends = list[int](), list[int](), list[int](), list[int]()
@@ -115,9 +116,12 @@ def _groups(sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, Sequence[
         shared, size, stop = len(sequences[start]) - 1, len(sequences[start]), start + 1
         while stop < len(sequences):
             common = min(shared, _common(sequences[start], sequences[stop]), len(sequences[stop]) - 1)
-            if common < WORTH_SHARING or size + len(sequences[stop]) - common > TOKENS:
+            again = (stop - start - 1) * (shared - common)  # tokens that those before it would no longer share
+            grown = size + again + len(sequences[stop]) - common
+            # twice: what begins with it may share more among itself, as the answers to the next prompt do
+            if common < max(WORTH_SHARING, 2 * again) or grown > TOKENS:
                 break
-            shared, size, stop = common, size + len(sequences[stop]) - common, stop + 1
+            shared, size, stop = common, grown, stop + 1
         yield (shared if stop > start + 1 else 0), sequences[start:stop]
         start = stop
 

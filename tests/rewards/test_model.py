@@ -40,6 +40,20 @@ def test_scores_are_the_models_own_in_order_and_cut_or_long_answers_get_none(dir
     assert found[2].note.startswith("prompt and answer have")
 
 
+def test_answers_share_their_prompt_and_not_only_the_template_and_equal_ones_are_read_once(directory, monkeypatch):
+    model = open_reward_model(directory)
+    template, found = list(range(10, 30)), []
+    sequences = [template + [100 + prompt] * 12 + [k % 3, 7] for prompt in range(4) for k in range(6)]
+    forward = model.model.model.forward
+    monkeypatch.setattr(
+        model.model.model, "forward", lambda tokens, layout: found.append(tokens) or forward(tokens, layout)
+    )
+    scores = model(sequences)
+    assert sum(tokens.numel() for tokens in found) == 4 * (32 + 3 * 2)
+    torch.testing.assert_close(scores, torch.cat([model([ids]) for ids in sequences]))
+    assert (scores[:3] == scores[3:6]).all()
+
+
 def test_a_model_without_a_head_of_scores_is_refused(smollm2_gguf):
     with pytest.raises(CheckpointError):
         open_scorer(f"model:{smollm2_gguf}")
