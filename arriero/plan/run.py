@@ -31,10 +31,12 @@ from rich.table import Table
 
 from arriero import settings
 from arriero.checkpoint.load import best_device
+from arriero.checkpoint.source import resolve
 from arriero.distributed.config import ParallelConfig
 from arriero.errors import ConfigError, DataError, UserError
 from arriero.io.files import json_text, split_lines
 from arriero.io.paths import hint
+from arriero.io.records import source_files
 from arriero.model.catalogue import LADDER, SHAPES, named_shape
 from arriero.model.config import LlamaConfig
 from arriero.plan.answers import group_tokens, held_parts
@@ -116,6 +118,9 @@ def plan(config: Planned, console: Console | None = None) -> Plan | Cost:
         )
     if config.parallel.cpu_offload:
         raise ConfigError("a dry run does not offload; plan cpu_offload by arithmetic: leave --data out")
+    if isinstance(config, TuneConfig):  # at once, and not after a process has been started for it
+        resolve(config.model)
+        source_files(data)
     measured = _dry_run_apart(config, console or notes())
     shape, held = LlamaConfig.from_hf(measured.pop("shape")), measured.pop("held", {})
     found = by_arithmetic(shape, config, measured.pop("longest", None))
