@@ -45,6 +45,7 @@ SYSTEM, WORDS_OF_PROMPT, NEW = 139, (48, 248), 128
 """Words of the prompts, nearly all of one token: with the template 150 of the system prompt, 200 to 400 in all."""
 ENDS = {"0": -100, "2": -100}  # the ids that end SmolLM2's answers
 LONG = 2000
+SOAKED = 0.25  # gigabytes of cache in a long run: full before request 500, since what fills the budget is no growth
 GGUF = {"bf16": "bf16", "int8": "q8_0"}
 
 
@@ -209,6 +210,7 @@ class Server:
         return {
             "requests": requests, "seconds": round(time.perf_counter() - began), "mb_after_500": early // 1000,
             "mb_at_end": end // 1000, "growth": round(end / early - 1, 4),
+            "mb_every_500": [kilobytes // 1000 for kilobytes in memory[::500]],
         }  # fmt: skip
 
     def memory(self) -> int:
@@ -235,6 +237,7 @@ def started(name: str, kind: str, files: Path, args: argparse.Namespace) -> Iter
         config = {
             "model": [str(files / "model")], "port": port, "quantize": "" if kind == "bf16" else kind,
             "max_waiting": 1024, "mixed": args.mixed,
+            **({"cache_gb": SOAKED} if args.soak else {}),
         }  # fmt: skip
         command = [sys.executable, __file__, "--child", json.dumps(config), str(report)]
     else:
