@@ -98,14 +98,14 @@ def table(out: Path) -> None:
     drawn = [rng.integers(0, len(true_n), len(true_n)) for _ in range(RESAMPLES)]
     gains = np.stack([(true_n[i] - true_n[i, :1]).mean(0) for i in drawn])  # paired by question
     low, high = np.quantile(gains, (0.025, 0.975), axis=0)
-    print(f"{'best of':>8}{'d':>7}{'true':>8}{'gain (95%)':>24}{'proxy':>8}")
+    print(f"{'best of':>8}{'d':>7}{'true':>8}{'gain (95%)':>26}{'proxy':>8}")
     for i, n in enumerate(sizes):
         gain = f"{true_n[:, i].mean() - true_n[:, 0].mean():+.1%} ({low[i]:+.1%} to {high[i]:+.1%})"
-        print(f"{n:8}{d_n[i]:7.2f}{true_n[:, i].mean():8.1%}{gain:>24}{proxy_n[:, i].mean():8.2f}")
+        print(f"{n:8}{d_n[i]:7.2f}{true_n[:, i].mean():8.1%}{gain:>26}{proxy_n[:, i].mean():8.2f}")
     d_g, true_g, proxy_g, steps = of_grpo(out)
-    print(f"\n{'step':>8}{'d':>7}{'true':>8}{'gain':>24}{'proxy':>8}")
+    print(f"\n{'step':>8}{'d':>7}{'true':>8}{'gain':>26}{'proxy':>8}")
     for i, at in enumerate(steps):
-        print(f"{at:8}{d_g[i]:7.2f}{true_g[i]:8.1%}{true_g[i] - true_g[0]:>+24.1%}{proxy_g[i]:8.2f}")
+        print(f"{at:8}{d_g[i]:7.2f}{true_g[i]:8.1%}{true_g[i] - true_g[0]:>+26.1%}{proxy_g[i]:8.2f}")
     found = {"best of n": (d_n, true_n.mean(0), proxy_n.mean(0)), "GRPO": (d_g, true_g, proxy_g)}
     print()
     fits = {}

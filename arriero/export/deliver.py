@@ -92,7 +92,7 @@ def export(
         expected = ours(source, directory, chat_template)
         on_step(f"asking {program}")
         kind = dtype or {"torch.float32": "f32"}.get(str(open_weights(path).dtype), "other")
-        proof = prove(program, path, adapter_file(out, to) if directory else None, expected, kind)
+        proof = prove(program, path, adapter_file(out, to) if directory else None, expected, kind, directory)
     return Delivered(out, proof, _use(out, to, directory is not None))
 
 
