@@ -247,3 +247,16 @@ def test_an_export_is_written_over_without_what_belonged_to_the_one_before(toy, 
     assert not adapter_file(out, to).exists()
     assert (out / "mine").exists()
     assert to == "vllm" or "ADAPTER" not in (out / "Modelfile").read_text()
+
+
+@pytest.mark.slow  # the real model, two minutes
+@pytest.mark.skipif(missing("llamacpp") is not None, reason="no llama-cpp-python")
+def test_eight_bits_are_proven_by_their_weights_and_a_wrong_row_is_caught(smollm2_gguf, tmp_path):
+    found = export(smollm2_gguf, tmp_path / "q8", to="llamacpp", dtype="q8_0").proof
+    assert found is not None and 0 < found.kld < 0.02
+    reader = gguf.GGUFReader(tmp_path / "q8/model.gguf", "r+")
+    [tensor] = [t for t in reader.tensors if t.name == "blk.3.attn_q.weight"]
+    tensor.data[:] = tensor.data.reshape(9, 2, 32, -1)[:, ::-1].reshape(tensor.data.shape).copy()
+    del reader, tensor
+    with pytest.raises(CheckpointError, match=r"divergence from the source of the weights alone is .* over 0\.002"):
+        prove("llamacpp", tmp_path / "q8/model.gguf", None, ours(smollm2_gguf, None), "q8_0")
