@@ -113,11 +113,6 @@ def ours(source: Path, adapter: Path | None, chat_template: str = "") -> Ours:
     return Ours(tokenizer, prompts, answers, logprobs, tail, without, gaps)
 
 
-def _kld(expected: Ours, tail: np.ndarray) -> float:
-    """Mean KL divergence of the source's distributions from these, over the last positions of each text."""
-    return float((np.exp(expected.tail) * (expected.tail - tail)).sum(1).mean())
-
-
 @torch.inference_mode()
 def _logprobs(model: Llama, ids: Sequence[int]) -> np.ndarray:
     """ln p of all tokens behind each, [T, V]."""
@@ -126,12 +121,16 @@ def _logprobs(model: Llama, ids: Sequence[int]) -> np.ndarray:
 
 
 def prove(
-    program: Program, path: Path, adapter: Path | None, expected: Ours, kind: str = "f32", ours_of: Path | None = None
+    program: Program,
+    path: Path,
+    adapter: Path | None,
+    expected: Ours,
+    kind: str = "f32",
+    source_adapter: Path | None = None,
 ) -> Proof:
-    """Let a program load `path` (and an adapter), and compare. kind: the number type of the weights there.
+    """Let a program load `path` (and an adapter), and compare.
 
-    ours_of: the directory that the adapter was made of.
-
+    kind: the number type of the weights there. source_adapter: the directory that the adapter there was made of.
     Raises `CheckpointError` naming the first thing that is not the source's, `UserError` where the program fails.
     """
     texts = [prompt + answer for prompt, answer in zip(expected.prompts, expected.answers, strict=True)]
@@ -145,7 +144,7 @@ def prove(
     if exact and largest > BOUND[program]:
         raise CheckpointError(f"{path}: {_why(theirs, expected, largest, program)}")
     if kind in KLD:
-        written, _ = load(path, dtype=torch.float32, adapter=ours_of)
+        written, _ = load(path, dtype=torch.float32, adapter=source_adapter)
         rounded = _kld(expected, np.concatenate([_logprobs(written, ids)[-TAIL:] for ids in texts]))
         for where, cost, most in ("of the weights alone", rounded, KLD[kind]), (f"in {program}", kld, KLD_THERE[kind]):
             if cost > most:
@@ -155,6 +154,11 @@ def prove(
                 )
     ties = _divergences(path, program, found["answers"], expected, 2 * BOUND[program]) if exact else ()
     return Proof(program, len(texts), sum(map(len, theirs)), largest, kld, ties)
+
+
+def _kld(expected: Ours, tail: np.ndarray) -> float:
+    """Mean KL divergence of the source's distributions from these, over the last positions of each text."""
+    return float((np.exp(expected.tail) * (expected.tail - tail)).sum(1).mean())
 
 
 def _judged(

@@ -81,13 +81,8 @@ class GroupUpdate:
             for share in shares:
                 batches = [batch for _, batch in dealt(share, loop.micro_rows, engine, self.of.pad)]
                 found.append(self.learner.step(batches))
-                check_mismatch(
-                    found[-1]["mismatch"],
-                    self.config.rollout.mismatch_stop,
-                    self.objective.worst,
-                    self.of,
-                    rollout.behind,
-                )
+                most = self.config.rollout.mismatch_stop
+                check_mismatch(found[-1]["mismatch"], most, self.objective.worst, self.of, rollout.behind)
         metrics = {**self._summary(found), **rollout.metrics}
         warn_of(metrics)
         return metrics

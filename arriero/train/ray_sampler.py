@@ -23,7 +23,7 @@ from arriero.infer.request import Completion, Request
 from arriero.system.cluster import connected
 from arriero.train.config import TuneConfig
 from arriero.train.recipe import DTYPES
-from arriero.train.sampler import Answering, Sampler, Weights
+from arriero.train.sampler import PolicyEngine, Sampler, Weights
 
 
 class Worker:
@@ -39,19 +39,19 @@ class Worker:
         tokenizer = load_tokenizer_at(
             resolve(config.model), adapter=config.adapter or None, chat_template=config.chat_template
         )
-        self._answering = Answering(model, tokenizer, lora, longest=longest, at_once=at_once)
+        self._policy = PolicyEngine(model, tokenizer, lora, longest=longest, at_once=at_once)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the engine's copy of the weights, and of its cache."""
-        return self._answering.engine.memory
+        return self._policy.engine.memory
 
     def take(self, weights: bytes) -> None:
         """Answer with these from now on."""
-        self._answering.take(load(weights))
+        self._policy.take(load(weights))
 
     def answer(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """All answers, in the order of the requests."""
-        return self._answering.answer(requests)
+        return self._policy.answer(requests)
 
 
 class RaySampler(Sampler):

@@ -45,7 +45,7 @@ class Weights:
     checksum: int
 
 
-class Answering:
+class PolicyEngine:
     """An engine that takes up weights, and answers with them. lora: of an adapter; None: all weights are taken up."""
 
     def __init__(
@@ -98,7 +98,7 @@ class Sampler:
                 held = None if config.quantize == "none" else config.quantize
                 model = load_model(config.model, dtype=DTYPES[config.loop.precision], quantization=held)
                 model.to(mesh.device).model.compute_like(engine.model.model)
-            self._answering = Answering(
+            self._policy = PolicyEngine(
                 model, tuned.base.tokenizer, tuned.base.lora if self._lora else None, longest=longest, at_once=at_once
             )
 
@@ -134,13 +134,13 @@ class Sampler:
     @property
     def memory(self) -> Mapping[str, int]:
         """Bytes of the engine's copy of the weights, and of its cache, in this process."""
-        return self._answering.engine.memory
+        return self._policy.engine.memory
 
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
-        self._answering.take(tensors)
+        self._policy.take(tensors)
 
     def _ask(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        return self._answering.answer(requests)
+        return self._policy.answer(requests)
 
     def _everywhere(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What process 0 has gathered, on all processes."""
