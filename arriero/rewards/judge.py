@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +25,7 @@ from typing import Any
 from arriero import settings
 from arriero.errors import ConfigError, check
 from arriero.io.files import write_json
+from arriero.io.http import Refused, send
 from arriero.io.paths import cache_dir
 from arriero.rewards.base import CUT, Answer, Outcome, Score, Scorer, required
 
@@ -194,28 +192,21 @@ class Judge(Scorer):
 
     def _send(self, path: str, body: dict[str, Any] | None) -> Any:
         """The server's answer. Raises `_Failed` where there is none, `ConfigError` where the request is at fault."""
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self._config.key):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._config.url.rstrip("/") + path, data, headers)
+        url = self._config.url.rstrip("/") + path
         failure = _Failed("crash", "not asked")
         for turn in range(self._config.tries):
             if turn:
                 time.sleep(PAUSE * 2 ** (turn - 1))
             try:
-                with urllib.request.urlopen(request, timeout=self._config.seconds) as response:
-                    return json.load(response)
-            except urllib.error.HTTPError as error:
-                text = error.read(500).decode("utf-8", "replace")
+                return send(url, body, key=self._config.key, seconds=self._config.seconds)
+            except Refused as error:
                 if error.code in REFUSED:
-                    raise ConfigError(f"judge: {request.full_url} refuses ({error.code}): {text[:200]}") from error
+                    raise ConfigError(f"judge: {url} refuses ({error.code}): {error.text[:200]}") from error
                 failure = _Failed("crash", f"the server fails ({error.code})")
             except TimeoutError:
                 failure = _Failed("timeout", f"no verdict in {self._config.seconds:g} s")
             except (OSError, ValueError) as error:  # no connection, or no JSON
-                late = isinstance(getattr(error, "reason", None), TimeoutError)
-                failure = _Failed("timeout" if late else "crash", f"no verdict ({error})")
+                failure = _Failed("crash", f"no verdict ({error})")
         raise failure
 
 

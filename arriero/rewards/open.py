@@ -78,6 +78,6 @@ def open_scorer(spec: str, seconds: float = 0) -> Scorer:
     """
     kind, _, argument = spec.partition(":")
     if kind not in KINDS:
-        raise ConfigError(f"reward is {spec!r}; it begins with one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+        raise ConfigError(f"{spec!r} is no reward; one begins with {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
     check(seconds >= 0, f"the reward's seconds are {seconds}; they must be at least 0 (0: the kind's own limit)")
     return KINDS[kind](argument, seconds)

@@ -36,7 +36,7 @@ class Ask:
     """Prompts and how each is to be answered; None is for what the client left out.
 
     prompts: token ids. sampling: the settings that the client gave, by their names in `SamplingConfig`. constraint:
-    kind and text of a grammar.
+    kind and text of a grammar. stop_ids: token ids that end an answer beside the tokenizer's.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -49,6 +49,7 @@ class Ask:
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     salt: str = ""
+    stop_ids: Sequence[int] = ()
 
 
 async def prepared(use: Use, ask: Ask, config: ServeConfig) -> list[Request]:
@@ -71,7 +72,7 @@ async def prepared(use: Use, ask: Ask, config: ServeConfig) -> list[Request]:
                 room,
                 SamplingConfig(**{**vars(sampling), "seed": seed}),
                 n=ask.n,
-                stop_ids=use.tokenizer.stop_ids,
+                stop_ids={*use.tokenizer.stop_ids, *ask.stop_ids},
                 stop=tuple(ask.stop),
                 echo=ask.echo,
                 logprobs=ask.logprobs,

@@ -115,6 +115,7 @@ async def _completions(state: State, body: CompletionBody) -> AsyncIterator[dict
             bool(body.echo),
             body.logprobs if body.echo else None,
             salt=body.cache_salt or "",
+            stop_ids=body.stop_token_ids or (),
         )
         if ask.max_tokens == 0 and ask.prompt_logprobs is None:
             raise ApiError(
@@ -125,13 +126,13 @@ async def _completions(state: State, body: CompletionBody) -> AsyncIterator[dict
         requests = await prepared(use, ask, state.config)
         head = _head("cmpl", "text_completion", body)
         async with answered(use, requests, state.config) as ticket:
-            tally, texts = Tally(), _Choices(use.tokenizer, requests)
+            tally, texts = Tally(), _Choices(use.tokenizer, requests, bool(body.return_token_ids))
             async for which, event in ticket.events():
                 tally.count(which, event, len(prompts[which]))
                 if event.finish == "error":
                     raise ApiError(400, event.error or "the answer failed")
                 choice = texts.add(which, event)
-                if body.stream and (choice["text"] or choice["finish_reason"] or choice["logprobs"]):
+                if body.stream and any(choice[part] for part in choice if part != "index"):
                     yield {**head, "choices": [choice]}
         if not body.stream:
             yield {**head, "choices": texts.whole(), "usage": _usage(tally)}
@@ -161,8 +162,8 @@ def _refuse_unknown(body: CompletionBody) -> None:
 class _Choices:
     """The choices of a completion as its events come, and put together."""
 
-    def __init__(self, tokenizer: Tokenizer, requests: Sequence[EngineRequest]) -> None:
-        self._tokenizer, self._requests = tokenizer, requests
+    def __init__(self, tokenizer: Tokenizer, requests: Sequence[EngineRequest], with_ids: bool) -> None:
+        self._tokenizer, self._requests, self._with_ids = tokenizer, requests, with_ids
         self._parts: dict[tuple[int, int], list[dict[str, Any]]] = {
             (which, index): [] for which, request in enumerate(requests) for index in range(request.n)
         }
@@ -182,6 +183,8 @@ class _Choices:
             "logprobs": self._logprobs(key, entry) if entry else None,
             "finish_reason": None if event.finish is None else "length" if event.finish == "length" else "stop",
         }
+        if self._with_ids:
+            choice["token_ids"] = [] if event.token is None else [event.token]
         self._parts[key].append(choice)
         return choice
 
@@ -211,12 +214,13 @@ class _Choices:
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     logprobs = [part["logprobs"] for part in parts if part["logprobs"]]
-    return {
+    whole = {
         "index": parts[0]["index"],
         "text": "".join(part["text"] for part in parts),
         "logprobs": {name: [x for each in logprobs for x in each[name]] for name in logprobs[0]} if logprobs else None,
         "finish_reason": parts[-1]["finish_reason"],
     }
+    return whole | {name: [i for part in parts for i in part[name]] for name in ("token_ids",) if name in parts[0]}
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

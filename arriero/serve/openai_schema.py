@@ -61,6 +61,8 @@ class CompletionBody(Common):
     best_of: Count | None = None
     suffix: str | None = None
     add_special_tokens: bool | None = None  # as vLLM: whether a text begins with what the tokenizer puts before it
+    stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None  # as vLLM: these end an answer too
+    return_token_ids: bool | None = None  # as vLLM: choices have `token_ids`, those that end an answer included
 
 
 class TextPart(Body):

@@ -35,6 +35,7 @@ from arriero.train.rl_config import RlConfig
 from arriero.train.rollouts import VALIDATION, Rollouts, begun
 from arriero.train.sampler import Sampler
 from arriero.train.samples import Sample, write_samples
+from arriero.train.served_sampler import ServedSampler
 from arriero.train.tuned import Tuned, open_base
 
 KL_GROUPS = 16  # held-out prompts whose answers the divergence from the reference is measured on
@@ -122,12 +123,14 @@ def open_sampler(config: RlConfig, tuned: Tuned, longest: int) -> Sampler:
     rollout = config.rollout
     if rollout.rollout == "here":
         return Sampler(tuned, longest=longest, at_once=rollout.at_once)
-    from arriero.train.ray_sampler import RaySampler  # here: ray is an extra
-
     world = tuned.engine.mesh.world
     check(
         world == 1, f"rollout is {rollout.rollout}, and {world} processes train; with several, answers are sampled here"
     )
+    if rollout.rollout.startswith("http"):
+        return ServedSampler(tuned, longest=longest, at_once=rollout.at_once)
+    from arriero.train.ray_sampler import RaySampler  # here: ray is an extra
+
     return RaySampler(tuned, longest=longest, at_once=rollout.at_once)
 
 
@@ -229,13 +232,13 @@ class RlRun:
     def summary(self) -> str:
         """What is about to happen, in a few lines."""
         of, config = self.prepared, self.prepared.config
-        held_out, memory = 0 if of.held_out is None else len(of.held_out), of.rollouts.sampler.memory
+        held_out = 0 if of.held_out is None else len(of.held_out)
         turns = f", {config.rollout.turns} turns" if config.rollout.environment else ""
         return (
             f"{of.tuned.summary()}\n"
             f"{len(of.prompts):,} prompts of at most {of.prompts.longest:,} tokens; {held_out:,} held out; "
             f"reward: {config.scored_by}\n"
-            f"the sampler: {memory['weights'] / 1e6:,.0f} MB of weights and {memory['cache'] / 1e6:,.0f} MB of cache\n"
+            f"the sampler: {of.rollouts.sampler.summary}\n"
             f"{of.steps:,} steps of {config.loop.batch_rows} prompts x {config.rollout.answers} answers of at most "
             f"{config.rollout.max_new_tokens:,} tokens{turns} -> {config.out}" + warmup_note(config.optim, of.steps)
         )

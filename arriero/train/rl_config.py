@@ -72,8 +72,9 @@ class RolloutConfig:
     at_once: int = 128
     """Answers that are decoded at a time."""
     rollout: str = "here"
-    """Where answers are sampled: here, in this process; ray, in a process of its own on this machine; or ray:HOST:PORT,
-    in one of a Ray cluster, where `model` has to name the same files."""
+    """Where answers are sampled: here, in this process; ray, in a process of its own on this machine; ray:HOST:PORT, in
+    one of a Ray cluster, where `model` has to name the same files; or http://HOST:PORT, by a server, vLLM's or `arriero
+    serve`, that has the base and is sent adapters."""
     rollout_lag: int = 0
     """Steps by which the weights that sample lie behind those that learn; with ray both go on at the same time. The
     importance weights (`correction`) make up for it. The first steps have answers of the first weights."""
@@ -102,8 +103,8 @@ class RolloutConfig:
             "penalised; set truncated to score",
         )
         check(
-            self.rollout in ("here", "ray") or self.rollout.startswith("ray:"),
-            f"rollout is {self.rollout!r}; it is here, ray, or ray:HOST:PORT",
+            self.rollout in ("here", "ray") or self.rollout.startswith(("ray:", "http://", "https://")),
+            f"rollout is {self.rollout!r}; it is here, ray, ray:HOST:PORT, or http://HOST:PORT",
         )
         check(self.rollout_lag >= 0, f"rollout_lag is {self.rollout_lag}; it must be at least 0 (0: none)")
         check(

@@ -136,6 +136,12 @@ class Sampler:
         """Bytes of the engine's copy of the weights, and of its cache, in this process."""
         return self._policy.engine.memory
 
+    @property
+    def summary(self) -> str:
+        """Who answers, and what it takes."""
+        held = self.memory
+        return f"{held['weights'] / 1e6:,.0f} MB of weights and {held['cache'] / 1e6:,.0f} MB of cache"
+
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
         self._policy.take(tensors)
 

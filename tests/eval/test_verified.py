@@ -71,7 +71,7 @@ def test_rows_that_cannot_be_scored_are_refused_before_the_model_is_loaded(quest
     config = {"model": "smollm2-135m", "data": str(questions)}
     with pytest.raises(DataError, match=r"row 1 of .*test.jsonl: the field 'wanted'"):
         run_verified(PassConfig(**config, reward="numeric:wanted"), QUIET)
-    with pytest.raises(ConfigError, match="reward is 'numerical'"):
+    with pytest.raises(ConfigError, match="'numerical' is no reward"):
         run_verified(PassConfig(**config, reward="numerical"), QUIET)
     with pytest.raises(ConfigError, match="no data given"):
         run_verified(PassConfig(model="smollm2-135m"), QUIET)

@@ -132,5 +132,5 @@ def test_a_row_without_its_reference_is_refused_by_name():
 
 
 def test_an_unknown_reward_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"reward is 'numerc'; it begins with one of exact, numeric.*mean 'numeric'"):
+    with pytest.raises(ConfigError, match=r"'numerc' is no reward; one begins with exact, numeric.*mean 'numeric'"):
         open_scorer("numerc")

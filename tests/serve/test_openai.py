@@ -103,6 +103,22 @@ def test_a_streamed_completion_put_together_is_the_unstreamed_one(client, settin
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
+def test_token_ids_come_when_asked_for_and_ids_may_end_an_answer(client, model):
+    """As vLLM's clients ask: the id that ended an answer is among them, and its text is not."""
+    asked = {"model": "base", "prompt": "1, 2, 3,", "max_tokens": 20, "temperature": 0, "logprobs": 0}
+    free = client.completions.create(**asked, extra_body={"return_token_ids": True}).choices[0]
+    assert model.tokenizer.decode(free.token_ids) == free.text and len(free.token_ids) == 20
+    assert len(free.logprobs.token_logprobs) == 20
+    end = free.token_ids[4]
+    first = free.token_ids.index(end)
+    extra = {"return_token_ids": True, "stop_token_ids": [end]}
+    cut = client.completions.create(**asked, extra_body=extra).choices[0]
+    assert (cut.token_ids, cut.finish_reason) == (free.token_ids[: first + 1], "stop")
+    assert cut.text == model.tokenizer.decode(free.token_ids[:first])
+    chunks = client.completions.create(**asked, extra_body=extra, stream=True)
+    assert [i for chunk in chunks for i in chunk.choices[0].token_ids] == cut.token_ids
+
+
 def test_echoed_log_probabilities_are_those_of_arriero_eval(client, model):
     """As lm-eval's local-completions asks: ids of context and answer, echo, logprobs 1, max_tokens 1."""
     from arriero.eval.packed import scored

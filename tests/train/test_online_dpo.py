@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.answering import ByRule, Killed, killed_in, result
+from helpers.answering import ByRule, Killed, assert_equal_runs, killed_in
 from torch import Tensor
 
 from arriero.errors import ConfigError
@@ -75,8 +75,7 @@ def test_a_run_killed_while_it_samples_or_updates_goes_on_to_the_same_bits(
     with pytest.raises(Killed):
         train(config, killed_in(part, at))
     train(dataclasses.replace(config, resume=True))
-    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "killed")
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
 def logprob(run: RlRun, prompt: Any, ids: list[int]) -> Tensor:

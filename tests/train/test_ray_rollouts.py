@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from helpers.answering import ByRule, Killed, killed_in, result
+from helpers.answering import ByRule, Killed, assert_equal_runs, grpo_settings, killed_in, train_grpo
 
 from arriero.errors import CheckpointError, ConfigError
 from arriero.show.terminal import notes
 from arriero.train import grpo
-from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.metrics import surviving_records
-from arriero.train.recipe import execute
-from arriero.train.rl import RlRun
-from arriero.train.rl_config import GrpoConfig, PromptConfig, RolloutConfig
+from arriero.train.rl_config import RolloutConfig
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed: arriero[ray]")
 
@@ -33,47 +29,13 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def settings(toy_model: Path, prompts: Path, out: Path, steps: int = 5, **rollout: Any) -> GrpoConfig:
-    values: dict[str, Any] = {
-        "answers": 5, "max_new_tokens": 7, "truncated": "score", "validation_answers": 2, "at_once": 16,
-    }  # fmt: skip
-    return GrpoConfig(
-        model=str(toy_model),
-        out=str(out),
-        samples=2,
-        rollout=RolloutConfig(**(values | rollout)),
-        loop=LoopConfig(
-            steps=steps, batch_rows=4, micro_rows=2, precision="fp32", save_every=1, validate_every=2, keep_last=9
-        ),
-        optim=OptimConfig(lr=1e-2, schedule="constant", warmup=0.0),
-        data=PromptConfig(train=str(prompts), validation=str(prompts.parent / "held-out.jsonl")),
-    )
-
-
-def train(config: GrpoConfig, changed: Any = lambda run: None) -> None:
-    def build(c: GrpoConfig, console: Any, mesh: Any) -> RlRun:
-        run = grpo.build(c, console, mesh, ByRule())
-        changed(run)
-        return run
-
-    execute(config, "grpo", build)
-
-
-def assert_equal_runs(one: Path, other: Path) -> None:
-    a, b = result(one), result(other)
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    journals = [sorted((run / "rollouts").iterdir()) for run in (one, other)]
-    assert [p.name for p in journals[0]] == [p.name for p in journals[1]]
-    assert [p.read_bytes() for p in journals[0]] == [p.read_bytes() for p in journals[1]]
-
-
 # -- the lag, in one process -------------------------------------------------------------------------------------------
 
 
 def test_with_a_lag_answers_are_by_the_weights_of_so_many_steps_before(
     toy_model: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    train(settings(toy_model, prompts, tmp_path / "run", rollout_lag=2))
+    train_grpo(grpo_settings(toy_model, prompts, tmp_path / "run", rollout_lag=2))
     rows = [surviving_records(p)[0] for p in sorted((tmp_path / "run" / "rollouts").iterdir())]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["weights"]["step"] for row in rows] == [0, 0, 0, 1, 2]
@@ -87,31 +49,31 @@ def test_with_a_lag_answers_are_by_the_weights_of_so_many_steps_before(
 def test_a_run_with_a_lag_is_killed_and_goes_on_to_the_same_bits(
     toy_model: Path, prompts: Path, tmp_path: Path, part: str, at: int
 ) -> None:
-    train(settings(toy_model, prompts, tmp_path / "whole", rollout_lag=2))
-    config = settings(toy_model, prompts, tmp_path / "killed", rollout_lag=2)
+    train_grpo(grpo_settings(toy_model, prompts, tmp_path / "whole", rollout_lag=2))
+    config = grpo_settings(toy_model, prompts, tmp_path / "killed", rollout_lag=2)
     with pytest.raises(Killed):
-        train(config, killed_in(part, at))
-    train(dataclasses.replace(config, resume=True))
+        train_grpo(config, killed_in(part, at))
+    train_grpo(dataclasses.replace(config, resume=True))
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_answers_that_are_gone_with_their_weights_are_said_to_be(
     toy_model: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    config = settings(toy_model, prompts, tmp_path / "run", rollout_lag=2)
+    config = grpo_settings(toy_model, prompts, tmp_path / "run", rollout_lag=2)
     with pytest.raises(Killed):
-        train(config, killed_in("step", 2))
+        train_grpo(config, killed_in("step", 2))
     (tmp_path / "run" / "rollouts" / "step-00000004-0.jsonl").unlink()
     with pytest.raises(
         CheckpointError, match=r"step-00000004-0.jsonl is not what the run left there: .* begin a new run"
     ):
-        train(dataclasses.replace(config, resume=True))
+        train_grpo(dataclasses.replace(config, resume=True))
 
 
 def test_what_cannot_lag_is_refused() -> None:
     with pytest.raises(ConfigError, match="rollout_lag is 1 and dynamic 2: further rounds would wait"):
         RolloutConfig(rollout_lag=1, dynamic=2)
-    with pytest.raises(ConfigError, match="rollout is 'there'; it is here, ray, or ray:HOST:PORT"):
+    with pytest.raises(ConfigError, match="rollout is 'there'; it is here, ray, ray:HOST:PORT, or http://HOST:PORT"):
         RolloutConfig(rollout="there")
 
 
@@ -124,13 +86,13 @@ def test_what_cannot_lag_is_refused() -> None:
 def test_a_worker_of_ray_gives_the_bits_of_this_process_and_so_does_a_killed_run(
     toy_model: Path, prompts: Path, tmp_path: Path, local_ray: None, lag: int
 ) -> None:
-    train(settings(toy_model, prompts, tmp_path / "here", rollout_lag=lag))
-    train(settings(toy_model, prompts, tmp_path / "ray", rollout="ray", rollout_lag=lag))
+    train_grpo(grpo_settings(toy_model, prompts, tmp_path / "here", rollout_lag=lag))
+    train_grpo(grpo_settings(toy_model, prompts, tmp_path / "ray", rollout="ray", rollout_lag=lag))
     assert_equal_runs(tmp_path / "here", tmp_path / "ray")
-    config = settings(toy_model, prompts, tmp_path / "killed", rollout="ray", rollout_lag=lag)
+    config = grpo_settings(toy_model, prompts, tmp_path / "killed", rollout="ray", rollout_lag=lag)
     with pytest.raises(Killed):
-        train(config, killed_in("step", 2))
-    train(dataclasses.replace(config, resume=True))
+        train_grpo(config, killed_in("step", 2))
+    train_grpo(dataclasses.replace(config, resume=True))
     assert_equal_runs(tmp_path / "here", tmp_path / "killed")
 
 
@@ -143,7 +105,9 @@ def test_the_worker_is_another_process_and_its_death_is_told(
 
     from arriero.errors import TrainingError
 
-    run = grpo.build(settings(toy_model, prompts, tmp_path / "run", rollout="ray"), notes(quiet=True), None, ByRule())
+    run = grpo.build(
+        grpo_settings(toy_model, prompts, tmp_path / "run", rollout="ray"), notes(quiet=True), None, ByRule()
+    )
     sampler: Any = run.prepared.rollouts.sampler
     assert sampler.memory["weights"] > 0
     run.prepared.rollouts(0)
