@@ -11,14 +11,17 @@ TWO = [
     Case({"dp_shard": 2, "reduce_every": True}, tied=True, prefix=11, recompute="selective", micro_batches=4),
     Case({"dp_replicate": 2}, lora=True, dropout=0.1, micro_batches=4),
     Case({"tp": 2}, prefix=11, micro_batches=2),
-    Case({"tp": 2}, qk_norm=True, micro_batches=2),
     Case({"cp": 2}, prefix=11, recompute="full", micro_batches=4),
     Case({"pp": 2, "pp_light_ends": True}, micro_batches=4),
-    Case({"pp": 2}, tied=True, micro_batches=4),
     Case({"dp_shard": 2}, mixed=True, micro_batches=4),
-    Case({"dp_shard": 2}, lora=True, quantize="nf4"),
+    Case({"dp_shard": 2}, lora=True, quantize="nf4", micro_batches=4),
+    Case({"pp": 2}, lora=True, quantize="int8", micro_batches=4),
+]
+
+MORE_OF_TWO = [
+    Case({"tp": 2}, qk_norm=True, micro_batches=2),
+    Case({"pp": 2}, tied=True, micro_batches=4),
     Case({"tp": 2}, lora=True),
-    Case({"pp": 2}, lora=True, quantize="int8"),
     Case({"cp": 2}, lora=True, quantize="nf4", recompute="full"),
     Case({"cp": 2}, mixed=True, micro_batches=2),
     Case({"tp": 2}, mixed=True, micro_batches=2),
@@ -90,6 +93,11 @@ def check(cases: list[Case], world: int, directory) -> None:
 
 def test_two_processes_equal_one(tmp_path):
     check(TWO, 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_split_otherwise_equal_one(tmp_path):
+    check(MORE_OF_TWO, 2, tmp_path)
 
 
 @pytest.mark.slow

@@ -157,8 +157,9 @@ def test_eval_compares_a_model_with_itself_and_finds_no_difference(smollm2_gguf,
     assert sample["before"] == sample["after"]
 
 
-@pytest.mark.parametrize("text", [TEXT[:97], "a\r\nb\rc\nd\u2028e\u2029f\x85g\x0bh\x0ci\x1cj\r\n"])
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(
+    ("text", "mark"), [(TEXT[:97], b""), ("a\r\nb\rc\nd\u2028e\u2029f\x85g\x0bh\x0ci\x1cj\r\n", b"\xef\xbb\xbf")]
+)
 def test_eval_reads_texts_and_rows_with_texts_alike(smollm2_gguf, tmp_path, capsys, text, mark):
     (tmp_path / "a.txt").write_bytes(mark + text.encode())
     (tmp_path / "a.jsonl").write_bytes(mark + json.dumps({"text": text}, ensure_ascii=False).encode() + b"\r\n")

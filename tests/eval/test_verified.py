@@ -15,7 +15,8 @@ from arriero.eval.config import PassConfig
 from arriero.eval.pass_at_k import pass_at_k
 from arriero.eval.verified import _seed, run_verified
 from arriero.infer.config import SamplingConfig
-from arriero.infer.generate import generate
+from arriero.infer.engine import Engine
+from arriero.infer.request import Request
 from arriero.model.linear import densify
 
 QUIET = Console(quiet=True)
@@ -40,19 +41,21 @@ def test_rewards_and_pass_at_k_are_those_of_the_answers_one_by_one(questions, tm
     found = run_verified(config, QUIET)
     model, tokenizer = load("smollm2-135m", dtype=torch.bfloat16)
     model = densify(model)  # as every evaluation measures it
+    engine = Engine(model, tokenizer)
+
+    def alone(prompt, sampling):
+        [[answer]] = engine.generate([Request(prompt.ids, 9, sampling)])
+        return answer
+
     for prompt, sample in zip(read_prompts(questions, tokenizer, max_length=99), found.samples, strict=True):
         seed = _seed(0, prompt)
-        drawn = [
-            generate(model, tokenizer, [list(prompt.ids)], SamplingConfig(temperature=1.0, seed=seed + i), 9)[0]
-            for i in range(3)
-        ]
+        drawn = [alone(prompt, SamplingConfig(temperature=1.0, seed=seed + i)) for i in range(3)]
         wanted = prompt.fields["answer"]
         right = [a.stopped and re.findall(r"\d+", a.text)[-1:] == [wanted] for a in drawn]
         assert sample.scores["pass@1"] == pytest.approx(sum(right) / 3)
         assert sample.scores["pass@3"] == float(any(right))
         assert sample.scores["stopped"] == pytest.approx(sum(a.stopped for a in drawn) / 3)
-        greedy = generate(model, tokenizer, [list(prompt.ids)], SamplingConfig(temperature=0.0), 9)[0]
-        assert sample.answer == greedy.text
+        assert sample.answer == alone(prompt, SamplingConfig(temperature=0.0)).text
     saved = json.loads((tmp_path / "out" / "results.json").read_text())["measures"]
     assert {"greedy_reward", "reward", "pass@1", "pass@3", "stopped"} == saved.keys()
     assert all(line["difference"]["value"] == 0 for line in saved.values())  # the same model, on the same draws
