@@ -1,6 +1,6 @@
 """Products of one matrix by shape and number of rows: our kernels, torch's (oneDNN) and llama.cpp's, by turns.
 
-    python bench/kernels.py [--rows 1 8 32 512] [--shapes 576x1536 ...] [--kinds fp32 bf16 int8 int4] [--rounds 5]
+    python bench/native_kernels.py [--rows 1 8 32 512] [--shapes 576x1536 ...] [--kinds fp32 bf16 int8 int4]
 
 One thread, by its processor time; GFLOP/s (2 n in out / time), medians. Weights repeat within a call, so small matrices
 lie in the cache as in a prefill, and large ones come from memory as in decoding. Peers by kind:
