@@ -21,7 +21,7 @@ import torch
 
 from arriero.infer import sample as sampling
 from arriero.infer.config import SamplingConfig
-from arriero.infer.row import Row
+from arriero.infer.sampler_row import SamplerRow
 
 ROWS = 8
 LONG = {"prompt": list(range(1000)), "answer": list(range(500, 1500)), "logprobs": True}
@@ -51,11 +51,11 @@ def main() -> None:
     for vocab in (49_152, 128_256):
         logits = torch.randn(ROWS, vocab, generator=torch.Generator().manual_seed(0)) * 2.5
         for name, (settings, asked) in SETTINGS.items():
-            rows = [Row(SamplingConfig(**settings), seed=i, **asked) for i in range(ROWS)]
+            rows = [SamplerRow(SamplingConfig(**settings), seed=i, **asked) for i in range(ROWS)]
             clock, cpu = timed(lambda logits=logits, rows=rows: sampling.sample(logits, rows), args.rounds)
             results[f"{vocab}, {name}"] = {"ms": clock, "cpu_ms": cpu}
     load, sampling.load_library = sampling.load_library, lambda: None  # type: ignore[assignment]
-    rows = [Row(SamplingConfig(temperature=0.6, top_p=0.9), seed=i) for i in range(ROWS)]
+    rows = [SamplerRow(SamplingConfig(temperature=0.6, top_p=0.9), seed=i) for i in range(ROWS)]
     logits = torch.randn(ROWS, 49_152, generator=torch.Generator().manual_seed(0)) * 2.5
     clock, cpu = timed(lambda: sampling.sample(logits, rows), 5)
     results["49152, temperature 0.6, top-p 0.9, in torch"] = {"ms": clock, "cpu_ms": cpu}

@@ -27,7 +27,7 @@ from arriero.infer import engine as module
 from arriero.infer.config import SamplingConfig
 from arriero.infer.engine import Engine
 from arriero.infer.request import Request
-from arriero.infer.row import Row
+from arriero.infer.sampler_row import SamplerRow
 from arriero.infer.step import StepInput
 
 STEPS = 400
@@ -57,7 +57,7 @@ def main() -> None:
     step: Any = Nothing(model.head.out_features)
     sampling, sample = [0.0], choose.sample
 
-    def timed(logits: Tensor, rows: Sequence[Row]) -> Any:
+    def timed(logits: Tensor, rows: Sequence[SamplerRow]) -> Any:
         began = time.perf_counter()
         chosen = sample(logits, rows)
         sampling[0] += time.perf_counter() - began

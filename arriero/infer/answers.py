@@ -14,8 +14,8 @@ from arriero.errors import ConfigError, UserError, check
 from arriero.infer.adapters import Adapter
 from arriero.infer.answer_text import AnswerText
 from arriero.infer.request import Event, FinishReason, Request, TokenLogprob
-from arriero.infer.row import Row
 from arriero.infer.sample import token_words
+from arriero.infer.sampler_row import SamplerRow
 from arriero.infer.scheduler import Sequence
 from arriero.infer.speculate import Drafted, Lookup
 from arriero.infer.structured import Constraint
@@ -29,7 +29,7 @@ class Answer:
     asked: Asked
     index: int
     sequence: Sequence
-    row: Row  # what the sampler knows of it
+    row: SamplerRow  # what the sampler knows of it
     text: AnswerText | None
     constraint: Constraint | None = None
     proposals: Lookup | Drafted | None = None
@@ -102,7 +102,7 @@ class Answers:
             sequence = Sequence((asked.id, index), list(request.prompt), root, adapter.step_name if adapter else None)
             sequence.generates = room > 0
             text = AnswerText(tokenizer, request.stop) if tokenizer and request.text else None
-            row = Row(
+            row = SamplerRow(
                 request.sampling, request.prompt, seed=seed + index, words=self.words,
                 logprobs=request.logprobs is not None, n_top=request.logprobs or 0, top_of=request.top_of,
             )  # fmt: skip

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from arriero.infer.answers import Answer, Asked
 from arriero.infer.request import TokenLogprob
-from arriero.infer.row import Row
 from arriero.infer.sample import Chosen, sample, score
+from arriero.infer.sampler_row import SamplerRow
 from arriero.infer.scheduler import Part, Sequence
 from arriero.infer.speculate import verify
 
@@ -61,13 +61,13 @@ def logprob(answer: Answer, chosen: Chosen, i: int) -> TokenLogprob | None:
 def score_prompt(part: Part, logits: Tensor, words: np.ndarray | None) -> None:
     """Give a request the log-probabilities of the tokens of its prompt that these logits are before.
 
-    words: as in `Row`; how many of the most probable tokens are listed is the request's.
+    words: as in `SamplerRow`; how many of the most probable tokens are listed is the request's.
     """
     asked: Asked = part.sequence.owner.asked
     at, request = part.scored_from, asked.request
     targets = part.sequence.ids[at : at + len(part.scores)]
     ours = logits[part.scores.start : part.scores.stop]
-    found = score(ours, targets, Row(request.sampling, seed=0, words=words, n_top=request.prompt_logprobs or 0))
+    found = score(ours, targets, SamplerRow(request.sampling, seed=0, words=words, n_top=request.prompt_logprobs or 0))
     begin = at - request.prompt_logprobs_from  # after an interruption they may be there already
     asked.prompt_logprobs[begin:] = [TokenLogprob(float(raw), top=_pairs(found, i)) for i, raw in enumerate(found.raw)]
 

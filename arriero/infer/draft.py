@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from arriero.infer.row import Row
 from arriero.infer.sample import sample
+from arriero.infer.sampler_row import SamplerRow
 from arriero.infer.scheduler import Plan, Sequence
 from arriero.infer.step import Step, StepInput
 
@@ -25,7 +25,7 @@ class Draft:
     def __init__(self, step: Step) -> None:
         self.step = step
 
-    def fill(self, plan: Plan, row_of: Callable[[Sequence], Row]) -> None:
+    def fill(self, plan: Plan, row_of: Callable[[Sequence], SamplerRow]) -> None:
         """Compute the plan's tokens, and write what the draft would say in the places of those proposed."""
         batch, adapters = plan.batch, [None] * len(plan.parts)
         lengths = np.array([part.n for part in plan.parts])
@@ -60,7 +60,7 @@ class Draft:
             n += 1
 
 
-def _ahead(row: Row, proposed: list[int]) -> Row:
+def _ahead(row: SamplerRow, proposed: list[int]) -> SamplerRow:
     """The row behind these tokens, free of any grammar, which decides when they are verified."""
     last = row.ahead(proposed)[-1]
     last.allowed, last.n_top, last.native.n_top = None, 0, 0

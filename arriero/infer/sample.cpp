@@ -97,7 +97,7 @@ inline uint64_t philox(uint64_t key, uint64_t counter) {
     return c[0];
 }
 
-struct Row {  // as `NativeRow` in row.py
+struct Row {  // as `NativeRow` in sampler_row.py
     double top_p;
     float temperature, log_min_p, repetition, presence, frequency;
     int32_t top_k, n_top, wants_logprobs, top_of_sampled;

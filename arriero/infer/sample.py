@@ -1,6 +1,6 @@
 """From logits to the next token of many requests at once: `sample(logits, rows) -> Chosen`.
 
-A request is a `Row`: its settings, its seed, and its tokens so far. The row's filters apply in one order, which is
+A request is a `SamplerRow`: its settings, its seed, and its tokens so far. Its filters apply in one order, which is
 transformers': logit bias, repetition penalty, presence and frequency penalties, the masks of allowed tokens,
 temperature, top-k, top-p, min-p. A token is sampled by inverting the cumulative distribution at one uniform number,
 which is a function of the row's seed and of the token's index in the answer (Philox4x64-10). So a row's token, and the
@@ -30,7 +30,7 @@ from torch import Tensor
 from arriero.errors import UserError
 from arriero.infer import sample_twin
 from arriero.infer.config import SamplingConfig
-from arriero.infer.row import NativeRow, Row
+from arriero.infer.sampler_row import NativeRow, SamplerRow
 from arriero.system.cpp import load_cpp
 from arriero.tokenizer.base import Tokenizer
 
@@ -67,8 +67,8 @@ class Chosen:
     top: list[tuple[np.ndarray, np.ndarray]]
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> Chosen:
-    """The next token of each row, from logits [m, V]; rows are not changed: `Row.push` the ids.
+def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> Chosen:
+    """The next token of each row, from logits [m, V]; rows are not changed: `SamplerRow.push` the ids.
 
     Among equal largest logits a greedy row takes the smallest id. top-k and top-p keep all tokens that equal the last
     one kept. Of NaN logits nothing is drawn while others are there; a row without any finite logit (diverged weights)
@@ -78,17 +78,17 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Chosen:
     return _run(logits, rows, None)
 
 
-def score(logits: Tensor, ids: Sequence[int], row: Row | None = None) -> Chosen:
+def score(logits: Tensor, ids: Sequence[int], row: SamplerRow | None = None) -> Chosen:
     """The raw log-probabilities of given ids [m] by logits [m, V], a prompt's say; `sampled` is NaN.
 
     row: of the request, whose `n_top` most probable tokens are listed for each position.
     """
     n_top, words = (row.n_top, row.words) if row else (0, None)
-    asked = Row(SamplingConfig(), words=words, seed=0, logprobs=True, n_top=n_top)
+    asked = SamplerRow(SamplingConfig(), words=words, seed=0, logprobs=True, n_top=n_top)
     return _run(logits, [asked] * len(ids), ids)
 
 
-def _run(logits: Tensor, rows: Sequence[Row], given: Sequence[int] | None) -> Chosen:
+def _run(logits: Tensor, rows: Sequence[SamplerRow], given: Sequence[int] | None) -> Chosen:
     m, vocab = logits.shape
     assert len(rows) == m and vocab < 2**31
     values = logits.detach().to("cpu", torch.float32).contiguous()  # the engine's logits are so already
@@ -116,7 +116,7 @@ def _run(logits: Tensor, rows: Sequence[Row], given: Sequence[int] | None) -> Ch
     return Chosen(out["id"], out["raw"], out["sampled"], top)
 
 
-def _given(row: Row, token: int) -> NativeRow:
+def _given(row: SamplerRow, token: int) -> NativeRow:
     native = NativeRow.from_buffer_copy(row.native)
     native.given = token
     return native

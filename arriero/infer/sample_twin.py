@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from arriero.infer.config import SamplingConfig
-from arriero.infer.row import Row, log_of
+from arriero.infer.sampler_row import SamplerRow, log_of
 
 HIGHEST = 1e30
 """Stands for a logit of +inf."""
@@ -102,7 +102,7 @@ def draw(logits: Tensor, number: float) -> int:
     return min(at, int(weights.nonzero()[-1]))
 
 
-def penalised(logits: Tensor, row: Row) -> Tensor:
+def penalised(logits: Tensor, row: SamplerRow) -> Tensor:
     """The row's bias, penalties and masks on its logits [V], of which none is NaN or +inf."""
     config = row.sampling
     if config.logit_bias:
@@ -124,7 +124,7 @@ def best(logits: Tensor, logprobs: Tensor, n: int) -> tuple[np.ndarray, np.ndarr
 
 def sample_rows(
     logits: Tensor,
-    rows: Sequence[Row],
+    rows: Sequence[SamplerRow],
     given: Sequence[int] | None,
     out: np.ndarray,
     top_ids: np.ndarray,
@@ -146,7 +146,7 @@ def sample_rows(
             out[i]["raw"] = raw[out[i]["id"]]
 
 
-def _choose(logits: Tensor, row: Row, out: np.ndarray, top_ids: np.ndarray, tops: np.ndarray) -> None:
+def _choose(logits: Tensor, row: SamplerRow, out: np.ndarray, top_ids: np.ndarray, tops: np.ndarray) -> None:
     logits = penalised(logits, row)
     finite = logits > -math.inf
     if not finite.any():  # diverged weights: the allowed tokens become equally likely

@@ -4,7 +4,7 @@
     ids = scorer.encode([{"role": "user", "content": "Legs?"}, {"role": "assistant", "content": "Four."}])
     scorer([ids, ...])        # fp32 [n]
 
-A score does not depend on padding, on the batch, or on its companions: sequences lie end to end and see themselves
+A score does not depend on padding, on the batch, or on what else is scored: sequences lie end to end and see themselves
 only. Those that follow each other and begin alike share the beginning, which is computed once. Whoever asks decides
 what an answer that was cut off is worth: it has no terminator, so what is read is no score of an answer.
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from arriero.infer.row import Row
 from arriero.infer.sample import Chosen, sample
+from arriero.infer.sampler_row import SamplerRow
 from arriero.infer.structured import Constraint
 
 
@@ -112,8 +112,10 @@ class Lookup(_Rests):
 
 
 def positions(
-    rows: Sequence[Row], proposals: Sequence[Sequence[int]], constraints: Sequence[Constraint | None] | None = None
-) -> tuple[list[Row], list[int]]:
+    rows: Sequence[SamplerRow],
+    proposals: Sequence[Sequence[int]],
+    constraints: Sequence[Constraint | None] | None = None,
+) -> tuple[list[SamplerRow], list[int]]:
     """The rows to sample at the last token of each request and at each of its proposed ones, and how many of each.
 
     Proposals that a request's grammar does not allow are cut off, so there may be fewer than n + 1.
@@ -132,7 +134,7 @@ def positions(
 
 def verify(
     logits: Tensor,
-    rows: Sequence[Row],
+    rows: Sequence[SamplerRow],
     proposals: Sequence[Sequence[int]],
     constraints: Sequence[Constraint | None] | None = None,
 ) -> list[Chosen]:

@@ -1,9 +1,10 @@
 """Text that satisfies a JSON schema, a regular expression, a grammar or a list of choices, by llguidance.
 
 A `Compiler` makes a `Grammar` of what the user gave; a request begins a `Constraint` of it, which tells before each
-token which ids may follow (a bit mask, `Row.allowed`), takes the chosen one, and knows when the text is complete. What
-cannot be compiled is an error that names the construct: llguidance is strict (a keyword of JSON Schema that it does not
-know to restrict text by is refused, annotations excepted), and nothing is ever decoded without its mask.
+token which ids may follow (a bit mask, `SamplerRow.allowed`), takes the chosen one, and knows when the text is
+complete. What cannot be compiled is an error that names the construct: llguidance is strict (a keyword of JSON Schema
+that it does not know to restrict text by is refused, annotations excepted), and nothing is ever decoded without its
+mask.
 
 Compiling belongs on a thread of its own (`Compiler.submit`). It is tried first in another process
 (`structured_trial.py`), which is ended after `SECONDS` or at 3 GB; what compiled there compiles here in the same time.

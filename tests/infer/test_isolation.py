@@ -21,8 +21,8 @@ from arriero.infer.config import SamplingConfig
 from arriero.infer.engine import Engine
 from arriero.infer.native_step import NativeStep
 from arriero.infer.request import Completion, Event, Request, TokenLogprob, joined
-from arriero.infer.row import Row
 from arriero.infer.sample import sample, score
+from arriero.infer.sampler_row import SamplerRow
 from arriero.infer.speculate import Drafted, Lookup
 from arriero.infer.step import BLOCK
 
@@ -128,7 +128,7 @@ def by_forward(model, life: Life) -> list[Completion]:
         logits = model(torch.tensor([ids]))[0].float()
         n, seed = len(request.prompt), (request.sampling.seed or 0) + i
         rows = [
-            Row(request.sampling, request.prompt, seed=seed, answer=given.ids[:k], logprobs=True)
+            SamplerRow(request.sampling, request.prompt, seed=seed, answer=given.ids[:k], logprobs=True)
             for k in range(len(said))
         ]
         chosen = sample(logits[n - 1 :][: len(said)], rows)

@@ -21,8 +21,8 @@ from arriero.errors import CheckpointError
 from arriero.eval.needle import Reader
 from arriero.infer.config import ChatConfig, SamplingConfig
 from arriero.infer.generate import Session, generate, stream
-from arriero.infer.row import Row
 from arriero.infer.sample import sample, token_words
+from arriero.infer.sampler_row import SamplerRow
 from arriero.model.config import LlamaConfig, Qwen3Config
 from arriero.model.lora import add_lora, lora_state
 from arriero.model.lora_config import LoraConfig
@@ -119,8 +119,8 @@ def test_ids_without_a_token_are_not_drawn(tmp_path):
     logits = torch.zeros(1, 320)
     logits[0, 257], logits[0, 319], logits[0, 4] = 9, 9, 1
     words = token_words(tokenizer)
-    assert sample(logits, [Row(SamplingConfig(), words=words)]).ids.tolist() == [4]
-    rows = [Row(SamplingConfig(temperature=1.0, seed=i), words=words) for i in range(99)]
+    assert sample(logits, [SamplerRow(SamplingConfig(), words=words)]).ids.tolist() == [4]
+    rows = [SamplerRow(SamplingConfig(temperature=1.0, seed=i), words=words) for i in range(99)]
     drawn = sample(logits.expand(99, -1), rows).ids.tolist()
     assert 257 not in drawn and max(drawn) < 261 and len(set(drawn)) > 20
     convert(tmp_path / "m", tmp_path / "m.gguf", to="gguf")

@@ -23,8 +23,8 @@ from arriero.errors import ConfigError
 from arriero.infer import sample as sampling
 from arriero.infer import sample_twin as twin
 from arriero.infer.config import SamplingConfig
-from arriero.infer.row import Row
 from arriero.infer.sample import NothingAllowed, sample, score
+from arriero.infer.sampler_row import SamplerRow
 
 SETTINGS = {
     "plain": {},
@@ -65,9 +65,9 @@ def config_of(name: str, **more) -> SamplingConfig:
     return SamplingConfig(**{"temperature": 1.0, **SETTINGS[name], **more})
 
 
-def rows_of(name: str, n: int, **kwargs) -> list[Row]:
+def rows_of(name: str, n: int, **kwargs) -> list[SamplerRow]:
     return [
-        Row(config_of(name), PROMPT, answer=ANSWER, seed=i, logprobs=True, n_top=100, top_of="sampled", **kwargs)
+        SamplerRow(config_of(name), PROMPT, answer=ANSWER, seed=i, logprobs=True, n_top=100, top_of="sampled", **kwargs)
         for i in range(n)
     ]
 
@@ -147,7 +147,7 @@ def test_the_cpp_sampler_is_its_twin(logits, name, through_torch):
 
 
 def test_greedy_and_given_tokens_are_the_twins(logits, through_torch):
-    rows = [Row(SamplingConfig(repetition_penalty=1.4), PROMPT, logprobs=True, n_top=5) for _ in logits]
+    rows = [SamplerRow(SamplingConfig(repetition_penalty=1.4), PROMPT, logprobs=True, n_top=5) for _ in logits]
     same(sample(logits, rows), through_torch(sample, logits, rows))
     ids = list(range(5, 5 + len(logits)))
     same(score(logits, ids, rows[0]), through_torch(score, logits, ids, rows[0]))
@@ -166,13 +166,13 @@ def test_equal_logits_share_their_fate(many, setting, through_torch):
     logits = torch.full((1, 1009), -9.0)
     logits[0, 100 : 100 + many] = 2.0
     logits[0, 50] = 2.5
-    rows = [Row(SamplingConfig(temperature=1.0, **setting), seed=1, logprobs=True, n_top=1009, top_of="sampled")]
+    rows = [SamplerRow(SamplingConfig(temperature=1.0, **setting), seed=1, logprobs=True, n_top=1009, top_of="sampled")]
     ids, _ = sample(logits, rows).top[0]
     assert ids[0] == 50 and set(range(100, 100 + many)) <= set(ids.tolist())
     assert len(ids) == (1 + many if setting else 1009)
     same(sample(logits, rows), through_torch(sample, logits, rows))
     logits[0, 50] = 2.0
-    assert sample(logits, [Row(SamplingConfig())]).ids.tolist() == [50]
+    assert sample(logits, [SamplerRow(SamplingConfig())]).ids.tolist() == [50]
 
 
 def test_logits_of_any_scale_are_cut_right(through_torch):
@@ -182,7 +182,7 @@ def test_logits_of_any_scale_are_cut_right(through_torch):
         logits[1, ::3] = -math.inf
         logits[2, ::5] = torch.finfo(torch.float32).min
         for setting in ({"top_k": 50}, {"top_p": 0.7}, {"top_k": 700, "top_p": 0.9}):
-            row = Row(SamplingConfig(temperature=1.0, **setting), seed=1, n_top=2003, top_of="sampled")
+            row = SamplerRow(SamplingConfig(temperature=1.0, **setting), seed=1, n_top=2003, top_of="sampled")
             ours, theirs = sample(logits, [row] * 3), through_torch(sample, logits, [row] * 3)
             assert [ids.tolist() for ids, _ in ours.top] == [ids.tolist() for ids, _ in theirs.top]
 
@@ -198,7 +198,7 @@ def test_a_token_is_the_one_at_which_the_sum_exceeds_its_random_number():
     steps = 1009
     logits = torch.zeros(1, steps)
     for seed in range(50):
-        row = Row(SamplingConfig(temperature=1.0), seed=seed, answer=[1] * seed)
+        row = SamplerRow(SamplingConfig(temperature=1.0), seed=seed, answer=[1] * seed)
         assert sample(logits, [row]).ids.tolist() == [int(twin.uniform(seed, seed) * steps)]
 
 
@@ -226,12 +226,12 @@ def test_a_request_taken_up_again_draws_the_same_tokens():
     generator = torch.Generator().manual_seed(1)
     steps = [torch.randn(1, 101, generator=generator) for _ in range(130)]
     config = SamplingConfig(1.2, 1.0, 0, 0.95, 0.0, 5, 0.5, 0.5)
-    row, drawn = Row(config, PROMPT), []
+    row, drawn = SamplerRow(config, PROMPT), []
     for logits in steps:
         drawn.append(int(sample(logits, [row]).ids[0]))
         row.push(drawn[-1])
     assert row.answer.tolist() == drawn and row.prompt.tolist() == PROMPT
-    again = Row(config, PROMPT, answer=drawn[:100])
+    again = SamplerRow(config, PROMPT, answer=drawn[:100])
     for logits, token in zip(steps[100:], drawn[100:], strict=True):
         assert sample(logits, [again]).ids.tolist() == [token]
         again.push(token)
@@ -243,9 +243,9 @@ def test_drawn_frequencies_are_the_probabilities(name):
     logits = torch.randn(1, 211, generator=torch.Generator().manual_seed(2)) * 2
     config = config_of(name)
     probabilities = transformers_on(config, logits)[0].double().softmax(-1).numpy()
-    rows = [Row(config, PROMPT, answer=ANSWER, seed=i) for i in range(10_000)]
+    rows = [SamplerRow(config, PROMPT, answer=ANSWER, seed=i) for i in range(10_000)]
     for i in range(10_000):
-        rows.append(Row(config, PROMPT, answer=ANSWER, seed=77))
+        rows.append(SamplerRow(config, PROMPT, answer=ANSWER, seed=77))
         rows[-1].index = i
     drawn = np.bincount(sample(logits.expand(len(rows), -1), rows).ids, minlength=211)
     assert not drawn[probabilities == 0].any()
@@ -270,7 +270,7 @@ def test_penalties_count_prompt_or_answer():
     logits = torch.tensor([[2.0, 2.0, 2.0, -2.0]])
 
     def after(**settings):
-        row = Row(
+        row = SamplerRow(
             SamplingConfig(temperature=1.0, **settings), [0, 0, 3], answer=[1, 1], seed=0, n_top=4, top_of="sampled"
         )
         ids, values = sample(logits, [row]).top[0]
@@ -288,7 +288,7 @@ def test_only_allowed_tokens_are_drawn(through_torch):
     words = np.zeros(2, np.int32)  # ids 64 to 100 lie behind the mask: not allowed either
     words[0], words[1] = 1 << 5 | 1 << 9, -(2**31)
     for temperature in (0.0, 1.0):
-        rows = [Row(SamplingConfig(temperature=temperature), seed=i) for i in range(60)]
+        rows = [SamplerRow(SamplingConfig(temperature=temperature), seed=i) for i in range(60)]
         for row in rows:
             row.allowed = words
         for chosen in (sample(logits.expand(60, -1), rows), through_torch(sample, logits.expand(60, -1), rows)):
@@ -296,7 +296,7 @@ def test_only_allowed_tokens_are_drawn(through_torch):
 
 
 def test_a_row_that_nothing_is_allowed_in_is_an_error_that_names_it(through_torch):
-    logits, rows = torch.zeros(4, 101), [Row(SamplingConfig(temperature=1.0), seed=0) for _ in range(4)]
+    logits, rows = torch.zeros(4, 101), [SamplerRow(SamplingConfig(temperature=1.0), seed=0) for _ in range(4)]
     rows[1].allowed = np.zeros(4, np.int32)
     rows[2].words, rows[2].allowed = np.array([1, 0, 0, 0], np.int32), np.array([2, 0, 0, 0], np.int32)
     rows[2].native.words, rows[2].native.n_words = rows[2].words.ctypes.data, 4
@@ -311,7 +311,7 @@ def test_logits_that_are_no_numbers_are_not_drawn(through_torch):
     for number in (math.nan, -math.inf):
         logits = torch.full((40, 101), number)
         logits[:, 7], logits[:, 50] = 1.0, 1.0
-        rows = [Row(SamplingConfig(temperature=1.0, top_p=0.9), seed=i, logprobs=True) for i in range(40)]
+        rows = [SamplerRow(SamplingConfig(temperature=1.0, top_p=0.9), seed=i, logprobs=True) for i in range(40)]
         for chosen in (sample(logits, rows), through_torch(sample, logits, rows)):
             assert set(chosen.ids.tolist()) == {7, 50}
             np.testing.assert_allclose(chosen.sampled, math.log(0.5), rtol=1e-6)
@@ -320,7 +320,7 @@ def test_logits_that_are_no_numbers_are_not_drawn(through_torch):
 
 def test_logits_of_diverged_weights_give_an_allowed_token(through_torch):
     logits = torch.full((60, 101), math.nan)
-    rows = [Row(SamplingConfig(temperature=float(i % 2)), seed=i, logprobs=True) for i in range(60)]
+    rows = [SamplerRow(SamplingConfig(temperature=float(i % 2)), seed=i, logprobs=True) for i in range(60)]
     for row in rows:
         row.allowed = np.array([0, 0b1101, 0, 0], np.int32)
     for chosen in (sample(logits, rows), through_torch(sample, logits, rows)):
@@ -331,13 +331,13 @@ def test_logits_of_diverged_weights_give_an_allowed_token(through_torch):
 def test_a_logit_of_infinity_is_certain(through_torch):
     logits = torch.zeros(1, 101)
     logits[0, 13] = math.inf
-    row = Row(SamplingConfig(temperature=0.1, top_p=0.9), seed=3, logprobs=True)
+    row = SamplerRow(SamplingConfig(temperature=0.1, top_p=0.9), seed=3, logprobs=True)
     for chosen in (sample(logits, [row]), through_torch(sample, logits, [row])):
         assert chosen.ids.tolist() == [13] and chosen.sampled.tolist() == [0.0] and np.isnan(chosen.raw).all()
 
 
 def test_greedy_is_the_argmax_whatever_the_filters(logits):
-    rows = [Row(SamplingConfig(top_k=3, top_p=0.1), seed=0) for _ in logits]
+    rows = [SamplerRow(SamplingConfig(top_k=3, top_p=0.1), seed=0) for _ in logits]
     assert sample(logits, rows).ids.tolist() == logits.argmax(-1).tolist()
 
 
@@ -368,5 +368,5 @@ def test_vocabularies_of_any_sizes_take_turns(through_torch):
     for size in (1000, 1009, 13, 600, 1024, 1009):
         logits = torch.randn(2, size, generator=torch.Generator().manual_seed(size))
         config = SamplingConfig(temperature=1.0, top_p=0.9, frequency_penalty=1.0, repetition_penalty=1.2)
-        rows = [Row(config, [size - 1, 0], answer=[size - 1] * 3, seed=i, logprobs=True) for i in range(2)]
+        rows = [SamplerRow(config, [size - 1, 0], answer=[size - 1] * 3, seed=i, logprobs=True) for i in range(2)]
         same(sample(logits, rows), through_torch(sample, logits, rows))

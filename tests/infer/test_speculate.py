@@ -11,8 +11,8 @@ from helpers.tokenizers import small_byte_level
 from scipy.stats import chi2
 
 from arriero.infer.config import SamplingConfig
-from arriero.infer.row import Row
 from arriero.infer.sample import sample
+from arriero.infer.sampler_row import SamplerRow
 from arriero.infer.speculate import Lookup, verify
 from arriero.infer.structured import Compiler
 
@@ -32,7 +32,7 @@ def model(ids: list[int]) -> torch.Tensor:
 
 
 def plainly(config: SamplingConfig, prompt: list[int], n: int, constraint=None, seed: int = 5) -> list[int]:
-    row, ids = Row(config, prompt, seed=seed), list(prompt)
+    row, ids = SamplerRow(config, prompt, seed=seed), list(prompt)
     while len(ids) < len(prompt) + n and not (constraint and constraint.done):
         row.allowed = constraint.mask() if constraint else None
         token = int(sample(model(ids)[None], [row]).ids[0])
@@ -45,7 +45,7 @@ def plainly(config: SamplingConfig, prompt: list[int], n: int, constraint=None, 
 
 def speculating(config, prompt, n, propose, constraint=None, seed: int = 5) -> tuple[list[int], int]:
     """The text, and the steps that it took."""
-    row, ids, steps = Row(config, prompt, seed=seed), list(prompt), 0
+    row, ids, steps = SamplerRow(config, prompt, seed=seed), list(prompt), 0
     while len(ids) < len(prompt) + n and not (constraint and constraint.done):
         proposed = propose(ids)
         logits = torch.stack([model(ids + proposed[:j]) for j in range(len(proposed) + 1)])
@@ -87,7 +87,11 @@ def test_the_text_is_the_one_without_speculation(name):
 def test_log_probabilities_are_those_without_speculation():
     config, prompt = SETTINGS["sampled, filtered, penalised"], [1, 2]
     expected = plainly(config, prompt, 5)
-    row, plain, ids = Row(config, prompt, logprobs=True, n_top=3), Row(config, prompt, logprobs=True, n_top=3), [1, 2]
+    row, plain, ids = (
+        SamplerRow(config, prompt, logprobs=True, n_top=3),
+        SamplerRow(config, prompt, logprobs=True, n_top=3),
+        [1, 2],
+    )
     logits = torch.stack([model(prompt + expected[:j]) for j in range(6)])
     [chosen] = verify(logits, [row], [expected])
     assert chosen.ids.tolist()[:5] == expected
@@ -104,7 +108,7 @@ def test_requests_of_a_batch_are_verified_each_by_itself():
     config, prompts = SETTINGS["sampled"], [[1, 2], [3, 4, 5], [6, 7]]
     texts = [plainly(config, prompt, 6, seed=i) for i, prompt in enumerate(prompts)]
     proposals = [texts[0][:4], [], [texts[2][0], (texts[2][1] + 1) % V, 5]]
-    rows = [Row(config, prompt, seed=i) for i, prompt in enumerate(prompts)]
+    rows = [SamplerRow(config, prompt, seed=i) for i, prompt in enumerate(prompts)]
     logits = torch.stack(
         [
             model(prompt + said[:j])
@@ -140,12 +144,12 @@ def test_the_second_token_is_distributed_as_without_speculation(proposed):
     token = int(first.argmax()) if proposed == "likely" else int(first.sort(descending=True).indices[1])
     logits = torch.stack([first, model([*prompt, token])])
     n = 6000
-    rows = [Row(config, prompt, seed=i) for i in range(n)]
+    rows = [SamplerRow(config, prompt, seed=i) for i in range(n)]
     found = verify(logits.repeat(n, 1), rows, [[token]] * n)
     seconds = [int(chosen.ids[1]) for chosen in found if len(chosen.ids) == 2]
     probability = float(torch.softmax(first, -1)[token])
     assert len(seconds) > 0.8 * n * probability
-    ids, logs = sample(logits[1:], [Row(config, prompt, seed=0, n_top=V, top_of="sampled")]).top[0]
+    ids, logs = sample(logits[1:], [SamplerRow(config, prompt, seed=0, n_top=V, top_of="sampled")]).top[0]
     expected = np.exp(logs.astype(np.float64)) * len(seconds)
     counts = np.bincount(seconds, minlength=V)[ids]
     common = expected >= 5

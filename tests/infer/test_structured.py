@@ -25,8 +25,8 @@ from arriero.infer import structured, structured_trial
 from arriero.infer.config import GenerateConfig, SamplingConfig, SamplingFlags
 from arriero.infer.engine import Engine
 from arriero.infer.request import Request
-from arriero.infer.row import Row
 from arriero.infer.sample import sample, token_words
+from arriero.infer.sampler_row import SamplerRow
 from arriero.infer.structured import Compiler
 from arriero.tokenizer import load_tokenizer
 from arriero.tokenizer.llama3 import TiktokenTokenizer, special_tokens
@@ -68,7 +68,7 @@ def of_bytes():
 def write(grammar, tokenizer, seed: int, most: int = 300) -> tuple[str, bool]:
     """A random text, every token drawn evenly from those allowed; and whether it came to its end."""
     constraint, ids = grammar.begin(), []
-    row = Row(SamplingConfig(temperature=1.0), seed=seed, words=token_words(tokenizer))
+    row = SamplerRow(SamplingConfig(temperature=1.0), seed=seed, words=token_words(tokenizer))
     while len(ids) < most:
         row.allowed = constraint.mask()
         token = int(sample(torch.zeros(1, tokenizer.vocab_size), [row]).ids[0])
@@ -191,7 +191,7 @@ def slow_schema(i: int = 0) -> str:
 
 
 def test_what_takes_too_long_is_stopped_while_tokens_are_chosen(of_bytes):
-    row = Row(SamplingConfig(temperature=1.0), seed=1)
+    row = SamplerRow(SamplingConfig(temperature=1.0), seed=1)
     future, longest, began = of_bytes.submit("json_schema", slow_schema()), 0.0, time.perf_counter()
     while not future.done():
         before = time.perf_counter()

@@ -32,7 +32,7 @@ class NativeRow(ctypes.Structure):
     ]
 
 
-class Row:
+class SamplerRow:
     """What decides the next token of a request, except its logits.
 
     sampling: the settings; `seed` stands for its seed where one is given. prompt, answer: token ids so far.
@@ -113,7 +113,7 @@ class Row:
     def answer(self) -> np.ndarray:
         return self._tokens[self._n_prompt : self._n]
 
-    def ahead(self, proposed: Sequence[int]) -> list[Row]:
+    def ahead(self, proposed: Sequence[int]) -> list[SamplerRow]:
         """Rows as this one is now, and as it would be with the first, the first two, ... of the proposed tokens pushed.
 
         They share its memory: they are good until it is pushed to.
