@@ -22,42 +22,32 @@ that was killed anywhere goes on with `--resume` to the same result. The inferen
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 
-from arriero.checkpoint.load import best_device, load, load_tokenizer_at
+from arriero.checkpoint.load import load_tokenizer_at
 from arriero.checkpoint.source import resolve
 from arriero.data.prompts import Prompt, Prompts, read_split
 from arriero.distributed.mesh import Mesh
 from arriero.errors import ConfigError, DataError
-from arriero.eval.verified import answered
-from arriero.infer.config import SamplingConfig
-from arriero.infer.engine import Engine
-from arriero.infer.request import Request
 from arriero.io.files import write_json, write_jsonl
-from arriero.model.linear import densify
-from arriero.rewards.base import Answer, Scorer
+from arriero.rewards.base import Scorer
 from arriero.rewards.open import open_scorer
-from arriero.show.progress import progress
 from arriero.show.terminal import notes, output
 from arriero.train import sft
 from arriero.train.best_of import Choice, Sampled, choose, statistics
 from arriero.train.claim import check_named, claimed, refuse_changed
 from arriero.train.config import DataConfig, SftConfig
 from arriero.train.loop import Outcome
-from arriero.train.recipe import DTYPES, alone, record
+from arriero.train.recipe import alone, record
+from arriero.train.rejection_answers import RoundAnswers, read_answers
 from arriero.train.rejection_config import RejectionConfig
-from arriero.train.rejection_report import read_rows, table, write_rounds
-
-IN_A_FILE = 512  # answers, about: what a kill while sampling costs
+from arriero.train.rejection_report import table, write_rounds
 
 
 def main(config: RejectionConfig) -> Outcome | None:
@@ -118,7 +108,7 @@ class RejectionRun:
         """Every round that is not done yet."""
         out = Path(self.config.out)
         if self.held_out is not None and not (out / "held_out-0.jsonl").exists():
-            self._measure(out / "held_out-0.jsonl", *self._model(0))
+            self._answers.measure(out / "held_out-0.jsonl", *self._model(0))
         for number in range(1, self.config.rounds + 1):
             if (out / f"round-{number}" / "round.json").exists():
                 continue
@@ -136,11 +126,11 @@ class RejectionRun:
     def _round(self, number: int) -> Outcome | None:
         """Sample, choose, train, measure. Returns how the training was interrupted, if it was."""
         config, directory = self.config, Path(self.config.out) / f"round-{number}"
-        answers = self._sampled(number, directory / "answers")
+        answers = self._answers.sampled(number, directory / "answers", *self._model(number - 1))
         pool = list(answers)
         for earlier in range(1, number):
             if not config.last_round_only:
-                pool += _read_answers(directory.parent / f"round-{earlier}" / "answers")
+                pool += read_answers(directory.parent / f"round-{earlier}" / "answers")
         choice = choose(
             pool, keep=config.keep, above=-math.inf if config.every_prompt else config.above,
             max_length_ratio=config.max_length_ratio, max_same=config.max_same, seed=config.loop.seed,
@@ -155,9 +145,13 @@ class RejectionRun:
         if outcome.interrupted is not None:
             return outcome
         if self.held_out is not None:
-            self._measure(directory / "held_out.jsonl", *self._model(number))
+            self._answers.measure(directory / "held_out.jsonl", *self._model(number))
         write_json(directory / "round.json", {"round": number, **statistics(answers, choice)})
         return None
+
+    @property
+    def _answers(self) -> RoundAnswers:
+        return RoundAnswers(self.config, self.prompts, self.held_out, self.scorer, self.console)
 
     def _model(self, after: int) -> tuple[str, str]:
         """The model, and its adapter or "", as it stands after so many rounds."""
@@ -189,72 +183,6 @@ class RejectionRun:
         origin = {"reward": answer.value, "round": answer.round, "temperature": answer.temperature}
         return {"prompt": prompt.messages, "completion": answer.text, "meta": {"prompt": prompt.where, **origin}}
 
-    def _sampled(self, number: int, directory: Path) -> list[Sampled]:
-        """The answers of a round: those on disk, and the ones that are missing there."""
-        step = max(1, IN_A_FILE // self.config.answers)
-        parts = {directory / f"{i // step:05}.jsonl": range(i, min(i + step, len(self.prompts)))
-                 for i in range(0, len(self.prompts), step)}  # fmt: skip
-        missing = {path: those for path, those in parts.items() if not path.exists()}
-        if missing:
-            engine = self._engine(*self._model(number - 1))
-            with progress(f"round {number}: sampling", sum(map(len, missing.values())), self.console) as bar:
-                for path, those in missing.items():
-                    write_jsonl(path, [vars(answer) for answer in self._answers(engine, number, those)])
-                    bar.advance(len(those))
-        return _read_answers(directory)
-
-    def _answers(self, engine: Engine, number: int, indices: Sequence[int]) -> list[Sampled]:
-        """Sample and score answers to some prompts."""
-        shares = _shares(self.config.answers, self.config.temperatures)
-        asked = [(i, t, n) for i in indices for t, n in shares.items()]
-        seed, longest = self.config.loop.seed, self.config.max_new_tokens
-        requests = [
-            Request(self.prompts[i].ids, longest, SamplingConfig(temperature=t, seed=_seed(seed, number, i, t)), n)
-            for i, t, n in asked
-        ]
-        given = [
-            (i, t, completion)
-            for (i, t, _), those in zip(asked, engine.generate(requests), strict=True)
-            for completion in those
-        ]
-        scores = self.scorer([_answer(self.prompts[i], c.text, c.stopped) for i, _, c in given])
-        return [
-            Sampled.of(i, c.text, len(c.ids), c.stopped, t, number, score)
-            for (i, t, c), score in zip(given, scores, strict=True)
-        ]
-
-    def _engine(self, model: str, adapter: str) -> Engine:
-        config = self.config
-        opened, tokenizer = load(
-            model, dtype=DTYPES[config.loop.precision], device=best_device(), adapter=adapter or None,
-            chat_template=config.chat_template,
-        )  # fmt: skip
-        longest = max(p.longest for p in (self.prompts, self.held_out) if p is not None) + config.max_new_tokens
-        context = min(longest, opened.config.max_context)
-        step_tokens = max(512, config.at_once)
-        return Engine(
-            densify(opened).requires_grad_(False), tokenizer, max_running=config.at_once, step_tokens=step_tokens,
-            context=context,
-        )  # fmt: skip
-
-    def _measure(self, path: Path, model: str, adapter: str) -> None:
-        """Answer the held-out prompts, greedily and by samples at temperature 1; a row for each prompt."""
-        assert self.held_out is not None
-        asked = self.held_out[: self.config.data.validation_prompts]
-        judged = answered(
-            self._engine(model, adapter), asked, self.scorer, self.config.validation_answers, temperature=1.0,
-            max_new_tokens=self.config.max_new_tokens, seed=self.config.loop.seed, title="held-out prompts",
-            console=self.console,
-        )  # fmt: skip
-        rows = []
-        for prompt, (answers, scores) in zip(asked, judged, strict=True):
-            values = [score.value for score in scores]
-            rows.append(
-                {"prompt": prompt.text, "answer": answers[0].text, "greedy": values[0], "sampled": values[1:],
-                 "tokens": fmean(len(a.ids) for a in answers), "finished": fmean(a.stopped for a in answers)}
-            )  # fmt: skip
-        write_jsonl(path, rows)
-
 
 def build(
     config: RejectionConfig, console: Console, mesh: Mesh | None = None, *, scorer: Scorer | None = None
@@ -272,26 +200,6 @@ def build(
     for prompt in [*prompts, *(held_out or ())]:
         scorer.check(prompt.fields, prompt.where)
     return RejectionRun(config, prompts, held_out, scorer, console)
-
-
-def _answer(prompt: Prompt, text: str, finished: bool) -> Answer:
-    return Answer(prompt.messages, text, finished, prompt.fields, prompt.where)
-
-
-def _shares(n: int, temperatures: Sequence[float]) -> dict[float, int]:
-    """How many of n answers each temperature gets: the first ones one more where they do not divide."""
-    each, more = divmod(n, len(temperatures))
-    return {t: each + (i < more) for i, t in enumerate(temperatures)}
-
-
-def _seed(seed: int, number: int, prompt: int, temperature: float) -> int:
-    """Where the random numbers of one request begin: far from every other's."""
-    digest = hashlib.sha256(f"{seed} {number} {prompt} {temperature!r}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _read_answers(directory: Path) -> list[Sampled]:
-    return [Sampled(**row) for path in sorted(directory.glob("*.jsonl")) for row in read_rows(path)]
 
 
 def _link(path: Path, target: Path) -> None:

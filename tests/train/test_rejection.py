@@ -15,6 +15,7 @@ from arriero.errors import ConfigError, DataError
 from arriero.model.lora_config import LoraConfig
 from arriero.tokenizer.load import load_tokenizer
 from arriero.train import rejection
+from arriero.train import rejection_answers as asked
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.loop import Outcome, Progress
 from arriero.train.rejection import main
@@ -46,11 +47,11 @@ def settings(model, prompts, out, **changes):
 
 def ends(monkeypatch):
     """Toy models never end an answer: what reaches max_new_tokens counts as finished here."""
-    real = rejection._answer
-    monkeypatch.setattr(rejection, "_answer", lambda prompt, text, finished: real(prompt, text, True))
-    made = rejection.Sampled.of
+    real = asked._answer
+    monkeypatch.setattr(asked, "_answer", lambda prompt, text, finished: real(prompt, text, True))
+    made = asked.Sampled.of
     monkeypatch.setattr(
-        rejection.Sampled,
+        asked.Sampled,
         "of",
         classmethod(lambda cls, i, text, n, done, t, r, score: made(i, text, n, True, t, r, score)),
     )
@@ -97,14 +98,14 @@ SLOW = [pytest.param(where, marks=pytest.mark.slow) for where in ("choosing", "t
 @pytest.mark.parametrize("where", ["sampling", *SLOW])
 def test_a_run_that_was_killed_goes_on_to_the_same_result(where, toy_model, prompts, tmp_path, monkeypatch):
     ends(monkeypatch)
-    monkeypatch.setattr(rejection, "IN_A_FILE", 15)  # three prompts
+    monkeypatch.setattr(asked, "IN_A_FILE", 15)  # three prompts
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     main(settings(toy_model, prompts, whole, rounds=1))
     places = {
-        "sampling": (rejection.RejectionRun, "_answers", 2),
+        "sampling": (asked.RoundAnswers, "_answers", 2),
         "choosing": (rejection, "choose", 1),
         "training": (rejection.sft, "main", 1),
-        "measuring": (rejection.RejectionRun, "_measure", 2),
+        "measuring": (asked.RoundAnswers, "measure", 2),
     }
     home, name, call = places[where]
     calls, real = [], getattr(home, name)
@@ -148,12 +149,12 @@ def test_the_last_round_alone_forgets_what_an_earlier_one_solved(
     """Prompt 0 is solved in round 1, prompt 1 in round 2: the rows of round 2 are both, or the second alone."""
     out = tmp_path / "run"
 
-    def sampled(self, number, directory):
-        answers = [rejection.Sampled(i, f"answer {i}", 3, True, 1.0, number, float(i == number - 1)) for i in range(3)]
+    def sampled(self, number, directory, model, adapter):
+        answers = [asked.Sampled(i, f"answer {i}", 3, True, 1.0, number, float(i == number - 1)) for i in range(3)]
         rejection.write_jsonl(directory / "00000.jsonl", map(vars, answers))
         return answers
 
-    monkeypatch.setattr(rejection.RejectionRun, "_sampled", sampled)
+    monkeypatch.setattr(asked.RoundAnswers, "sampled", sampled)
     monkeypatch.setattr(rejection.sft, "main", lambda config: Outcome(Progress(), None))
     data = RejectionDataConfig(train=str(prompts), validation="0")
     main(settings(toy_model, prompts, out, data=data, last_round_only=last_round_only))
