@@ -12,11 +12,13 @@ SMALL = {
     "llama2.sh": {"PROMPTS": 16, "SECRETS": 16, "HELD_OUT": 8, "DIALOGUES": 120, "ROUNDS": 1, "PPO_STEPS": 2},
     "ladder.sh": {"SEEDS": 0, "PROMPTS": 8, "HELD_OUT": 8, "STEPS": 2, "ARMS": "sft dpo ppo grpo"},
     "proxy.sh": {"ASKED": 20, "HELD_OUT": 8, "N": 4, "STEPS": 2, "EVERY": 1},
+    "guess-number.sh": {"RANGES": 24, "HELD_OUT": 8, "STEPS": 2},
 }
 SAID = {
     "llama2.sh": ("gatt ", "reward model of safety"),
     "ladder.sh": ("dpo ", "grpo ", "gain in pass@1"),
     "proxy.sh": ("best of", "GRPO: gain = d (alpha - beta ln d)", "GRPO kept step"),
+    "guess-number.sh": ("after step   0: ", "after step   2: "),
 }
 
 
