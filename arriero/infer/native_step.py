@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from arriero.errors import ConfigError
+from arriero.infer.huge_pages import HugePages
 from arriero.infer.step import BLOCK, StepInput
 from arriero.infer.torch_step import computed_in
 from arriero.model.config import LlamaConfig
@@ -287,7 +288,13 @@ def _packed(library: ctypes.CDLL, module: Any) -> PackedMatrix:
     return _packed_dense(library, module.weight)
 
 
-def _packed_side_by_side(library: ctypes.CDLL, modules: Sequence[Any]) -> list[PackedMatrix]:
+def _packed_into(pages: HugePages, library: ctypes.CDLL, module: Any) -> PackedMatrix:
+    matrix = _packed(library, module)
+    matrix.data = pages.keep(matrix.data)
+    return matrix
+
+
+def _packed_side_by_side(pages: HugePages, library: ctypes.CDLL, modules: Sequence[Any]) -> list[PackedMatrix]:
     """Each matrix by one thread, a few at once.
 
     torch's own threads would share each of a thousand small operations, and wait for each other at its end: where other
@@ -297,7 +304,7 @@ def _packed_side_by_side(library: ctypes.CDLL, modules: Sequence[Any]) -> list[P
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(min(threads, AT_ONCE)) as pool:
-            return list(pool.map(functools.partial(_packed, library), modules))
+            return list(pool.map(functools.partial(_packed_into, pages, library), modules))
     finally:
         torch.set_num_threads(threads)
 
@@ -365,8 +372,9 @@ class NativeStep:
         keys, values = self.cache_shapes(config, n_blocks)
         self.keys, self.values = torch.empty(keys, dtype=dtype), torch.empty(values, dtype=dtype)
         self._linears = [f"model.layers.{i}.{name}" for i in range(config.n_layers) for name in _IN_BLOCK]
-        self.matrices = _packed_side_by_side(library, _products(model))
-        self.head = _packed(library, model.head)
+        self._pages = HugePages()
+        self.matrices = _packed_side_by_side(self._pages, library, _products(model))
+        self.head = _packed_into(self._pages, library, model.head)
         self._places: dict[str, PackedMatrix | Tensor] = {}  # by name, what a refit writes to
         self._layers = (_Layer * config.n_layers)()
         for i, block in enumerate(model.model.layers):
@@ -467,7 +475,7 @@ class NativeStep:
             fresh = tensor.to(torch.float32 if place.kind == FLOAT else torch.bfloat16).contiguous()
             if place.kind == TWELVE:  # from now on as they come: what is refitted once will be again
                 place.kind, place.values, place.rare, place.rare_ends = BF16, None, None, None
-                place.data = _panels(self._library, fresh, BF16)
+                place.data = self._pages.keep(_panels(self._library, fresh, BF16))
                 fresh_struct = place.struct()
                 own = ctypes.addressof(self._struct_of(place))
                 ctypes.memmove(own, ctypes.addressof(fresh_struct), ctypes.sizeof(_Matrix))
