@@ -23,7 +23,7 @@ from arriero.serve.faults import ApiError, Json, shape
 from arriero.serve.openai_api import checked, new_id
 from arriero.serve.openai_schema import FunctionName, Name, Schema
 from arriero.serve.state import State, state_of
-from arriero.serve.stream import Streamed, sse, timed, unless_left
+from arriero.serve.stream import SSE, Streamed, sse, streamed_as, timed, unless_left
 from arriero.serve.tools import Tools
 
 router = APIRouter(route_class=JsonRoute)
@@ -132,12 +132,12 @@ class MessagesBody(CountBody):
     service_tier: str | None = None
 
 
-@router.post(PATH)
+@router.post(PATH, responses=streamed_as(SSE))
 async def messages(body: MessagesBody, request: Request) -> Response:
     """Answer a conversation."""
     state = state_of(request)
     if body.stream:
-        parts = Streamed(_events(state, body), state.config.timeout, "text/event-stream", _failed)
+        parts = Streamed(_events(state, body), state.config.timeout, SSE, _failed)
         return await parts.begin(request)
     return Json(await unless_left(request.receive, timed(state.config.timeout, _whole(state, body))))
 

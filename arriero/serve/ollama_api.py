@@ -30,7 +30,7 @@ from arriero.serve.models import Use
 from arriero.serve.openai_api import checked
 from arriero.serve.openai_schema import Name, Tool
 from arriero.serve.state import State, state_of
-from arriero.serve.stream import Streamed, timed, unless_left
+from arriero.serve.stream import NDJSON, Streamed, streamed_as, timed, unless_left
 from arriero.serve.tools import Style, Tools
 from arriero.version import __version__
 
@@ -148,7 +148,7 @@ class OllamaShow(Body):
     verbose: bool | None = None
 
 
-@router.post("/api/chat")
+@router.post("/api/chat", responses=streamed_as(NDJSON))
 async def chat(body: OllamaChat, request: Request) -> Response:
     """Answer a conversation."""
     if not body.messages:
@@ -158,7 +158,7 @@ async def chat(body: OllamaChat, request: Request) -> Response:
     return await _respond(request, body, conversation)
 
 
-@router.post("/api/generate")
+@router.post("/api/generate", responses=streamed_as(NDJSON))
 async def generate(body: OllamaGenerate, request: Request) -> Response:
     """Answer a prompt, by the model's template unless it is raw."""
     if not body.prompt:
@@ -216,7 +216,7 @@ async def _respond(request: Request, body: Common, asked: Chat | str) -> Respons
     state = state_of(request)
     lines = _lines(state, body, asked)
     if body.stream:
-        return await Streamed(_written(lines), state.config.timeout, "application/x-ndjson", _failed).begin(request)
+        return await Streamed(_written(lines), state.config.timeout, NDJSON, _failed).begin(request)
     async with aclosing(lines):  # type: ignore[type-var]
         return Json(await unless_left(request.receive, timed(state.config.timeout, anext(lines))))
 

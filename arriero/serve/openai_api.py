@@ -34,7 +34,7 @@ from arriero.serve.openai_schema import (
     ResponseFormat,
 )
 from arriero.serve.state import State, state_of
-from arriero.serve.stream import Streamed, sse, timed, unless_left
+from arriero.serve.stream import SSE, Streamed, sse, streamed_as, timed, unless_left
 from arriero.serve.tools import Tools
 from arriero.tokenizer.base import Tokenizer
 
@@ -63,14 +63,14 @@ def _model(state: State, name: str) -> dict[str, Any]:
     return {**entry, "parent": base if adapter else None, "state": state.models.states[base]}
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=streamed_as(SSE))
 async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue prompts."""
     answers = _completions(state_of(request), body)
     return await _respond(request, body, answers)
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=streamed_as(SSE))
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
     answers = _chat(state_of(request), body)
@@ -81,7 +81,7 @@ async def _respond(request: Request, body: Common, chunks: AsyncIterator[dict[st
     """All that is said at once, or as server-sent events."""
     seconds = state_of(request).config.timeout
     if body.stream:
-        return await Streamed(_events(chunks), seconds, "text/event-stream", _failed).begin(request)
+        return await Streamed(_events(chunks), seconds, SSE, _failed).begin(request)
     async with aclosing(chunks):  # type: ignore[type-var]
         return Json(await unless_left(request.receive, timed(seconds, anext(chunks))))
 

@@ -23,7 +23,7 @@ from arriero.serve.faults import ApiError, Json, shape
 from arriero.serve.openai_api import checked, new_id
 from arriero.serve.openai_schema import FunctionName, Name, Schema
 from arriero.serve.state import State, state_of
-from arriero.serve.stream import Streamed, sse, timed, unless_left
+from arriero.serve.stream import SSE, Streamed, sse, streamed_as, timed, unless_left
 from arriero.serve.tools import Tools
 
 router = APIRouter(route_class=JsonRoute)
@@ -142,13 +142,13 @@ class ResponsesBody(Body):
     safety_identifier: str | None = None
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=streamed_as(SSE))
 async def responses(body: ResponsesBody, request: Request) -> Response:
     """Answer a conversation."""
     state = state_of(request)
     events = _events(state, body)
     if body.stream:
-        return await Streamed(_written(events), state.config.timeout, "text/event-stream", _failed).begin(request)
+        return await Streamed(_written(events), state.config.timeout, SSE, _failed).begin(request)
     return Json(await unless_left(request.receive, timed(state.config.timeout, _last(events))))
 
 

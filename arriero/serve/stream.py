@@ -20,6 +20,15 @@ from arriero.serve.faults import ApiError
 
 T = TypeVar("T")
 
+SSE, NDJSON = "text/event-stream", "application/x-ndjson"
+
+
+def streamed_as(media_type: str) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that streams its answer when asked to, beside the JSON of one that does not."""
+    return {
+        200: {"description": "The answer, whole or streamed.", "content": {media_type: {"schema": {"type": "string"}}}}
+    }
+
 
 class ClientLeft(Exception):
     """Nobody waits for the answer any more."""

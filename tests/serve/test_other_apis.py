@@ -306,3 +306,33 @@ def test_a_rendered_conversation_is_what_training_sees(server, model):
     open_ended = server.call("/render", {"model": "base", "messages": HELLO})[1]
     asked = server.call("/tokenize", {"model": "base", "messages": HELLO})[1]
     assert open_ended["tokens"] == asked["tokens"]
+
+
+def test_every_route_that_streams_documents_the_type_of_its_stream(server):
+    asks = {
+        "/v1/completions": {"prompt": "Hi", "max_tokens": 1},
+        "/v1/chat/completions": {"messages": HELLO, "max_tokens": 1},
+        "/v1/responses": {"input": "Hi", "max_output_tokens": 16},
+        "/v1/messages": {"messages": HELLO, "max_tokens": 1},
+        "/api/chat": {"messages": HELLO, "options": {"num_predict": 1}},
+        "/api/generate": {"prompt": "Hi", "options": {"num_predict": 1}},
+    }
+    document = server.server.config.app.openapi()
+    bodies = {
+        path: methods["post"].get("requestBody") for path, methods in document["paths"].items() if "post" in methods
+    }
+    schemas = document["components"]["schemas"]
+    named = {
+        path: body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        for path, body in bodies.items()
+        if body
+    }
+    assert {path for path, name in named.items() if "stream" in schemas[name]["properties"]} == set(asks)
+    for path, body in asks.items():
+        documented = document["paths"][path]["post"]["responses"]["200"]["content"]
+        types = set()
+        for stream in (False, True):
+            status, _, headers = server.call(path, {"model": "base", "stream": stream, **body})
+            assert status == 200, path
+            types.add(headers["content-type"].partition(";")[0])
+        assert types == set(documented), path
