@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 # One thread a process: tests run side by side, and two teams of threads on the same cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: help install demo from-scratch llama2 llama3 ladder proxy test test-all lint types bench clean
+.PHONY: help install demo from-scratch llama2 llama3 ladder proxy game test test-all lint types bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -39,6 +39,9 @@ ladder: install  ## five ways to learn from a model's own answers, side by side 
 
 proxy: install  ## what becomes of the true reward while a reward model's score is driven up, by best-of-n and by GRPO
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/proxy.sh
+
+game: install  ## a game of several turns, learned by GRPO: guess a number by hints
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/guess-number.sh
 
 llama3: install  ## rated samples -> reward model -> rejection sampling -> DPO -> averaged weights, on sums
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/llama3.sh
