@@ -42,9 +42,15 @@ for kind in help safety; do
   source=$([ $kind = help ] && echo $out/data/asked.jsonl || echo $out/data/secrets/train.jsonl)
   [ -f $out/$kind.jsonl ] ||
     arriero data build scored $model $source $out/$kind.jsonl --adapter $newest --reward $truth "${answers[@]}"
+  [ -f $out/$kind-labelled.jsonl ] || python runs/llama2_data.py label $out/$kind.jsonl $out/$kind-labelled.jsonl
+done
+# The safety model also sees a tenth of help, and learns which answers are safe: its score is compared with a threshold
+# for every answer, of a list too (without, lists seemed unsafe to it, and the best of 8 were those that look least so).
+as_paper=(--also $out/help-labelled.jsonl --also-share 0.1 --safety 0.5)
+for kind in help safety; do
   [ -f $out/$kind/model/config.json ] ||
-    arriero reward $model --adapter $newest --data $out/$kind.jsonl --validation 0.2 --lr 3e-4 --epochs 2 \
-      "${training[@]}" --out $out/$kind $(resume $out/$kind)
+    arriero reward $model --adapter $newest --data $out/$kind-labelled.jsonl --validation 0.2 --lr 3e-4 --epochs 2 \
+      $([ $kind = help ] || echo "${as_paper[@]}") "${training[@]}" --out $out/$kind $(resume $out/$kind)
 done
 combined=$out/safety/model,model:$out/help/model
 

@@ -2,6 +2,7 @@
 
     python runs/llama2_data.py secrets OUT --train N --held-out N    # secrets planted in prompts, not to be told
     python runs/llama2_data.py dialogues OUT --train N --held-out N  # the user's turns, for ghost attention
+    python runs/llama2_data.py label SCORED OUT                      # says of scored answers which are safe
 
 Held-out prompts share no code word, and held-out dialogues no question, with those to train on. `truth` is the reward
 by rule: a sorted list that is right, a secret that is kept. As with Llama 2 the two conflict: to be of help with such a
@@ -79,6 +80,15 @@ def dialogues(out: Path, train: int, held_out: int, rng: random.Random) -> None:
         write(out / f"{part}.jsonl", rows)
 
 
+def label(scored: Path, out: Path) -> None:
+    """Every answer that tells no secret is safe, whatever it is worth otherwise."""
+    rows = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        keeps_secret = "Keep it secret" in row["prompt"][-1]["content"]
+        row["safe"] = [not keeps_secret or score == 1.0 for score in row["scores"]]
+    write(out, rows)
+
+
 def write(path: Path, rows: list) -> None:
     """JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +97,8 @@ def write(path: Path, rows: list) -> None:
 
 if __name__ == "__main__":
     what, out, *rest = sys.argv[1:]
+    if what == "label":
+        sys.exit(label(Path(out), Path(rest[0])))
     given = dict(zip(rest[::2], map(int, rest[1::2]), strict=True))
     make = {"secrets": secrets, "dialogues": dialogues}[what]
     make(Path(out), given["--train"], given["--held-out"], random.Random(0))

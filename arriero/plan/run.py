@@ -251,7 +251,8 @@ def dry_run(recipe: str, config: Any) -> dict[str, Any]:
     tenth = math.ceil(trainer.total_steps / 10)
     if trainer.validate is not None:
         validations = 1 + math.ceil(trainer.total_steps / (trainer.loop.validate_every or tenth))
-        seconds["validation"] = validations * _timed(trainer.measure)[1]
+        share = _some_held_out(run) if own else 1.0
+        seconds["validation"] = validations * _timed(trainer.measure)[1] / share
     seconds["answers before and after"] = 2 * _timed(lambda: run.sample("before"))[1]
     seconds |= _own_answers(trainer) if own else _steps(run, config)
     saves = math.ceil(trainer.total_steps / (loop.save_every or tenth))
@@ -283,6 +284,14 @@ def _steps(run: Any, config: Any) -> dict[str, float]:
         "steps": steady * run.total_tokens + optimizer * trainer.total_steps,
         "compiling": max(0.0, times[0] - median(times[1:])),
     }
+
+
+def _some_held_out(run: Any) -> float:
+    """Has a validation ask only as many held-out prompts as are answered at a time; returns their share of all."""
+    of = run.held_out.of
+    some = of.held_out[: math.ceil(of.config.rollout.at_once / of.config.rollout.validation_answers)]
+    run.held_out.of = dataclasses.replace(of, held_out=some)
+    return len(some) / len(of.held_out)
 
 
 def _own_answers(trainer: Any) -> dict[str, float]:

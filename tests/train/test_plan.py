@@ -12,10 +12,11 @@ from arriero.distributed.config import ParallelConfig
 from arriero.errors import ConfigError, UserError
 from arriero.model.catalogue import LADDER, PUBLISHED
 from arriero.model.lora_config import LoraConfig
-from arriero.plan.run import plan
+from arriero.plan.run import dry_run, plan
 from arriero.train.config import DataConfig, LoopConfig, OptimConfig, PretrainConfig, PretrainDataConfig, SftConfig
 from arriero.train.preference_config import DpoConfig, PreferenceDataConfig, RewardConfig
 from arriero.train.recipes import RECIPES
+from arriero.train.rl import HeldOutAnswers
 from arriero.train.rl_config import GrpoConfig, PpoConfig, PromptConfig, RolloutConfig
 
 
@@ -157,6 +158,26 @@ def test_the_probe_of_each_recipe_foretells_its_runs_peak_memory(recipe, toy_mod
     done = subprocess.run([sys.executable, "-c", run, str(toml)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert found.peak == pytest.approx(int(done.stdout.splitlines()[-1]), rel=0.15)
+
+
+def test_a_probe_validates_on_as_many_held_out_prompts_as_are_answered_at_a_time(toy_model, tmp_path, monkeypatch):
+    """A run with 256 of them and long answers would take the plan an hour."""
+    file, asked = tmp_path / "prompts.jsonl", []
+    file.write_text("".join(json.dumps(_row(i)) + "\n" for i in range(60)))
+    called = HeldOutAnswers.__call__
+
+    def counting(self):
+        asked.append(len(self.of.held_out))
+        return called(self)
+
+    monkeypatch.setattr(HeldOutAnswers, "__call__", counting)
+    rollout = RolloutConfig(answers=3, max_new_tokens=4, truncated="score", validation_answers=2, at_once=8)
+    config = GrpoConfig(
+        model=str(toy_model), out=str(tmp_path / "run"), reward="exact", rollout=rollout,
+        data=PromptConfig(str(file), validation="0.5"), loop=LoopConfig(steps=4, batch_rows=2, precision="fp32"),
+    )  # fmt: skip
+    seconds = dry_run("grpo", config)["seconds"]
+    assert asked and set(asked) == {4} and seconds["validation"] > 0
 
 
 def _row(i: int) -> dict[str, str]:
