@@ -2,6 +2,7 @@
 
     python bench/quantize.py                                  # a JSON line; about 20 minutes on two quiet cores
     python bench/quantize.py --only int4 --chars 20000        # sooner, and less sure
+    python bench/quantize.py --only int4-nearest int4 --recover 0 1 2    # and what `--recover` gains, by seeds
 
 The built-in weights came from a Q4_1 file: an affine 4-bit format copies them, and shows nothing. So the model judged
 is another with the same outputs: RMSNorm's weights are folded into the matrices behind them, the head is untied, and
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -37,6 +39,7 @@ from arriero.checkpoint.weights import Weights
 from arriero.eval.divergence import divergence, final_states, views_of
 from arriero.model.build import build_model
 from arriero.model.llama import EMBEDDINGS, HEAD, Llama
+from arriero.train.recover import recover
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 Q4_0, Q4_1 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1
@@ -90,6 +93,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--chars", type=int, default=60_000)
     parser.add_argument("--only", nargs="*", default=["q4_0", "int8", "int8-nearest", "int4", "int4-nearest"])
+    parser.add_argument("--recover", nargs="*", type=int, default=[], metavar="SEED")
     parser.add_argument("--calibrate", default=str(SHARED / "wikitext2-valid.txt"))
     args = parser.parse_args()
     calibrate = args.calibrate if Path(args.calibrate).is_file() else "default"
@@ -101,10 +105,12 @@ def main() -> None:
 
         text = "\n".join(topics.values())[: args.chars]
     with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(measured(args.model, text, calibrate, args.only, Path(scratch))))
+        print(json.dumps(measured(args.model, text, calibrate, args.only, args.recover, Path(scratch))))
 
 
-def measured(model: str, text: str, calibrate: str, formats: list[str], scratch: Path) -> dict[str, Any]:
+def measured(
+    model: str, text: str, calibrate: str, formats: list[str], seeds: list[int], scratch: Path
+) -> dict[str, Any]:
     """Everything that is printed."""
     source = scratch / "rotated"
     original, tokenizer = load_model(model, dtype=torch.float32), load_tokenizer_at(resolve(model))
@@ -140,14 +146,23 @@ def measured(model: str, text: str, calibrate: str, formats: list[str], scratch:
             done = quantize(source, scratch / name, type=kind, calibrate=None if nearest else calibrate)  # type: ignore[arg-type]
             other, size = open_weights(scratch / name), done.per_token[1]
         seconds = time.perf_counter() - began
-        found = divergence(weights, other, tokenizer, [text], known=known)
-        before, after = found.perplexity
-        result["perplexity"] = before
-        result[name] = {
-            "perplexity": after, "increase": after / before - 1, "kl": found.kl, "kl_error": found.kl_error,
-            "same_top": found.same_top, "bytes_per_token": size, "seconds": seconds,
-        }  # fmt: skip
-        print(name, json.dumps(result[name]), file=sys.stderr, flush=True)
+
+        def judge(name: str, other: Weights, size: int | None, seconds: float) -> None:
+            found = divergence(weights, other, tokenizer, [text], known=known)
+            before, after = found.perplexity
+            result["perplexity"] = before
+            result[name] = {
+                "perplexity": after, "increase": after / before - 1, "kl": found.kl, "kl_error": found.kl_error,
+                "same_top": found.same_top, "bytes_per_token": size, "seconds": seconds,
+            }  # fmt: skip
+            print(name, json.dumps(result[name]), file=sys.stderr, flush=True)
+
+        judge(name, other, size, seconds)
+        for seed in seeds if size is not None else []:
+            copy, began = scratch / f"{name}-{seed}", time.perf_counter()
+            shutil.copytree(scratch / name, copy)
+            recover(source, copy, calibrate, seed=seed)
+            judge(f"{name}, recovered, seed {seed}", open_weights(copy), size, time.perf_counter() - began)
     return result
 
 

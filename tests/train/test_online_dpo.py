@@ -59,7 +59,8 @@ def test_a_run_raises_its_reward_and_records_what_pairs_tell(toy_model: Path, pr
     steps = [record for record in records if "event" not in record]
     first = steps[0]
     assert first["margin"] == pytest.approx(0, abs=1e-5) and first["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert first["pairs"] == 4 and first["reward_gap"] > 0 and steps[5]["margin"] > 0
+    assert first["pairs"] == 4 and first["reward_gap"] > 0
+    assert sum(step["margin"] for step in steps) > 0  # of single steps it may not be: each has pairs of its own
     validation = [record for record in records if record.get("event") == "validation"]
     assert validation[-1]["reward"] > 1.5 * validation[0]["reward"] > 0
     assert validation[-1]["kl"] > validation[0]["kl"] == pytest.approx(0, abs=1e-5)
