@@ -8,6 +8,7 @@ trained in and reported on here, once for all recipes.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shlex
 import shutil
@@ -174,6 +175,17 @@ def warmup_note(optim: OptimConfig, total_steps: int) -> str:
     """A line for a summary where the learning rate never gets to its peak, or nothing."""
     steps = warmup_steps(optim.warmup, total_steps)
     return f"\nthe warmup takes {steps:,} steps, and there are {total_steps:,}" if steps > total_steps else ""
+
+
+FEW = 8  # steps
+
+
+def few_steps_note(loop: LoopConfig, total_steps: int) -> str:
+    """A line for a summary where the rows of a small file make fewer steps than change a model much, or nothing."""
+    if loop.steps or total_steps >= FEW:
+        return ""
+    epochs = math.ceil(FEW / total_steps * loop.epochs)
+    return f"\nso few steps change little: try smaller ones, as --batch-rows 1 --seq-len 256, or --epochs {epochs}"
 
 
 def compiles(loop: LoopConfig, tokens: int) -> bool:

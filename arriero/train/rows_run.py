@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.train.loop import Trainer
-from arriero.train.recipe import warmup_note
+from arriero.train.recipe import few_steps_note, warmup_note
 from arriero.train.tuned import Tuned
 
 
@@ -42,7 +42,9 @@ class RowsRun(ABC):
         config, steps = self.config, self.trainer.total_steps
         return (
             f"{self.tuned.summary()}\n{self.counted()}\n"
-            f"{steps:,} steps of {config.loop.batch_rows} rows -> {config.out}" + warmup_note(config.optim, steps)
+            f"{steps:,} steps of {config.loop.batch_rows} rows -> {config.out}"
+            + warmup_note(config.optim, steps)
+            + few_steps_note(config.loop, steps)
         )
 
     def fingerprints(self) -> dict[str, str]:

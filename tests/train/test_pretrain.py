@@ -33,7 +33,7 @@ from arriero.train.hardware import refuse_what_cannot_fit
 from arriero.train.metrics import surviving_records
 from arriero.train.phases import Phase, count_steps, durations, timetable
 from arriero.train.pretrain import build, main
-from arriero.train.recipe import warmup_note
+from arriero.train.recipe import few_steps_note, warmup_note
 from arriero.train.validation import validation_interval
 
 SHAPE = LlamaConfig(44, 2, 11, 11, 29, 101, 64, tied_embeddings=True)
@@ -279,6 +279,12 @@ def test_validations_do_not_outweigh_a_short_run():
 def test_a_warmup_that_outlasts_the_run_is_said():
     assert "the warmup takes 50 steps, and there are 49" in warmup_note(OptimConfig(warmup=50), 49)
     assert not warmup_note(OptimConfig(warmup=50), 50) and not warmup_note(OptimConfig(warmup=0.99), 1)
+
+
+def test_so_few_steps_that_nothing_is_learned_are_said():
+    assert few_steps_note(LoopConfig(), 1).endswith("--epochs 8")
+    assert few_steps_note(LoopConfig(epochs=2), 3).endswith("--epochs 6")
+    assert few_steps_note(LoopConfig(), 8) == "" == few_steps_note(LoopConfig(steps=2), 2)
 
 
 def test_the_record_names_the_data(shards, tmp_path):
