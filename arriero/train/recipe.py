@@ -185,7 +185,7 @@ def few_steps_note(loop: LoopConfig, total_steps: int) -> str:
     if loop.steps or total_steps >= FEW:
         return ""
     epochs = math.ceil(FEW / total_steps * loop.epochs)
-    return f"\nso few steps change little: try smaller ones, as --batch-rows 1 --seq-len 256, or --epochs {epochs}"
+    return f"\nso few steps change little: try smaller ones, as with --batch-rows 1, or --epochs {epochs}"
 
 
 def compiles(loop: LoopConfig, tokens: int) -> bool:
