@@ -132,6 +132,17 @@ def measured(
         "grid_distance_after": distance_from_grid(weights),
     }
     known = final_states(weights, views_of(weights, tokenizer, [text]))
+
+    def judge(name: str, other: Weights, size: int | None, seconds: float) -> None:
+        found = divergence(weights, other, tokenizer, [text], known=known)
+        before, after = found.perplexity
+        result["perplexity"] = before
+        result[name] = {
+            "perplexity": after, "increase": after / before - 1, "kl": found.kl, "kl_error": found.kl_error,
+            "same_top": found.same_top, "bytes_per_token": size, "seconds": seconds,
+        }  # fmt: skip
+        print(name, json.dumps(result[name]), file=sys.stderr, flush=True)
+
     for name in formats:
         began = time.perf_counter()
         if name == "q4_0":
@@ -146,17 +157,6 @@ def measured(
             done = quantize(source, scratch / name, type=kind, calibrate=None if nearest else calibrate)  # type: ignore[arg-type]
             other, size = open_weights(scratch / name), done.per_token[1]
         seconds = time.perf_counter() - began
-
-        def judge(name: str, other: Weights, size: int | None, seconds: float) -> None:
-            found = divergence(weights, other, tokenizer, [text], known=known)
-            before, after = found.perplexity
-            result["perplexity"] = before
-            result[name] = {
-                "perplexity": after, "increase": after / before - 1, "kl": found.kl, "kl_error": found.kl_error,
-                "same_top": found.same_top, "bytes_per_token": size, "seconds": seconds,
-            }  # fmt: skip
-            print(name, json.dumps(result[name]), file=sys.stderr, flush=True)
-
         judge(name, other, size, seconds)
         for seed in seeds if size is not None else []:
             copy, began = scratch / f"{name}-{seed}", time.perf_counter()

@@ -98,7 +98,8 @@ def write(path: Path, rows: list) -> None:
 if __name__ == "__main__":
     what, out, *rest = sys.argv[1:]
     if what == "label":
-        sys.exit(label(Path(out), Path(rest[0])))
-    given = dict(zip(rest[::2], map(int, rest[1::2]), strict=True))
-    make = {"secrets": secrets, "dialogues": dialogues}[what]
-    make(Path(out), given["--train"], given["--held-out"], random.Random(0))
+        label(Path(out), Path(rest[0]))
+    else:
+        given = dict(zip(rest[::2], map(int, rest[1::2]), strict=True))
+        make = {"secrets": secrets, "dialogues": dialogues}[what]
+        make(Path(out), given["--train"], given["--held-out"], random.Random(0))

@@ -103,13 +103,14 @@ def answered(
     with progress(title, len(prompts) * (n + 1), console) as bar:
         found = engine.generate(requests, on_done=bar.advance)
     groups = [first + others for first, others in zip(found[::2], found[1::2], strict=True)]
-    asked = [
-        Answer(prompt.messages, answer.text, answer.stopped, prompt.fields, prompt.where)
-        for prompt, answers in zip(prompts, groups, strict=True)
-        for answer in answers
-    ]
+    asked = [to_score(prompt, answer) for prompt, answers in zip(prompts, groups, strict=True) for answer in answers]
     scores = iter(scorer(asked))
     return [(answers, [next(scores) for _ in answers]) for answers in groups]
+
+
+def to_score(prompt: Prompt, answer: Completion) -> Answer:
+    """A model's answer as rewards take it, with the row of its prompt."""
+    return Answer(prompt.messages, answer.text, answer.stopped, prompt.fields, prompt.where)
 
 
 def _seed(seed: int, prompt: Prompt) -> int:

@@ -289,6 +289,7 @@ def _packed(library: ctypes.CDLL, module: Any) -> PackedMatrix:
 
 
 def _packed_into(pages: HugePages, library: ctypes.CDLL, module: Any) -> PackedMatrix:
+    """Copied there once packed, since only then it is known how large the matrix is."""
     matrix = _packed(library, module)
     matrix.data = pages.keep(matrix.data)
     return matrix

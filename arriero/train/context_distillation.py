@@ -18,7 +18,8 @@ from typing import Any
 
 from arriero.data.prompts import Prompt, Prompts
 from arriero.errors import DataError, did_you_mean
-from arriero.rewards.base import Answer, Score, Scorer
+from arriero.eval.verified import to_score
+from arriero.rewards.base import Score, Scorer
 from arriero.train.answering import Answering, Messages
 
 
@@ -33,7 +34,7 @@ def build_distill(
     told = answering(under, "under")
     plain = answering([prompt.messages for prompt in prompts], "plain") if scorer else [None] * len(prompts)
     asked = [
-        _answer(prompt, answer.text, answer.stopped)
+        to_score(prompt, answer)
         for prompt, *pair in zip(prompts, told, plain, strict=True)
         for answer in pair
         if answer is not None
@@ -73,7 +74,3 @@ def with_preprompt(messages: Messages, text: str) -> Messages:
     if messages[0]["role"] == "system":
         return [{**messages[0], "content": f"{text}\n\n{messages[0]['content']}"}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]
-
-
-def _answer(prompt: Prompt, text: str, finished: bool) -> Answer:
-    return Answer(prompt.messages, text, finished, prompt.fields, prompt.where)

@@ -40,11 +40,9 @@ class PpoUpdate:
         """Log-probabilities and values before the updates, advantages, and a step of both on each share of the rows."""
         config, loop = self.config, self.config.loop
         rows, told = self.rows(rollout)
-        each = -(-len(rows) // config.policy.updates) if rows else 1
-        shares = [rows[i : i + each] for i in range(0, len(rows), each)]
         found: list[dict[str, Any]] = []
         for _ in range(config.policy.passes):
-            for share in shares:
+            for share in self._shares(rows):
                 batches = [batch for _, batch in dealt(share, loop.micro_rows, self.of.tuned.engine, self.of.pad)]
                 of_value = {f"value/{name}": x for name, x in self.value.step(batches).items()}
                 if rollout.step < config.value.warmup_steps:
@@ -92,17 +90,20 @@ class PpoUpdate:
             rows[i] = with_extra(with_extra(rows[i], "advantages", a.numpy()), "returns", r.numpy())
         return rows, told
 
+    def _shares(self, rows: list[Row]) -> list[list[Row]]:
+        """The rows of each update."""
+        each = max(1, -(-len(rows) // self.config.policy.updates))
+        return [rows[i : i + each] for i in range(0, len(rows), each)]
+
     def _before(self, rows: list[Row]) -> list[Row]:
         """With log-probabilities and values before the updates, and the reference's log-probabilities.
 
         In the batches that the updates will take, so that the first ratio is exactly 1.
         """
         config, of, engine = self.config, self.of, self.of.tuned.engine
-        each = -(-len(rows) // config.policy.updates)
+        micro_rows, function = config.loop.micro_rows, logprobs_of(config.rollout.temperature)
         found: list[Row] = []
-        for i in range(0, len(rows), each):
-            share, micro_rows = rows[i : i + each], config.loop.micro_rows
-            function = logprobs_of(config.rollout.temperature)
+        for share in self._shares(rows):
             values = {"old": evaluated(share, micro_rows, engine, of.pad, function)}
             values["values"] = evaluated(share, micro_rows, self.value.engine, of.pad, values_of)
             if config.policy.kl:

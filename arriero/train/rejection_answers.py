@@ -15,14 +15,14 @@ from statistics import fmean
 from rich.console import Console
 
 from arriero.checkpoint.load import best_device, load
-from arriero.data.prompts import Prompt, Prompts
-from arriero.eval.verified import answered
+from arriero.data.prompts import Prompts
+from arriero.eval.verified import answered, to_score
 from arriero.infer.config import SamplingConfig
 from arriero.infer.engine import Engine
 from arriero.infer.request import Request
 from arriero.io.files import write_jsonl
 from arriero.model.linear import densify
-from arriero.rewards.base import Answer, Scorer
+from arriero.rewards.base import Scorer
 from arriero.show.progress import progress
 from arriero.train.best_of import Sampled
 from arriero.train.recipe import DTYPES
@@ -70,7 +70,7 @@ class RoundAnswers:
             for (i, t, _), those in zip(asked, engine.generate(requests), strict=True)
             for completion in those
         ]
-        scores = self.scorer([_answer(self.prompts[i], c.text, c.stopped) for i, _, c in given])
+        scores = self.scorer([to_score(self.prompts[i], c) for i, _, c in given])
         return [
             Sampled.of(i, c.text, len(c.ids), c.stopped, t, number, score)
             for (i, t, c), score in zip(given, scores, strict=True)
@@ -107,10 +107,6 @@ class RoundAnswers:
                  "tokens": fmean(len(a.ids) for a in answers), "finished": fmean(a.stopped for a in answers)}
             )  # fmt: skip
         write_jsonl(path, rows)
-
-
-def _answer(prompt: Prompt, text: str, finished: bool) -> Answer:
-    return Answer(prompt.messages, text, finished, prompt.fields, prompt.where)
 
 
 def _shares(n: int, temperatures: Sequence[float]) -> dict[float, int]:

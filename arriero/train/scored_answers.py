@@ -12,7 +12,8 @@ from collections import Counter
 from typing import Any
 
 from arriero.data.prompts import Prompts
-from arriero.rewards.base import Answer, Scorer
+from arriero.eval.verified import to_score
+from arriero.rewards.base import Scorer
 from arriero.train.answering import Answering
 
 
@@ -21,11 +22,7 @@ def build_scored(
 ) -> tuple[list[dict[str, Any]], Counter[str], float]:
     """Rows, how many prompts were left out and why, and the mean score of all answers, cut ones included."""
     found = answering.several([prompt.messages for prompt in prompts], n)
-    asked = [
-        Answer(prompt.messages, answer.text, answer.stopped, prompt.fields, prompt.where)
-        for prompt, answers in zip(prompts, found, strict=True)
-        for answer in answers
-    ]
+    asked = [to_score(prompt, answer) for prompt, answers in zip(prompts, found, strict=True) for answer in answers]
     scored = iter(zip(asked, scorer(asked), strict=True))
     left_out: Counter[str] = Counter()
     rows, total = [], 0.0

@@ -47,8 +47,8 @@ def settings(model, prompts, out, **changes):
 
 def ends(monkeypatch):
     """Toy models never end an answer: what reaches max_new_tokens counts as finished here."""
-    real = asked._answer
-    monkeypatch.setattr(asked, "_answer", lambda prompt, text, finished: real(prompt, text, True))
+    real = asked.to_score
+    monkeypatch.setattr(asked, "to_score", lambda prompt, answer: replace(real(prompt, answer), finished=True))
     made = asked.Sampled.of
     monkeypatch.setattr(
         asked.Sampled,
