@@ -10,6 +10,9 @@ from arriero.errors import ConfigError, check
 from arriero.io.paths import PathText
 from arriero.settings import settle
 
+ActivationBits = Literal[8, 15]
+"""Bits of what goes into a product with int8 or int4 weights."""
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -158,6 +161,8 @@ class BenchConfig:
     """A directory, a .gguf file, a Hub id, or a built-in name."""
     types: tuple[Literal["bf16", "int8", "int4"], ...] = ("bf16", "int8", "int4")
     """Types of the matrices to measure; int8 and int4 are rounded on the fly, for their speed alone."""
+    activation_bits: ActivationBits = 15
+    """Of what is multiplied by int8 and int4 matrices; 8 is faster for many tokens at a time, and loses a little."""
     batches: tuple[int, ...] = (1, 8, 32)
     """Answers that are decoded at a time."""
     prefill: int = 512

@@ -56,7 +56,13 @@ def measure(model: Llama, config: BenchConfig, on_turn: Callable[[], object] = l
     most = max(config.batches)
     longest = max(config.prefill, PROMPT + config.new_tokens) + 2
     engines = {
-        kind: Engine(held, max_running=most, step_tokens=max(512, most), context=min(room, longest))
+        kind: Engine(
+            held,
+            max_running=most,
+            step_tokens=max(512, most),
+            context=min(room, longest),
+            activation_bits=config.activation_bits,
+        )
         for kind, held in models.items()
     }
     for engine in engines.values():  # what a first step costs once
@@ -152,7 +158,8 @@ def choice(speeds: list[Speeds]) -> str:
 
 def table(speeds: list[Speeds], config: BenchConfig) -> Table:
     """For the terminal."""
-    made = Table(title=f"tokens/s, sampled (threads: {torch.get_num_threads()})")
+    rounded = f", activations in {config.activation_bits} bits" if config.activation_bits != 15 else ""
+    made = Table(title=f"tokens/s, sampled (threads: {torch.get_num_threads()}{rounded})")
     made.add_column("type")
     made.add_column("weights", justify="right")
     made.add_column(f"prefill of {config.prefill}", justify="right")

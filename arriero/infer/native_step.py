@@ -3,7 +3,8 @@
 The logits of a token are the same bits alone and in a batch, with the prompt in one piece or in many, for any number of
 threads; native/linear.h says why. Weights are laid out anew for these kernels, once: that copy, and the cache, are all
 the memory that a step has (`memory`). Activations, sums and softmax are fp32; what goes into a product is rounded to
-bf16 for bf16 weights, and to fifteen bits with a scale for each 32 inputs for integer weights.
+bf16 for bf16 weights, and to fifteen bits with a scale for each 32 inputs for integer weights; or to eight, which takes
+half the products and loses what docs/inference.md says.
 
 The kernels are compiled on first use (system/cpp.py). Slow twin: `TorchStep`, which takes every model and device.
 """
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from arriero.errors import ConfigError
+from arriero.infer.config import ActivationBits
 from arriero.infer.huge_pages import HugePages
 from arriero.infer.step import BLOCK, StepInput
 from arriero.infer.torch_step import computed_in
@@ -48,6 +50,7 @@ WIDEST_HEAD = 512
 FLOAT, BF16, INT8, INT4, TWELVE, INT8_GROUPS = range(6)
 """The C++ enum `Type`."""
 _DENSE = (FLOAT, BF16, TWELVE)
+DIGITS = {8: 1, 15: 2}  # bytes that hold an activation, by its bits
 RARE = 8  # bytes of the C++ struct `Rare`
 RARELY = 128
 """bf16 is held in twelve bits where at most one weight in so many is rare: it then reads a quarter less, at no loss."""
@@ -135,6 +138,7 @@ class _Matrix(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("type", "out", "in_")),
         *((name, ctypes.c_void_p) for name in ("data", *_PARTS)),
+        ("digits", ctypes.c_int64),
     )
 
 
@@ -190,10 +194,13 @@ class PackedMatrix:
     values: Tensor | None = None
     rare: Tensor | None = None
     rare_ends: Tensor | None = None
+    digits: int = 2  # of the activations that it is multiplied by
 
     def struct(self) -> _Matrix:
         """What the kernels are given; this object must outlive it."""
-        return _Matrix(self.kind, self.out, self.in_, *(None if t is None else t.data_ptr() for t in self._tensors))
+        return _Matrix(
+            self.kind, self.out, self.in_, *(None if t is None else t.data_ptr() for t in self._tensors), self.digits
+        )
 
     @property
     def _tensors(self) -> list[Tensor | None]:
@@ -361,9 +368,13 @@ class NativeStep:
         n_blocks: int,
         *,
         cache_dtype: torch.dtype | None = None,
+        activation_bits: ActivationBits = 15,
         threads: int | None = None,
     ) -> None:
-        """n_blocks: of the cache, in `cache_dtype` (fp32 or bf16; None: what the model computes in)."""
+        """n_blocks: of the cache, in `cache_dtype` (fp32 or bf16; None: what the model computes in).
+
+        activation_bits: of what goes into a product with integer weights.
+        """
         config = model.config
         self.config, self.n_blocks, self.vocab_size = config, n_blocks, config.vocab_size
         self._library, self._held = library, list[Any]()
@@ -376,6 +387,8 @@ class NativeStep:
         self._pages = HugePages()
         self.matrices = _packed_side_by_side(self._pages, library, _products(model))
         self.head = _packed_into(self._pages, library, model.head)
+        for matrix in (*self.matrices, self.head):
+            matrix.digits = DIGITS[activation_bits]
         self._places: dict[str, PackedMatrix | Tensor] = {}  # by name, what a refit writes to
         self._layers = (_Layer * config.n_layers)()
         for i, block in enumerate(model.model.layers):

@@ -10,6 +10,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from arriero.errors import ConfigError, check
+from arriero.infer.config import ActivationBits
 from arriero.io.paths import PathText, expand
 from arriero.settings import settle
 
@@ -44,6 +45,9 @@ class ServeConfig:
     with bf16, and multiplied out with fp32."""
     quantize: Literal["", "int8", "int4"] = ""
     """Round the matrices on the fly, for fewer bytes read per token; `arriero quantize` does it once, and better."""
+    activation_bits: ActivationBits = 15
+    """Of what is multiplied by int8 and int4 matrices: 15 loses nothing; 8 answers many requests at a time, and reads
+    prompts, about 1.4 times as fast, for a small loss (docs/inference.md)."""
     load: Literal["start", "asked"] = "start"
     """Whether models are loaded at the start, or when they are first asked."""
     idle_unload: float = 0.0

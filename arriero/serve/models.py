@@ -325,6 +325,7 @@ def _open(config: ServeConfig, name: str, source: str, adapters: dict[str, str],
         mixed_tokens=MIXED_TOKENS,
         context=min(config.context or model.config.max_context, model.config.max_context),
         speculate=config.speculate,
+        activation_bits=config.activation_bits,
     )
     work = ThreadPoolExecutor(2, f"arriero-prompts-{name}")
     loaded = Loaded(name, path, model, stamp, tokenizer, Driver(engine, name, loop, watch), own, work)

@@ -33,7 +33,7 @@ const T* array() {  // null for an empty one
 
 Matrix matrix() {
     Matrix m;
-    m.type = number(), m.out = number(), m.in = number();
+    m.type = number(), m.out = number(), m.in = number(), m.digits = number();
     m.data = array<char>(), m.scales = array<char>(), m.minimums = array<char>();
     m.values = array<uint8_t>(), m.rare = array<Rare>(), m.rare_ends = array<int64_t>();
     return m;

@@ -69,7 +69,7 @@ def array(values: Tensor | np.ndarray | None) -> bytes:
 
 def matrix(m: PackedMatrix) -> bytes:
     parts = (m.data, m.scales, m.minimums, m.values, m.rare, m.rare_ends)
-    return ints(m.kind, m.out, m.in_) + b"".join(map(array, parts))
+    return ints(m.kind, m.out, m.in_, m.digits) + b"".join(map(array, parts))
 
 
 def written(step: NativeStep, model: Llama, batches: list[StepInput]) -> bytes:
@@ -108,12 +108,12 @@ def batches_of(ids: list[list[int]]) -> list[StepInput]:
     return whole + cut
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "nf4"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "nf4", "int8 by 8"])
 def test_neon_computes_what_this_cpu_does_and_the_same_bits_in_any_schedule(program, kind, tmp_path):
     library = native.load_library()
     assert library is not None
-    model = toy(kind)
-    step = NativeStep(library, model, N_BLOCKS)
+    model = toy(kind.split()[0])
+    step = NativeStep(library, model, N_BLOCKS, activation_bits=8 if kind.endswith("by 8") else 15)
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, CONFIG.vocab_size, (n,), generator=generator).tolist() for n in (1, 41, 9)]
     batches = batches_of(ids)

@@ -1,7 +1,8 @@
-// Products of int8 and four-bit weights with activations in fifteen bits.
+// Products of int8 and four-bit weights with activations in fifteen bits, or in eight.
 //
-// Where the CPU multiplies bytes four at a time (VNNI), an activation is two digits, each a byte: 128 high + low. Elsewhere
-// it is one number of sixteen bits, and weights are widened to that, once for all rows of a tile. Both are exact.
+// Where the CPU multiplies bytes four at a time (VNNI), an activation is D digits, each a byte: two for fifteen bits,
+// 128 high + low, and one for eight. Elsewhere it is one number of sixteen bits, and weights are widened to that, once for
+// all rows of a tile. Both are exact.
 
 #pragma once
 
@@ -16,34 +17,42 @@ namespace {
 #if defined(ARRIERO_DIGITS)
 using Quads = Bytes;  // weights of four inputs of sixteen outputs, unsigned
 
+template <int D>
 struct Sums {
-    IntLanes high, low;
+    IntLanes of_digit[D];
 };
 
 inline Quads quads_of(Bytes w) { return w; }
 
-inline IntLanes quad_of(const int8_t* digits) {
-    int32_t quad;
-    std::memcpy(&quad, digits, sizeof quad);
-    return IntLanes{} + quad;
-}
-
+template <int D>
 struct Inputs {  // four activations of a row
-    IntLanes high, low;
-    Inputs(const int8_t* codes, int64_t width, int64_t i) : high(quad_of(codes + i)), low(quad_of(codes + width + i)) {}
+    IntLanes digits[D];
+    Inputs(const int8_t* codes, int64_t width, int64_t i) {
+        UNROLL for (int d = 0; d < D; ++d) {
+            int32_t quad;
+            std::memcpy(&quad, codes + d * width + i, sizeof quad);
+            digits[d] = IntLanes{} + quad;
+        }
+    }
 };
 
-inline void add_quads(Sums& sums, const Quads& w, const Inputs& x) {
-    sums.high = (IntLanes)_mm512_dpbusd_epi32((__m512i)sums.high, (__m512i)w, (__m512i)x.high);
-    sums.low = (IntLanes)_mm512_dpbusd_epi32((__m512i)sums.low, (__m512i)w, (__m512i)x.low);
+template <int D>
+inline void add_quads(Sums<D>& sums, const Quads& w, const Inputs<D>& x) {
+    UNROLL for (int d = 0; d < D; ++d)
+        sums.of_digit[d] = (IntLanes)_mm512_dpbusd_epi32((__m512i)sums.of_digit[d], (__m512i)w, (__m512i)x.digits[d]);
 }
 
-inline IntLanes total_of(const Sums& sums) { return (sums.high << 7) + sums.low; }
+inline void begin(Sums<1>& sums, int32_t from) { sums.of_digit[0] = IntLanes{} + from; }
+inline void begin(Sums<2>& sums, int32_t from) { sums.of_digit[0] = IntLanes{}, sums.of_digit[1] = IntLanes{} + from; }
+inline IntLanes total_of(const Sums<1>& sums) { return sums.of_digit[0]; }
+inline IntLanes total_of(const Sums<2>& sums) { return (sums.of_digit[0] << 7) + sums.of_digit[1]; }
 
+template <int D>
 inline void place(const int32_t* codes, int64_t width, int64_t i, int8_t* to) {  // of a group that begins with input i
     for (int64_t j = 0; j < kGroup; ++j) {
-        const int32_t digit = (codes[j] + 64) >> 7;  // from -127 to 127; the low one from -64 to 63
-        to[i + j] = int8_t(digit), to[width + i + j] = int8_t(codes[j] - (digit << 7));
+        const int32_t digit = D == 1 ? codes[j] : (codes[j] + 64) >> 7;  // from -127 to 127; the low one from -64 to 63
+        to[i + j] = int8_t(digit);
+        if (D == 2) to[width + i + j] = int8_t(codes[j] - (digit << 7));
     }
 }
 #else
@@ -71,6 +80,7 @@ struct Quads {  // weights of four inputs of sixteen outputs: of the first and t
     Words even, odd;
 };
 
+template <int D>
 struct Sums {
     IntLanes all;
 };
@@ -86,18 +96,29 @@ inline Words pair_of(const int8_t* codes) {
     return (Words)(IntLanes{} + pair);
 }
 
+template <int D>
 struct Inputs {  // four activations of a row
     Words even, odd;
     Inputs(const int8_t* codes, int64_t, int64_t i) : even(pair_of(codes + 2 * i)), odd(pair_of(codes + 2 * i + 4)) {}
 };
 
-inline void add_quads(Sums& sums, const Quads& w, const Inputs& x) {
+template <int D>
+inline void add_quads(Sums<D>& sums, const Quads& w, const Inputs<D>& x) {
     sums.all += multiply_pairs(w.even, x.even);
     sums.all += multiply_pairs(w.odd, x.odd);
 }
 
-inline IntLanes total_of(const Sums& sums) { return sums.all; }
+template <int D>
+inline void begin(Sums<D>& sums, int32_t from) {
+    sums.all = IntLanes{} + from;
+}
 
+template <int D>
+inline IntLanes total_of(const Sums<D>& sums) {
+    return sums.all;
+}
+
+template <int D>
 inline void place(const int32_t* codes, int64_t, int64_t i, int8_t* to) {  // of each four: first, third, second, fourth
     int16_t words[kGroup];
     for (int64_t j = 0; j < kGroup; j += 4) {
@@ -108,9 +129,11 @@ inline void place(const int32_t* codes, int64_t, int64_t i, int8_t* to) {  // of
 }
 #endif
 
-// What the sums over a group's activations come to, less 128 of each weight.
-inline Lanes whole(const Sums& sums, const Rows& x, int64_t group) {
-    return convert<Lanes>(total_of(sums) + x.offsets[group]);
+// The sums over a group's activations begin with what takes off the 128 that is in each weight.
+template <int D, int R, int B>
+inline void begin(Sums<D> (&sums)[R][B], const Rows& x, int64_t row, int64_t group) {
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int b = 0; b < B; ++b) begin(sums[r][b], x.offsets[(row + r) * (x.width / kGroup) + group]);
 }
 
 // total += minimum * sum of the activations, for a group's minimums of B vectors of outputs.
@@ -128,13 +151,14 @@ inline void add_minimums(const uint16_t* minimums, const Rows& x, int64_t row, i
 // The sums of R rows and B vectors of a panel's outputs, y [R][B]: the integer sums of each group times its scales, added
 // up in order.
 // scales: of each output, fp32; or, kGroups, of each output and group of inputs, in half precision, and so are minimums.
-template <bool kGroups, int R, int B>
+template <bool kGroups, int D, int R, int B>
 inline void run_int8(const uint8_t* w, const void* scales, const uint16_t* minimums, const Rows& x, int64_t row,
                      Lanes (&y)[R][B]) {
     const int64_t groups = x.width / kGroup;
     Lanes total[R][B] = {};
     for (int64_t g = 0; g < groups; ++g) {
-        Sums sums[R][B] = {};
+        Sums<D> sums[R][B];
+        begin(sums, x, row, g);
         for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i += 4, w += 4 * kPanel) {
             Quads weights[B];
             UNROLL for (int b = 0; b < B; ++b) {
@@ -142,7 +166,7 @@ inline void run_int8(const uint8_t* w, const void* scales, const uint16_t* minim
                 weights[b] = quads_of(load<Bytes>(w + b * 64));
             }
             UNROLL for (int r = 0; r < R; ++r) {
-                const Inputs inputs(x.codes + 2 * (row + r) * x.width, x.width, i);
+                const Inputs<D> inputs(x.codes + 2 * (row + r) * x.width, x.width, i);
                 UNROLL for (int b = 0; b < B; ++b) add_quads(sums[r][b], weights[b], inputs);
             }
         }
@@ -150,8 +174,7 @@ inline void run_int8(const uint8_t* w, const void* scales, const uint16_t* minim
             const Lanes scale =
                 kGroups ? load_half(static_cast<const uint16_t*>(scales) + g * kPanel + b * kLanes) : all(1);
             UNROLL for (int r = 0; r < R; ++r)
-                total[r][b] += whole(sums[r][b], x, (row + r) * groups + g) *
-                               (scale * x.scales[(row + r) * groups + g]);
+                total[r][b] += convert<Lanes>(total_of(sums[r][b])) * (scale * x.scales[(row + r) * groups + g]);
         }
         if (kGroups && minimums) add_minimums(minimums + g * kPanel, x, row, g, total);
     }
@@ -161,14 +184,15 @@ inline void run_int8(const uint8_t* w, const void* scales, const uint16_t* minim
     }
 }
 
-template <int R, int B>
+template <int D, int R, int B>
 inline void run_int4(const uint8_t* w, const uint16_t* scales, const uint16_t* minimums, Bytes table, const Rows& x,
                      int64_t row, Lanes (&y)[R][B]) {
     const int64_t groups = x.width / kGroup;
     const Bytes nibble = Bytes{} + 15;
     Lanes total[R][B] = {};
     for (int64_t g = 0; g < groups; ++g, scales += kPanel) {
-        Sums sums[R][B] = {};
+        Sums<D> sums[R][B];
+        begin(sums, x, row, g);
         for (int64_t i = g * kGroup; i < g * kGroup + kGroup / 2; i += 4, w += 4 * kPanel) {
             Quads first[B], second[B];
             UNROLL for (int b = 0; b < B; ++b) {
@@ -179,7 +203,7 @@ inline void run_int4(const uint8_t* w, const uint16_t* scales, const uint16_t* m
             }
             UNROLL for (int r = 0; r < R; ++r) {
                 const int8_t* const codes = x.codes + 2 * (row + r) * x.width;
-                const Inputs here(codes, x.width, i), later(codes, x.width, i + kGroup / 2);
+                const Inputs<D> here(codes, x.width, i), later(codes, x.width, i + kGroup / 2);
                 UNROLL for (int b = 0; b < B; ++b) {
                     add_quads(sums[r][b], first[b], here);
                     add_quads(sums[r][b], second[b], later);
@@ -189,8 +213,7 @@ inline void run_int4(const uint8_t* w, const uint16_t* scales, const uint16_t* m
         UNROLL for (int b = 0; b < B; ++b) {
             const Lanes scale = load_half(scales + b * kLanes);
             UNROLL for (int r = 0; r < R; ++r)
-                total[r][b] += whole(sums[r][b], x, (row + r) * groups + g) *
-                               (scale * x.scales[(row + r) * groups + g]);
+                total[r][b] += convert<Lanes>(total_of(sums[r][b])) * (scale * x.scales[(row + r) * groups + g]);
         }
         if (minimums) add_minimums(minimums + g * kPanel, x, row, g, total);
     }
@@ -211,9 +234,10 @@ inline void expand_int4(const uint8_t* w, Bytes table, int64_t width, uint8_t* t
         }
 }
 
-// A row of activations as integers, a scale for each group: scale = max |x| / (127 * 128), code = x / scale to the nearest.
+// A row of activations as integers, a scale for each group: scale = max |x| / most, code = x / scale to the nearest.
+template <int D>
 inline void quantise(const float* x, int64_t width, int8_t* to, float* scales, int32_t* offsets) {
-    constexpr float kMost = 127 * 128;
+    constexpr float kMost = D == 1 ? 127 : 127 * 128;
     const Lanes magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     for (int64_t g = 0; g < width / kGroup; ++g) {
         const Lanes first = load_lanes(x + g * kGroup), second = load_lanes(x + g * kGroup + kLanes);
@@ -224,9 +248,13 @@ inline void quantise(const float* x, int64_t width, int8_t* to, float* scales, i
         store(codes, (IntLanes)(first * inverse + magic) - (IntLanes)magic);
         store(codes + kLanes, (IntLanes)(second * inverse + magic) - (IntLanes)magic);
         for (int64_t i = 0; i < kGroup; ++i) total += codes[i];
-        place(codes, width, g * kGroup, to);
+        place<D>(codes, width, g * kGroup, to);
         offsets[g] = -128 * total;
     }
+}
+
+inline void quantise(int64_t digits, const float* x, int64_t width, int8_t* to, float* scales, int32_t* offsets) {
+    digits == 1 ? quantise<1>(x, width, to, scales, offsets) : quantise<2>(x, width, to, scales, offsets);
 }
 
 }  // namespace

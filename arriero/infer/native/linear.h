@@ -45,63 +45,53 @@ constexpr int64_t kRowPadding = 32;  // rows of activations are allocated in who
 // Rows of a tile, of fp32, of bf16 and of integers, and vectors of outputs of R rows: as many sums as there are registers
 // beside the weights, of which bf16 has twice as many once it is widened.
 #if defined(__AVX512BW__)
-constexpr int kWide = 6, kHalved = 6, kNarrow = 4;
+constexpr int kWide = 6, kHalved = 6, kNarrow = 4, kOneDigit = 6;
 constexpr int float_blocks(int) { return 4; }
 constexpr int int_blocks(int rows) { return rows == 1 ? 4 : 2; }
 #else
-constexpr int kWide = 6, kHalved = 4, kNarrow = 4;
+constexpr int kWide = 6, kHalved = 4, kNarrow = 4, kOneDigit = 4;
 constexpr int float_blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 constexpr int int_blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 
-// R rows of a panel, y [R][64].
-template <int R>
-inline void run(const Matrix& m, int64_t panel, const Rows& x, int64_t row, float* y) {
-    const auto blocks = [&](auto count, auto kernel) {  // B vectors at a time
-        constexpr int B = decltype(count)::value;
-        for (int64_t b = 0; b < kBlocks; b += B) {
-            Lanes found[R][B];
-            kernel(b * kLanes, found);
-            UNROLL for (int r = 0; r < R; ++r)
-                UNROLL for (int i = 0; i < B; ++i) store(y + r * kPanel + (b + i) * kLanes, found[r][i]);
-        }
-    };
-    using Floats = std::integral_constant<int, float_blocks(R)>;
-    using Integers = std::integral_constant<int, int_blocks(R)>;
-    const int64_t groups = x.width / kGroup;
-    switch (m.type) {
-        case kFloat:
-            return blocks(Floats{}, [&](int64_t o, auto& found) {
-                run_float(static_cast<const float*>(m.data) + panel * x.width * kPanel + o, x, row, found);
-            });
-        case kBf16:
-            return blocks(Floats{}, [&](int64_t o, auto& found) {
-                run_bf16(Plain{static_cast<const bf16*>(m.data) + panel * x.width * kPanel + 2 * o}, x, row, found);
-            });
-        case kInt8:
-            return blocks(Integers{}, [&](int64_t o, auto& found) {
-                run_int8<false>(static_cast<const uint8_t*>(m.data) + panel * x.width * kPanel + 4 * o,
-                                static_cast<const float*>(m.scales) + panel * kPanel + o, nullptr, x, row, found);
-            });
-        case kInt8Groups:
-            return blocks(Integers{}, [&](int64_t o, auto& found) {
-                const int64_t at = panel * groups * kPanel + o;
-                run_int8<true>(static_cast<const uint8_t*>(m.data) + panel * x.width * kPanel + 4 * o,
-                               static_cast<const uint16_t*>(m.scales) + at,
-                               m.minimums ? static_cast<const uint16_t*>(m.minimums) + at : nullptr, x, row, found);
-            });
-        case kTwelve: break;  // see `multiply`
-        case kInt4: {
-            const int64_t at = panel * groups * kPanel;
-            const Bytes table = table_of(m.values);
-            return blocks(Integers{}, [&](int64_t o, auto& found) {
-                run_int4(static_cast<const uint8_t*>(m.data) + panel * x.width * kPanel / 2 + 4 * o,
-                         static_cast<const uint16_t*>(m.scales) + at + o,
-                         m.minimums ? static_cast<const uint16_t*>(m.minimums) + at + o : nullptr, table, x, row,
-                         found);
-            });
-        }
+// R rows of a panel, y [R][64], by kernel(first output of B vectors, what is found of them).
+template <int R, int B, class Kernel>
+inline void in_blocks(float* y, Kernel kernel) {
+    for (int64_t b = 0; b < kBlocks; b += B) {
+        Lanes found[R][B];
+        kernel(b * kLanes, found);
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int i = 0; i < B; ++i) store(y + r * kPanel + (b + i) * kLanes, found[r][i]);
     }
+}
+
+template <int R>
+inline void run_floats(const Matrix& m, int64_t panel, const Rows& x, int64_t row, float* y) {
+    in_blocks<R, float_blocks(R)>(y, [&](int64_t o, auto& found) {
+        if (m.type == kFloat)
+            run_float(static_cast<const float*>(m.data) + panel * x.width * kPanel + o, x, row, found);
+        else
+            run_bf16(Plain{static_cast<const bf16*>(m.data) + panel * x.width * kPanel + 2 * o}, x, row, found);
+    });
+}
+
+template <int D, int R>
+inline void run_integers(const Matrix& m, int64_t panel, const Rows& x, int64_t row, float* y) {
+    const int64_t at = panel * x.width * kPanel, groups = panel * (x.width / kGroup) * kPanel;
+    const uint8_t* const data = static_cast<const uint8_t*>(m.data) + (m.type == kInt4 ? at / 2 : at);
+    const uint16_t* const scales = static_cast<const uint16_t*>(m.scales) + groups;
+    const uint16_t* const minimums = m.minimums ? static_cast<const uint16_t*>(m.minimums) + groups : nullptr;
+    const Bytes table = m.type == kInt4 ? table_of(m.values) : Bytes{};
+    in_blocks<R, int_blocks(R)>(y, [&](int64_t o, auto& found) {
+        const uint16_t* const least = minimums ? minimums + o : nullptr;
+        if (m.type == kInt4)
+            run_int4<D>(data + 4 * o, scales + o, least, table, x, row, found);
+        else if (m.type == kInt8Groups)
+            run_int8<true, D>(data + 4 * o, scales + o, least, x, row, found);
+        else
+            run_int8<false, D>(data + 4 * o, static_cast<const float*>(m.scales) + panel * kPanel + o, nullptr, x, row,
+                               found);
+    });
 }
 
 // `multiply` for weights that lie as they are multiplied by.
@@ -122,19 +112,26 @@ void multiply_stored(const Matrix& m, int64_t first, int64_t last, const Rows& x
         return;
     }
 #endif
-    const int64_t most = m.type == kFloat ? kWide : m.type == kBf16 ? kHalved : kNarrow;
+    const bool integers = m.type == kInt8 || m.type == kInt8Groups || m.type == kInt4;
+    const auto run = [&](auto rows, int64_t panel, int64_t row) {
+        constexpr int R = decltype(rows)::value;
+        if (!integers) run_floats<R>(m, panel, x, row, y);
+        else if (m.digits == 1) run_integers<1, R>(m, panel, x, row, y);
+        else run_integers<2, R>(m, panel, x, row, y);
+    };
+    const int64_t most = m.type == kFloat ? kWide : m.type == kBf16 ? kHalved : m.digits == 1 ? kOneDigit : kNarrow;
     const int64_t tiles = (end - begin + most - 1) / most;
     for (int64_t panel = first; panel < last; ++panel) {
         int64_t row = begin;
         for (int64_t t = 0; t < tiles; ++t) {  // of equal height, as nearly as may be
             const int64_t n = (end - row + tiles - t - 1) / (tiles - t);
             switch (n) {
-                case 1: run<1>(m, panel, x, row, y); break;
-                case 2: run<2>(m, panel, x, row, y); break;
-                case 3: run<3>(m, panel, x, row, y); break;
-                case 4: run<4>(m, panel, x, row, y); break;
-                case 5: run<5>(m, panel, x, row, y); break;
-                case 6: run<6>(m, panel, x, row, y); break;
+                case 1: run(std::integral_constant<int, 1>{}, panel, row); break;
+                case 2: run(std::integral_constant<int, 2>{}, panel, row); break;
+                case 3: run(std::integral_constant<int, 3>{}, panel, row); break;
+                case 4: run(std::integral_constant<int, 4>{}, panel, row); break;
+                case 5: run(std::integral_constant<int, 5>{}, panel, row); break;
+                case 6: run(std::integral_constant<int, 6>{}, panel, row); break;
             }
             for (int64_t r = 0; r < n; ++r) emit(panel, row + r, y + r * kPanel);
             row += n;

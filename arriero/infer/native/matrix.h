@@ -8,9 +8,9 @@
 //          group of 32 inputs
 //   int4   [in / 32][4][64][4] bytes of two codes, which stand for 16 values; a scale (half precision) for each output and
 //          group of 32 inputs, and, where there are some, a minimum that is added
-// Activations for integer weights are integers of fifteen bits with a scale for each group of 32 inputs, chosen for each
-// row by itself. (Eight bits would lose more than the weights' rounding does: docs/log.md.) Integer sums are exact; the
-// groups' results are added up in order in fp32.
+// Activations for integer weights are integers of fifteen bits (two digits), or of eight (one), with a scale for each
+// group of 32 inputs, chosen for each row by itself. Integer sums are exact; the groups' results are added up in order in
+// fp32. (What eight bits lose: docs/inference.md.)
 
 #pragma once
 
@@ -33,6 +33,7 @@ extern "C" struct Matrix {
     const uint8_t* values;     // int4: what the 16 codes mean, plus 128; twelve: the 16 high bytes
     const struct Rare* rare;   // twelve: the weights whose high byte is none of these, in order
     const int64_t* rare_ends;  // twelve: [1 + panels] of a panel's in `rare`; the first is 0
+    int64_t digits;            // int8, int4: of an activation, 1 or 2; the same in all matrices that take the same rows
 };
 
 inline bool is_half(const Matrix& m) { return m.type == kBf16 || m.type == kTwelve; }

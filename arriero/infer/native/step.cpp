@@ -184,7 +184,7 @@ class Step {
             for (int64_t d = 0; d < width; d += kLanes) round(x + d, halves_ + i * width + d, rounded_ + i * width + d);
         if (integer) {
             const int64_t groups = width / kGroup;
-            quantise(x, width, codes_ + 2 * i * width, scales_ + i * groups, offsets_ + i * groups);
+            quantise(matrices->digits, x, width, codes_ + 2 * i * width, scales_ + i * groups, offsets_ + i * groups);
         }
     }
 
@@ -430,7 +430,7 @@ extern "C" void arriero_product(Engine* engine, const Matrix* matrix, const floa
     int32_t* offsets = engine->offsets.get(padded * groups);
     for (int64_t i = 0; i < n; ++i) {
         for (int64_t d = i * width; d < (i + 1) * width; d += kLanes) round(x + d, halves + d, rounded + d);
-        quantise(x + i * width, width, codes + 2 * i * width, scales + i * groups, offsets + i * groups);
+        quantise(matrix->digits, x + i * width, width, codes + 2 * i * width, scales + i * groups, offsets + i * groups);
     }
     const Rows rows{width, x, halves, rounded, codes, scales, offsets};
     const Tiling tiling(*matrix, n);
