@@ -54,7 +54,7 @@ def main() -> None:
     views = views_of(open_weights(resolve(args.original)), tokenizer, [text])
     original = load_model(args.original, dtype=torch.float32)
     blocks = -(-max(len(view.inputs) for view in views) // BLOCK)
-    models = [load_model(path, dtype=torch.bfloat16).requires_grad_(False) for path in args.quantised]
+    models = [load_model(path, dtype=torch.bfloat16, packed=True).requires_grad_(False) for path in args.quantised]
     steps = {
         (path, bits): open_step(model, original.config.max_context, blocks, bits)  # type: ignore[arg-type]
         for path, model in zip(args.quantised, models, strict=True)

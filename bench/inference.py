@@ -30,6 +30,7 @@ import torch
 from peers import MODEL, NEW, PEERS, PREFILL, Way
 
 from arriero.checkpoint.load import load_model
+from arriero.infer.config import ActivationBits
 from arriero.infer.engine import Engine
 from arriero.infer.measure import decode_speed, of_type, prefill_speed
 
@@ -37,8 +38,11 @@ Maker = Callable[[Path, str], Way]
 
 
 def arriero(folder: Path, type: str) -> Way:
+    """type: that of the matrices, "-a8" behind it for activations in eight bits."""
     model = load_model(MODEL, dtype=torch.bfloat16).requires_grad_(False)
-    engine = Engine(of_type(model, type), max_running=64, step_tokens=512, context=1024)
+    kind, _, eight = type.partition("-")
+    bits: ActivationBits = 8 if eight else 15
+    engine = Engine(of_type(model, kind), max_running=64, step_tokens=512, context=1024, activation_bits=bits)
 
     def run(batch: int, turn: int) -> float:
         return decode_speed(engine, batch, NEW, turn) if batch else prefill_speed(engine, PREFILL, turn)
@@ -47,7 +51,7 @@ def arriero(folder: Path, type: str) -> Way:
 
 
 WAYS: dict[str, tuple[Maker, str, str]] = {
-    f"arriero-{type}": (arriero, type, "arriero") for type in ("bf16", "int8", "int4")
+    f"arriero-{type}": (arriero, type, "arriero") for type in ("bf16", "int8", "int8-a8", "int4", "int4-a8")
 } | PEERS
 
 

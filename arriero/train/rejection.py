@@ -42,7 +42,6 @@ from arriero.show.terminal import notes, output
 from arriero.train import sft
 from arriero.train.best_of import Choice, Sampled, choose, statistics
 from arriero.train.claim import check_named, claimed, refuse_changed
-from arriero.train.config import DataConfig, SftConfig
 from arriero.train.loop import Outcome
 from arriero.train.recipe import alone, record
 from arriero.train.rejection_answers import RoundAnswers, read_answers
@@ -108,7 +107,7 @@ class RejectionRun:
         """Every round that is not done yet."""
         out = Path(self.config.out)
         if self.held_out is not None and not (out / "held_out-0.jsonl").exists():
-            self._answers.measure(out / "held_out-0.jsonl", *self._model(0))
+            self._answers.measure(out / "held_out-0.jsonl", *self.config.model_after(0))
         for number in range(1, self.config.rounds + 1):
             if (out / f"round-{number}" / "round.json").exists():
                 continue
@@ -126,7 +125,7 @@ class RejectionRun:
     def _round(self, number: int) -> Outcome | None:
         """Sample, choose, train, measure. Returns how the training was interrupted, if it was."""
         config, directory = self.config, Path(self.config.out) / f"round-{number}"
-        answers = self._answers.sampled(number, directory / "answers", *self._model(number - 1))
+        answers = self._answers.sampled(number, directory / "answers", *self.config.model_after(number - 1))
         pool = list(answers)
         for earlier in range(1, number):
             if not config.last_round_only:
@@ -141,41 +140,17 @@ class RejectionRun:
                 "prompts, more answers, or a lower `above`, or every_prompt"
             )
         write_jsonl(directory / "chosen.jsonl", [self._row(answer) for answer in choice.chosen])
-        outcome = sft.main(self._training(number))
+        outcome = sft.main(config.training(number))
         if outcome.interrupted is not None:
             return outcome
         if self.held_out is not None:
-            self._answers.measure(directory / "held_out.jsonl", *self._model(number))
+            self._answers.measure(directory / "held_out.jsonl", *self.config.model_after(number))
         write_json(directory / "round.json", {"round": number, **statistics(answers, choice)})
         return None
 
     @property
     def _answers(self) -> RoundAnswers:
         return RoundAnswers(self.config, self.prompts, self.held_out, self.scorer, self.console)
-
-    def _model(self, after: int) -> tuple[str, str]:
-        """The model, and its adapter or "", as it stands after so many rounds."""
-        if after == 0:
-            return self.config.model, self.config.adapter
-        trained = Path(self.config.out) / f"round-{after}" / "sft"
-        if self.config.method == "full":
-            return str(trained / "model"), ""
-        return self.config.model, str(trained / "adapter")
-
-    def _training(self, number: int) -> SftConfig:
-        """The fine-tuning of a round; it goes on where it was begun."""
-        config, out = self.config, Path(self.config.out) / f"round-{number}"
-        adapter = self._model(number - 1)[1] if config.from_last else config.adapter
-        data = config.data
-        return SftConfig(
-            model=config.model, out=str(out / "sft"), method=config.method, adapter=adapter, quantize=config.quantize,
-            chat_template=config.chat_template, resume=(out / "sft" / "config.toml").exists(), samples=0,
-            data=DataConfig(
-                train=str(out / "chosen.jsonl"), validation="0", seq_len=data.seq_len, packing=data.packing,
-                max_truncated=data.max_truncated, workers=data.workers,
-            ),
-            lora=config.lora, optim=config.optim, loop=config.loop, parallel=config.parallel,
-        )  # fmt: skip
 
     def _row(self, answer: Sampled) -> dict[str, Any]:
         """What is learned of an answer, with where it came from."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from arriero.errors import check
 from arriero.io.paths import PathText
-from arriero.train.config import DataConfig, TuneConfig
+from arriero.train.config import DataConfig, SftConfig, TuneConfig
 
 
 @dataclass(frozen=True)
@@ -93,3 +94,26 @@ class RejectionConfig(TuneConfig):
             not self.from_last or self.method == "lora",
             "from_last is on and method full; every round of full fine-tuning begins with the model: leave it off",
         )
+
+    def model_after(self, rounds: int) -> tuple[str, str]:
+        """The model, and its adapter or "", as it stands after so many rounds."""
+        if rounds == 0:
+            return self.model, self.adapter
+        trained = Path(self.out) / f"round-{rounds}" / "sft"
+        if self.method == "full":
+            return str(trained / "model"), ""
+        return self.model, str(trained / "adapter")
+
+    def training(self, number: int) -> SftConfig:
+        """The fine-tuning of a round; it goes on where it was begun."""
+        out, data = Path(self.out) / f"round-{number}", self.data
+        adapter = self.model_after(number - 1)[1] if self.from_last else self.adapter
+        return SftConfig(
+            model=self.model, out=str(out / "sft"), method=self.method, adapter=adapter, quantize=self.quantize,
+            chat_template=self.chat_template, resume=(out / "sft" / "config.toml").exists(), samples=0,
+            data=DataConfig(
+                train=str(out / "chosen.jsonl"), validation="0", seq_len=data.seq_len, packing=data.packing,
+                max_truncated=data.max_truncated, workers=data.workers,
+            ),
+            lora=self.lora, optim=self.optim, loop=self.loop, parallel=self.parallel,
+        )  # fmt: skip

@@ -21,7 +21,8 @@ from arriero.model.lora_config import LoraConfig
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.metrics import surviving_records
 from arriero.train.preference_config import PreferenceDataConfig, RewardConfig
-from arriero.train.reward import build, end_scores, main, margins_of
+from arriero.train.ranking_objective import end_scores, margins_of
+from arriero.train.reward import build, main
 
 CONSOLE = Console(quiet=True)
 
