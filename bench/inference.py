@@ -4,7 +4,7 @@
 
 SmolLM2-135M, prompts of 32 tokens (prefill: 512), 48 new ones, temperature 0.6 and top-p 0.9, as many threads each as
 torch takes, or one thread by its processor time (`--cpu-time`). Peers (bench/peers.py) are measured where they can be
-imported: llama.cpp, ik_llama.cpp, OpenVINO, ONNX Runtime, transformers, each as its own library runs it, in a process
+imported: llama.cpp, OpenVINO, ONNX Runtime, transformers, each as its own library runs it, in a process
 of its own that sleeps while others are measured. transformers' `generate` gives tokens/s of whole batches, prompts
 included. Prints one JSON line: medians in tokens/s, and the bandwidth of a plain read in the same run, which bounds
 decoding one answer (bytes of the weights that a token reads / bandwidth).

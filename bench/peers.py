@@ -1,8 +1,9 @@
 """Other engines on the same weights, prompts and settings, as ways that bench/inference.py measures by turns.
 
-Each is imported only when it is measured. llama-cpp-python and ik-llama-cpp-python should be compiled on the machine
-(CMAKE_ARGS=-DGGML_NATIVE=ON); onnxruntime-genai (with onnx and onnx_ir, for its builder) and openvino-genai
-choose their kernels when they run. All prompts of a batch are read first; what is timed then is the tokens after the
+Each is imported only when it is measured. llama-cpp-python should be compiled on the machine
+(CMAKE_ARGS=-DGGML_NATIVE=ON); onnxruntime-genai (with onnx and onnx_ir, for its builder) and openvino-genai choose
+their kernels when they run. ik_llama.cpp is not among them: its sources do not build here, and its published wheel
+aborts in batches (docs/log.md). All prompts of a batch are read first; what is timed then is the tokens after the
 first one. Sampling is each library's own, at temperature 0.6 and top-p 0.9.
 """
 
@@ -15,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -72,74 +72,29 @@ def llama_cpp(folder: Path, type: str) -> Way:
             c.llama_sampler_chain_add(chain, sampler)
         samplers.append(chain)
     batch = c.llama_batch_init(2048, 0, 1)
-    return _by_llama_decode(
-        lambda: c.llama_memory_clear(c.llama_get_memory(context), True),
-        lambda: c.llama_decode(context, batch),
-        lambda sequence, row: c.llama_sampler_sample(samplers[sequence], context, row),
-        batch,
-        keep=(quiet, model),
-    )
-
-
-def ik_llama(folder: Path, type: str) -> Way:
-    from ik_llama_cpp import _ctypes_api as c
-
-    c.llama_backend_init()
-    model = c.llama_model_load_from_file(str(gguf(folder, type)).encode(), c.llama_model_default_params())
-    settings = c.llama_context_default_params()
-    settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = MOST * 128, 512, 512, MOST
-    settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
-    settings.flash_attn, settings.seed = True, 0
-    context = c.llama_init_from_model(model, settings)
-    size = c.llama_vocab_n_tokens(c.llama_model_get_vocab(model))
-    candidates = np.zeros(size, dtype=[("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
-
-    def sample(_: int, row: int) -> int:
-        candidates["id"] = np.arange(size, dtype=np.int32)
-        candidates["logit"] = np.ctypeslib.as_array(c.llama_get_logits_ith(context, row), (size,))
-        data = candidates.ctypes.data_as(ctypes.POINTER(c.llama_token_data))
-        chosen = ctypes.byref(c.llama_token_data_array(data, size, -1, False))
-        c.llama_sample_top_p(context, chosen, TOP_P, 1)
-        c.llama_sample_temp(context, chosen, TEMPERATURE)
-        return int(c.llama_sample_token(context, chosen))
-
-    batch = c.llama_batch_init(2048, 0, 1)
-    return _by_llama_decode(
-        lambda: c.llama_kv_cache_clear(context), lambda: c.llama_decode(context, batch), sample, batch, keep=(model,)
-    )
-
-
-def _by_llama_decode(
-    clear: Callable[[], Any],
-    decode: Callable[[], int],
-    sample: Callable[[int, int], int],
-    batch: Any,
-    keep: tuple[Any, ...],
-) -> Way:
-    """The way of a library with llama.cpp's interface. `keep` lives as long as it does."""
 
     def forward(tokens: list[tuple[int, int, int, bool]]) -> None:
         batch.n_tokens = len(tokens)
         for i, (token, position, sequence, wanted) in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
             batch.seq_id[i][0], batch.logits[i] = sequence, wanted
-        if decode():
-            raise SystemExit("llama_decode failed")
+        if c.llama_decode(context, batch):
+            raise SystemExit("llama.cpp: llama_decode failed")
 
-    def run(n: int, turn: int, keep: tuple[Any, ...] = keep) -> float:
-        clear()
+    def run(n: int, turn: int, keep: object = (quiet, model)) -> float:  # kept for as long as this is
+        c.llama_memory_clear(c.llama_get_memory(context), True)
         length = PROMPT if n else PREFILL
         began = time.perf_counter()
         last = []
         for s in range(max(n, 1)):
             forward([(token, p, s, p == length - 1) for p, token in enumerate(tokens_of(turn, s, length))])
-            last.append(sample(s, length - 1))
+            last.append(c.llama_sampler_sample(samplers[s], context, length - 1))
         if not n:
             return length / (time.perf_counter() - began)
         began = time.perf_counter()
         for step in range(NEW):
             forward([(token, PROMPT + step, s, True) for s, token in enumerate(last)])
-            last = [sample(s, s) for s in range(n)]
+            last = [c.llama_sampler_sample(samplers[s], context, s) for s in range(n)]
         return n * NEW / (time.perf_counter() - began)
 
     return run
@@ -242,9 +197,6 @@ PEERS: dict[str, tuple[Callable[[Path, str], Way], str, str]] = {
     "llama.cpp-BF16": (llama_cpp, "bf16", "llama_cpp"),
     "llama.cpp-Q8_0": (llama_cpp, "int8", "llama_cpp"),
     "llama.cpp-Q4_0": (llama_cpp, "int4", "llama_cpp"),
-    "ik_llama-BF16": (ik_llama, "bf16", "ik_llama_cpp"),
-    "ik_llama-Q8_0": (ik_llama, "int8", "ik_llama_cpp"),
-    "ik_llama-Q4_0": (ik_llama, "int4", "ik_llama_cpp"),
     "openvino-F16": (openvino, "f16", "openvino_genai"),
     "openvino-Q8_0": (openvino, "int8", "openvino_genai"),
     "openvino-Q4_0": (openvino, "int4", "openvino_genai"),
