@@ -43,16 +43,38 @@ class Arithmetic {
 constexpr int64_t kRowPadding = 32;  // rows of activations are allocated in whole tiles
 
 // Rows of a tile, of fp32, of bf16 and of integers, and vectors of outputs of R rows: as many sums as there are registers
-// beside the weights, of which bf16 has twice as many once it is widened.
+// beside the weights, of which bf16 has twice as many once it is widened. Where a panel is streamed from memory for few
+// rows, all its vectors are taken at once, whatever the registers: in two halves it would be two streams.
+// kExpandedFor: rows from which codes of four bits are looked up once for all of them; never, where looking up costs little.
 #if defined(__AVX512BW__)
 constexpr int kWide = 6, kHalved = 6, kNarrow = 4, kOneDigit = 6;
 constexpr int float_blocks(int) { return 4; }
-constexpr int int_blocks(int rows) { return rows == 1 ? 4 : 2; }
+constexpr int int_blocks(int rows, bool stream) { return rows == 1 || stream ? 4 : 2; }
+constexpr int64_t kExpandedFor = INT64_MAX;
 #else
 constexpr int kWide = 6, kHalved = 4, kNarrow = 4, kOneDigit = 4;
 constexpr int float_blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
-constexpr int int_blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int64_t kExpandedFor = 2 * kNarrow;
+constexpr int int_blocks(int rows, bool) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
+
+// use(R as a type, row) for tiles of rows begin..end: of equal height, as nearly as may be, and at most `most` rows, 6.
+template <class Use>
+inline void in_tiles(int64_t begin, int64_t end, int64_t most, Use use) {
+    const int64_t tiles = (end - begin + most - 1) / most;
+    for (int64_t t = 0, row = begin; t < tiles; ++t) {
+        const int64_t n = (end - row + tiles - t - 1) / (tiles - t);
+        switch (n) {
+            case 1: use(std::integral_constant<int, 1>{}, row); break;
+            case 2: use(std::integral_constant<int, 2>{}, row); break;
+            case 3: use(std::integral_constant<int, 3>{}, row); break;
+            case 4: use(std::integral_constant<int, 4>{}, row); break;
+            case 5: use(std::integral_constant<int, 5>{}, row); break;
+            case 6: use(std::integral_constant<int, 6>{}, row); break;
+        }
+        row += n;
+    }
+}
 
 // R rows of a panel, y [R][64], by kernel(first output of B vectors, what is found of them).
 template <int R, int B, class Kernel>
@@ -75,14 +97,14 @@ inline void run_floats(const Matrix& m, int64_t panel, const Rows& x, int64_t ro
     });
 }
 
-template <int D, int R>
+template <int D, int R, bool kStream>
 inline void run_integers(const Matrix& m, int64_t panel, const Rows& x, int64_t row, float* y) {
     const int64_t at = panel * x.width * kPanel, groups = panel * (x.width / kGroup) * kPanel;
     const uint8_t* const data = static_cast<const uint8_t*>(m.data) + (m.type == kInt4 ? at / 2 : at);
     const uint16_t* const scales = static_cast<const uint16_t*>(m.scales) + groups;
     const uint16_t* const minimums = m.minimums ? static_cast<const uint16_t*>(m.minimums) + groups : nullptr;
     const Bytes table = m.type == kInt4 ? table_of(m.values) : Bytes{};
-    in_blocks<R, int_blocks(R)>(y, [&](int64_t o, auto& found) {
+    in_blocks<R, int_blocks(R, kStream)>(y, [&](int64_t o, auto& found) {
         const uint16_t* const least = minimums ? minimums + o : nullptr;
         if (m.type == kInt4)
             run_int4<D>(data + 4 * o, scales + o, least, table, x, row, found);
@@ -112,37 +134,24 @@ void multiply_stored(const Matrix& m, int64_t first, int64_t last, const Rows& x
         return;
     }
 #endif
+    const bool few = end - begin <= (m.digits == 1 ? 32 : 8);  // measured: reading the weights decides up to there
     const bool integers = m.type == kInt8 || m.type == kInt8Groups || m.type == kInt4;
-    const auto run = [&](auto rows, int64_t panel, int64_t row) {
-        constexpr int R = decltype(rows)::value;
-        if (!integers) run_floats<R>(m, panel, x, row, y);
-        else if (m.digits == 1) run_integers<1, R>(m, panel, x, row, y);
-        else run_integers<2, R>(m, panel, x, row, y);
-    };
     const int64_t most = m.type == kFloat ? kWide : m.type == kBf16 ? kHalved : m.digits == 1 ? kOneDigit : kNarrow;
-    const int64_t tiles = (end - begin + most - 1) / most;
-    for (int64_t panel = first; panel < last; ++panel) {
-        int64_t row = begin;
-        for (int64_t t = 0; t < tiles; ++t) {  // of equal height, as nearly as may be
-            const int64_t n = (end - row + tiles - t - 1) / (tiles - t);
-            switch (n) {
-                case 1: run(std::integral_constant<int, 1>{}, panel, row); break;
-                case 2: run(std::integral_constant<int, 2>{}, panel, row); break;
-                case 3: run(std::integral_constant<int, 3>{}, panel, row); break;
-                case 4: run(std::integral_constant<int, 4>{}, panel, row); break;
-                case 5: run(std::integral_constant<int, 5>{}, panel, row); break;
-                case 6: run(std::integral_constant<int, 6>{}, panel, row); break;
-            }
-            for (int64_t r = 0; r < n; ++r) emit(panel, row + r, y + r * kPanel);
-            row += n;
-        }
-    }
+    for (int64_t panel = first; panel < last; ++panel)
+        in_tiles(begin, end, most, [&](auto rows, int64_t row) {
+            constexpr int R = decltype(rows)::value;
+            if (!integers)
+                run_floats<R>(m, panel, x, row, y);
+            else if (m.digits == 1)
+                few ? run_integers<1, R, true>(m, panel, x, row, y) : run_integers<1, R, false>(m, panel, x, row, y);
+            else
+                few ? run_integers<2, R, true>(m, panel, x, row, y) : run_integers<2, R, false>(m, panel, x, row, y);
+            for (int64_t r = 0; r < R; ++r) emit(panel, row + r, y + r * kPanel);
+        });
 }
 
 thread_local Buffer<bf16> unpacked_panel;
 thread_local Buffer<uint8_t> expanded_panel;
-
-constexpr int64_t kExpandedFor = 2 * kNarrow;  // rows from which codes of four bits are looked up once for all of them
 
 // `multiply_stored` for four bits and many rows, a panel at a time; the same integers, so the same bits.
 template <class Emit>
@@ -160,15 +169,37 @@ void multiply_expanded(const Matrix& m, int64_t first, int64_t last, const Rows&
     }
 }
 
-// One row, as the weights are unpacked: y [64].
-inline void multiply_one(Unpacked weights, const Rows& x, int64_t row, float* y) {
-    Lanes found[1][kBlocks];
-#if defined(ARRIERO_TILES)
-    if (tiles_lent) run_like_tiles<1, kBlocks, Unpacked&>(weights, x, row, found);
-    else
-#endif
-        run_bf16<1, kBlocks, Unpacked&>(weights, x, row, found);
-    UNROLL for (int b = 0; b < kBlocks; ++b) store(y + b * kLanes, found[0][b]);
+// sums [R][64] += the products of R rows with B vectors of a slice's outputs, inputs i to i + 31.
+template <int R, int B>
+inline void add_slice(const bf16* w, const Rows& x, int64_t row, int64_t i, float* sums) {
+    const Half* from = halves_of(x, static_cast<const Half*>(nullptr)) + row * x.width + i;
+    Lanes found[R][B];
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int b = 0; b < B; ++b) found[r][b] = load_lanes(sums + r * kPanel + b * kLanes);
+    for (int64_t j = 0; j < kSlice; j += 2, w += 2 * kPanel)
+        UNROLL for (int b = 0; b < B; ++b) {
+            const Pairs pairs = pairs_of(w + b * 2 * kLanes);
+            UNROLL for (int r = 0; r < R; ++r) found[r][b] = add_pairs(found[r][b], pairs, from + r * x.width + j);
+        }
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int b = 0; b < B; ++b) store(sums + r * kPanel + b * kLanes, found[r][b]);
+}
+
+constexpr int64_t kSliced = 8;  // rows; for more, unpacking once for all is as fast
+
+// A panel of twelve bits and few rows, y [rows][64]: each slice is unpacked once and multiplied by all rows at once, so
+// that reading the weights and multiplying go on side by side.
+inline void multiply_sliced(const Matrix& m, int64_t panel, const Rows& x, int64_t begin, int64_t end, float* y) {
+    Unpacked weights(m, panel);
+    std::memset(y, 0, size_t((end - begin) * kPanel) * sizeof *y);
+    for (int64_t i = 0; i < x.width; i += kSlice) {
+        const bf16* const slice = weights(i);
+        in_tiles(begin, end, kHalved, [&](auto rows, int64_t row) {
+            constexpr int R = decltype(rows)::value, B = float_blocks(R);
+            for (int64_t b = 0; b < kBlocks; b += B)
+                add_slice<R, B>(slice + b * 2 * kLanes, x, row, i, y + (row - begin) * kPanel + b * kLanes);
+        });
+    }
 }
 
 // emit(panel, row, y [64]) for the outputs of panels first..last and rows begin..end of x.
@@ -177,10 +208,23 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const Rows& x, int64
     if (m.type == kInt4 && end - begin >= kExpandedFor) return multiply_expanded(m, first, last, x, begin, end, emit);
     if (m.type != kTwelve) return multiply_stored(m, first, last, x, begin, end, emit);
     for (int64_t panel = first; panel < last; ++panel) {
-        if (end - begin == 1) {
-            alignas(64) float y[kPanel];
-            multiply_one(Unpacked(m, panel), x, begin, y);
+        alignas(64) float y[kSliced * kPanel];
+#if defined(ARRIERO_TILES)
+        const bool sliced = !tiles_lent;
+        if (tiles_lent && end - begin == 1) {
+            Unpacked weights(m, panel);
+            Lanes found[1][kBlocks];
+            run_like_tiles<1, kBlocks, Unpacked&>(weights, x, begin, found);
+            UNROLL for (int b = 0; b < kBlocks; ++b) store(y + b * kLanes, found[0][b]);
             emit(panel, begin, y);
+            continue;
+        }
+#else
+        const bool sliced = true;
+#endif
+        if (sliced && end - begin <= kSliced) {
+            multiply_sliced(m, panel, x, begin, end, y);
+            for (int64_t row = begin; row < end; ++row) emit(panel, row, y + (row - begin) * kPanel);
             continue;
         }
         bf16* const whole = unpacked_panel.get(x.width * kPanel);
