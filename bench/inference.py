@@ -116,6 +116,7 @@ def main() -> None:
         found: dict[str, dict[int, list[float]]] = {name: {} for name in ways}
         for turn in range(args.rounds):
             for name, way in ways.items():
+                time.sleep(1)  # threads of the way before may wait in a busy loop for a while
                 for batch in (0, *args.batches):
                     found[name].setdefault(batch, []).append(way(batch, turn + 1))
                 print(turn, name, {b: round(v[-1], 1) for b, v in found[name].items()}, file=sys.stderr, flush=True)
