@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--llama", default="", help="a llama-server, built natively")
     parser.add_argument("--kinds", nargs="+", default=["bf16", "int8"], choices=list(GGUF))
     parser.add_argument("--only", nargs="+", default=["arriero", "llama.cpp"], choices=["arriero", "llama.cpp"])
+    parser.add_argument("--activation-bits", type=int, default=15, choices=[8, 15], help="of Arriero's int8")
     parser.add_argument("--in-process", action="store_true", help="llama.cpp's own batches, where no llama-server is")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2, help="chats of each client")
@@ -236,7 +237,7 @@ def started(name: str, kind: str, files: Path, args: argparse.Namespace) -> Iter
         report = files / f"cpu-{port}.json"
         config = {
             "model": [str(files / "model")], "port": port, "quantize": "" if kind == "bf16" else kind,
-            "max_waiting": 1024, "mixed": args.mixed,
+            "max_waiting": 1024, "mixed": args.mixed, "activation_bits": args.activation_bits,
             **({"cache_gb": SOAKED} if args.soak else {}),
         }  # fmt: skip
         command = [sys.executable, __file__, "--child", json.dumps(config), str(report)]
