@@ -23,7 +23,7 @@ from arriero.model.lora_config import LoraConfig
 from arriero.model.quantized import quantize_linears
 from arriero.quant.packed import UNIFORM, from_indices
 
-N_BLOCKS = 40
+N_BLOCKS = 60  # six documents of 290 tokens
 KINDS = ("fp32", "bf16", "twelve", "int8", "nf4", "int8 by 8", "nf4 by 8")  # by 8: activations of eight bits
 ADAPTERS = {"one": LoraConfig(rank=3, alpha=20), "two": LoraConfig(rank=5, targets=("q_proj", "down_proj"))}
 WIDE = LlamaConfig(64, 2, 4, 2, 128, 131, 1024, head_dim=64)  # whole vectors, and groups of int4
