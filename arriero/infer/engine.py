@@ -39,6 +39,7 @@ from arriero.infer.torch_step import TorchStep, block_bytes, computed_in
 from arriero.model.filed import hold
 from arriero.model.llama import Llama
 from arriero.model.lora_config import LoraConfig
+from arriero.show.terminal import warn_once
 from arriero.tokenizer.base import Tokenizer
 
 CACHE_BYTES = 1 << 30
@@ -46,9 +47,16 @@ CACHE_BYTES = 1 << 30
 
 def open_step(model: Llama, context: int, n_blocks: int, activation_bits: ActivationBits = 15) -> Step:
     """The fastest step for this model, with so many blocks of cache: in C++ where it runs."""
-    if library := _library(model, context):
-        return native_step.NativeStep(library, model, n_blocks, activation_bits=activation_bits)
-    return TorchStep(hold(model), n_blocks)
+    library, used = _library(model, context), False
+    if library is None:
+        step: Step = TorchStep(hold(model), n_blocks)
+    else:
+        step = native = native_step.NativeStep(library, model, n_blocks, activation_bits=activation_bits)
+        used = native.integer
+    if activation_bits != 15 and not used:
+        why = "its matrices are not quantised (quantize=int8 or int4)" if library else "it runs through torch"
+        warn_once(f"activation_bits is {activation_bits}, which changes nothing of this model: {why}")
+    return step
 
 
 def _block_bytes(model: Llama, context: int) -> int:

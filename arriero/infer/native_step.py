@@ -431,6 +431,11 @@ class NativeStep:
             "cache": self.keys.nbytes + self.values.nbytes,
         }
 
+    @property
+    def integer(self) -> bool:
+        """Whether any matrix is of integers, so that activations are rounded to them."""
+        return any(matrix.kind not in _DENSE for matrix in (*self.matrices, self.head))
+
     def __call__(self, batch: StepInput) -> Tensor:
         """Logits fp32 [m, V]."""
         n, m = len(batch.tokens), len(batch.outputs)
