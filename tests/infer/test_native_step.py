@@ -302,8 +302,8 @@ def test_eight_bits_lose_more_than_fifteen_and_other_numbers_are_refused(library
         Engine(model, activation_bits=4)
 
 
-def test_a_model_that_has_no_use_for_eight_bits_says_so_once(gqa, caplog):
+def test_a_model_that_has_no_use_for_eight_bits_says_so_once(gqa, fresh_warnings):
     for _ in range(2):
         Engine(gqa, cache_tokens=64, activation_bits=8)
-    (said,) = caplog.messages
+    (said,) = fresh_warnings()
     assert said.startswith("activation_bits is 8, which changes nothing of this model: its matrices are not quantised")
