@@ -371,7 +371,6 @@ class GrpoConfig(PolicyRlConfig):
     advantage: Literal["group", "centred", "rloo", "reinforce++"] = "group"
     """An answer against its group: divided by the group's deviation (GRPO), only centred (Dr. GRPO), against the others
     (RLOO); or centred, then whitened over the batch (REINFORCE++)."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4, schedule="constant"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
