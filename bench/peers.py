@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,39 +51,59 @@ def gguf(folder: Path, type: str) -> Path:
     return path
 
 
-def llama_cpp(folder: Path, type: str) -> Way:
-    import llama_cpp as c
+class LlamaCpp:
+    """llama.cpp's library with a model and room for `cells` tokens of `sequences` sequences."""
 
-    quiet = c.llama_log_callback(lambda *_: None)
-    c.llama_log_set(quiet, ctypes.c_void_p(0))
-    model = c.llama_model_load_from_file(str(gguf(folder, type)).encode(), c.llama_model_default_params())
-    settings = c.llama_context_default_params()
-    settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = MOST * 128, 512, 512, MOST
-    settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
-    settings.kv_unified = True
-    context = c.llama_init_from_model(model, settings)
-    samplers = []
-    for seed in range(MOST):
-        chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
-        for sampler in (
-            c.llama_sampler_init_top_p(TOP_P, 1),
-            c.llama_sampler_init_temp(TEMPERATURE),
-            c.llama_sampler_init_dist(seed),
-        ):
-            c.llama_sampler_chain_add(chain, sampler)
-        samplers.append(chain)
-    batch = c.llama_batch_init(2048, 0, 1)
+    def __init__(self, path: Path, sequences: int, cells: int, step: int, threads: int) -> None:
+        import llama_cpp as c
 
-    def forward(tokens: list[tuple[int, int, int, bool]]) -> None:
+        self.c, self._quiet = c, c.llama_log_callback(lambda *_: None)  # called for as long as the library lives
+        c.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        self.model = c.llama_model_load_from_file(str(path).encode(), c.llama_model_default_params())
+        settings = c.llama_context_default_params()
+        settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = cells, step, 512, sequences
+        settings.n_threads = settings.n_threads_batch = threads
+        settings.kv_unified = True
+        self.context = c.llama_init_from_model(self.model, settings)
+        self._batch = c.llama_batch_init(2 * step, 0, 1)
+
+    @property
+    def memory(self) -> Any:
+        """Of keys and values, as the library names it."""
+        return self.c.llama_get_memory(self.context)
+
+    def sampler(self, *parts: Any) -> Any:
+        """These parts in a chain."""
+        chain = self.c.llama_sampler_chain_init(self.c.llama_sampler_chain_default_params())
+        for part in parts:
+            self.c.llama_sampler_chain_add(chain, part)
+        return chain
+
+    def forward(self, tokens: list[tuple[int, int, int, bool]]) -> None:
+        """Compute (token, position, sequence, whether its logits are wanted) each."""
+        batch = self._batch
         batch.n_tokens = len(tokens)
         for i, (token, position, sequence, wanted) in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
             batch.seq_id[i][0], batch.logits[i] = sequence, wanted
-        if c.llama_decode(context, batch):
+        if self.c.llama_decode(self.context, batch):
             raise SystemExit("llama.cpp: llama_decode failed")
 
-    def run(n: int, turn: int, keep: object = (quiet, model)) -> float:  # kept for as long as this is
-        c.llama_memory_clear(c.llama_get_memory(context), True)
+
+def llama_cpp(folder: Path, type: str) -> Way:
+    library = LlamaCpp(gguf(folder, type), MOST, MOST * 128, 512, torch.get_num_threads())
+    c, context, forward = library.c, library.context, library.forward
+    samplers = [
+        library.sampler(
+            c.llama_sampler_init_top_p(TOP_P, 1),
+            c.llama_sampler_init_temp(TEMPERATURE),
+            c.llama_sampler_init_dist(seed),
+        )
+        for seed in range(MOST)
+    ]
+
+    def run(n: int, turn: int) -> float:
+        c.llama_memory_clear(library.memory, True)
         length = PROMPT if n else PREFILL
         began = time.perf_counter()
         last = []

@@ -18,7 +18,6 @@ the engine's. Clients are threads of this process, and take their share of the s
 from __future__ import annotations
 
 import argparse
-import ctypes
 import http.client
 import json
 import os
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peers import LlamaCpp
 
 from arriero.checkpoint.convert import convert
 from arriero.serve.config import LoadConfig, ServeConfig
@@ -283,38 +283,21 @@ def gguf(files: Path, kind: str) -> Path:
 
 def in_process(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The same chats in batches of llama.cpp's library, without a server's work; the shared prompt is computed once."""
-    import llama_cpp as c
-
-    quiet, clients = c.llama_log_callback(lambda *_: None), args.clients
-    c.llama_log_set(quiet, ctypes.c_void_p(0))
-    model = c.llama_model_load_from_file(str(path).encode(), c.llama_model_default_params())
-    settings = c.llama_context_default_params()
-    settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = 1024 * clients, 2048, 512, clients
-    settings.n_threads = settings.n_threads_batch = args.threads
-    settings.kv_unified = True
-    context = c.llama_init_from_model(model, settings)
-    vocabulary = c.llama_vocab_n_tokens(c.llama_model_get_vocab(model))
-    chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
-    for part in (c.llama_sampler_init_top_k(40), c.llama_sampler_init_top_p(0.95, 1), c.llama_sampler_init_temp(0.8)):
-        c.llama_sampler_chain_add(chain, part)
-    c.llama_sampler_chain_add(chain, c.llama_sampler_init_dist(1))
-    batch, rng = c.llama_batch_init(4096, 0, 1), random.Random(2)
-
-    def decode(tokens: list[tuple[int, int, int, bool]]) -> None:
-        batch.n_tokens = len(tokens)
-        for i, (token, position, sequence, wanted) in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
-            batch.seq_id[i][0], batch.logits[i] = sequence, wanted
-        if c.llama_decode(context, batch):
-            raise SystemExit("llama.cpp: llama_decode failed")
-
+    clients, rng = args.clients, random.Random(2)
+    library = LlamaCpp(path, clients, 1024 * clients, 2048, args.threads)
+    c, context, decode = library.c, library.context, library.forward
+    vocabulary = c.llama_vocab_n_tokens(c.llama_model_get_vocab(library.model))
+    chain = library.sampler(
+        c.llama_sampler_init_top_k(40), c.llama_sampler_init_top_p(0.95, 1), c.llama_sampler_init_temp(0.8),
+        c.llama_sampler_init_dist(1),
+    )  # fmt: skip
     first, between, began, cpu = [], [], time.perf_counter(), time.process_time()
     for _ in range(args.rounds):
-        c.llama_memory_clear(c.llama_get_memory(context), True)
+        c.llama_memory_clear(library.memory, True)
         asked = time.perf_counter()
         decode([(rng.randrange(vocabulary), p, 0, False) for p in range(150)])
         for s in range(1, clients):
-            c.llama_memory_seq_cp(c.llama_get_memory(context), 0, s, -1, -1)
+            c.llama_memory_seq_cp(library.memory, 0, s, -1, -1)
         last, ends = [], []
         for s in range(clients):
             end = 150 + rng.randint(50, 250)

@@ -47,12 +47,12 @@ CACHE_BYTES = 1 << 30
 
 def open_step(model: Llama, context: int, n_blocks: int, activation_bits: ActivationBits = 15) -> Step:
     """The fastest step for this model, with so many blocks of cache: in C++ where it runs."""
-    library, used = _library(model, context), False
-    if library is None:
-        step: Step = TorchStep(hold(model), n_blocks)
+    step: Step
+    if library := _library(model, context):
+        step = native_step.NativeStep(library, model, n_blocks, activation_bits=activation_bits)
     else:
-        step = native = native_step.NativeStep(library, model, n_blocks, activation_bits=activation_bits)
-        used = native.integer
+        step = TorchStep(hold(model), n_blocks)
+    used = isinstance(step, native_step.NativeStep) and step.integer
     if activation_bits != 15 and not used:
         why = "its matrices are not quantised (quantize=int8 or int4)" if library else "it runs through torch"
         warn_once(f"activation_bits is {activation_bits}, which changes nothing of this model: {why}")
