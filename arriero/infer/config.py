@@ -177,6 +177,10 @@ class BenchConfig:
     def __post_init__(self) -> None:
         settle(self)
         check(bool(self.types), "types is empty; name bf16, int8 or int4")
+        check(
+            self.activation_bits == 15 or set(self.types) != {"bf16"},
+            f"activation_bits is {self.activation_bits}, and types bf16 alone; it is of int8 and int4",
+        )
         check(bool(self.batches) and min(self.batches) >= 1, f"batches is {self.batches}; give numbers of at least 1")
         for name in ("prefill", "new_tokens", "rounds"):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -61,7 +61,7 @@ def measure(model: Llama, config: BenchConfig, on_turn: Callable[[], object] = l
             max_running=most,
             step_tokens=max(512, most),
             context=min(room, longest),
-            activation_bits=config.activation_bits,
+            activation_bits=15 if kind == "bf16" else config.activation_bits,  # which bf16 does not have
         )
         for kind, held in models.items()
     }

@@ -72,3 +72,8 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(capsys, words, say
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "infer", "nothing-here", *words])
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_eight_bits_of_bf16_alone_are_refused():
+    with pytest.raises(ConfigError, match="activation_bits is 8, and types bf16 alone; it is of int8 and int4"):
+        BenchConfig(model="m", types=("bf16",), activation_bits=8)
