@@ -43,7 +43,7 @@ from arriero.quant import nf4
 from arriero.quant.packed import Quantized, from_indices
 from arriero.system.cpp import load_cpp
 
-PANEL, GROUP, LANES = 64, 32, 16
+PANEL, GROUP, LANES = 32, 32, 16
 """kPanel, kGroup and kLanes of native/."""
 _INT32 = ("positions", "sequences", "tables", "outputs")
 WIDEST_HEAD = 512
@@ -259,7 +259,7 @@ def pack_quantized(library: ctypes.CDLL, matrix: Quantized) -> PackedMatrix:
 
 
 def _by_panel(scales: Tensor) -> Tensor:
-    """[out, groups] -> half [panels, groups, 64]."""
+    """[out, groups] -> half [panels, groups, 32]."""
     out, groups = scales.shape
     padded = torch.zeros(_up(out, PANEL), groups, dtype=torch.float16)
     padded[:out] = scales

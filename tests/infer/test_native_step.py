@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -190,15 +191,22 @@ def test_one_thread_or_three_make_the_same_bits(library, kind):
     assert torch.equal(step(StepInput(*last))[0], one[-1])
 
 
-CPUS = {"x86-64-v3": "avx2", "x86-64-v4": "avx512bw", "cooperlake": "avx512_bf16"}  # -march, and what it needs
+TILES = Path(__file__).with_name("emulated_amx.h")
+EMULATED_AMX = ("-mamx-tile", "-mamx-bf16", "-include", str(TILES), f"-DOF={zlib.crc32(TILES.read_bytes())}")
+CPUS = {  # what it needs, flags
+    "avx2": ("avx2", "-march=x86-64-v3"),
+    "avx512": ("avx512bw", "-march=x86-64-v4"),
+    "bf16": ("avx512_bf16", "-march=cooperlake"),
+    "amx": ("avx512_bf16", "-march=cooperlake", *EMULATED_AMX),
+}
 
 
-@pytest.mark.parametrize("march", CPUS)
-def test_kernels_for_other_cpus_are_the_torch_forward_and_as_indifferent_to_the_schedule(march):
-    cpu = Path("/proc/cpuinfo")
-    if platform.machine() != "x86_64" or not cpu.is_file() or f" {CPUS[march]} " not in cpu.read_text():
-        pytest.skip(f"this CPU has no {CPUS[march]}")
-    library, draw = native.load_library(f"-march={march}"), np.random.default_rng(3)
+@pytest.mark.parametrize("name", CPUS)
+def test_kernels_for_other_cpus_are_the_torch_forward_and_as_indifferent_to_the_schedule(name):
+    cpu, (needed, *flags) = Path("/proc/cpuinfo"), CPUS[name]
+    if platform.machine() != "x86_64" or not cpu.is_file() or f" {needed} " not in cpu.read_text():
+        pytest.skip(f"this CPU has no {needed}")
+    library, draw = native.load_library(*flags), np.random.default_rng(3)
     ids = documents(WIDE.vocab_size, [1, 33, 100, 290])
     for kind in KINDS:
         model, adapters = made(kind), [None, "one", None, "two"]

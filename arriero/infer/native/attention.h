@@ -68,7 +68,7 @@ inline void score(const Half* queries, int64_t width, const bf16* keys, const bf
     for (int64_t d = 0; d < width; d += 2, keys += 2 * kBlock, ahead += 2 * kBlock)
         UNROLL for (int b = 0; b < B; ++b) {
             __builtin_prefetch(ahead + b * 2 * kLanes);
-            const Pairs found = pairs_of(keys + b * 2 * kLanes);
+            const Pairs found = pairs_of(load<WideLanes>(keys + b * 2 * kLanes));
             UNROLL for (int g = 0; g < G; ++g) sums[g][b] = add_pairs(sums[g][b], found, queries + g * width + d);
         }
 }

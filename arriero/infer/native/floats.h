@@ -13,7 +13,7 @@ namespace {
 using Half = bf16;
 using Pairs = Lanes;
 
-inline Pairs pairs_of(const bf16* p) { return load<Lanes>(p); }
+inline Pairs pairs_of(WideLanes both) { return (Lanes)both; }
 
 inline Lanes add_pairs(Lanes sums, Pairs w, const bf16* x) {
     uint32_t pair;
@@ -27,8 +27,7 @@ struct Pairs {
     Lanes first, second;
 };
 
-inline Pairs pairs_of(const bf16* p) {
-    const WideLanes both = load<WideLanes>(p);
+inline Pairs pairs_of(WideLanes both) {
     return {(Lanes)(both << 16), (Lanes)(both & 0xffff0000u)};
 }
 
@@ -56,19 +55,18 @@ inline void run_float(const float* w, const Rows& x, int64_t row, Lanes (&y)[R][
         UNROLL for (int b = 0; b < B; ++b) y[r][b] = sums[r][b];
 }
 
-// weights(i): where the weights of inputs i to i + 31 lie.
+// weights.next(found): the next two inputs of B vectors of outputs.
 template <int R, int B, class Source>
 inline void run_bf16(Source weights, const Rows& x, int64_t row, Lanes (&y)[R][B]) {
     const Half* from = halves_of(x, static_cast<const Half*>(nullptr)) + row * x.width;
     Lanes sums[R][B] = {};
-    for (int64_t i = 0; i < x.width; i += kSlice) {
-        const bf16* w = weights(i);
-        for (int64_t j = i; j < i + kSlice; j += 2, w += 2 * kPanel)
-            UNROLL for (int b = 0; b < B; ++b) {
-                prefetch(w + b * 2 * kLanes);
-                const Pairs found = pairs_of(w + b * 2 * kLanes);
-                UNROLL for (int r = 0; r < R; ++r) sums[r][b] = add_pairs(sums[r][b], found, from + r * x.width + j);
-            }
+    for (int64_t i = 0; i < x.width; i += 2) {
+        WideLanes found[B];
+        weights.next(found);
+        Pairs pairs[B];
+        UNROLL for (int b = 0; b < B; ++b) pairs[b] = pairs_of(found[b]);
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int b = 0; b < B; ++b) sums[r][b] = add_pairs(sums[r][b], pairs[b], from + r * x.width + i);
     }
     UNROLL for (int r = 0; r < R; ++r)
         UNROLL for (int b = 0; b < B; ++b) y[r][b] = sums[r][b];
@@ -76,7 +74,14 @@ inline void run_bf16(Source weights, const Rows& x, int64_t row, Lanes (&y)[R][B
 
 struct Plain {  // a panel of bf16
     const bf16* w;
-    const bf16* operator()(int64_t i) const { return w + i * kPanel; }
+    template <int B>
+    void next(WideLanes (&found)[B]) {
+        UNROLL for (int b = 0; b < B; ++b) {
+            prefetch(w + b * 2 * kLanes);
+            found[b] = load<WideLanes>(w + b * 2 * kLanes);
+        }
+        w += 2 * kPanel;
+    }
 };
 
 }  // namespace

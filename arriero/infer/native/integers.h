@@ -17,35 +17,22 @@ namespace {
 #if defined(ARRIERO_DIGITS)
 using Quads = Bytes;  // weights of four inputs of sixteen outputs, unsigned
 
-template <int D>
-struct Sums {
-    IntLanes of_digit[D];
-};
-
 inline Quads quads_of(Bytes w) { return w; }
 
-template <int D>
-struct Inputs {  // four activations of a row
-    IntLanes digits[D];
-    Inputs(const int8_t* codes, int64_t width, int64_t i) {
-        UNROLL for (int d = 0; d < D; ++d) {
-            int32_t quad;
-            std::memcpy(&quad, codes + d * width + i, sizeof quad);
-            digits[d] = IntLanes{} + quad;
-        }
+struct Inputs {  // four activations of a row, one digit of each
+    IntLanes quads;
+    Inputs(const int8_t* codes, int64_t i) {
+        int32_t quad;
+        std::memcpy(&quad, codes + i, sizeof quad);
+        quads = IntLanes{} + quad;
     }
 };
 
-template <int D>
-inline void add_quads(Sums<D>& sums, const Quads& w, const Inputs<D>& x) {
-    UNROLL for (int d = 0; d < D; ++d)
-        sums.of_digit[d] = (IntLanes)_mm512_dpbusd_epi32((__m512i)sums.of_digit[d], (__m512i)w, (__m512i)x.digits[d]);
+inline void add_quads(IntLanes& sums, const Quads& w, const Inputs& x) {
+    sums = (IntLanes)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x.quads);
 }
 
-inline void begin(Sums<1>& sums, int32_t from) { sums.of_digit[0] = IntLanes{} + from; }
-inline void begin(Sums<2>& sums, int32_t from) { sums.of_digit[0] = IntLanes{}, sums.of_digit[1] = IntLanes{} + from; }
-inline IntLanes total_of(const Sums<1>& sums) { return sums.of_digit[0]; }
-inline IntLanes total_of(const Sums<2>& sums) { return (sums.of_digit[0] << 7) + sums.of_digit[1]; }
+constexpr int digits_of(int digits) { return digits; }
 
 template <int D>
 inline void place(const int32_t* codes, int64_t width, int64_t i, int8_t* to) {  // of a group that begins with input i
@@ -80,11 +67,6 @@ struct Quads {  // weights of four inputs of sixteen outputs: of the first and t
     Words even, odd;
 };
 
-template <int D>
-struct Sums {
-    IntLanes all;
-};
-
 inline Quads quads_of(const Bytes& w) {
     const Words words = (Words)w;
     return {words & 0xff, words >> 8};
@@ -96,27 +78,17 @@ inline Words pair_of(const int8_t* codes) {
     return (Words)(IntLanes{} + pair);
 }
 
-template <int D>
 struct Inputs {  // four activations of a row
     Words even, odd;
-    Inputs(const int8_t* codes, int64_t, int64_t i) : even(pair_of(codes + 2 * i)), odd(pair_of(codes + 2 * i + 4)) {}
+    Inputs(const int8_t* codes, int64_t i) : even(pair_of(codes + 2 * i)), odd(pair_of(codes + 2 * i + 4)) {}
 };
 
-template <int D>
-inline void add_quads(Sums<D>& sums, const Quads& w, const Inputs<D>& x) {
-    sums.all += multiply_pairs(w.even, x.even);
-    sums.all += multiply_pairs(w.odd, x.odd);
+inline void add_quads(IntLanes& sums, const Quads& w, const Inputs& x) {
+    sums += multiply_pairs(w.even, x.even);
+    sums += multiply_pairs(w.odd, x.odd);
 }
 
-template <int D>
-inline void begin(Sums<D>& sums, int32_t from) {
-    sums.all = IntLanes{} + from;
-}
-
-template <int D>
-inline IntLanes total_of(const Sums<D>& sums) {
-    return sums.all;
-}
+constexpr int digits_of(int) { return 1; }  // both in one number
 
 template <int D>
 inline void place(const int32_t* codes, int64_t, int64_t i, int8_t* to) {  // of each four: first, third, second, fourth
@@ -129,11 +101,41 @@ inline void place(const int32_t* codes, int64_t, int64_t i, int8_t* to) {  // of
 }
 #endif
 
-// The sums over a group's activations begin with what takes off the 128 that is in each weight.
-template <int D, int R, int B>
-inline void begin(Sums<D> (&sums)[R][B], const Rows& x, int64_t row, int64_t group) {
+// sums [R][B] of a group, by add(codes, stride of the rows, sums), digit by digit; or, of few rows, whose chains of
+// additions would be too few to hide how long one takes, by both digits at once. They begin with what takes off the 128
+// that is in each weight.
+template <int D, int R, int B, class Add>
+inline void sum_group(const Rows& x, int64_t row, int64_t group, IntLanes (&sums)[R][B], Add add) {
+    constexpr int kDigits = digits_of(D);
+    const int8_t* const codes = x.codes + 2 * row * x.width;
+    const int32_t* const offsets = x.offsets + row * (x.width / kGroup) + group;
+    if constexpr (kDigits == 2 && R <= 3) {
+        IntLanes both[2 * R][B] = {};
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int b = 0; b < B; ++b) both[2 * r + 1][b] = IntLanes{} + offsets[r * (x.width / kGroup)];
+        add(codes, x.width, both);
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int b = 0; b < B; ++b) sums[r][b] = (both[2 * r][b] << 7) + both[2 * r + 1][b];
+    } else {
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int b = 0; b < B; ++b)
+                sums[r][b] = IntLanes{} + (offsets[r * (x.width / kGroup)] >> 7 * (kDigits - 1));
+        add(codes, 2 * x.width, sums);
+        if constexpr (kDigits == 2) {
+            UNROLL for (int r = 0; r < R; ++r)
+                UNROLL for (int b = 0; b < B; ++b) sums[r][b] = sums[r][b] << 7;
+            add(codes + x.width, 2 * x.width, sums);
+        }
+    }
+}
+
+// total [R][B] += the sums * the scales of the weights and of the activations.
+template <int R, int B>
+inline void add_scaled(const IntLanes (&sums)[R][B], const Lanes (&scales)[B], const Rows& x, int64_t row, int64_t group,
+                       Lanes (&total)[R][B]) {
     UNROLL for (int r = 0; r < R; ++r)
-        UNROLL for (int b = 0; b < B; ++b) begin(sums[r][b], x.offsets[(row + r) * (x.width / kGroup) + group]);
+        UNROLL for (int b = 0; b < B; ++b)
+            total[r][b] += convert<Lanes>(sums[r][b]) * (scales[b] * x.scales[(row + r) * (x.width / kGroup) + group]);
 }
 
 // total += minimum * sum of the activations, for a group's minimums of B vectors of outputs.
@@ -154,28 +156,27 @@ inline void add_minimums(const uint16_t* minimums, const Rows& x, int64_t row, i
 template <bool kGroups, int D, int R, int B>
 inline void run_int8(const uint8_t* w, const void* scales, const uint16_t* minimums, const Rows& x, int64_t row,
                      Lanes (&y)[R][B]) {
-    const int64_t groups = x.width / kGroup;
     Lanes total[R][B] = {};
-    for (int64_t g = 0; g < groups; ++g) {
-        Sums<D> sums[R][B];
-        begin(sums, x, row, g);
-        for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i += 4, w += 4 * kPanel) {
-            Quads weights[B];
-            UNROLL for (int b = 0; b < B; ++b) {
-                prefetch(w + b * 64);
-                weights[b] = quads_of(load<Bytes>(w + b * 64));
+    for (int64_t g = 0; g < x.width / kGroup; ++g, w += kGroup * kPanel) {
+        IntLanes sums[R][B];
+        sum_group<D>(x, row, g, sums, [&](const int8_t* codes, int64_t stride, auto& sums) {
+            ROLLED for (int64_t i = 0; i < kGroup; i += 4) {
+                Quads weights[B];
+                UNROLL for (int b = 0; b < B; ++b) {
+                    const uint8_t* const at = w + i * kPanel + b * 64;
+                    prefetch(at);
+                    weights[b] = quads_of(load<Bytes>(at));
+                }
+                UNROLL for (int r = 0; r < int(std::extent_v<std::remove_reference_t<decltype(sums)>>); ++r) {
+                    const Inputs inputs(codes + r * stride, g * kGroup + i);
+                    UNROLL for (int b = 0; b < B; ++b) add_quads(sums[r][b], weights[b], inputs);
+                }
             }
-            UNROLL for (int r = 0; r < R; ++r) {
-                const Inputs<D> inputs(x.codes + 2 * (row + r) * x.width, x.width, i);
-                UNROLL for (int b = 0; b < B; ++b) add_quads(sums[r][b], weights[b], inputs);
-            }
-        }
-        UNROLL for (int b = 0; b < B; ++b) {
-            const Lanes scale =
-                kGroups ? load_half(static_cast<const uint16_t*>(scales) + g * kPanel + b * kLanes) : all(1);
-            UNROLL for (int r = 0; r < R; ++r)
-                total[r][b] += convert<Lanes>(total_of(sums[r][b])) * (scale * x.scales[(row + r) * groups + g]);
-        }
+        });
+        Lanes scale[B];
+        UNROLL for (int b = 0; b < B; ++b)
+            scale[b] = kGroups ? load_half(static_cast<const uint16_t*>(scales) + g * kPanel + b * kLanes) : all(1);
+        add_scaled(sums, scale, x, row, g, total);
         if (kGroups && minimums) add_minimums(minimums + g * kPanel, x, row, g, total);
     }
     UNROLL for (int b = 0; b < B; ++b) {
@@ -187,34 +188,33 @@ inline void run_int8(const uint8_t* w, const void* scales, const uint16_t* minim
 template <int D, int R, int B>
 inline void run_int4(const uint8_t* w, const uint16_t* scales, const uint16_t* minimums, Bytes table, const Rows& x,
                      int64_t row, Lanes (&y)[R][B]) {
-    const int64_t groups = x.width / kGroup;
     const Bytes nibble = Bytes{} + 15;
     Lanes total[R][B] = {};
-    for (int64_t g = 0; g < groups; ++g, scales += kPanel) {
-        Sums<D> sums[R][B];
-        begin(sums, x, row, g);
-        for (int64_t i = g * kGroup; i < g * kGroup + kGroup / 2; i += 4, w += 4 * kPanel) {
-            Quads first[B], second[B];
-            UNROLL for (int b = 0; b < B; ++b) {
-                prefetch(w + b * 64);
-                const Bytes both = load<Bytes>(w + b * 64);
-                first[b] = quads_of(lookup(table, both & nibble));
-                second[b] = quads_of(lookup(table, (Bytes)((Words)both >> 4) & nibble));
-            }
-            UNROLL for (int r = 0; r < R; ++r) {
-                const int8_t* const codes = x.codes + 2 * (row + r) * x.width;
-                const Inputs<D> here(codes, x.width, i), later(codes, x.width, i + kGroup / 2);
+    for (int64_t g = 0; g < x.width / kGroup; ++g, w += kGroup / 2 * kPanel) {
+        IntLanes sums[R][B];
+        sum_group<D>(x, row, g, sums, [&](const int8_t* codes, int64_t stride, auto& sums) {
+            ROLLED for (int64_t i = 0; i < kGroup / 2; i += 4) {
+                Quads first[B], second[B];
                 UNROLL for (int b = 0; b < B; ++b) {
-                    add_quads(sums[r][b], first[b], here);
-                    add_quads(sums[r][b], second[b], later);
+                    const uint8_t* const at = w + i * kPanel + b * 64;
+                    prefetch(at);
+                    const Bytes both = load<Bytes>(at);
+                    first[b] = quads_of(lookup(table, both & nibble));
+                    second[b] = quads_of(lookup(table, (Bytes)((Words)both >> 4) & nibble));
+                }
+                UNROLL for (int r = 0; r < int(std::extent_v<std::remove_reference_t<decltype(sums)>>); ++r) {
+                    const int8_t* const from = codes + r * stride;
+                    const Inputs here(from, g * kGroup + i), later(from, g * kGroup + i + kGroup / 2);
+                    UNROLL for (int b = 0; b < B; ++b) {
+                        add_quads(sums[r][b], first[b], here);
+                        add_quads(sums[r][b], second[b], later);
+                    }
                 }
             }
-        }
-        UNROLL for (int b = 0; b < B; ++b) {
-            const Lanes scale = load_half(scales + b * kLanes);
-            UNROLL for (int r = 0; r < R; ++r)
-                total[r][b] += convert<Lanes>(total_of(sums[r][b])) * (scale * x.scales[(row + r) * groups + g]);
-        }
+        });
+        Lanes scale[B];
+        UNROLL for (int b = 0; b < B; ++b) scale[b] = load_half(scales + g * kPanel + b * kLanes);
+        add_scaled(sums, scale, x, row, g, total);
         if (minimums) add_minimums(minimums + g * kPanel, x, row, g, total);
     }
     UNROLL for (int r = 0; r < R; ++r)

@@ -1,12 +1,13 @@
 // A weight matrix and rows of activations, as the products take them.
 //
-// Weights lie in panels of 64 outputs, the inputs of a panel one after the other, so that a panel is read as one stream:
-//   fp32   [in][64]
-//   bf16   [in / 2][64][2]: pairs of inputs, for the dot-product instruction
+// Weights lie in panels of 32 outputs, the inputs of a panel one after the other, so that a panel is read as one stream
+// by tiles of any height:
+//   fp32   [in][32]
+//   bf16   [in / 2][32][2]: pairs of inputs, for the dot-product instruction
 //   twelve the same values as bf16 in twelve bits each, without loss; see `Twelve`
-//   int8   [in / 4][64][4] of code + 128; a scale fp32 for each output, or one in half precision for each output and
+//   int8   [in / 4][32][4] of code + 128; a scale fp32 for each output, or one in half precision for each output and
 //          group of 32 inputs
-//   int4   [in / 32][4][64][4] bytes of two codes, which stand for 16 values; a scale (half precision) for each output and
+//   int4   [in / 32][4][32][4] bytes of two codes, which stand for 16 values; a scale (half precision) for each output and
 //          group of 32 inputs, and, where there are some, a minimum that is added
 // Activations for integer weights are integers of fifteen bits (two digits), or of eight (one), with a scale for each
 // group of 32 inputs, chosen for each row by itself. Integer sums are exact; the groups' results are added up in order in
@@ -18,17 +19,16 @@
 
 namespace {
 
-constexpr int64_t kPanel = 64;  // outputs
+constexpr int64_t kPanel = 32;  // outputs
 constexpr int64_t kBlocks = kPanel / kLanes;  // of vectors in a panel
 constexpr int64_t kGroup = 32;  // inputs that share a scale
-constexpr int64_t kSlice = 32;  // inputs of a panel that are taken together
 
 enum Type : int64_t { kFloat, kBf16, kInt8, kInt4, kTwelve, kInt8Groups };
 
 extern "C" struct Matrix {
     int64_t type, out, in;
     const void* data;          // panels
-    const void* scales;        // int8: float [out, padded to 64]; by groups, int4: half [panels][in / 32][64]
+    const void* scales;        // int8: float [out, padded to 32]; by groups, int4: half [panels][in / 32][32]
     const void* minimums;      // int4: half, like scales, or null: w = scale * value of the code + minimum
     const uint8_t* values;     // int4: what the 16 codes mean, plus 128; twelve: the 16 high bytes
     const struct Rare* rare;   // twelve: the weights whose high byte is none of these, in order
@@ -68,16 +68,60 @@ inline Bytes lookup(Bytes table, Bytes codes) {
 #endif
 }
 
+// 64 codes of four bits: the low halves of 32 bytes, then their high halves.
+inline Bytes load_nibbles(const uint8_t* p) {
+#if defined(__AVX512BW__)
+    const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
+    const __m512i shift = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    return (Bytes)_mm512_srlv_epi16(both, shift) & 15;
+#elif defined(__AVX2__)
+    const auto both = load<decltype(Bytes{}.lo)>(p);
+    return {both & 15, both >> 4};
+#else
+    uint8_t codes[64];
+    for (int i = 0; i < 32; ++i) codes[i] = p[i] & 15, codes[32 + i] = p[i] >> 4;
+    return load<Bytes>(codes);
+#endif
+}
+
+// Bytes of a and b by turns: of the first eight of each sixteen, or of the last eight.
+template <bool kLast>
+inline Bytes interleave(const Bytes& a, const Bytes& b) {
+#if defined(__AVX512BW__)
+    return (Bytes)(kLast ? _mm512_unpackhi_epi8((__m512i)a, (__m512i)b) : _mm512_unpacklo_epi8((__m512i)a, (__m512i)b));
+#elif defined(__AVX2__)
+    using Half = decltype(a.lo + b.lo);
+    const auto one = [](__m256i x, __m256i y) {
+        return (Half)(kLast ? _mm256_unpackhi_epi8(x, y) : _mm256_unpacklo_epi8(x, y));
+    };
+    return {one((__m256i)a.lo, (__m256i)b.lo), one((__m256i)a.hi, (__m256i)b.hi)};
+#else
+    uint8_t x[64], y[64], both[64];
+    store(x, a), store(y, b);
+    for (int i = 0; i < 64; i += 16) {
+#if defined(__aarch64__)
+        const uint8x16_t first = vld1q_u8(x + i), second = vld1q_u8(y + i);
+        vst1q_u8(both + i, kLast ? vzip2q_u8(first, second) : vzip1q_u8(first, second));
+#else
+        for (int j = 0; j < 16; ++j) both[i + j] = (j % 2 ? y : x)[i + (kLast ? 8 : 0) + j / 2];
+#endif
+    }
+    return load<Bytes>(both);
+#endif
+}
+
 inline Bytes table_of(const uint8_t* values) {
     uint8_t table[64];
     for (int i = 0; i < 64; ++i) table[i] = values[i % 16];
     return load<Bytes>(table);
 }
 
-// The hardware's prefetcher alone leaves a fifth of the bandwidth unused on some CPUs. (Never with a hint that the values
-// pass by: on Sapphire Rapids it halves the bandwidth.)
-constexpr int64_t kAhead = 4096;  // bytes
-
-inline void prefetch(const void* p) { __builtin_prefetch((const char*)p + kAhead); }
+// The hardware's prefetcher alone leaves up to a third of the bandwidth unused: while several rows are multiplied, lines are
+// asked for too late. So they come to the second cache early, and to the first soon before they are needed. (Never with
+// the hint that values pass by: on Sapphire Rapids it halves the bandwidth.)
+inline void prefetch(const void* p) {
+    __builtin_prefetch(static_cast<const char*>(p) + 8192, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(p) + 1024, 0, 3);
+}
 
 }  // namespace

@@ -17,7 +17,7 @@ enum Place : int64_t { kQ, kK, kV, kO, kGate, kUp, kDown, kPlaces };
 
 extern "C" struct Adapter {  // of one matrix: y += b (a x); rank 0: none
     int64_t rank;
-    const float *a, *b;  // [rank, in padded to 32]; panels [out / 64][rank][64], the scale in them
+    const float *a, *b;  // [rank, in padded to 32]; panels [out / 32][rank][32], the scale in them
 };
 
 extern "C" struct Layer {
@@ -60,18 +60,17 @@ struct Engine {
 
 constexpr int64_t kPhasesOfLayer = 16;  // at most
 
-// How a product is cut into items for the threads: few rows by panels; many rows by groups of panels that stay in a
-// core's cache while all the rows of the item pass.
+// How a product is cut into items for the threads: a panel and up to 256 rows, so that all threads end at about the same
+// time. (Weights of a panel, and these rows, stay in a core's caches meanwhile.)
 struct Tiling {
-    int64_t n, panels, rows_of_item, panels_of_item, groups;
-    Tiling(const Matrix& m, int64_t n)
-        : n(n), panels((m.out + kPanel - 1) / kPanel), rows_of_item(256), panels_of_item(n > kRowPadding ? 3 : 1),
-          groups((panels + panels_of_item - 1) / panels_of_item) {}
-    int64_t items() const { return groups * ((n + rows_of_item - 1) / rows_of_item); }
+    static constexpr int64_t rows_of_item = 256;
+    int64_t n, panels;
+    Tiling(const Matrix& m, int64_t n) : n(n), panels((m.out + kPanel - 1) / kPanel) {}
+    int64_t items() const { return panels * ((n + rows_of_item - 1) / rows_of_item); }
     template <class Emit>
     void multiply_item(const Matrix& m, const Rows& x, int64_t item, Emit emit) const {
-        const int64_t first = item % groups * panels_of_item, begin = item / groups * rows_of_item;
-        multiply(m, first, std::min(panels, first + panels_of_item), x, begin, std::min(n, begin + rows_of_item), emit);
+        const int64_t panel = item % panels, begin = item / panels * rows_of_item;
+        multiply(m, panel, x, begin, std::min(n, begin + rows_of_item), [&](int64_t row, float* y) { emit(panel, row, y); });
     }
 };
 
@@ -208,7 +207,7 @@ class Step {
         });
     }
 
-    // emit(row, first output, outputs, y): a product's results, 64 outputs of a row at a time.
+    // emit(row, first output, outputs, y): a product's results, 32 outputs of a row at a time.
     template <class Emit>
     void product(const Matrix& matrix, const Rows& rows, int64_t n, Emit emit) {
         const Tiling tiling(matrix, n);
@@ -258,7 +257,7 @@ class Step {
         });
     }
 
-    void raise(const Layer& layer, int64_t row, int64_t first, int64_t j, int64_t panel, float* y) const {  // y [64] += b low
+    void raise(const Layer& layer, int64_t row, int64_t first, int64_t j, int64_t panel, float* y) const {  // y [32] += b low
         if (!b_.any_adapter || !b_.adapters[row]) return;
         const Adapter& adapter = b_.adapters[row][(&layer - m_.layers) * kPlaces + first + j];
         const float* b = adapter.b + panel * adapter.rank * kPanel;

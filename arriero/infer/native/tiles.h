@@ -29,6 +29,7 @@ inline void configure_tiles() {
 }
 
 constexpr int64_t kFewRows = 8;  // up to which tiles are slower
+constexpr int64_t kSlice = 32;  // inputs whose products a tile adds up at once
 
 template <int R, int B, class Source>
 inline void run_like_tiles(Source weights, const Rows& x, int64_t row, Lanes (&y)[R][B]) {
@@ -36,18 +37,18 @@ inline void run_like_tiles(Source weights, const Rows& x, int64_t row, Lanes (&y
     const WideLanes high = WideLanes{} + 0xffff0000u;
     Lanes sums[R][B] = {};
     for (int64_t i = 0; i < x.width; i += kSlice) {
-        const bf16* w = weights(i);
         Lanes even[R][B] = {}, odd[R][B] = {};
-        for (int64_t j = 0; j < kSlice; j += 2, w += 2 * kPanel)
+        for (int64_t j = 0; j < kSlice; j += 2) {
+            WideLanes pairs[B];
+            weights.next(pairs);
             UNROLL for (int b = 0; b < B; ++b) {
-                if (R < 3) prefetch(w + b * 2 * kLanes);
-                const WideLanes pairs = load<WideLanes>(w + b * 2 * kLanes);
-                const Lanes first = (Lanes)(pairs << 16), second = (Lanes)(pairs & high);
+                const Lanes first = (Lanes)(pairs[b] << 16), second = (Lanes)(pairs[b] & high);
                 UNROLL for (int r = 0; r < R; ++r) {
                     even[r][b] += first * from[r * x.width + i + j];
                     odd[r][b] += second * from[r * x.width + i + j + 1];
                 }
             }
+        }
         UNROLL for (int r = 0; r < R; ++r)
             UNROLL for (int b = 0; b < B; ++b) sums[r][b] += even[r][b] + odd[r][b];
     }
@@ -55,25 +56,13 @@ inline void run_like_tiles(Source weights, const Rows& x, int64_t row, Lanes (&y
         UNROLL for (int b = 0; b < B; ++b) y[r][b] = sums[r][b];
 }
 
-template <int R>
-inline void run_few(const bf16* w, const Rows& x, int64_t row, float* y) {
-    constexpr int B = R == 1 ? 4 : 2;
-    for (int64_t b = 0; b < kBlocks; b += B) {
-        Lanes found[R][B];
-        run_like_tiles<R, B>(Plain{w + b * 2 * kLanes}, x, row, found);
-        UNROLL for (int r = 0; r < R; ++r)
-                UNROLL for (int i = 0; i < B; ++i) store(y + r * kPanel + (b + i) * kLanes, found[r][i]);
-    }
-}
-
-inline void run_few(const bf16* w, const Rows& x, int64_t row, int64_t n, float* y) {
-    if (n > 4) return run_few(w, x, row, 4, y), run_few(w, x, row + 4, n - 4, y + 4 * kPanel);
-    switch (n) {
-        case 1: return run_few<1>(w, x, row, y);
-        case 2: return run_few<2>(w, x, row, y);
-        case 3: return run_few<3>(w, x, row, y);
-        case 4: return run_few<4>(w, x, row, y);
-    }
+// A few rows: y [R][32].
+template <int R, class Source>
+inline void run_few(Source weights, const Rows& x, int64_t row, float* y) {
+    Lanes found[R][kBlocks];
+    run_like_tiles<R, kBlocks>(weights, x, row, found);
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int b = 0; b < kBlocks; ++b) store(y + r * kPanel + b * kLanes, found[r][b]);
 }
 
 inline void zero_sums() {
@@ -83,44 +72,25 @@ inline void zero_sums() {
     _tile_zero(3);
 }
 
-// 16 rows and a whole panel: y [16][64].
-inline void run_tiles(const bf16* w, const Rows& x, int64_t row, float* y) {
-    const bf16* from = x.halves + row * x.width;
-    zero_sums();
-    for (int64_t i = 0; i < x.width; i += 32, w += 16 * 2 * kPanel) {
-        _tile_loadd(4, from + i, x.width * 2);
-        _tile_loadd(5, w, kPanel * 4);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, w + 32, kPanel * 4);
-        _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(7, w + 64, kPanel * 4);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_loadd(5, w + 96, kPanel * 4);
-        _tile_dpbf16ps(3, 4, 5);
-    }
-    _tile_stored(0, y, kPanel * 4);
-    _tile_stored(1, y + 16, kPanel * 4);
-    _tile_stored(2, y + 32, kPanel * 4);
-    _tile_stored(3, y + 48, kPanel * 4);
-}
-
-// 32 rows and half a panel, whose weights are loaded once for both tiles of rows.
-inline void run_two_tiles(const bf16* w, const Rows& x, int64_t row, float* y) {
+// Up to 32 rows and a panel: y [32][32].
+inline void run_tiles(const bf16* w, const Rows& x, int64_t row, bool second, float* y) {
     const bf16* from = x.halves + row * x.width;
     const int64_t below = 16 * x.width;
     zero_sums();
-    for (int64_t i = 0; i < x.width; i += 32, w += 16 * 2 * kPanel) {
+    for (int64_t i = 0; i < x.width; i += 32, w += 32 * kPanel) {
         _tile_loadd(4, from + i, x.width * 2);
         _tile_loadd(6, w, kPanel * 4);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, w + 32, kPanel * 4);
         _tile_dpbf16ps(1, 4, 7);
+        if (!second) continue;
         _tile_loadd(5, from + below + i, x.width * 2);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, y, kPanel * 4);
     _tile_stored(1, y + 16, kPanel * 4);
+    if (!second) return;
     _tile_stored(2, y + 16 * kPanel, kPanel * 4);
     _tile_stored(3, y + 16 * kPanel + 16, kPanel * 4);
 }

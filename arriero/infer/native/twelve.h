@@ -16,58 +16,60 @@ struct Rare {
     bf16 value;
 };
 
-struct Twelve {  // 64 weights: 16-bit word i has the low bytes of weights 32 + i and i, byte i their codes
-    static constexpr int64_t width = 64;
-    uint16_t low[32];
-    uint8_t codes[32];
+// 64 weights, two inputs of a panel's outputs. Byte j of `low` has its code in byte j % 32 of `codes`: the low four bits
+// for the first 32. Their order is that in which a CPU interleaves the bytes of two vectors, sixteen by sixteen.
+struct Twelve {
+    static constexpr int64_t width = 2 * kPanel;
+    uint8_t low[width];
+    uint8_t codes[width / 2];
+    static int64_t byte_of(int64_t i) { return i % 32 / 8 * 16 + i / 32 * 8 + i % 8; }  // of weight i
+    int64_t code(int64_t byte) const { return codes[byte % 32] >> byte / 32 * 4 & 15; }
 };
-static_assert(sizeof(Twelve) == 96);
+static_assert(sizeof(Twelve) == 96 && Twelve::width == 64);
 
 inline bf16 weight_of(const Matrix& m, int64_t at) {  // one weight of a bf16 or twelve-bit matrix, by its place in it
     if (m.type == kBf16) return static_cast<const bf16*>(m.data)[at];
     const int64_t size = up(m.in, kGroup) * kPanel, panel = at / size;
     const Twelve& block = static_cast<const Twelve*>(m.data)[at / Twelve::width];
-    const int64_t i = at % 32;
-    const bool second = at % Twelve::width >= 32;
-    const uint8_t code = second ? block.codes[i] & 15 : block.codes[i] >> 4;
+    const int64_t byte = Twelve::byte_of(at % Twelve::width), code = block.code(byte);
     for (int64_t r = m.rare_ends[panel]; !code && r < m.rare_ends[panel + 1]; ++r)
         if (m.rare[r].place == uint32_t(at % size)) return m.rare[r].value;
-    const uint16_t low = second ? block.low[i] & 0xff : block.low[i] >> 8;
-    return {uint16_t(low | m.values[code] << 8)};
+    return {uint16_t(block.low[byte] | m.values[code] << 8)};
 }
 
-// A panel of twelve bits, unpacked slice by slice into the nearest cache.
+// A panel of twelve bits, unpacked as it is multiplied.
 class Unpacked {
   public:
     Unpacked(const Matrix& m, int64_t panel)
-        : blocks_(static_cast<const Twelve*>(m.data) + panel * up(m.in, kGroup) * kPanel / Twelve::width),
-          table_(table_of(m.values)), rare_(m.rare + m.rare_ends[panel]), end_(m.rare + m.rare_ends[panel + 1]) {}
-
-    const bf16* operator()(int64_t i) {
-        unpack(i, slice_);
-        return slice_;
+        : first_(static_cast<const Twelve*>(m.data) + panel * up(m.in, kGroup) * kPanel / Twelve::width), block_(first_),
+          table_(table_of(m.values)), rare_(m.rare + m.rare_ends[panel]), end_(m.rare + m.rare_ends[panel + 1]) {
+        find();
     }
 
-    void unpack(int64_t i, bf16* to) {  // in ascending order of i
-        const Twelve* block = blocks_ + i * kPanel / Twelve::width;
-        const Twelve* const end = block + kSlice * kPanel / Twelve::width;
-        for (bf16* at = to; block < end; ++block, at += Twelve::width) {
-            prefetch(block);
-            prefetch(block->codes);
-            const Words low = load<Words>(block->low);
-            const Words codes = load_bytes(block->codes);
-            const Words high = (Words)lookup(table_, (Bytes)((codes | codes << 4) & 0x0f0f));
-            const Words first = low >> 8 | (high & 0xff00), second = (low & 0x00ff) | high << 8;
-            store(at, first), store(at + 32, second);
-        }
-        for (; rare_ < end_ && rare_->place < (i + kSlice) * kPanel; ++rare_) to[rare_->place - i * kPanel] = rare_->value;
+    void next(WideLanes (&found)[kBlocks]) {
+        prefetch(block_);
+        prefetch(block_->codes);
+        const Bytes low = load<Bytes>(block_->low), high = lookup(table_, load_nibbles(block_->codes));
+        found[0] = (WideLanes)interleave<false>(low, high), found[1] = (WideLanes)interleave<true>(low, high);
+        if (__builtin_expect(block_ == special_, false)) mend(found);
+        ++block_;
     }
 
   private:
-    const Twelve* const blocks_;
+    void find() { special_ = rare_ < end_ ? first_ + rare_->place / Twelve::width : nullptr; }
+
+    void mend(WideLanes (&found)[kBlocks]) {
+        alignas(64) bf16 weights[Twelve::width];
+        store(weights, found[0]), store(weights + 2 * kLanes, found[1]);
+        for (; rare_ < end_ && first_ + rare_->place / Twelve::width == block_; ++rare_)
+            weights[rare_->place % Twelve::width] = rare_->value;
+        found[0] = load<WideLanes>(weights), found[1] = load<WideLanes>(weights + 2 * kLanes);
+        find();
+    }
+
+    const Twelve *const first_, *block_, *special_;  // the last: the next block with a rare weight
     const Bytes table_;
     const Rare *rare_, *const end_;
-    alignas(64) bf16 slice_[kSlice * kPanel];
 };
 
 }  // namespace
@@ -100,9 +102,11 @@ extern "C" int64_t arriero_pack_twelve(const uint16_t* panels, int64_t n_panels,
                 if (found < room) rare[found] = {uint32_t(j + i), {bits[i]}};
                 ++found, codes[i] = 0, bits[i] = 0;
             }
-            for (int64_t i = 0; i < 32; ++i) {
-                blocks->low[i] = uint16_t(bits[i] << 8 | (bits[32 + i] & 0xff));
-                blocks->codes[i] = uint8_t(codes[i] << 4 | codes[32 + i]);
+            std::memset(blocks, 0, sizeof *blocks);
+            for (int64_t i = 0; i < Twelve::width; ++i) {
+                const int64_t byte = Twelve::byte_of(i);
+                blocks->low[byte] = uint8_t(bits[i]);
+                blocks->codes[byte % 32] |= uint8_t(codes[i] << byte / 32 * 4);
             }
         }
         rare_ends[p + 1] = found;
