@@ -208,8 +208,16 @@ void multiply(const Matrix& m, int64_t panel, const Rows& x, int64_t begin, int6
 #endif
     if (m.type == kInt4 && rows >= kExpandedFor)
         return multiply_stored(expanded(m, panel, x.width), 0, x, begin, end, emit);
-    if (m.type == kTwelve && rows >= kUnpackedFor)
-        return multiply_stored(unpacked(m, panel, x.width), 0, x, begin, end, emit);
+    if (m.type == kTwelve && rows >= kUnpackedFor) {
+        constexpr int64_t kLine = 64;  // bytes that memory gives at a time
+        const int64_t bytes = x.width * kPanel / Twelve::width * int64_t(sizeof(Twelve)), lines = bytes / kLine / rows + 1;
+        const char* next = static_cast<const char*>(m.data) + (panel + 1) * bytes;
+        const Matrix plain = unpacked(m, panel, x.width);
+        return multiply_stored(plain, 0, x, begin, end, [&](int64_t row, float* y) {
+            for (int64_t i = 0; i < lines; ++i, next += kLine) __builtin_prefetch(next, 0, 2);  // of the next panel
+            emit(row, y);
+        });
+    }
     multiply_stored(m, panel, x, begin, end, emit);
 }
 
