@@ -124,6 +124,9 @@ struct Pair {
 
 struct Work {  // one row's, kept from call to call: fresh memory costs more than the sampling
     std::vector<float> logits, weights, candidates, their_weights;
+    std::vector<float> tops;  // the largest logit of each block, at least: what lies below a threshold is passed over
+    std::vector<uint8_t> weighed;  // of each block, whether its weights are there
+    float max = 0;                 // the largest logit, whose weight is 1
     std::vector<double> sums;
     std::vector<int32_t> counts;
     std::vector<Pair> pairs;
@@ -133,6 +136,8 @@ struct Work {  // one row's, kept from call to call: fresh memory costs more tha
         for (auto* v : {&logits, &weights}) v->assign(n, 0);
         for (auto* v : {&candidates, &their_weights}) v->assign(n + kLanes, 0);
         sums.assign(n / kBlock, 0);
+        tops.assign(n / kBlock, 0);
+        weighed.assign(n / kBlock, 0);
         counts.assign(n, 0);
     }
     int64_t padded() const { return (int64_t)logits.size(); }
@@ -188,20 +193,65 @@ int64_t narrow(const float* logits, const float* weights, int64_t n, float low, 
     return kept;
 }
 
+// Weights e^(l - max) of a block, stored or not; returns their sum.
+template <bool kStore>
+double weigh_block(Work& w, int64_t b) {
+    const Lanes shift = all(w.max);
+    Lanes part = all(0.0f);
+    for (int64_t i = b * kBlock; i < (b + 1) * kBlock; i += kLanes) {
+        const Lanes e = exp_of(load(&w.logits[i]) - shift);
+        if (kStore) store(&w.weights[i], e);
+        part += e;
+    }
+    return sum(part);
+}
+
+// The weights of all tokens, stored where all are wanted later, else when a block is first asked for: filters leave few
+// blocks, and storing costs more than the exponentials. Returns their sum.
+double weigh(Work& w, float max, bool stored) {
+    w.max = max;
+    std::fill(w.weighed.begin(), w.weighed.end(), stored);
+    double total = 0;
+    for (int64_t b = 0; b < w.padded() / kBlock; ++b) total += stored ? weigh_block<true>(w, b) : weigh_block<false>(w, b);
+    return total;
+}
+
+const float* weights_of(Work& w, int64_t b) {
+    if (!w.weighed[b]) weigh_block<true>(w, b), w.weighed[b] = 1;
+    return &w.weights[b * kBlock];
+}
+
+// `measure` and `narrow` for all logits of the row, by weight or by count.
+double measure(Work& w, bool by_weight, float threshold) {
+    double total = 0;
+    for (int64_t b = 0; b < w.padded() / kBlock; ++b)
+        if (w.tops[b] >= threshold)
+            total += measure(&w.logits[b * kBlock], by_weight ? weights_of(w, b) : nullptr, kBlock, threshold);
+    return total;
+}
+
+int64_t narrow(Work& w, bool by_weight, float low, float high, float* out, float* out_w) {
+    int64_t kept = 0;
+    for (int64_t b = 0; b < w.padded() / kBlock; ++b)
+        if (w.tops[b] >= low)
+            kept += narrow(&w.logits[b * kBlock], by_weight ? weights_of(w, b) : nullptr, kBlock, low, high, out + kept,
+                           by_weight ? out_w + kept : nullptr);
+    return kept;
+}
+
 // The highest threshold at or above which the logits measure `target`, which all of them do. floor: a threshold known
 // to do so, or -inf. Logits at -inf are no tokens.
-float cut(Work& w, int64_t n, const float* weights, double target, float max, float floor) {
+float cut(Work& w, bool by_weight, double target, float max, float floor) {
     float high = std::nextafter(max, kInf), low = floor;
     double above = 0;  // measure at or above `high`
-    const float* logits = w.logits.data();
     for (float step = 2.0f; low == -kInf; step *= 2) {
         const float trial = std::max(max - step, kLowest);
-        const double m = measure(logits, weights, n, trial);
+        const double m = measure(w, by_weight, trial);
         if (m >= target || trial == kLowest) low = trial;
         else high = trial, above = m;
     }
-    float *kept = w.candidates.data(), *kept_w = weights ? w.their_weights.data() : nullptr;
-    int64_t count = narrow(logits, weights, n, low, high, kept, kept_w);
+    float *kept = w.candidates.data(), *kept_w = by_weight ? w.their_weights.data() : nullptr;
+    int64_t count = narrow(w, by_weight, low, high, kept, kept_w);
     while (count > kFew) {
         const float middle = low + (high - low) / 2;
         if (middle <= low || middle >= high) return low;  // all of one value
@@ -211,7 +261,7 @@ float cut(Work& w, int64_t n, const float* weights, double target, float max, fl
         count = narrow(kept, kept_w, count, low, high, kept, kept_w);
     }
     std::pair<float, float> last[kFew];
-    for (int64_t i = 0; i < count; ++i) last[i] = {kept[i], weights ? kept_w[i] : 1.0f};
+    for (int64_t i = 0; i < count; ++i) last[i] = {kept[i], by_weight ? kept_w[i] : 1.0f};
     std::sort(last, last + count, [](auto a, auto b) { return a.first > b.first; });
     for (int64_t i = 0; i < count; ++i)
         if ((above += last[i].second) >= target) return last[i].first;
@@ -220,15 +270,14 @@ float cut(Work& w, int64_t n, const float* weights, double target, float max, fl
 
 // The `n` largest of the logits that are tokens, by logit and then id, with their log-probabilities.
 void best(Work& w, int64_t n, float max, double log_total, int32_t* ids, float* logprobs) {
-    const int64_t there = (int64_t)measure(w.logits.data(), nullptr, w.padded(), kLowest);
+    const int64_t there = (int64_t)measure(w, false, kLowest);
     n = std::min(n, there);
     if (n <= 0) return;
-    const float from = n == there ? kLowest : cut(w, w.padded(), nullptr, n, max, -kInf);
+    const float from = n == there ? kLowest : cut(w, false, n, max, -kInf);
     w.pairs.clear();
-    for (int64_t b = 0; b < w.padded(); b += kBlock) {
-        double left = measure(&w.logits[b], nullptr, kBlock, from);  // most blocks have none
-        for (int64_t i = b; left > 0; ++i)
-            if (w.logits[i] >= from) w.pairs.push_back({w.logits[i], (int32_t)i}), --left;
+    for (int64_t i = 0; i < w.padded(); ++i) {
+        if (i % kBlock == 0 && w.tops[i / kBlock] < from) i += kBlock - 1;
+        else if (w.logits[i] >= from) w.pairs.push_back({w.logits[i], (int32_t)i});
     }
     std::sort(w.pairs.begin(), w.pairs.end(),
               [](Pair a, Pair b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); });
@@ -297,48 +346,47 @@ struct Masks {  // bit i % 32 of word i / 32 allows token i, if both masks have 
     }
 };
 
-// Put tokens outside both masks at -inf, divide by the temperature; returns the largest, and how many are allowed.
-float restrict_to(const Masks& masks, float temperature, int64_t V, Work& w, int64_t& allowed) {
+// The logits `from` (those of the row as the model gave them, or as they are in `w` by now), tokens outside both masks at
+// -inf, divided by the temperature; returns the largest, and how many are allowed.
+float restrict_to(const Masks& masks, float temperature, const float* from, int64_t V, Work& w, int64_t& allowed) {
     IntLanes bits;
     for (int j = 0; j < kLanes; ++j) bits[j] = 1 << j;
     const Lanes lowest = all(-kInf), top = all(kHighest), divisor = all(temperature);
-    Lanes largest = lowest;
+    float most = -kInf;
     allowed = 0;
-    for (int64_t i = 0; i < w.padded(); i += 32) {
-        const uint32_t mask = masks.word(i / 32) & (i + 32 <= V ? ~0u : i >= V ? 0u : ~0u >> (i + 32 - V));
-        allowed += __builtin_popcount(mask);
-        for (int64_t j = 0; j < 32; j += kLanes) {
-            const IntLanes mine = ((int32_t)(mask >> j & ((1u << kLanes) - 1)) - IntLanes{}) & bits;
-            Lanes x = load(&w.logits[i + j]);
-            if (temperature != 1) x = x / divisor;
-            x = x > top ? top : x;
-            x = mine != 0 ? x : lowest;
-            largest = x > largest ? x : largest;
-            store(&w.logits[i + j], x);
+    for (int64_t b = 0; b < w.padded() / kBlock; ++b) {
+        Lanes largest = lowest;
+        for (int64_t i = b * kBlock; i < (b + 1) * kBlock; i += 32) {
+            const uint32_t mask = masks.word(i / 32) & (i + 32 <= V ? ~0u : i >= V ? 0u : ~0u >> (i + 32 - V));
+            allowed += __builtin_popcount(mask);
+            float last[32];
+            const float* these = from + i;
+            if (i + 32 > V) {
+                std::fill(last, last + 32, -kInf);
+                if (i < V) std::copy(these, from + V, last);
+                these = last;
+            }
+            for (int64_t j = 0; j < 32; j += kLanes) {
+                const IntLanes mine = ((int32_t)(mask >> j & ((1u << kLanes) - 1)) - IntLanes{}) & bits;
+                Lanes x = load(these + j);
+                x = x == x ? x : lowest;
+                if (temperature != 1) x = x / divisor;
+                x = x > top ? top : x;
+                x = mine != 0 ? x : lowest;
+                largest = x > largest ? x : largest;
+                store(&w.logits[i + j], x);
+            }
         }
+        w.tops[b] = highest(largest);
+        most = std::max(most, w.tops[b]);
     }
-    return highest(largest);
+    return most;
 }
 
 // A row without any finite logit (diverged weights): its allowed tokens become equally likely.
 void level(const Masks& masks, int64_t V, Work& w) {
     for (int64_t i = 0; i < V; ++i) w.logits[i] = masks.word(i / 32) >> (i % 32) & 1 ? 0.0f : -kInf;
-}
-
-// Weights e^(l - max) of all tokens; returns their sum.
-double weigh(Work& w, float max) {
-    const Lanes shift = all(max);
-    double total = 0;
-    for (int64_t b = 0; b < w.padded(); b += kBlock) {
-        Lanes part = all(0.0f);
-        for (int64_t i = b; i < b + kBlock; i += kLanes) {
-            const Lanes e = exp_of(load(&w.logits[i]) - shift);
-            store(&w.weights[i], e);
-            part += e;
-        }
-        total += sum(part);
-    }
-    return total;
+    std::fill(w.tops.begin(), w.tops.end(), 0.0f);
 }
 
 // The token at which the summed weight of those at or above `threshold` first exceeds uniform times their total.
@@ -346,16 +394,19 @@ int64_t draw(Work& w, float threshold, double uniform, double& total) {
     const int64_t n_blocks = (int64_t)w.sums.size();
     total = 0;
     for (int64_t b = 0; b < n_blocks; ++b)
-        total += w.sums[b] = measure(&w.logits[b * kBlock], &w.weights[b * kBlock], kBlock, threshold);
+        total += w.sums[b] =
+            w.tops[b] >= threshold ? measure(&w.logits[b * kBlock], weights_of(w, b), kBlock, threshold) : 0;
     const double target = uniform * total;
     double before = 0, reached = 0;
     int64_t chosen = 0, last = 0;
     for (int64_t b = 0; b < n_blocks && before <= target; before += w.sums[b++])
         if (w.sums[b] > 0) chosen = b, reached = before;  // the last with a token, should rounding lead past the end
+    const float* const weights = weights_of(w, chosen);
     for (int64_t i = chosen * kBlock; i < (chosen + 1) * kBlock; ++i) {
-        if (!(w.logits[i] >= threshold) || !(w.weights[i] > 0)) continue;
+        const float weight = weights[i - chosen * kBlock];
+        if (!(w.logits[i] >= threshold) || !(weight > 0)) continue;
         last = i;
-        if ((reached += w.weights[i]) > target) break;
+        if ((reached += weight) > target) break;
     }
     return last;
 }
@@ -373,36 +424,37 @@ int64_t first_of(const Work& w, float value) {
     return -1;
 }
 
+inline bool keeps_all(const Row& r) { return !(r.top_k > 0) && r.top_p >= 1 && r.log_min_p == -kInf; }
+
 float threshold_of(const Row& r, Work& w, float max, double total, int64_t allowed) {
-    const int64_t n = w.padded();
     float threshold = kLowest;
     if (r.top_k > 0 && r.top_k < allowed) {
-        const int64_t there = (int64_t)measure(w.logits.data(), nullptr, n, threshold);
-        if (r.top_k < there) threshold = cut(w, n, nullptr, r.top_k, max, -kInf);
+        const int64_t there = (int64_t)measure(w, false, threshold);
+        if (r.top_k < there) threshold = cut(w, false, r.top_k, max, -kInf);
     }
     if (r.top_p < 1) {
         const bool fewer = threshold > kLowest;
-        const double kept = fewer ? measure(w.logits.data(), w.weights.data(), n, threshold) : total;
-        threshold = cut(w, n, w.weights.data(), r.top_p * kept, max, fewer ? threshold : -kInf);
+        const double kept = fewer ? measure(w, true, threshold) : total;
+        threshold = cut(w, true, r.top_p * kept, max, fewer ? threshold : -kInf);
     }
     return std::max(threshold, max + r.log_min_p);
 }
 
-// Choose the row's token, from logits that `take` copied, and score it as sampled. weighed: the sum of the weights that
-// the logits have already, or NaN.
-void choose(const Row& r, int64_t V, Work& w, double weighed, Out& out, int32_t* top_ids, float* tops) {
+// Choose the row's token, and score it as sampled. logits: as in `restrict_to`. weighed: the sum of the weights that they
+// have already, or NaN.
+void choose(const Row& r, const float* logits, int64_t V, Work& w, double weighed, Out& out, int32_t* top_ids, float* tops) {
     const Masks masks{r.words, r.allowed, r.n_words, r.n_allowed};
     const bool greedy = r.temperature == 0;
     const float temperature = greedy ? 1.0f : r.temperature;
     if (has_penalties(r)) penalise(r, V, w);
     int64_t allowed;
-    float max = restrict_to(masks, temperature, V, w, allowed), threshold = kLowest;
+    float max = restrict_to(masks, temperature, logits, V, w, allowed), threshold = kLowest;
     if (!allowed) return;
     const bool diverged = max == -kInf;
     if (diverged) level(masks, V, w), max = 0;
     const bool same = weighed == weighed && allowed == V && temperature == 1 && !has_penalties(r);
     double total = weighed;
-    if (!same) total = greedy && !r.wants_logprobs && !r.n_top ? kNan : weigh(w, max);
+    if (!same) total = greedy && !r.wants_logprobs && !r.n_top ? kNan : weigh(w, max, keeps_all(r));
     if (greedy) {
         out.id = first_of(w, max);
     } else {
@@ -420,17 +472,18 @@ void choose(const Row& r, int64_t V, Work& w, double weighed, Out& out, int32_t*
 void sample_row(const float* logits, int64_t V, const Row& r, Work& w, Out& out, int32_t* top_ids, float* tops) {
     out = {-1, kNan, kNan};
     w.fit(V);
-    bool finite;
-    const float max = take(logits, V, w, finite);
-    const bool raw_tops = r.n_top && !r.top_of_sampled;
-    const double total = (r.wants_logprobs || raw_tops) && finite ? weigh(w, max) : kNan, log_total = std::log(total);
+    const bool raw_tops = r.n_top && !r.top_of_sampled, raw = r.wants_logprobs || raw_tops;
+    bool finite = true;
+    float max = 0;
+    if (raw || has_penalties(r)) max = take(logits, V, w, finite);
+    const double total = raw && finite ? weigh(w, max, keeps_all(r)) : kNan, log_total = std::log(total);
     if (raw_tops) {  // the probabilities are of all that the model has logits for, those listed have a token
         int64_t there;
-        restrict_to({r.words, nullptr, r.n_words, 0}, 1.0f, V, w, there);
+        restrict_to({r.words, nullptr, r.n_words, 0}, 1.0f, w.logits.data(), V, w, there);
         best(w, r.n_top, max, log_total, top_ids, tops);
     }
     if (r.given >= 0) out.id = r.given;
-    else choose(r, V, w, total, out, top_ids, tops);
+    else choose(r, raw || has_penalties(r) ? w.logits.data() : logits, V, w, total, out, top_ids, tops);
     if (r.wants_logprobs && out.id >= 0 && out.id < V) out.raw = (float)((double)(logits[out.id] - max) - log_total);
 }
 
