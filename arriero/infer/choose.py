@@ -11,6 +11,7 @@ from arriero.infer.sample import Chosen, sample, score
 from arriero.infer.sampler_row import SamplerRow
 from arriero.infer.scheduler import Part, Sequence
 from arriero.infer.speculate import verify
+from arriero.infer.step import Share
 
 SPECULATIVE_ROWS = 16
 """Tokens of a step with proposals: more would cost as much as they may gain."""
@@ -26,7 +27,9 @@ def propose(running: list[Sequence], speculate: int) -> None:
             sequence.proposed = answer.proposals.propose()[: max(0, min(most, answer.asked.room - answer.n_new - 1))]
 
 
-def choose(ready: list[tuple[Sequence, range]], logits: Tensor) -> list[tuple[Answer, Chosen, range]]:
+def choose(
+    ready: list[tuple[Sequence, range]], logits: Tensor, share: Share | None
+) -> list[tuple[Answer, Chosen, range]]:
     """The tokens that follow each sequence: one, and those proposed that would have followed.
 
     ready: sequences with the logits that are theirs. Returns each one's answer, and which of `Chosen` are its tokens.
@@ -40,9 +43,9 @@ def choose(ready: list[tuple[Sequence, range]], logits: Tensor) -> list[tuple[An
     rows = [answer.row for answer in answers]
     proposals = [sequence.proposed for sequence, _ in ready]
     if not any(proposals):
-        chosen = sample(logits, rows)
+        chosen = sample(logits, rows, share)
         return [(answer, chosen, range(i, i + 1)) for i, answer in enumerate(answers)]
-    verified = verify(logits, rows, proposals, [answer.constraint for answer in answers])
+    verified = verify(logits, rows, proposals, [answer.constraint for answer in answers], share)
     for answer, proposed, each in zip(answers, proposals, verified, strict=True):
         if proposed and answer.proposals is not None:
             answer.proposals.learn(len(proposed), len(each.ids) - 1)
@@ -58,7 +61,7 @@ def logprob(answer: Answer, chosen: Chosen, i: int) -> TokenLogprob | None:
     return TokenLogprob(float(chosen.raw[i]), float(chosen.sampled[i]), _pairs(chosen, i), request.top_of)
 
 
-def score_prompt(part: Part, logits: Tensor, words: np.ndarray | None) -> None:
+def score_prompt(part: Part, logits: Tensor, words: np.ndarray | None, share: Share | None) -> None:
     """Give a request the log-probabilities of the tokens of its prompt that these logits are before.
 
     words: as in `SamplerRow`; how many of the most probable tokens are listed is the request's.
@@ -67,7 +70,8 @@ def score_prompt(part: Part, logits: Tensor, words: np.ndarray | None) -> None:
     at, request = part.scored_from, asked.request
     targets = part.sequence.ids[at : at + len(part.scores)]
     ours = logits[part.scores.start : part.scores.stop]
-    found = score(ours, targets, SamplerRow(request.sampling, seed=0, words=words, n_top=request.prompt_logprobs or 0))
+    row = SamplerRow(request.sampling, seed=0, words=words, n_top=request.prompt_logprobs or 0)
+    found = score(ours, targets, row, share)
     begin = at - request.prompt_logprobs_from  # after an interruption they may be there already
     asked.prompt_logprobs[begin:] = [TokenLogprob(float(raw), top=_pairs(found, i)) for i, raw in enumerate(found.raw)]
 

@@ -273,9 +273,9 @@ class Engine:
         with self._change():
             for part in plan.parts:
                 if part.scores:
-                    score_prompt(part, logits, self._answers.words)
+                    score_prompt(part, logits, self._answers.words, self._model_step.share)
             ready = [pair for pair in self._scheduler.commit(plan) if self._constrained(pair[0].owner)]
-        chosen = choose(ready, logits)
+        chosen = choose(ready, logits, self._model_step.share)
         with self._change():
             for answer, those, which in chosen:
                 for i in which:

@@ -27,7 +27,7 @@ from torch import Tensor
 from arriero.errors import ConfigError
 from arriero.infer.config import ActivationBits
 from arriero.infer.huge_pages import HugePages
-from arriero.infer.step import BLOCK, StepInput
+from arriero.infer.step import BLOCK, Share, StepInput
 from arriero.infer.torch_step import computed_in
 from arriero.model.config import LlamaConfig
 from arriero.model.filed import FiledLinear
@@ -74,6 +74,7 @@ def load_library(*flags: str) -> ctypes.CDLL | None:
         library.arriero_pack_twelve.argtypes = (
             ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_void_p,
         )  # fmt: skip
+        library.arriero_share.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
         library.arriero_product.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_void_p)
         for kind in ("float", "bf16", "int8", "int4"):
             function = getattr(library, f"arriero_pack_{kind}")
@@ -421,6 +422,11 @@ class NativeStep:
         """Shapes of keys and values: native/attention.h says how a block is laid out."""
         first = (config.n_layers, n_blocks, config.n_kv_heads)
         return (*first, config.head_dim, BLOCK), (*first, BLOCK, _up(config.head_dim, LANES))
+
+    @property
+    def share(self) -> Share:
+        """The engine's threads."""
+        return Share(ctypes.cast(self._library.arriero_share, ctypes.c_void_p).value or 0, self._engine, self)
 
     @property
     def memory(self) -> dict[str, int]:

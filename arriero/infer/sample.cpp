@@ -505,14 +505,20 @@ void give_back(std::unique_ptr<Work> work) {
 }  // namespace
 
 // logits [m, V]; rows and out [m]; top_ids and tops [m, n_top], of which a row fills as many as it asks for.
+// share: of a step's threads, `team`, or null: then by threads begun here.
 extern "C" void sample_rows(const float* logits, int64_t m, int64_t V, const Row* const* rows, Out* out, int32_t* top_ids,
-                            float* tops, int64_t n_top, int64_t n_threads) {
+                            float* tops, int64_t n_top, int64_t n_threads,
+                            void (*share)(void*, int64_t, void (*)(void*, int64_t), void*), void* team) {
+    auto one = [&](int64_t i) {
+        auto w = borrow();
+        sample_row(logits + i * V, V, *rows[i], *w, out[i], top_ids + i * n_top, tops + i * n_top);
+        give_back(std::move(w));
+    };
+    if (m == 1) return one(0);
+    if (share) return share(team, m, [](void* f, int64_t i) { (*static_cast<decltype(one)*>(f))(i); }, &one);
     std::atomic<int64_t> next{0};
     auto work = [&] {
-        auto w = borrow();
-        for (int64_t i; (i = next++) < m;)
-            sample_row(logits + i * V, V, *rows[i], *w, out[i], top_ids + i * n_top, tops + i * n_top);
-        give_back(std::move(w));
+        for (int64_t i; (i = next++) < m;) one(i);
     };
     std::vector<std::thread> others;
     for (int64_t t = 1; t < std::min(n_threads, m); ++t) others.emplace_back(work);

@@ -31,6 +31,7 @@ from arriero.errors import UserError
 from arriero.infer import sample_twin
 from arriero.infer.config import SamplingConfig
 from arriero.infer.sampler_row import NativeRow, SamplerRow
+from arriero.infer.step import Share
 from arriero.system.cpp import load_cpp
 from arriero.tokenizer.base import Tokenizer
 
@@ -67,7 +68,7 @@ class Chosen:
     top: list[tuple[np.ndarray, np.ndarray]]
 
 
-def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> Chosen:
+def sample(logits: Tensor, rows: Sequence[SamplerRow], share: Share | None = None) -> Chosen:
     """The next token of each row, from logits [m, V]; rows are not changed: `SamplerRow.push` the ids.
 
     Among equal largest logits a greedy row takes the smallest id. top-k and top-p keep all tokens that equal the last
@@ -75,20 +76,20 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> Chosen:
     draws evenly from its allowed tokens. Raises `NothingAllowed` for rows whose masks allow nothing; then nothing was
     chosen for any.
     """
-    return _run(logits, rows, None)
+    return _run(logits, rows, None, share)
 
 
-def score(logits: Tensor, ids: Sequence[int], row: SamplerRow | None = None) -> Chosen:
+def score(logits: Tensor, ids: Sequence[int], row: SamplerRow | None = None, share: Share | None = None) -> Chosen:
     """The raw log-probabilities of given ids [m] by logits [m, V], a prompt's say; `sampled` is NaN.
 
     row: of the request, whose `n_top` most probable tokens are listed for each position.
     """
     n_top, words = (row.n_top, row.words) if row else (0, None)
     asked = SamplerRow(SamplingConfig(), words=words, seed=0, logprobs=True, n_top=n_top)
-    return _run(logits, [asked] * len(ids), ids)
+    return _run(logits, [asked] * len(ids), ids, share)
 
 
-def _run(logits: Tensor, rows: Sequence[SamplerRow], given: Sequence[int] | None) -> Chosen:
+def _run(logits: Tensor, rows: Sequence[SamplerRow], given: Sequence[int] | None, share: Share | None) -> Chosen:
     m, vocab = logits.shape
     assert len(rows) == m and vocab < 2**31
     values = logits.detach().to("cpu", torch.float32).contiguous()  # the engine's logits are so already
@@ -107,7 +108,7 @@ def _run(logits: Tensor, rows: Sequence[SamplerRow], given: Sequence[int] | None
         pointers = (ctypes.c_void_p * m)(*map(ctypes.addressof, natives))
         library.sample_rows(
             values.data_ptr(), m, vocab, pointers, out.ctypes.data, top_ids.ctypes.data, tops.ctypes.data, n_top,
-            torch.get_num_threads(),
+            torch.get_num_threads(), *(share[:2] if share else (None, None)),
         )  # fmt: skip
     if len(nothing := np.flatnonzero(out["id"] < 0)):
         raise NothingAllowed(nothing.tolist())
@@ -128,7 +129,7 @@ def load_library() -> ctypes.CDLL | None:
     library = load_cpp(Path(__file__).with_name("sample.cpp"), "sampling through torch")
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        library.sample_rows.argtypes = [pointer, number, number, *[pointer] * 4, number, number]
+        library.sample_rows.argtypes = [pointer, number, number, *[pointer] * 4, number, number, pointer, pointer]
         library.sample_rows.restype = None
     return library
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from arriero.infer.sample import Chosen, sample
 from arriero.infer.sampler_row import SamplerRow
+from arriero.infer.step import Share
 from arriero.infer.structured import Constraint
 
 
@@ -137,6 +138,7 @@ def verify(
     rows: Sequence[SamplerRow],
     proposals: Sequence[Sequence[int]],
     constraints: Sequence[Constraint | None] | None = None,
+    share: Share | None = None,
 ) -> list[Chosen]:
     """What each request says next: the proposed tokens that it would have said, and one more.
 
@@ -149,7 +151,7 @@ def verify(
     kept = [int(start) + j for start, n in zip(starts, counts, strict=False) for j in range(n)]
     if len(kept) < len(logits):
         logits = logits[kept]
-    chosen, begin, out = sample(logits, asked), 0, []
+    chosen, begin, out = sample(logits, asked, share), 0, []
     for n, proposed in zip(counts, proposals, strict=True):
         same = 0
         while same < n - 1 and chosen.ids[begin + same] == proposed[same]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,15 @@ from arriero.model.lora_config import LoraConfig
 
 BLOCK = 32
 """Tokens whose keys and values lie together: position p of a sequence is slot p % BLOCK of its block p // BLOCK."""
+
+
+class Share(NamedTuple):
+    """Threads that are lent: function(team, items, work, data) in C calls work(data, item) on them for each item."""
+
+    function: int
+    team: int
+    owner: object
+    """What the threads end with."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,10 @@ class Step(Protocol):
     n_blocks: int
     """Blocks of the cache: ids 0 to n_blocks - 1."""
     vocab_size: int
+
+    @property
+    def share(self) -> Share | None:
+        """The step's own threads, for what is done between steps, so that there are no others beside them."""
 
     @property
     def memory(self) -> dict[str, int]:

@@ -39,6 +39,10 @@ class TorchStep:
         self.n_blocks, self.vocab_size = n_blocks, model.head.out_features
 
     @property
+    def share(self) -> None:
+        """torch's threads are not lent."""
+
+    @property
     def memory(self) -> dict[str, int]:
         """Bytes of the model's own tensors, which the step shares, and of the cache."""
         weights = {id(t): t.nbytes for t in (*self._model.parameters(), *self._model.buffers())}

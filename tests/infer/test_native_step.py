@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 
 from arriero.errors import ConfigError
 from arriero.infer import native_step as native
+from arriero.infer.config import SamplingConfig
 from arriero.infer.engine import Engine
 from arriero.infer.native_step import NativeStep
+from arriero.infer.sample import sample
+from arriero.infer.sampler_row import SamplerRow
 from arriero.infer.step import BLOCK, StepInput
 from arriero.model.config import LlamaConfig
 from arriero.model.llama import Llama
@@ -315,3 +318,12 @@ def test_a_model_that_has_no_use_for_eight_bits_says_so_once(gqa, fresh_warnings
         Engine(gqa, cache_tokens=64, activation_bits=8)
     (said,) = fresh_warnings()
     assert said.startswith("activation_bits is 8, which changes nothing of this model: its matrices are not quantised")
+
+
+def test_a_steps_threads_sample_what_other_threads_do(library, gqa):
+    share = step_of(library, gqa, threads=3).share
+    logits = 3 * torch.randn(11, 101, generator=torch.Generator().manual_seed(4))
+    rows = [SamplerRow(SamplingConfig(temperature=0.8, top_p=0.9, seed=i), logprobs=True) for i in range(11)]
+    for m in (1, 2, 11):
+        mine, others = sample(logits[:m], rows[:m], share), sample(logits[:m], rows[:m])
+        assert np.array_equal(mine.ids, others.ids) and np.array_equal(mine.sampled, others.sampled)

@@ -419,6 +419,11 @@ extern "C" void arriero_step(Engine* engine, const Model* model, const Batch* ba
     model->cache_bf16 ? Step<bf16>(*engine, *model, *batch).run() : Step<float>(*engine, *model, *batch).run();
 }
 
+// work(data, item) for each of the items on the engine's threads: what is between steps needs no threads of its own.
+extern "C" void arriero_share(Engine* engine, int64_t items, void (*work)(void*, int64_t), void* data) {
+    engine->team.run(1, [&] { engine->team.share(items, [&](int64_t item) { work(data, item); }); });
+}
+
 // y [n, out] = x w^T by the same products, for tests and measurements; x fp32 [n, width], width the padded input's.
 extern "C" void arriero_product(Engine* engine, const Matrix* matrix, const float* x, int64_t n, int64_t repeat, float* y) {
     const int64_t width = up(matrix->in, kGroup), groups = width / kGroup, padded = up(n, kRowPadding);
