@@ -42,19 +42,17 @@ class Arithmetic {
 
 constexpr int64_t kRowPadding = 32;  // rows of activations are allocated in whole tiles
 
-// Rows of a tile, of fp32, of bf16 and of integers, and vectors of outputs of R rows: as many sums
-// as there are registers beside the weights, of which bf16 has twice as many once it is widened.
+// Rows of a tile, of fp32, of bf16 and of integers, and vectors of outputs that R rows take at once: as many sums as there
+// are registers beside the weights, of which bf16 has twice as many once it is widened.
 // kExpandedFor: rows from which codes of four bits are looked up once for all of them; never, where looking up costs little.
 // kUnpackedFor: the same of twelve bits.
 #if defined(__AVX512BW__)
 constexpr int kWide = 12, kHalved = 12, kIntegers = 8;
-constexpr int float_blocks(int) { return 2; }
-constexpr int int_blocks(int) { return 2; }
+constexpr int blocks_of(int) { return kBlocks; }
 constexpr int64_t kExpandedFor = INT64_MAX, kUnpackedFor = 96;
 #else
 constexpr int kWide = 6, kHalved = 4, kIntegers = 4;
-constexpr int float_blocks(int rows) { return rows <= 2 ? 2 : 1; }
-constexpr int int_blocks(int rows) { return rows <= 2 ? 2 : 1; }
+constexpr int blocks_of(int rows) { return rows <= 2 ? kBlocks : 1; }
 constexpr int64_t kExpandedFor = 2 * kIntegers, kUnpackedFor = 3;
 #endif
 
@@ -92,7 +90,7 @@ inline void in_blocks(float* y, Kernel kernel) {
 
 template <int R>
 inline void run_float_rows(const Matrix& m, int64_t panel, const Rows& x, int64_t row, float* y) {
-    in_blocks<R, float_blocks(R)>(y, [&](int64_t o, auto& found) {
+    in_blocks<R, blocks_of(R)>(y, [&](int64_t o, auto& found) {
         run_float(static_cast<const float*>(m.data) + panel * x.width * kPanel + o, x, row, found);
     });
 }
@@ -102,7 +100,7 @@ inline void run_half_rows(const Matrix& m, int64_t panel, const Rows& x, int64_t
     if (m.type == kTwelve)
         in_blocks<R, kBlocks>(y, [&](int64_t, auto& found) { run_bf16(Unpacked(m, panel), x, row, found); });
     else
-        in_blocks<R, float_blocks(R)>(y, [&](int64_t o, auto& found) {
+        in_blocks<R, blocks_of(R)>(y, [&](int64_t o, auto& found) {
             run_bf16(Plain{static_cast<const bf16*>(m.data) + panel * x.width * kPanel + 2 * o}, x, row, found);
         });
 }
@@ -114,7 +112,7 @@ inline void run_integers(const Matrix& m, int64_t panel, const Rows& x, int64_t 
     const uint16_t* const scales = static_cast<const uint16_t*>(m.scales) + groups;
     const uint16_t* const minimums = m.minimums ? static_cast<const uint16_t*>(m.minimums) + groups : nullptr;
     const Bytes table = m.type == kInt4 ? table_of(m.values) : Bytes{};
-    in_blocks<R, int_blocks(R)>(y, [&](int64_t o, auto& found) {
+    in_blocks<R, blocks_of(R)>(y, [&](int64_t o, auto& found) {
         const uint16_t* const least = minimums ? minimums + o : nullptr;
         if (m.type == kInt4)
             run_int4<D>(data + 4 * o, scales + o, least, table, x, row, found);
