@@ -380,6 +380,7 @@ class NativeStep:
         self.config, self.n_blocks, self.vocab_size = config, n_blocks, config.vocab_size
         self._library, self._held = library, list[Any]()
         self._engine = library.arriero_open(threads or torch.get_num_threads())
+        self._lend = ctypes.cast(library.arriero_share, ctypes.c_void_p).value or 0
         weakref.finalize(self, library.arriero_close, self._engine)
         dtype = cache_dtype or computed_in(model)
         keys, values = self.cache_shapes(config, n_blocks)
@@ -426,7 +427,7 @@ class NativeStep:
     @property
     def share(self) -> Share:
         """The engine's threads."""
-        return Share(ctypes.cast(self._library.arriero_share, ctypes.c_void_p).value or 0, self._engine, self)
+        return Share(self._lend, self._engine, self)
 
     @property
     def memory(self) -> dict[str, int]:

@@ -424,7 +424,10 @@ int64_t first_of(const Work& w, float value) {
     return -1;
 }
 
-inline bool keeps_all(const Row& r) { return !(r.top_k > 0) && r.top_p >= 1 && r.log_min_p == -kInf; }
+// Whether a token is drawn from all, so that all weights are wanted.
+inline bool draws_from_all(const Row& r) {
+    return r.given < 0 && r.temperature != 0 && !(r.top_k > 0) && r.top_p >= 1 && r.log_min_p == -kInf;
+}
 
 float threshold_of(const Row& r, Work& w, float max, double total, int64_t allowed) {
     float threshold = kLowest;
@@ -454,7 +457,7 @@ void choose(const Row& r, const float* logits, int64_t V, Work& w, double weighe
     if (diverged) level(masks, V, w), max = 0;
     const bool same = weighed == weighed && allowed == V && temperature == 1 && !has_penalties(r);
     double total = weighed;
-    if (!same) total = greedy && !r.wants_logprobs && !r.n_top ? kNan : weigh(w, max, keeps_all(r));
+    if (!same) total = greedy && !r.wants_logprobs && !r.n_top ? kNan : weigh(w, max, draws_from_all(r));
     if (greedy) {
         out.id = first_of(w, max);
     } else {
@@ -473,17 +476,18 @@ void sample_row(const float* logits, int64_t V, const Row& r, Work& w, Out& out,
     out = {-1, kNan, kNan};
     w.fit(V);
     const bool raw_tops = r.n_top && !r.top_of_sampled, raw = r.wants_logprobs || raw_tops;
+    const bool copied = raw || has_penalties(r);  // else the logits are read once, where they lie
     bool finite = true;
     float max = 0;
-    if (raw || has_penalties(r)) max = take(logits, V, w, finite);
-    const double total = raw && finite ? weigh(w, max, keeps_all(r)) : kNan, log_total = std::log(total);
+    if (copied) max = take(logits, V, w, finite);
+    const double total = raw && finite ? weigh(w, max, draws_from_all(r)) : kNan, log_total = std::log(total);
     if (raw_tops) {  // the probabilities are of all that the model has logits for, those listed have a token
         int64_t there;
         restrict_to({r.words, nullptr, r.n_words, 0}, 1.0f, w.logits.data(), V, w, there);
         best(w, r.n_top, max, log_total, top_ids, tops);
     }
     if (r.given >= 0) out.id = r.given;
-    else choose(r, raw || has_penalties(r) ? w.logits.data() : logits, V, w, total, out, top_ids, tops);
+    else choose(r, copied ? w.logits.data() : logits, V, w, total, out, top_ids, tops);
     if (r.wants_logprobs && out.id >= 0 && out.id < V) out.raw = (float)((double)(logits[out.id] - max) - log_total);
 }
 

@@ -5,8 +5,8 @@ values lie in a paged cache: blocks of `BLOCK` tokens, owned by nobody but the s
 blocks in a table. The step writes the keys and values of its tokens at their positions, and every token attends to all
 positions of its sequence up to its own.
 
-Two implementations: the C++ step (native.py), whose logits of a token are the same bits in whatever batch it runs, and
-its slow twin in torch (torch_step.py), for every device, architecture and type, equal within rounding.
+Two implementations: the C++ step (native_step.py), whose logits of a token are the same bits in whatever batch it runs,
+and its slow twin in torch (torch_step.py), for every device, architecture and type, equal within rounding.
 
 Shapes: n tokens of a step, s sequences in it, b blocks of the longest, m tokens whose logits are wanted, V vocabulary.
 """

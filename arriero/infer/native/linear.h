@@ -138,10 +138,10 @@ void multiply_stored(const Matrix& m, int64_t panel, const Rows& x, int64_t begi
         in_tiles_of(Number<kWide>{}, [&](auto rows, int64_t row) { run_float_rows<rows>(m, panel, x, row, y); });
     else if (is_half(m))
         in_tiles_of(Number<kHalved>{}, [&](auto rows, int64_t row) { run_half_rows<rows>(m, panel, x, row, y); });
-    else if (m.digits == 1)
-        in_tiles_of(Number<kIntegers>{}, [&](auto rows, int64_t row) { run_integers<1, rows>(m, panel, x, row, y); });
     else
-        in_tiles_of(Number<kIntegers>{}, [&](auto rows, int64_t row) { run_integers<2, rows>(m, panel, x, row, y); });
+        in_tiles_of(Number<kIntegers>{}, [&](auto rows, int64_t row) {
+            m.digits == 1 ? run_integers<1, rows>(m, panel, x, row, y) : run_integers<2, rows>(m, panel, x, row, y);
+        });
 }
 
 #if defined(ARRIERO_TILES)

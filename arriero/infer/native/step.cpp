@@ -361,10 +361,10 @@ class Step {
     void heads(int64_t kv, Work work) {  // the query heads of a KV head, up to four at a time
         int64_t head = kv * group_;
         const int64_t end = head + group_;
-        for (; head + kHeads <= end; head += kHeads) work(std::integral_constant<int, kHeads>{}, head);
-        if (end - head == 3) work(std::integral_constant<int, 3>{}, head);
-        else if (end - head == 2) work(std::integral_constant<int, 2>{}, head);
-        else if (end - head == 1) work(std::integral_constant<int, 1>{}, head);
+        for (; head + kHeads <= end; head += kHeads) work(Number<kHeads>{}, head);
+        if (end - head == 3) work(Number<3>{}, head);
+        else if (end - head == 2) work(Number<2>{}, head);
+        else if (end - head == 1) work(Number<1>{}, head);
     }
 
     void finish(int64_t i, int64_t head, const float* out, const Part& part) {
