@@ -37,7 +37,7 @@ llama2: install  ## fine-tuning -> two reward models -> rejection sampling -> PP
 ladder: install  ## five ways to learn from a model's own answers, side by side (SEEDS=0 for one seed)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/ladder.sh
 
-proxy: install  ## what becomes of the true reward while a reward model's score is driven up, by best-of-n and by GRPO
+proxy: install  ## what becomes of the true reward while a reward model's score is driven up: best of n, rejection sampling, GRPO
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/proxy.sh
 
 game: install  ## a game of several turns, learned by GRPO: guess a number by hints

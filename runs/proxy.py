@@ -31,7 +31,7 @@ def ask(out: Path, n: int) -> None:
     from arriero.rewards.open import open_scorer
 
     model, tokenizer = load(resolve("smollm2-135m"), dtype=torch.float32, adapter=str(out / "start/adapter"))
-    prompts = read_prompts(str(out / "task/measured.jsonl"), tokenizer, max_length=1024)
+    prompts = read_prompts(str(out / "task/asked-n.jsonl"), tokenizer, max_length=1024)
     engine = Engine(
         model.requires_grad_(False), tokenizer, max_running=64, context=max(len(p.ids) for p in prompts) + 24
     )
@@ -86,6 +86,12 @@ def peak(form: str, alpha: float, beta: float) -> float:
     return alpha / (2 * beta) if form == "best of n" else float(np.exp(alpha / beta - 1))
 
 
+def right(out: Path, name: str) -> np.ndarray:
+    """The share of right answers to each question that nothing was chosen by."""
+    lines = (out / f"eval/{name}/samples.jsonl").read_text().splitlines()
+    return np.array([json.loads(line)["scores"]["pass@1"] for line in lines])
+
+
 def table(out: Path) -> None:
     """What was found, and the picture."""
     rm = json.loads((out / "rm/reward.json").read_text())
@@ -113,17 +119,20 @@ def table(out: Path) -> None:
         alpha, beta = fits[form] = fit(form, d, true - true[0])
         left = true - true[0] - d * alpha - beta * np.where(d > 0, FORMS[form](np.maximum(d, 1e-9)), 0)
         written = "d (alpha - beta d)" if form == "best of n" else "d (alpha - beta ln d)"
+        at = peak(form, alpha, beta)
+        largest = f"largest at d {at:.2f}" if at < 10 * d.max() else "largest far beyond"
         print(
-            f"{form}: gain = {written}, alpha {alpha:.3f}, beta {beta:.3f}; largest at d {peak(form, alpha, beta):.2f} "
-            f"(measured to {d.max():.2f}); {left.std():.1%} left"
+            f"{form}: gain = {written}, alpha {alpha:.3f}, beta {beta:.3f}; {largest} (measured to {d.max():.2f}); "
+            f"{left.std():.1%} left"
         )
     best = steps[int(np.argmax(true_g))]
-    kept = {
-        name: json.loads((out / f"eval/{name}/results.json").read_text())["measures"]["pass@1"]
-        for name in ("start", "grpo")
-    }
-    told = " -> ".join(f"{m['value']:.1%} ({m['low']:.1%} to {m['high']:.1%})" for m in kept.values())
-    print(f"GRPO kept step {best} of {steps[-1]}, by held-out true reward; on other questions: {told}")
+    print(f"GRPO kept step {best} of {steps[-1]}, by held-out true reward")
+    start, rejection, grpo = (right(out, name) for name in ("start", "rejection", "grpo"))
+    print(f"true reward on {len(start)} other questions: start {start.mean():.1%}")
+    for name, found_by in (("rejection sampling by the reward model", rejection), ("GRPO, what was kept", grpo)):
+        gains = [(found_by - start)[rng.integers(0, len(start), len(start))].mean() for _ in range(RESAMPLES)]
+        low, high = np.quantile(gains, (0.025, 0.975))
+        print(f"{name}: {found_by.mean():.1%}, {(found_by - start).mean():+.1%} ({low:+.1%} to {high:+.1%})")
     plot(out, found, fits)
 
 

@@ -17,7 +17,7 @@ SMALL = {
 SAID = {
     "llama2.sh": ("gatt ", "reward model of safety"),
     "ladder.sh": ("dpo ", "grpo ", "gain in pass@1"),
-    "proxy.sh": ("best of", "GRPO: gain = d (alpha - beta ln d)", "GRPO kept step"),
+    "proxy.sh": ("best of", "GRPO: gain = d (alpha - beta ln d)", "rejection sampling by the reward model: "),
     "guess-number.sh": ("after step   0: ", "after step   2: "),
 }
 
