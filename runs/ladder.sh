@@ -2,6 +2,7 @@
 # Five ways to learn from a model's own answers, at equal numbers of sampled answers: fine-tuning on verified ones,
 # rejection sampling in two rounds, DPO on verified pairs, PPO, GRPO. All begin at one fine-tuned start, since the
 # built-in model cannot sort three numbers as it comes; the task is judged exactly, and held-out questions differ by text.
+# Rejection sampling, PPO and GRPO have the commands' own settings, but for how much is sampled.
 #
 #     bash runs/ladder.sh                        # three seeds: hours
 #     SEEDS=0 HELD_OUT=200 bash runs/ladder.sh   # one seed
@@ -52,24 +53,22 @@ arm() { # arm NAME SEED DIR: trains one arm into DIR/adapter
   local from=(--adapter $out/start/adapter --seed $2 --out $3 $(resume $3))
   case $1 in
     sft) # every different right answer of 8 to each prompt
-      arriero rejection $model --data $out/task/prompts.jsonl --reward exact --answers 8 --keep 8 --temperatures 1.0 \
-        --epochs 1 --lr 3e-4 "${sampled[@]}" "${packed[@]}" "${from[@]}" ;;
+      arriero rejection $model --data $out/task/prompts.jsonl --reward exact --rounds 1 --answers 8 --keep 8 --epochs 1 \
+        "${sampled[@]}" "${packed[@]}" "${from[@]}" ;;
     rejection) # two rounds of 4; the two best of all so far
-      arriero rejection $model --data $out/task/prompts.jsonl --reward exact --answers 4 --keep 2 --temperatures 1.0 \
-        --rounds 2 --epochs 2 --lr 3e-4 "${sampled[@]}" "${packed[@]}" "${from[@]}" ;;
+      arriero rejection $model --data $out/task/prompts.jsonl --reward exact --answers 4 "${sampled[@]}" \
+        "${packed[@]}" "${from[@]}" ;;
     dpo)
       [ -f $3.jsonl ] ||
         arriero data build scored $model $out/task/prompts.jsonl $3.jsonl --adapter $out/start/adapter --reward exact \
           --answers 8 --max-new-tokens 24 --precision fp32 --seed $2
       arriero dpo $model --data $3.jsonl --nll 0.2 --lr 1e-4 --epochs 2 --samples 0 "${packed[@]}" "${from[@]}" ;;
     ppo)
-      arriero ppo $model --data $out/task/prompts.jsonl --reward exact --answers 8 --batch-rows $((prompts / steps)) \
-        --micro-rows $((prompts / steps)) --steps $steps --lr 2e-4 --value-lr 1e-3 --warmup-steps 2 --truncated score \
-        --samples 0 --validation 0 "${sampled[@]}" "${training[@]}" "${from[@]}" ;;
+      arriero ppo $model --data $out/task/prompts.jsonl --reward exact --batch-rows $((prompts / steps)) --steps $steps \
+        --truncated score --samples 0 --validation 0 "${sampled[@]}" "${training[@]}" "${from[@]}" ;;
     grpo)
       arriero grpo $model --data $out/task/prompts.jsonl --reward exact --answers 8 --batch-rows $((prompts / steps)) \
-        --steps $steps --lr 2e-4 --truncated score --samples 0 --validation 0 "${sampled[@]}" "${training[@]}" \
-        "${from[@]}" ;;
+        --steps $steps --truncated score --samples 0 --validation 0 "${sampled[@]}" "${training[@]}" "${from[@]}" ;;
   esac
 }
 

@@ -57,8 +57,8 @@ combined=$out/safety/model,model:$out/help/model
 step "3. Rejection sampling in $rounds rounds: the best of 8 by both reward models, each round from the fine-tuned model"
 [ -e $out/rejection/adapter ] ||
   arriero rejection $model --adapter $newest --data $out/data/mixed.jsonl --validation 0 --rounds $rounds \
-    --reward llama2-plain:model:$combined --every-prompt --max-new-tokens 24 --temperatures 0.7 1.0 --steps 12 --lr 3e-4 \
-    "${training[@]}" --out $out/rejection $(resume $out/rejection)
+    --reward llama2-plain:model:$combined --every-prompt --keep 1 --max-new-tokens 24 --temperatures 0.7 1.0 --steps 12 \
+    --lr 3e-4 "${training[@]}" --out $out/rejection $(resume $out/rejection)
 newest=$out/rejection/adapter
 
 step "4. PPO on top of it, by the same reward, whitened"

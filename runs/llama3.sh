@@ -18,7 +18,7 @@ step "One-digit sums, to train on and held out"
   arriero data build tasks chain-sum $out/task --size 2 --digits 1 --train $prompts --held-out $held_out
 
 training=(--seq-len 256 --batch-rows 1 --precision fp32)
-sampled=(--max-new-tokens 16 --validation 0 --keep 2 --steps ${STEPS:-16} --lr 1e-3 "${training[@]}")
+sampled=(--max-new-tokens 16 --validation 0 --rounds 1 --keep 2 --steps ${STEPS:-16} --lr 1e-3 "${training[@]}")
 before=()
 rounds=${ROUNDS:-2}
 for round in $(seq $rounds); do

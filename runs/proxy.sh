@@ -52,7 +52,7 @@ step "GRPO on its score: $steps steps of 8 questions x 8 answers"
 step "Rejection sampling by its score: the best of 16 answers to each of $asked questions is learned"
 [ -e $out/rejection/adapter ] ||
   arriero rejection $model --adapter $out/start/adapter --data $out/task/asked.jsonl --validation 0 \
-    --reward model:$out/rm/model --every-prompt --answers 16 --temperatures 1.0 --max-new-tokens 24 --epochs 2 --lr 3e-4 \
+    --reward model:$out/rm/model --every-prompt --keep 1 --rounds 1 --answers 16 --temperatures 1.0 --max-new-tokens 24 \
     "${training[@]}" --out $out/rejection $(resume $out/rejection)
 
 step "True reward of what was kept, on questions that nothing was chosen by"

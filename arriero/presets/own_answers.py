@@ -39,6 +39,7 @@ def rejection_llama2() -> RejectionConfig:
         method="full",
         reward="python:reward.py:reward",
         rounds=4,
+        keep=1,
         answers=16,
         temperatures=(1.2, 1.3),
         max_new_tokens=1024,
@@ -134,7 +135,9 @@ def ppo_llama2() -> PpoConfig:
         data=PromptConfig(train="prompts.jsonl"),
         rollout=RolloutConfig(answers=1, max_new_tokens=1024),
         policy=PolicyConfig(clip_high=0.2, kl=0.01, kl_in="reward", kl_kind="k1", updates=8),
-        value=ValueConfig(gamma=1.0, gae_lambda=0.95, value_clip=0.2, whiten_scores=True),
+        value=ValueConfig(
+            value_lr=1e-6, warmup_steps=0, gamma=1.0, gae_lambda=0.95, value_clip=0.2, whiten_scores=True
+        ),
         optim=OptimConfig(
             lr=1e-6, schedule="constant", warmup=0.0, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, clip=1.0
         ),

@@ -44,7 +44,7 @@ def build(config: PpoConfig, console: Console, mesh: Mesh | None = None, scorer:
     """Everything up to step 1."""
     scorer, mesh, of_value = scorer or open_rewards(config), mesh or alone(), config.value
     prepared = prepare(config, console, mesh, scorer)
-    optim = dataclasses.replace(config.optim, lr=of_value.value_lr or config.optim.lr)
+    optim = dataclasses.replace(config.optim, lr=of_value.value_lr or 5 * config.optim.lr)
     longest = config.data.max_prompt + config.rollout.longest
     base = open_base(dataclasses.replace(config, optim=optim, adapter=""), longest=longest, head="value")
     value_model = base.on(mesh, tokens=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from arriero.errors import check
 from arriero.io.paths import PathText
-from arriero.train.config import DataConfig, SftConfig, TuneConfig
+from arriero.train.config import DataConfig, LoopConfig, OptimConfig, SftConfig, TuneConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RejectionConfig(TuneConfig):
     of the row, python:PATH:FUNCTION, and others (arriero ls rewards)."""
     reward_seconds: float = 0.0
     """Seconds that scoring one answer may take; 0 takes the reward's own limit."""
-    rounds: int = 1
+    rounds: int = 2
     """Rounds of sampling, choosing and training. A run that has ended goes on with more of them by --resume."""
     answers: int = 8
     """Answers to each prompt in a round (K), spread evenly over the temperatures."""
@@ -51,7 +51,7 @@ class RejectionConfig(TuneConfig):
     trained (Llama 2, section 3.2.3: 1.2 to 1.3 with 10 to 100 answers)."""
     max_new_tokens: int = 256
     """Longest answer, in tokens; one that is cut there is never chosen."""
-    keep: int = 1
+    keep: int = 2
     """Best answers of each prompt that are learned, if they differ."""
     above: float = 0.0
     """Answers of at most this reward are not learned."""
@@ -72,6 +72,9 @@ class RejectionConfig(TuneConfig):
     at_once: int = 64
     """Answers that are decoded at a time."""
     data: RejectionDataConfig = field(default_factory=RejectionDataConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=2, batch_rows=1))
+    """Chosen answers are few and short: small steps, so that there are some."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

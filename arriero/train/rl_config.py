@@ -313,7 +313,7 @@ class ValueConfig:
     """The value model, which says at each token what reward is to come."""
 
     value_lr: float = 0.0
-    """Its peak learning rate; 0 takes the policy's."""
+    """Its peak learning rate; 0 takes five times the policy's."""
     value_clip: float = 0.0
     """How far a value may move from the one before the updates, in reward; 0 does not clip."""
     gamma: float = 1.0
@@ -324,7 +324,7 @@ class ValueConfig:
     """Shift and scale the scores of a batch to mean 0 and deviation 1 (Llama 2, arXiv 2307.09288, section 3.2.3)."""
     whiten_advantages: bool = True
     """Shift and scale the advantages of a batch likewise."""
-    warmup_steps: int = 0
+    warmup_steps: int = 2
     """First steps in which only the value model learns."""
 
     def __post_init__(self) -> None:
@@ -342,12 +342,13 @@ class PpoConfig(PolicyRlConfig):
     out: PathText = "out/ppo"
     """Run directory: config, metrics, rollouts, checkpoints, report, and the trained adapter or model."""
     value: ValueConfig = field(default_factory=ValueConfig)
-    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(answers=1))
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(answers=8))
+    """Several answers to a prompt cost less than as many prompts: all of them read it once."""
     policy: PolicyConfig = field(
         default_factory=lambda: PolicyConfig(clip_high=0.2, kl=0.01, kl_in="reward", kl_kind="k1", updates=4)
     )
     loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=100, batch_rows=64, micro_rows=16, precision="fp32")
+        default_factory=lambda: LoopConfig(steps=100, batch_rows=8, micro_rows=2, precision="fp32")
     )
 
     def __post_init__(self) -> None:

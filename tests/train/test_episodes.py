@@ -216,7 +216,7 @@ def test_ppo_pays_each_answer_at_its_own_last_token_and_passes_over_replies(
     toy_model: Path, prompts: Path, tmp_path: Path
 ) -> None:
     policy = PolicyConfig(kl=0.0, updates=1)
-    value = ValueConfig(whiten_advantages=False, gae_lambda=0.5, gamma=0.9)
+    value = ValueConfig(warmup_steps=0, whiten_advantages=False, gae_lambda=0.5, gamma=0.9)
     config = settings(toy_model, prompts, tmp_path / "run", PpoConfig, policy=policy, value=value)
     run = ppo.build(config, notes(quiet=True), None, Talking())
     rollout = run.prepared.rollouts(0)

@@ -32,6 +32,7 @@ def settings(toy_model: Path, asked: Path, out: Path, steps: int = 3, **more: An
         "loop": LoopConfig(steps, batch_rows=6, micro_rows=2, precision="fp32", save_every=1, validate_every=steps),
         "optim": OptimConfig(lr=1e-2, schedule="constant", warmup=0.0),
         "data": PromptConfig(train=str(asked), validation=str(asked.parent / "held-out.jsonl")),
+        "value": ValueConfig(warmup_steps=0),
         "policy": PolicyConfig(clip_high=0.2, kl=0.05, kl_in="reward", kl_kind="k1", updates=2),
     }
     return PpoConfig(model=str(toy_model), out=str(out), samples=2, **(values | more))
@@ -89,7 +90,7 @@ def test_rewards_stand_at_the_last_token_and_the_divergence_at_each(
     tmp_path: Path,
 ) -> None:
     """Advantages and returns against a loop over answers and tokens, from the values that the rows carry."""
-    value = ValueConfig(gamma=0.9, gae_lambda=0.8, whiten_advantages=False)
+    value = ValueConfig(warmup_steps=0, gamma=0.9, gae_lambda=0.8, whiten_advantages=False)
     run = built(settings(toy_model, prompts, tmp_path / "run", value=value))
     for step in range(2):
         run.trainer.update(run.prepared.rollouts(step))  # so that policy and reference are apart
