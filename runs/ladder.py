@@ -1,4 +1,4 @@
-"""Rows, table and plot of runs/ladder.sh.
+"""Rows, table and plot of runs/ladder.sh. minutes: of sampling and training; tokens/s: those sampled, over that time.
 
 python runs/ladder.py row OUT ARM SEED    # adds a row to OUT/rows.jsonl, once
 python runs/ladder.py table OUT           # prints the table, draws OUT/ladder.png
@@ -26,14 +26,18 @@ def scores(out: Path, name: str, measure: str) -> np.ndarray:
 
 
 def trained(run: Path) -> dict:
-    """Seconds, and the last entropy, of a run and of the runs within it."""
-    found: dict = {"seconds": 0.0}
+    """Seconds of sampling and training, tokens that were sampled, and the last entropy, where they are known."""
+    found: dict = {}
+    if (took := run.with_name(run.name + ".seconds")).is_file():
+        found["seconds"] = sum(map(int, took.read_text().split()))
     for file in sorted(run.rglob("metrics.jsonl")):
         for record in map(json.loads, file.read_text().splitlines()):
-            if record.get("event") == "time":
-                found["seconds"] += record["seconds"]
             found |= {key: record[key] for key in ("entropy",) if key in record}
-    return found
+    tokens = 0
+    for file in [*run.glob("round-*/answers/*.jsonl"), *run.glob("rollouts/*.jsonl")]:
+        for record in map(json.loads, file.read_text().splitlines()):
+            tokens += record["tokens"] if "tokens" in record else sum(len(a["ids"]) for a in record.get("answers", ()))
+    return found | ({"sampled_tokens": tokens} if tokens else {})
 
 
 def divergence(out: Path, name: str) -> float:
@@ -97,23 +101,31 @@ def table(out: Path) -> None:
     """All arms: the measures' means over seeds, and the gain in pass@1."""
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     start, other, text = (results(out, f"start{suffix}") for suffix in ("", "-other", "-text"))
-    titles = f"{'gain in pass@1 (95%)':>28}{'KL':>6}{'another task':>14}{'bits/byte':>11}"
-    print(f"{'':12}{'pass@1':>8}{'pass@8':>8}{'greedy':>8}{titles}")
+    titles = f"{'gain in pass@1 (95%)':>28}{'in pass@8':>28}{'KL':>6}{'entropy':>9}"
+    print(
+        f"{'':12}{'seeds':>6}{'pass@1':>8}{'pass@8':>8}{'greedy':>8}{titles}{'other':>8}{'bits/byte':>11}{'minutes':>9}{'tokens/s':>10}"
+    )
     bits = f"{text['bits_per_byte']:11.3f}" if text else ""
     print(
-        f"{'start':12}{start['pass@1']:8.1%}{start['pass@8']:8.1%}{start['greedy_reward']:8.1%}{'':34}"
-        f"{other['pass@1']:14.1%}{bits}"
+        f"{'start':18}{start['pass@1']:8.1%}{start['pass@8']:8.1%}{start['greedy_reward']:8.1%}{'':71}"
+        f"{other['pass@1']:8.1%}{bits}"
     )
     gains = {}
     for arm in dict.fromkeys(r["arm"] for r in rows):
         of = [r for r in rows if r["arm"] == arm]
         mean = {key: float(np.mean([r[key] for r in of])) for key in of[0] if isinstance(of[0][key], int | float)}
-        gains[arm] = gain(out, arm, [r["seed"] for r in of], "pass@1")
-        shown = "{:+.1%} ({:+.1%} to {:+.1%})".format(*gains[arm])
-        bits = f"{mean['bits_per_byte']:11.3f}" if "bits_per_byte" in mean else ""
+        first, eight = (gain(out, arm, [r["seed"] for r in of], measure) for measure in ("pass@1", "pass@8"))
+        gains[arm] = first
+        shown = "".join("{:+.1%} ({:+.1%} to {:+.1%})".format(*found).rjust(28) for found in (first, eight))
+        entropy = f"{mean['entropy']:9.2f}" if "entropy" in mean else " " * 9
+        bits = f"{mean['bits_per_byte']:11.3f}" if "bits_per_byte" in mean else " " * 11
+        time = f"{mean['seconds'] / 60:9.1f}" if "seconds" in mean else " " * 9
+        speed = (
+            f"{mean['sampled_tokens'] / mean['seconds']:10.0f}" if {"seconds", "sampled_tokens"} <= mean.keys() else ""
+        )
         print(
-            f"{arm:12}{mean['pass@1']:8.1%}{mean['pass@8']:8.1%}{mean['greedy_reward']:8.1%}{shown:>28}{mean['kl']:6.2f}"
-            f"{mean['other_pass@1']:14.1%}{bits}"
+            f"{arm:12}{len(of):6}{mean['pass@1']:8.1%}{mean['pass@8']:8.1%}{mean['greedy_reward']:8.1%}{shown}"
+            f"{mean['kl']:6.2f}{entropy}{mean['other_pass@1']:8.1%}{bits}{time}{speed}"
         )
     plot(out, rows, start, gains)
 

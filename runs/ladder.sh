@@ -76,7 +76,8 @@ for seed in ${SEEDS:-0 1 2}; do
   for name in ${ARMS:-sft rejection dpo ppo grpo}; do
     step "$name, seed $seed"
     run=$out/$name-$seed
-    [ -e $run/adapter/adapter_config.json ] || arm $name $seed $run
+    began=$SECONDS
+    [ -e $run/adapter/adapter_config.json ] || { arm $name $seed $run && echo $((SECONDS - began)) >> $run.seconds; }
     measure $name-$seed $run/adapter
     python runs/ladder.py row $out $name $seed
   done
