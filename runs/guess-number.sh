@@ -43,7 +43,7 @@ step "GRPO: 4 ranges x 10 games a step"
 [ -e $out/grpo/adapter ] ||
   arriero grpo $model --adapter $out/random/adapter --data $out/task/train.jsonl --validation $out/task/test.jsonl \
     --environment guess-number --turns 3 --max-new-tokens 8 --max-reply 32 --truncated score \
-    --answers 10 --batch-rows 4 --micro-rows 4 --at-once 64 --steps ${STEPS:-60} --lr 3e-4 --validation-prompts $held_out \
+    --answers 10 --batch-rows 4 --updates 1 --micro-rows 4 --at-once 64 --steps ${STEPS:-60} --lr 3e-4 --validation-prompts $held_out \
     --validation-answers 2 --validate-every 20 --save-every 2 --out $out/grpo $(resume $out/grpo)
 
 step "Held-out games won"

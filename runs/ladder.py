@@ -113,7 +113,11 @@ def table(out: Path) -> None:
     gains = {}
     for arm in dict.fromkeys(r["arm"] for r in rows):
         of = [r for r in rows if r["arm"] == arm]
-        mean = {key: float(np.mean([r[key] for r in of])) for key in of[0] if isinstance(of[0][key], int | float)}
+        mean = {
+            key: float(np.mean([r[key] for r in of]))
+            for key in of[0]
+            if all(key in r for r in of) and not isinstance(of[0][key], str)
+        }
         first, eight = (gain(out, arm, [r["seed"] for r in of], measure) for measure in ("pass@1", "pass@8"))
         gains[arm] = first
         shown = "".join("{:+.1%} ({:+.1%} to {:+.1%})".format(*found).rjust(28) for found in (first, eight))

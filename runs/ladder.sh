@@ -67,8 +67,8 @@ arm() { # arm NAME SEED DIR: trains one arm into DIR/adapter
       arriero ppo $model --data $out/task/prompts.jsonl --reward exact --batch-rows $((prompts / steps)) --steps $steps \
         --truncated score --samples 0 --validation 0 "${sampled[@]}" "${training[@]}" "${from[@]}" ;;
     grpo)
-      arriero grpo $model --data $out/task/prompts.jsonl --reward exact --answers 8 --batch-rows $((prompts / steps)) \
-        --steps $steps --truncated score --samples 0 --validation 0 "${sampled[@]}" "${training[@]}" "${from[@]}" ;;
+      arriero grpo $model --data $out/task/prompts.jsonl --reward exact --batch-rows $((prompts / steps)) --steps $steps \
+        --truncated score --samples 0 --validation 0 "${sampled[@]}" "${training[@]}" "${from[@]}" ;;
   esac
 }
 

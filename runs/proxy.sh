@@ -46,7 +46,7 @@ step "GRPO on its score: $steps steps of 8 questions x 8 answers"
 [ -f $out/grpo/report.html ] ||
   arriero grpo $model --adapter $out/start/adapter --data $out/task/asked.jsonl --validation $out/task/stop.jsonl \
     --reward model:$out/rm/model --validation-reward exact --validate-every $every --validation-answers 4 \
-    --answers 8 --batch-rows 8 --steps $steps --lr 3e-4 --max-new-tokens 24 --truncated score --precision fp32 \
+    --answers 8 --batch-rows 8 --updates 1 --steps $steps --lr 3e-4 --max-new-tokens 24 --truncated score --precision fp32 \
     --compile off --out $out/grpo $(resume $out/grpo)
 
 step "Rejection sampling by its score: the best of 16 answers to each of $asked questions is learned"

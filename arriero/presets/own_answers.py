@@ -58,6 +58,7 @@ def grpo_demo() -> GrpoConfig:
         reward="exact",
         data=PromptConfig(train="prompts.jsonl"),
         rollout=RolloutConfig(answers=8, max_new_tokens=24),
+        policy=PolicyConfig(updates=1),
         optim=OptimConfig(lr=2e-4, schedule="constant", warmup=0.0),
         loop=LoopConfig(precision="fp32", steps=60, batch_rows=16, micro_rows=4),
     )

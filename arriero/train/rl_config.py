@@ -372,6 +372,7 @@ class GrpoConfig(PolicyRlConfig):
     advantage: Literal["group", "centred", "rloo", "reinforce++"] = "group"
     """An answer against its group: divided by the group's deviation (GRPO), only centred (Dr. GRPO), against the others
     (RLOO); or centred, then whitened over the batch (REINFORCE++)."""
+    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(updates=4))
 
     def __post_init__(self) -> None:
         super().__post_init__()
