@@ -102,9 +102,8 @@ def table(out: Path) -> None:
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     start, other, text = (results(out, f"start{suffix}") for suffix in ("", "-other", "-text"))
     titles = f"{'gain in pass@1 (95%)':>28}{'in pass@8':>28}{'KL':>6}{'entropy':>9}"
-    print(
-        f"{'':12}{'seeds':>6}{'pass@1':>8}{'pass@8':>8}{'greedy':>8}{titles}{'other':>8}{'bits/byte':>11}{'minutes':>9}{'tokens/s':>10}"
-    )
+    costs = f"{'other':>8}{'bits/byte':>11}{'minutes':>9}{'tokens/s':>10}"
+    print(f"{'':12}{'seeds':>6}{'pass@1':>8}{'pass@8':>8}{'greedy':>8}{titles}{costs}")
     bits = f"{text['bits_per_byte']:11.3f}" if text else ""
     print(
         f"{'start':18}{start['pass@1']:8.1%}{start['pass@8']:8.1%}{start['greedy_reward']:8.1%}{'':71}"
@@ -113,11 +112,8 @@ def table(out: Path) -> None:
     gains = {}
     for arm in dict.fromkeys(r["arm"] for r in rows):
         of = [r for r in rows if r["arm"] == arm]
-        mean = {
-            key: float(np.mean([r[key] for r in of]))
-            for key in of[0]
-            if all(key in r for r in of) and not isinstance(of[0][key], str)
-        }
+        known = [key for key in of[0] if key != "arm" and all(key in r for r in of)]
+        mean = {key: float(np.mean([r[key] for r in of])) for key in known}
         first, eight = (gain(out, arm, [r["seed"] for r in of], measure) for measure in ("pass@1", "pass@8"))
         gains[arm] = first
         shown = "".join("{:+.1%} ({:+.1%} to {:+.1%})".format(*found).rjust(28) for found in (first, eight))

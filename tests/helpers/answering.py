@@ -15,7 +15,7 @@ from arriero.train import grpo
 from arriero.train.config import LoopConfig, OptimConfig
 from arriero.train.recipe import execute
 from arriero.train.rl import RlRun
-from arriero.train.rl_config import GrpoConfig, PromptConfig, RolloutConfig
+from arriero.train.rl_config import GrpoConfig, PolicyConfig, PromptConfig, RolloutConfig
 
 
 class ByRule(Scorer):
@@ -69,6 +69,7 @@ def grpo_settings(toy_model: Path, prompts: Path, out: Path, steps: int = 5, **r
             steps=steps, batch_rows=4, micro_rows=2, precision="fp32", save_every=1, validate_every=2, keep_last=9
         ),
         optim=OptimConfig(lr=1e-2, schedule="constant", warmup=0.0),
+        policy=PolicyConfig(),  # one update on a batch
         data=PromptConfig(train=str(prompts), validation=str(prompts.parent / "held-out.jsonl")),
     )
 

@@ -61,6 +61,8 @@ def settings(toy_model: Path, prompts: Path, out: Path, kind: Any = GrpoConfig, 
         "optim": OptimConfig(lr=1e-2, schedule="constant", warmup=0.0),
         "data": PromptConfig(train=str(prompts), validation=str(prompts.parent / "held-out.jsonl")),
     }
+    if kind is GrpoConfig:
+        values["policy"] = PolicyConfig()  # one update on a batch
     return kind(model=str(toy_model), out=str(out), samples=2, **(values | more))
 
 

@@ -40,6 +40,7 @@ def settings(toy_model: Path, prompts: Path, out: Path, steps: int = 4, **more: 
         ),
         "optim": OptimConfig(lr=1e-2, schedule="constant", warmup=0.0),
         "data": PromptConfig(train=str(prompts), validation=str(prompts.parent / "held-out.jsonl")),
+        "policy": PolicyConfig(),  # one update on a batch
     }
     return GrpoConfig(model=str(toy_model), out=str(out), samples=2, **(values | more))
 

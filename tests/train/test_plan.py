@@ -174,7 +174,7 @@ def test_a_probe_validates_on_as_many_held_out_prompts_as_are_answered_at_a_time
     rollout = RolloutConfig(answers=3, max_new_tokens=4, truncated="score", validation_answers=2, at_once=8)
     config = GrpoConfig(
         model=str(toy_model), out=str(tmp_path / "run"), reward="exact", rollout=rollout,
-        data=PromptConfig(str(file), validation="0.5"), loop=LoopConfig(steps=4, batch_rows=2, precision="fp32"),
+        data=PromptConfig(str(file), validation="0.5"), loop=LoopConfig(steps=4, batch_rows=4, precision="fp32"),
     )  # fmt: skip
     seconds = dry_run("grpo", config)["seconds"]
     assert asked and set(asked) == {4} and seconds["validation"] > 0
