@@ -31,7 +31,7 @@ def ask(out: Path, n: int) -> None:
     from arriero.rewards.open import open_scorer
 
     model, tokenizer = load(resolve("smollm2-135m"), dtype=torch.float32, adapter=str(out / "start/adapter"))
-    prompts = read_prompts(str(out / "task/asked-n.jsonl"), tokenizer, max_length=1024)
+    prompts = read_prompts(str(out / "task/best-of-n.jsonl"), tokenizer, max_length=1024)
     engine = Engine(
         model.requires_grad_(False), tokenizer, max_running=64, context=max(len(p.ids) for p in prompts) + 24
     )

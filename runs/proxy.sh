@@ -17,13 +17,13 @@ resume() { [ -f "$1/config.toml" ] && echo --resume || true; }
 training=(--seq-len 512 --batch-rows 1 --precision fp32 --compile off)
 
 step "Three numbers to sort"
-if [ ! -f $out/task/stop.jsonl ]; then
+if [ ! -f $out/task/best-of-n.jsonl ]; then
   arriero data build tasks number-sorting $out/task --size 3 --digits 2 --train $((200 + asked)) --held-out $held_out
   head -n 200 $out/task/train.jsonl > $out/task/first.jsonl
   tail -n $asked $out/task/train.jsonl > $out/task/asked.jsonl
   head -n $((held_out / 4)) $out/task/test.jsonl > $out/task/stop.jsonl          # what GRPO's weights are chosen by
   tail -n +$((held_out / 4 + 1)) $out/task/test.jsonl > $out/task/measured.jsonl # what nothing is chosen by
-  head -n $((held_out / 4)) $out/task/measured.jsonl > $out/task/asked-n.jsonl   # what best-of-n is measured on
+  head -n $((held_out / 4)) $out/task/measured.jsonl > $out/task/best-of-n.jsonl # what best-of-n is measured on
 fi
 
 step "The start: eight steps on 200 sorted lists"
